@@ -1,0 +1,317 @@
+"""Training state on disk: safetensors by parameter name and JSON, nothing pickled; and which checkpoint is newest.
+
+A checkpoint folder holds `parameters.safetensors` (trainable parameters), `optimizer.safetensors` (tensors named
+"<parameter name>/<state key>") and `state.json` (everything else). No random state: the order of the pairs is a
+function of seed and epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lorafocal.errors import InputError
+from lorafocal.publish import discard, why_incomplete
+
+PARAMETERS_FILE = "parameters.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+_LIKE_PARAMETER = (*_FIRST_MOMENTS, "exp_avg_sq", "max_exp_avg_sq")
+_WAY_OUT = (
+    "The checkpoint belongs to another model, adapter configuration or library version: "
+    "resume with what it was saved with, or start a new run under another name."
+)
+
+
+class Latest(NamedTuple):
+    """The newest complete checkpoint of a run (None if there is none), and why newer ones were passed over."""
+
+    path: Path | None
+    skipped: list[str]
+
+
+def save_state(
+    folder: Path,
+    *,
+    parameters: Mapping[str, Parameter],
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    extra: Mapping[str, Any],
+) -> None:
+    """Writes the three files of a checkpoint into `folder` (an unpublished one) and reads them back.
+
+    `parameters` are the trainable ones by name and must be exactly those the optimizer holds; `optimizer` is the
+    plain torch one, without accelerate's wrapper. `extra` must survive JSON unchanged. Raises `InputError` where
+    the state could not be restored exactly, or is empty, non-finite, or without any non-zero moment.
+    """
+    groups = _named_groups(parameters, optimizer)
+    tensors, values = _split_state(parameters, optimizer)
+    _check_moments(tensors, OPTIMIZER_FILE)
+    state = {
+        "format": 1,
+        "optimizer": {
+            "class": type(optimizer).__name__,
+            "groups": _exact_json(groups, "the optimizer's settings"),
+            "keys": sorted(tensors),
+            "values": _exact_json(values, "the optimizer's state"),
+        },
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "state": _exact_json(scheduler.state_dict(), f"the state of {type(scheduler).__name__}"),
+        },
+        "extra": _exact_json(dict(extra), "the trainer's state"),
+    }
+    save_file(_on_cpu(parameters), folder / PARAMETERS_FILE)
+    save_file(_on_cpu(tensors), folder / OPTIMIZER_FILE)
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    check_saved(folder / PARAMETERS_FILE, parameters)
+    if tensors:
+        check_saved(folder / OPTIMIZER_FILE, tensors)
+
+
+def load_state(
+    folder: Path, *, parameters: Mapping[str, Parameter], optimizer: Optimizer, scheduler: LRScheduler
+) -> dict[str, Any]:
+    """Restores what `save_state` wrote, bit for bit, and returns its `extra`.
+
+    Everything is checked, strictly both ways, before anything is changed: an `InputError` naming the file and the
+    key means that parameters, optimizer and scheduler are as they were.
+    """
+    state = _read_state(folder / STATE_FILE)
+    values = _read_tensors(folder / PARAMETERS_FILE)
+    tensors = _read_tensors(folder / OPTIMIZER_FILE)
+    _check_keys(values, parameters, PARAMETERS_FILE)
+    for name, parameter in parameters.items():
+        _check_like(values[name], parameter, f"{PARAMETERS_FILE}: {name!r}")
+    _check_optimizer(state["optimizer"], tensors, parameters, optimizer)
+    _check_scheduler(state["scheduler"], scheduler)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+    _restore_optimizer(state["optimizer"], tensors, parameters, optimizer)
+    scheduler.load_state_dict(state["scheduler"]["state"])
+    return state["extra"]
+
+
+def check_saved(file: Path, expected: Mapping[str, Tensor], *, trained: bool = False) -> None:
+    """Reopens a written safetensors file and refuses it (`InputError`) unless it holds exactly `expected`.
+
+    Each tensor must be there with its shape and dtype, not empty, finite and equal, and nothing else may be. With
+    `trained` (a step with a learning rate above 0 was taken), the `lora_B` tensors must not all be zero. A file
+    that fails must not be published: the checkpoint before it stays the newest.
+    """
+    if not expected:
+        raise InputError(f"{file.name}: nothing to save: no trainable tensor was gathered")
+    with safe_open(file, framework="pt") as saved:
+        _check_keys(saved.keys(), expected, file.name)
+        for name, tensor in expected.items():
+            where = f"{file.name}: {name!r}"
+            if tensor.numel() == 0:
+                raise InputError(f"{where} is empty: gather the partitioned parameters before saving")
+            found = saved.get_tensor(name)
+            _check_like(found, tensor, where)
+            if found.is_floating_point() and not found.isfinite().all():
+                raise InputError(f"{where} holds NaN or infinity and is not saved; the last checkpoint is kept")
+            if not torch.equal(found, tensor.detach().cpu()):
+                raise InputError(f"{where} read back differs from what was written: check the disk")
+    lora_b = [tensor for name, tensor in expected.items() if "lora_B" in name]
+    if trained and lora_b and not any(tensor.any() for tensor in lora_b):
+        raise InputError(f"{file.name}: every lora_B is zero after training: the adapter holds nothing")
+
+
+def latest_complete(run_dir: Path) -> Latest:
+    """The `checkpoint-<N>` with the largest N whose record verifies; torn ones are skipped with the reason.
+
+    Reads only. A process that is going to write calls `publish.recover(run_dir)` first.
+    """
+    skipped = []
+    for path in _checkpoints(run_dir):
+        reason = why_incomplete(path)
+        if reason is None:
+            return Latest(path, skipped)
+        skipped.append(f"{path.name} is passed over: {reason}")
+    return Latest(None, skipped)
+
+
+def rotate(run_dir: Path, keep: int) -> list[str]:
+    """Removes all but the newest `keep` complete checkpoints, oldest first; returns the names removed.
+
+    The newest one that verifies always stays. Torn ones are left alone: their owner may want to look at them.
+    """
+    if keep < 1:
+        raise InputError(f"training.save_total_limit is {keep}: at least one checkpoint must be kept")
+    newest = latest_complete(run_dir).path
+    complete = [path for path in _checkpoints(run_dir) if why_incomplete(path, hashes=False) is None]
+    removed = [path for path in reversed(complete[keep:]) if path != newest]
+    for path in removed:
+        discard(path)
+    return [path.name for path in removed]
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    found = [path for path in run_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def _named_groups(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's groups with names for parameters; refused unless both sides hold the same parameters."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        unknown = [tuple(p.shape) for p in group["params"] if id(p) not in names]
+        if unknown:
+            raise InputError(f"optimizer group {index} holds parameters that are not trainable, of shapes {unknown}")
+        settings = {key: _plain(value) for key, value in group.items() if key != "params"}
+        groups.append({"parameters": [names[id(p)] for p in group["params"]], "settings": settings})
+    held = [name for group in groups for name in group["parameters"]]
+    _check_keys(held, parameters, "the optimizer's groups")
+    return groups
+
+
+def _split_state(
+    parameters: Mapping[str, Parameter], optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as tensors and as plain values, both keyed "<parameter name>/<state key>"."""
+    tensors, values = {}, {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            else:
+                values[f"{name}/{key}"] = value
+    return tensors, values
+
+
+def _check_optimizer(
+    saved: Mapping[str, Any], tensors: Mapping[str, Tensor], parameters: Mapping[str, Parameter], optimizer: Optimizer
+) -> None:
+    if saved["class"] != type(optimizer).__name__:
+        raise InputError(f"{STATE_FILE}: saved by {saved['class']}, the run uses {type(optimizer).__name__}. {_WAY_OUT}")
+    live = _named_groups(parameters, optimizer)
+    if len(live) != len(saved["groups"]):
+        raise InputError(f"{STATE_FILE}: {len(saved['groups'])} optimizer groups, the run has {len(live)}. {_WAY_OUT}")
+    for index, (old, new) in enumerate(zip(saved["groups"], live, strict=True)):
+        _check_keys(old["parameters"], new["parameters"], f"{STATE_FILE}: optimizer group {index}")
+        _check_keys(old["settings"], new["settings"], f"{STATE_FILE}: settings of optimizer group {index}")
+    _check_keys(tensors, saved["keys"], OPTIMIZER_FILE)
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in parameters:
+            raise InputError(f"{OPTIMIZER_FILE}: unexpected {full_name!r}. {_WAY_OUT}")
+        if key in _LIKE_PARAMETER and tensor.shape != parameters[name].shape:
+            raise InputError(_differs(f"{OPTIMIZER_FILE}: {full_name!r}", tensor.shape, parameters[name].shape))
+    _check_moments(tensors, OPTIMIZER_FILE)
+
+
+def _check_moments(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuses first moments that are all zero: a state that was lost, though its step count says it was used."""
+    moments = [tensor for name, tensor in tensors.items() if name.rpartition("/")[2] in _FIRST_MOMENTS]
+    if moments and not any(tensor.any() for tensor in moments):
+        raise InputError(f"{where}: every first moment is zero although steps were taken: the optimizer state was lost")
+
+
+def _restore_optimizer(
+    saved: Mapping[str, Any], tensors: Mapping[str, Tensor], parameters: Mapping[str, Parameter], optimizer: Optimizer
+) -> None:
+    optimizer.state.clear()
+    for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in old["settings"].items():
+            if isinstance(group[key], Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+        step_on_device = group.get("capturable") or group.get("fused")
+        for name in old["parameters"]:
+            # torch keeps AdamW's step counts on the CPU unless its kernel reads them on the device
+            devices = {"step": parameters[name].device if step_on_device else torch.device("cpu")}
+            state = {
+                key: tensors[f"{name}/{key}"].to(devices.get(key, parameters[name].device))
+                for key in _state_keys(tensors, name)
+            }
+            state |= {key: saved["values"][f"{name}/{key}"] for key in _state_keys(saved["values"], name)}
+            if state:
+                optimizer.state[parameters[name]] = state
+
+
+def _state_keys(flat: Iterable[str], name: str) -> list[str]:
+    return [key for parent, _, key in (full.rpartition("/") for full in flat) if parent == name]
+
+
+def _check_scheduler(saved: Mapping[str, Any], scheduler: LRScheduler) -> None:
+    if saved["class"] != type(scheduler).__name__:
+        raise InputError(f"{STATE_FILE}: saved by {saved['class']}, the run uses {type(scheduler).__name__}. {_WAY_OUT}")
+    _check_keys(saved["state"], scheduler.state_dict(), f"{STATE_FILE}: scheduler")
+
+
+def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> None:
+    found, expected = set(found), set(expected)
+    problems = [f"missing {key!r}" for key in sorted(expected - found)]
+    problems += [f"unexpected {key!r}" for key in sorted(found - expected)]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise InputError(f"{where}: {', '.join(problems[:8])}{more}. {_WAY_OUT}")
+
+
+def _check_like(found: Tensor, expected: Tensor, where: str) -> None:
+    if found.shape != expected.shape:
+        raise InputError(_differs(where, found.shape, expected.shape))
+    if found.dtype != expected.dtype:
+        raise InputError(f"{where} is {found.dtype}, expected {expected.dtype}. {_WAY_OUT}")
+
+
+def _differs(where: str, found: torch.Size, expected: torch.Size) -> str:
+    return f"{where} has shape {tuple(found)}, expected {tuple(expected)}. {_WAY_OUT}"
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A group setting as JSON has it; a tensor (a capturable learning rate) becomes its exact number."""
+    if isinstance(value, Tensor):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _exact_json(value: Any, what: str) -> Any:
+    """`value` as JSON reads it back, refused where that differs: such a state would resume as something else."""
+    try:
+        read = json.loads(json.dumps(value))
+    except TypeError as error:
+        raise InputError(f"{what} cannot be saved as JSON ({error}); choose another optimizer or schedule") from error
+    if read != value:
+        raise InputError(f"{what} cannot be saved as JSON without a change; choose another optimizer or schedule")
+    return read
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file.name} cannot be read ({error}). {_WAY_OUT}") from error
+    if not isinstance(state, dict) or state.get("format") != 1:
+        raise InputError(f"{file.name} is not a training state of format 1. {_WAY_OUT}")
+    return state
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file.name} cannot be read ({error}). {_WAY_OUT}") from error

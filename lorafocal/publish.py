@@ -1,0 +1,226 @@
+"""Complete or absent: folders and files that appear under their name only when whole and on disk.
+
+A folder is written beside its target under a hidden name, synced, and renamed; a kill at any moment leaves
+the old target, the new one, or (while one replaces the other) a hidden whole copy that `recover` puts back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lorafocal.errors import InputError
+
+RECORD = "complete.json"
+_NAME = re.compile(r"(?!\.)[a-z0-9._-]{1,64}")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<pid>\d{1,10})")
+
+
+def check_name(name: str) -> str:
+    """`name` itself if it can name a run or an adapter (one plain path component); `InputError` otherwise."""
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        raise InputError(
+            f"{name!r} cannot be a name: use 1 to 64 of the characters a-z 0-9 . _ - and no leading dot"
+        )
+    return name
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path `root/name`, refused (`InputError`) if the name is not plain or a link leads out of `root`."""
+    target = root / check_name(name)
+    _refuse_link(target)
+    return target
+
+
+@contextlib.contextmanager
+def published(target: Path, *, replace: bool = False, record: bool = True) -> Iterator[Path]:
+    """Yields an empty folder to fill; when the block ends well, the folder is renamed to `target`.
+
+    With `record` the folder gets a `complete.json` (size and sha256 of each file) that `why_incomplete` verifies;
+    folders made for publication go without. An existing target is refused unless `replace`, and then stays
+    whole until the new one is on disk. If the block raises, the target is as it was. One process must not
+    publish the same target twice at a time.
+    """
+    _check_free(target, replace)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target.parent, target.name)
+    partial = _hidden(target, "partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if record:
+            write_record(partial)
+        _sync_tree(partial)
+        _check_free(target, replace)
+        if target.exists():
+            os.replace(target, _hidden(target, "replaced"))
+        os.replace(partial, target)
+        _sync(target.parent)
+    finally:
+        recover(target.parent, target.name)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces the file `path` by `content` (text as UTF-8): readers see the old or the new file, never a part."""
+    _refuse_link(path)
+    partial = _hidden(path, "partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder so that a kill half-way leaves no torn folder under its name."""
+    _refuse_link(folder)
+    hidden = _hidden(folder, "partial")
+    os.replace(folder, hidden)
+    _remove(hidden)
+
+
+def recover(parent: Path, name: str | None = None) -> list[str]:
+    """Clears what dead processes left in `parent` (only of target `name`, if given); returns what was done.
+
+    A partial copy is removed; a replaced one is put back if its target is missing. Leftovers that carry this
+    process' own id count as dead (containers reuse ids), so call it only outside of `published` blocks.
+    Only the process that writes in `parent` may call it: on another machine a living writer looks dead.
+    """
+    done = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or name not in (None, match["name"]) or _lives_elsewhere(int(match["pid"])):
+            continue
+        target = parent / match["name"]
+        if match["kind"] == "replaced" and not target.exists():
+            os.replace(path, target)
+            _sync(parent)
+            done.append(f"put back {target.name}")
+        else:
+            _remove(path)
+            done.append(f"removed the unfinished {match['kind']} copy of {target.name}")
+    return done
+
+
+def write_record(folder: Path) -> None:
+    """Writes `complete.json`: size in bytes and sha256 of every file now under `folder`."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in _files(folder)
+        if path != folder / RECORD
+    }
+    text = json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def why_incomplete(folder: Path, *, hashes: bool = True) -> str | None:
+    """None if `folder` holds every file its record names, whole; else the reason in words.
+
+    Files the record does not name are neither opened nor counted. `hashes=False` compares sizes only.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return "not a folder"
+    files = _recorded_files(folder / RECORD)
+    if files is None:
+        return f"{RECORD} is missing or unreadable: the folder was not finished"
+    for name, entry in files.items():
+        path = folder / name
+        if not _is_plain(name) or path.is_symlink() or not path.is_file():
+            return f"{name} is missing or not a plain file"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes, {entry['size']} were written"
+        if hashes and sha256(path) != entry["sha256"]:
+            return f"{name} has changed since it was written (sha256 differs)"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded_files(path: Path) -> dict[str, dict[str, Any]] | None:
+    """The record's files, or None where it is absent or not of our making."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        whole = all({"size", "sha256"} <= entry.keys() for entry in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return files if whole and files else None
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a recorded name stays inside its folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _check_free(target: Path, replace: bool) -> None:
+    _refuse_link(target)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file; choose another folder or remove it")
+    if target.exists() and not replace:
+        raise InputError(f"{target} exists already; choose another name or remove it")
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link: links are never written through; give the real path")
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
+
+
+def _lives_elsewhere(pid: int) -> bool:
+    """Whether another living process has this id."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _files(folder: Path) -> list[Path]:
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        _refuse_link(path)
+    return [path for path in paths if not path.is_dir()]
+
+
+def _sync_tree(folder: Path) -> None:
+    """Every file, then every folder from the leaves up, forced to disk."""
+    for path in _files(folder):
+        _sync(path)
+    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

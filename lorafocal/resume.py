@@ -1,0 +1,112 @@
+"""What may change between the run that was interrupted and the one that resumes it.
+
+Resuming promises the weights of an uninterrupted run, bit for bit on a CPU. So a setting may change only if it
+cannot reach the weights; every other change is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from lorafocal.errors import InputError
+
+MAY_CHANGE: dict[str, str] = {
+    "training.logging_steps": "how often metrics are written does not touch the weights",
+    "training.logging_strategy": "as logging_steps",
+    "training.logging_first_step": "as logging_steps",
+    "training.eval_steps": "evaluation reads the weights only",
+    "training.eval_strategy": "evaluation reads the weights only",
+    "training.eval_on_start": "evaluation reads the weights only",
+    "training.save_steps": "saving reads the weights only",
+    "training.save_strategy": "saving reads the weights only",
+    "training.save_total_limit": "concerns old checkpoints only",
+    "training.dataloader_num_workers": "the order of the pairs is a function of seed and epoch, not of the workers",
+    "training.dataloader_prefetch_factor": "as dataloader_num_workers",
+    "training.dataloader_persistent_workers": "as dataloader_num_workers",
+    "training.dataloader_pin_memory": "moves the same bytes",
+    "training.disable_tqdm": "display only",
+    "training.log_level": "display only",
+    "training.report_to": "where metrics are sent does not touch the weights",
+    "training.run_name": "a label for metric services",
+}
+"""Config keys that may differ on resume, with the reason; the manifest stores this table."""
+
+WHY_NOT: dict[str, str] = {
+    "training.max_steps": "the learning-rate schedule is stretched over it",
+    "training.num_train_epochs": "the learning-rate schedule is stretched over it",
+    "training.pairs_per_step": "it decides which pairs make a step",
+    "training.seed": "it decides the order of the pairs",
+    "packing.tokens": "another split into packs adds in another order, so the last bits differ",
+    "packing.layout": "another layout adds in another order, so the last bits differ",
+}
+"""Reasons worth printing for keys that users are most likely to change; any key not in `MAY_CHANGE` is refused."""
+
+IDENTITY = ("base", "data")
+"""Manifest sections beside `config` that must be equal: fingerprints of the base weights and of the data."""
+
+NOTED = ("versions", "threads")
+"""Manifest sections whose change is allowed, but ends the promise of equal bits."""
+
+_ABSENT = "(absent)"
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+    """One line "key: old -> new" for each dotted key that differs and is not in `may_change`, sorted by key."""
+    return [f"{key}: {a} -> {b}" for key, a, b in _differences(old, new) if key not in may_change]
+
+
+def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, Any]) -> list[str]:
+    """Raises `InputError` naming every forbidden change; returns notes about the allowed ones, to be printed.
+
+    Of a manifest these sections are read: `config` (the resolved config), `base` and `data` (fingerprints),
+    `versions` and `threads`. An absent section counts as empty. The run's `name` is part of `config`.
+    """
+    old_config, new_config = _section(old_manifest, "config"), _section(new_manifest, "config")
+    refused = [_with_reason(line) for line in changes(old_config, new_config, MAY_CHANGE)]
+    for name in IDENTITY:
+        refused += changes({name: _section(old_manifest, name)}, {name: _section(new_manifest, name)}, ())
+    if refused:
+        raise InputError(
+            "this run cannot be resumed, because its result would differ from an uninterrupted run:\n  "
+            + "\n  ".join(refused)
+            + "\nset these back to the old values, or start a new run under another name"
+        )
+    allowed = _differences(old_config, new_config)
+    noted = _differences(
+        {name: _section(old_manifest, name) for name in NOTED}, {name: _section(new_manifest, name) for name in NOTED}
+    )
+    return [f"{key}: {a} -> {b} (allowed: {MAY_CHANGE[key]})" for key, a, b in allowed] + [
+        f"{key}: {a} -> {b} (the result may differ from an uninterrupted run in its last bits)" for key, a, b in noted
+    ]
+
+
+def _with_reason(line: str) -> str:
+    reason = WHY_NOT.get(line.partition(":")[0])
+    return f"{line} ({reason})" if reason else line
+
+
+def _section(manifest: Mapping[str, Any], name: str) -> Any:
+    return manifest.get(name, {})
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return [
+        (key, _shown(before, key), _shown(after, key))
+        for key in sorted(before.keys() | after.keys())
+        if _shown(before, key) != _shown(after, key)
+    ]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else _ABSENT
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; lists are leaves, tuples read as lists (as JSON has them)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
