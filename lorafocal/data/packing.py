@@ -1,0 +1,210 @@
+"""Tokenised pairs to model inputs: prefix-shared packs, their padded twin, and the index both end in.
+
+Every layout ends in the same `CompletionIndex`: which hidden rows predict which completion token of which sequence.
+Nothing downstream shifts, masks or knows the layout.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.ops.attention import PairSpan, Segments
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionIndex:
+    """Which row predicts which token of which sequence; N completion tokens, B pairs.
+
+    Sequences 0..B-1 are the chosen answers, B..2B-1 the rejected ones (TRL's order), and `sequence` never falls, so
+    sums over sequences are sums over neighbouring rows.
+    """
+
+    positions: Tensor  # (N,) int64: rows of the flattened hidden states
+    labels: Tensor  # (N,) int64: token ids
+    sequence: Tensor  # (N,) int64 in [0, 2B)
+    lengths: Tensor  # (2B,) int64: completion tokens of each sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One forward pass: whole pairs, with their index. Packed rows carry `segments`, padded ones a mask."""
+
+    input_ids: Tensor  # (1, T) packed, (2B, T) padded
+    position_ids: Tensor  # like input_ids
+    index: CompletionIndex
+    pair_ids: tuple[str, ...]
+    segments: Segments | None = None
+    attention_mask: Tensor | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pair_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Token rows that the model computes, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The same pack on `device`; host integers stay where they are."""
+        return replace(self, **_moved(self, device, non_blocking))
+
+
+def _moved(part: object, device: torch.device, non_blocking: bool) -> dict[str, object]:
+    moved: dict[str, object] = {}
+    for field in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        if isinstance(value, Tensor | Segments):
+            moved[field.name] = value.to(device, non_blocking=non_blocking)
+        elif isinstance(value, CompletionIndex):
+            moved[field.name] = replace(value, **_moved(value, device, non_blocking))  # type: ignore[arg-type]
+    return moved
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One optimiser step's share of one rank, as packs. May be empty."""
+
+    packs: tuple[Pack, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(pack.num_pairs for pack in self.packs)
+
+
+def share_prefixes(pairs: Sequence[TokenizedPair]) -> Pack:
+    """One row `[prompt | chosen | rejected]` a pair, no padding; the rejected answer's positions restart."""
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    spans: list[PairSpan] = []
+    chosen_rows: list[list[int]] = []
+    rejected_rows: list[list[int]] = []
+    for pair in pairs:
+        prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+        span = PairSpan(len(input_ids), prompt, chosen, rejected)
+        input_ids += [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids]
+        position_ids += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+        last_of_prompt = span.start + prompt - 1  # predicts the first token of both answers
+        chosen_rows.append([*range(last_of_prompt, last_of_prompt + chosen)])
+        rejected_rows.append([last_of_prompt, *range(span.answers, span.stop - 1)])
+        spans.append(span)
+    return Pack(
+        torch.tensor([input_ids]),
+        torch.tensor([position_ids]),
+        _index(chosen_rows + rejected_rows, pairs),
+        tuple(pair.id for pair in pairs),
+        segments=Segments.of(tuple(spans)),
+    )
+
+
+def pad_sequences(pairs: Sequence[TokenizedPair], *, pad_token_id: int = 0) -> Pack:
+    """The slow twin: 2B right-padded rows, prompts twice; which token pads makes no difference."""
+    sides = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    sequences = [[*pair.prompt_ids, *ids] for pair, ids in zip([*pairs, *pairs], sides, strict=True)]
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    rows = []
+    for row, (sequence, completion) in enumerate(zip(sequences, sides, strict=True)):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[row, : len(sequence)] = 1
+        first = row * width + len(sequence) - len(completion) - 1
+        rows.append([*range(first, first + len(completion))])
+    return Pack(
+        input_ids,
+        torch.arange(width).expand_as(input_ids).contiguous(),
+        _index(rows, pairs),
+        tuple(pair.id for pair in pairs),
+        attention_mask=attention_mask,
+    )
+
+
+def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionIndex:
+    labels = [token for pair in pairs for token in pair.chosen_ids]
+    labels += [token for pair in pairs for token in pair.rejected_ids]
+    lengths = torch.tensor([len(row) for row in rows])
+    return CompletionIndex(
+        torch.tensor([position for row in rows for position in row]),
+        torch.tensor(labels),
+        torch.arange(len(rows)).repeat_interleave(lengths),
+        lengths,
+    )
+
+
+def fill_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Items of the given lengths into as few bins of at most `budget` as longest-first placing finds.
+
+    The longest remaining item goes to the emptiest bin (longest processing time first), so bins come out level; a
+    bin is added where one does not fit. An item longer than the budget gets a bin of its own. Every index occurs
+    exactly once, each bin in ascending order, bins by their first index.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    count = max(1, -(-sum(lengths) // budget))
+    while (bins := _level_bins(longest_first, lengths, budget, count)) is None:
+        count += 1
+    return sorted(sorted(members) for members in bins if members)
+
+
+def _level_bins(order: list[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """`order` over `count` bins, or None where an item fits nowhere but would fit an empty bin."""
+    fill = [(0, which) for which in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for item in order:
+        used, which = heapq.heappop(fill)
+        if used and used + lengths[item] > budget:
+            return None
+        bins[which].append(item)
+        heapq.heappush(fill, (used + lengths[item], which))
+    return bins
+
+
+LAYOUTS = ("packed", "padded")
+
+
+@dataclass(frozen=True, slots=True)
+class PairCollator:
+    """Pairs of one optimiser step to packs of at most `tokens_per_pack` token rows.
+
+    The budget changes memory and speed, never the result.
+    """
+
+    layout: str = "packed"
+    tokens_per_pack: int = 8192
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise InputError(f"packing.layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
+        if self.tokens_per_pack < 1:
+            raise InputError(f"packing.tokens: {self.tokens_per_pack} is not a positive number of tokens")
+
+    def __call__(self, pairs: Iterable[TokenizedPair]) -> StepBatch:
+        pairs = list(pairs)
+        if not pairs:
+            return StepBatch(())
+        if self.layout == "packed":
+            bins = fill_bins([pair.shared_length for pair in pairs], self.tokens_per_pack)
+            return StepBatch(tuple(share_prefixes([pairs[i] for i in members]) for members in bins))
+        bins = _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack)
+        return StepBatch(
+            tuple(pad_sequences([pairs[i] for i in m], pad_token_id=self.pad_token_id) for m in bins)
+        )
+
+
+def _padded_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Neighbours in length together, while two padded rows a pair stay within the budget."""
+    bins: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if bins and 2 * (len(bins[-1]) + 1) * lengths[item] <= budget:
+            bins[-1].append(item)
+        else:
+            bins.append([item])
+    return bins

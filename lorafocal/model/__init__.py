@@ -1,0 +1,1 @@
+"""Bases, tokenizers, output heads and adapters."""

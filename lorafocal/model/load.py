@@ -1,0 +1,139 @@
+"""Loads bases and tokenizers: safetensors only, no remote code, on one device, in the dtype that was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from lorafocal.errors import InputError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or local folder. Raises InputError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise InputError(_not_found("tokenizer", name, error)) from error
+
+
+def load_base(
+    name: str, *, revision: str | None = None, dtype: str = "bfloat16", shape: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """A frozen base in train mode on the local device (the GPU of this rank where there is one).
+
+    Raises InputError for an unknown dtype (fp16 among them), a base that is missing, quantised, needs remote code or
+    has other values than `shape` (a config's `model.shape`) states.
+    """
+    if dtype not in DTYPES:
+        raise InputError(
+            f"model.dtype: {dtype!r} is not supported; choose {' or '.join(DTYPES)}"
+            " (float16 overflows in preference losses: use bfloat16)"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        if getattr(config, "quantization_config", None) is not None:
+            raise InputError(f"model.name: {name} is quantised, which this version cannot train; use its float original")
+        check_shape(config, shape or {})
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, config=config, dtype=DTYPES[dtype], use_safetensors=True, attn_implementation="sdpa"
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(_not_found("model", name, error)) from error
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.to(local_device()).train()  # type: ignore[no-any-return]
+
+
+def local_device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def check_shape(config: object, shape: Mapping[str, Any]) -> None:
+    """Raises InputError naming every value of `shape` that the loaded config has otherwise."""
+    missing = object()
+    wrong = [
+        f"{key} is {getattr(config, key, None)!r}, the config file states {value!r}"
+        for key, value in shape.items()
+        if not _same(getattr(config, key, missing), value)
+    ]
+    if wrong:
+        raise InputError(f"model.shape does not match the loaded model: {'; '.join(wrong)}. Correct one of the two")
+
+
+def _same(found: object, stated: object) -> bool:
+    """Equal, where a stated mapping (rope parameters) may leave out what the loaded one derives."""
+    if isinstance(found, Mapping) and isinstance(stated, Mapping):
+        return all(key in found and _same(found[key], value) for key, value in stated.items())
+    return found == stated
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more ids than the model has embeddings; nothing is ever resized here."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embeddings: ids from {rows} on would fail."
+            " Resize and train the base's embeddings before preference tuning, or use the base's own tokenizer"
+        )
+
+
+def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str | None]:
+    """Identity of a base: `name` (hub id, or a local folder's last name), `revision` (commit), `sha256` of its weights.
+
+    The digest is over the names and digests of the safetensors files, so one flipped byte changes it.
+    """
+    files = _weight_files(name, revision)
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(f"{file.name} {_file_sha256(file)}\n".encode())
+    local = Path(name).exists()
+    commit = None if local else getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", revision)
+    return {"name": Path(name).resolve().name if local else name, "revision": commit, "sha256": digest.hexdigest()}
+
+
+def _weight_files(name: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a model: one, or those its index names (bare names only)."""
+    single = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(
+        name, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if index is None:
+        raise InputError(f"{name} has no safetensors weights; convert them with `save_pretrained` first")
+    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise InputError(f"{name}: its weight index points outside its folder ({outside[0]}); do not use this model")
+    return [Path(str(cached_file(name, shard, revision=revision))) for shard in shards]
+
+
+def _file_sha256(file: Path) -> str:
+    """A hub cache file is a link to a blob named by its own sha256; any other file is read."""
+    blob = file.resolve().name
+    if file.is_symlink() and _SHA256.fullmatch(blob):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _not_found(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"model.name: no {what} could be loaded from {name!r} ({reason}). Give a hub id that you have access to, or a"
+        " folder written by `save_pretrained` (safetensors, no remote code)"
+    )

@@ -1,0 +1,1 @@
+"""Kernels, each fast operation beside its slow, public definition."""

@@ -1,0 +1,270 @@
+"""Attention over packs of prefix-shared pairs, behind transformers' attention interface.
+
+A pair lies in the row as `[prompt | chosen | rejected]`; the rejected answer must see the prompt and itself, not the
+chosen answer. That is plain causal attention over two segments a pair:
+
+    queries [prompt | chosen]  on keys [prompt | chosen]
+    queries [rejected]         on keys [prompt | rejected]   (gathered; masks aligned at the bottom right)
+
+`shared_prefix_attention_plain` is the definition, with the whole (T, T) mask. On a CPU, and in fp32,
+each segment is one SDPA call; on a GPU in half precision all of them are one variable-length FlashAttention call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lorafocal.errors import InputError
+
+SHARED_PREFIX_ATTENTION = "lorafocal_shared_prefix"
+
+
+@dataclass(frozen=True, slots=True)
+class PairSpan:
+    """Where one pair lies in its row, in tokens."""
+
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def answers(self) -> int:
+        """First row of the rejected answer."""
+        return self.start + self.prompt + self.chosen
+
+    @property
+    def stop(self) -> int:
+        return self.answers + self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Attention bounds of a pack of B pairs in a row of T tokens: built once a pack, from host integers.
+
+    One opaque object, so that wrappers which walk a model's arguments leave it alone.
+    """
+
+    spans: tuple[PairSpan, ...]
+    key_index: Tensor  # (K,) int64: rows of the keys, segment after segment
+    query_bounds: Tensor  # (2B + 1,) int32: cumulative query lengths
+    key_bounds: Tensor  # (2B + 1,) int32: cumulative key lengths
+    longest_query: int
+    longest_key: int
+
+    @classmethod
+    def of(cls, spans: tuple[PairSpan, ...]) -> Segments:
+        keys: list[int] = []
+        query_lengths: list[int] = []
+        key_lengths: list[int] = []
+        for span in spans:
+            keys += range(span.start, span.answers)
+            keys += range(span.start, span.start + span.prompt)
+            keys += range(span.answers, span.stop)
+            query_lengths += [span.prompt + span.chosen, span.rejected]
+            key_lengths += [span.prompt + span.chosen, span.prompt + span.rejected]
+        return cls(
+            spans,
+            torch.tensor(keys, dtype=torch.int64),
+            _cumulative(query_lengths),
+            _cumulative(key_lengths),
+            max(query_lengths),
+            max(key_lengths),
+        )
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Segments:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            key_index=move(self.key_index),
+            query_bounds=move(self.query_bounds),
+            key_bounds=move(self.key_bounds),
+        )
+
+
+def _cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) boolean: the last query sees the last key; `window` counts the keys seen, itself included."""
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def visible(spans: tuple[PairSpan, ...], window: int | None, device: torch.device) -> Tensor:
+    """(T, T) boolean: which row sees which."""
+    mask = torch.zeros(spans[-1].stop, spans[-1].stop, dtype=torch.bool, device=device)
+    for span in spans:
+        first = slice(span.start, span.answers)
+        mask[first, first] = causal_mask(span.prompt + span.chosen, span.prompt + span.chosen, window, device)
+        rejected = causal_mask(span.rejected, span.prompt + span.rejected, window, device)
+        mask[span.answers : span.stop, span.start : span.start + span.prompt] = rejected[:, : span.prompt]
+        mask[span.answers : span.stop, span.answers : span.stop] = rejected[:, span.prompt :]
+    return mask
+
+
+def shared_prefix_attention_plain(
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, H_kv, T, D)
+    value: Tensor,  # (1, H_kv, T, D)
+    segments: Segments,
+    *,
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:
+    """The definition: softmax over the visible keys, (1, H, T, D)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2)) * scaling
+    hidden = ~visible(segments.spans, window, query.device)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+
+
+def sdpa_shared_prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scaling: float, window: int | None = None
+) -> Tensor:
+    """The same with one SDPA call a segment."""
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> None:
+        square = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
+        mask = None if square else causal_mask(q.shape[2], k.shape[2], window, q.device)
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=square, scale=scaling, enable_gqa=grouped
+            )
+        )
+
+    for span in segments.spans:
+        first, prompt = slice(span.start, span.answers), slice(span.start, span.start + span.prompt)
+        rejected = slice(span.answers, span.stop)
+        attend(query[:, :, first], key[:, :, first], value[:, :, first])
+        attend(
+            query[:, :, rejected],
+            torch.cat((key[:, :, prompt], key[:, :, rejected]), dim=2),
+            torch.cat((value[:, :, prompt], value[:, :, rejected]), dim=2),
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def varlen_shared_prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    scaling: float,
+    window: int | None = None,
+    kernel: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The same with one variable-length FlashAttention call; `kernel` has the signature of torch's `varlen_attn`."""
+    kernel = kernel or _torch_varlen_kernel()
+    accepted = _parameters(kernel)
+    options: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)}
+    if "window_size" not in accepted:
+        if window is not None and window < segments.longest_key:
+            raise InputError(
+                "sliding-window attention needs a variable-length kernel with `window_size`, which this torch lacks;"
+                " upgrade torch or set `packing.layout: padded`"
+            )
+        options = {"is_causal": True}
+    q = query[0].transpose(0, 1)  # (T, H, D)
+    k = key[0].transpose(0, 1).index_select(0, segments.key_index)  # (K, H_kv, D)
+    v = value[0].transpose(0, 1).index_select(0, segments.key_index)
+    if "scale" in accepted:
+        options["scale"] = scaling
+    else:
+        q = q * (scaling * q.shape[-1] ** 0.5)
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in accepted:
+            options["enable_gqa"] = True
+        else:
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = kernel(
+        q,
+        k,
+        v,
+        segments.query_bounds,
+        segments.key_bounds,
+        segments.longest_query,
+        segments.longest_key,
+        **options,
+    )
+    return out.transpose(0, 1)[None]
+
+
+def _torch_varlen_kernel() -> Callable[..., Tensor]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise InputError(
+            "packed training on a GPU needs torch.nn.attention.varlen (torch >= 2.10);"
+            " upgrade torch or set `packing.layout: padded`"
+        ) from error
+    return varlen_attn
+
+
+@cache
+def _parameters(kernel: Callable[..., Tensor]) -> frozenset[str]:
+    return frozenset(inspect.signature(kernel).parameters)
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    segments: Segments | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The registered attention function: (1, H, T, D) queries to (1, T, H, D) outputs.
+
+    Raises InputError where a pack's bounds did not arrive or the model asks for something this attention has not.
+    """
+    if segments is None:
+        raise InputError(
+            f"attention {SHARED_PREFIX_ATTENTION!r} was called without `segments`: this model does not hand its"
+            " arguments to the attention function, or was called outside a pack; for generation use"
+            " `lorafocal.policy.plain_attention`, for training set `packing.layout: padded`"
+        )
+    for name, value_given in (("softcap", softcap), ("s_aux", s_aux), ("dropout", dropout or None)):
+        if value_given is not None:
+            raise InputError(
+                f"{type(module).__name__} asks its attention for `{name}`, which packs do not support;"
+                " set `packing.layout: padded`"
+            )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    attend = varlen_shared_prefix_attention if flash else sdpa_shared_prefix_attention
+    output = attend(query, key, value, segments, scaling=scaling, window=sliding_window)
+    return output.transpose(1, 2), None
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """Packs carry their own bounds; no mask tensor is ever built."""
+
+
+AttentionInterface.register(SHARED_PREFIX_ATTENTION, shared_prefix_attention)
+AttentionMaskInterface.register(SHARED_PREFIX_ATTENTION, _no_mask)

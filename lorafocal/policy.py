@@ -1,0 +1,69 @@
+"""Sequence log-probabilities of a pack under the policy: the one forward that everything is scored with.
+
+Training, the reference, evaluation, `score` and the merge gate all call `sequence_logps`, so they cannot differ.
+The *wrapped* model is called, through its public arguments only, so the hooks of DDP, ZeRO and FSDP fire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorafocal.data.packing import Pack
+from lorafocal.model.head import causal_lm, install_head, scoring
+from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
+
+
+def prepare_policy(model: nn.Module, *, layout: str = "packed") -> None:
+    """Install the log-prob head and, for packs, the shared-prefix attention. Weights and saved files stay as they are."""
+    install_head(model)
+    if layout == "packed":
+        causal_lm(model).set_attn_implementation(SHARED_PREFIX_ATTENTION)  # type: ignore[operator]
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The base's floating dtype. A bf16 base computes under bf16 autocast, with fp32 adapters and log-probs."""
+    return causal_lm(model).get_input_embeddings().weight.dtype  # type: ignore[operator, no-any-return]
+
+
+def token_logps(model: nn.Module, pack: Pack) -> Tensor:
+    """Log-probability of each completion token in nats, (N,), in the order of `pack.index`."""
+    index, packed = pack.index, pack.segments is not None
+    arguments: dict[str, object] = (
+        {"logits_to_keep": index.positions, "segments": pack.segments}
+        if packed
+        else {"attention_mask": pack.attention_mask}
+    )
+    device = pack.input_ids.device
+    dtype = compute_dtype(model)
+    with (
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+        scoring(model, index.labels, rows=None if packed else index.positions),
+    ):
+        output = model(
+            input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, **arguments
+        )
+    return output.logits.reshape(-1)  # type: ignore[no-any-return]
+
+
+def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
+    """Summed log-probability of each completion of a pack's B pairs, (B,) and (B,), in nats."""
+    sums = torch.segment_reduce(token_logps(model, pack), "sum", lengths=pack.index.lengths, unsafe=True)
+    chosen, rejected = sums.split(pack.num_pairs)
+    return PairLogps(chosen, rejected)
+
+
+@contextmanager
+def plain_attention(model: nn.Module, name: str = "sdpa") -> Iterator[None]:
+    """Within, the model runs on transformers' own attention: for `generate()` and for ordinary batches."""
+    base = causal_lm(model)
+    before = base.config._attn_implementation  # type: ignore[union-attr]
+    base.set_attn_implementation(name)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)  # type: ignore[operator]

@@ -1,0 +1,128 @@
+"""Proves, on a few made-up pairs, that this model really computes what packs assume, before it is trained.
+
+Some architectures never call the attention interface, mix tokens by other means, or change logits after the head:
+with them a pack would be silently wrong. They are refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lorafocal.data.packing import Pack, share_prefixes
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.model.head import causal_lm
+from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
+from lorafocal.ops.logps import token_logps_plain
+from lorafocal.policy import compute_dtype, plain_attention, token_logps
+
+WAY_OUT = "Set `packing.layout: padded`, or use another architecture (Llama and Mistral are known to train packed)"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+# Largest difference of a token's log-prob between a pack and one-at-a-time scoring that rounding explains, in nats.
+# bf16 keeps 8 bits: hidden states of deep models differ by some 1e-2 relative between kernels.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Probe attention calls, neighbours, head and one-at-a-time scores of a policy prepared for packs.
+
+    Raises InputError naming what failed.
+    """
+    base = causal_lm(model)
+    name = type(base).__name__
+    check_layer_types(base)
+    pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    device = next(model.parameters()).device
+    pack = share_prefixes(pairs).to(device)
+    with _counted_attention() as calls:
+        packed = token_logps(model, pack)
+    layers = base.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    if calls[0] != layers:
+        raise InputError(
+            f"{name}: {layers} layers called the attention interface {calls[0]} times, so some layers mix tokens by"
+            f" other means and packs would be wrong. {WAY_OUT}"
+        )
+    check_neighbours(model, pack, name)
+    check_scores(model, pairs, packed, name)
+
+
+def check_layer_types(base: nn.Module) -> None:
+    """Every layer must be full or sliding-window attention: others carry state across pairs."""
+    config = base.config.get_text_config()  # type: ignore[union-attr, operator]
+    other = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if other or getattr(config, "attention_chunk_size", None):
+        kinds = ", ".join(sorted(other)) or "chunked attention"
+        raise InputError(f"{type(base).__name__} has layers that packs cannot hold apart ({kinds}). {WAY_OUT}")
+
+
+def check_neighbours(model: nn.Module, pack: Pack, name: str) -> None:
+    """Changing one pair's tokens must move the other pairs' log-probs by exactly 0."""
+    changed_ids = pack.input_ids.clone()
+    last = pack.segments.spans[-1]  # type: ignore[union-attr]
+    changed_ids[0, last.start :] = changed_ids[0, last.start :].flip(0).roll(1)
+    others = ~torch.isin(pack.index.sequence, torch.tensor([pack.num_pairs - 1, 2 * pack.num_pairs - 1], device=changed_ids.device))
+    before = token_logps(model, pack)[others]
+    after = token_logps(model, replace(pack, input_ids=changed_ids))[others]
+    leak = float((before - after).abs().max())
+    if leak != 0:
+        raise InputError(f"{name}: changing one pair moved another pair's log-probs by {leak:.3g} nats. {WAY_OUT}")
+
+
+def check_scores(model: nn.Module, pairs: list[TokenizedPair], packed: torch.Tensor, name: str) -> None:
+    """Packed scores must equal the model's own logits, one sequence at a time, on transformers' own attention."""
+    alone = torch.cat([_alone(model, p.prompt_ids, p.chosen_ids) for p in pairs]
+                      + [_alone(model, p.prompt_ids, p.rejected_ids) for p in pairs])
+    gap = float((packed - alone).abs().max())
+    if not gap <= TOLERANCE[compute_dtype(model)]:
+        raise InputError(
+            f"{name}: log-probs from a pack differ by {gap:.3g} nats a token from the model's own logits: it changes its"
+            f" logits or its attention in a way that packs do not follow. {WAY_OUT}"
+        )
+
+
+def _alone(model: nn.Module, prompt_ids: list[int], completion_ids: list[int]) -> torch.Tensor:
+    """Token log-probs of one completion from plain logits."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt_ids, *completion_ids]], device=device)
+    dtype = compute_dtype(model)
+    with plain_attention(model), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return wide.gather(-1, ids[0, len(prompt_ids) :, None]).squeeze(-1)
+
+
+def _probe_pairs(vocabulary: int) -> list[TokenizedPair]:
+    """Three made-up pairs of random tokens, one with a one-token prompt and one-token answers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+    lengths = ((9, 7, 12), (1, 1, 1), (5, 11, 6))
+    return [TokenizedPair(f"probe-{i}", *map(tokens, sizes)) for i, sizes in enumerate(lengths)]
+
+
+@contextmanager
+def _counted_attention() -> Iterator[list[int]]:
+    """Count the calls of the shared-prefix attention within."""
+    attend = ALL_ATTENTION_FUNCTIONS[SHARED_PREFIX_ATTENTION]
+    calls = [0]
+
+    def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
+        calls[0] += 1
+        return attend(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX_ATTENTION, counted)
+    try:
+        yield calls
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX_ATTENTION, attend)
