@@ -1,0 +1,99 @@
+"""Held-out pairs as token ids: what a run keeps so that a merge can later be checked on the very same
+tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lorafocal.data.sources import read_preferences
+from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
+from lorafocal.errors import InputError
+
+HELD_OUT_FILE = "held_out.jsonl"
+_SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def write_held_out(path: Path, pairs: Iterable[TokenizedPair]) -> None:
+    """One JSON object a line: `{"id", "prompt_ids", "chosen_ids", "rejected_ids"}`."""
+    with path.open("w", encoding="utf-8") as file:
+        for pair in pairs:
+            record = {"id": pair.id} | {side: list(getattr(pair, side)) for side in _SIDES}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_held_out(path: Path) -> list[TokenizedPair]:
+    """Read what `write_held_out` wrote. Raises InputError naming file and line."""
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error}). Write one object a line.") from error
+        pairs.append(_pair(record, f"{path}:{number}"))
+    if not pairs:
+        raise InputError(f"{path} holds no pairs. Name a file of pairs with --pairs FILE.")
+    return pairs
+
+
+def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[TokenizedPair]:
+    """Pairs of either form: token ids as `write_held_out` leaves them, or preference rows to be tokenised.
+
+    Rows are tokenised as in training and those over `max_length` tokens are left out, as there. Raises
+    InputError for a file that is missing, malformed, leaves no pair, or has ids outside the vocabulary.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist. Name a file of held-out pairs with --pairs FILE.")
+    pairs = read_held_out(path) if _holds_token_ids(path) else _tokenised(path, tokenizer, max_length)
+    vocabulary = len(tokenizer)
+    for pair in pairs:
+        highest = max(max(getattr(pair, side)) for side in _SIDES)
+        if highest >= vocabulary:
+            raise InputError(
+                f"{path}: pair {pair.id} has token id {highest}, but the tokenizer ends at {vocabulary - 1}: "
+                "these pairs were tokenised for another model."
+            )
+    return pairs
+
+
+def _tokenised(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[TokenizedPair]:
+    data = tokenize_preferences(read_preferences(path), tokenizer, max_length=max_length)
+    if not data.pairs:
+        dropped = ", ".join(f"{reason} {count}" for reason, count in data.drops.items())
+        raise InputError(f"{path}: no pair is left to score ({dropped}; max_length {max_length}).")
+    return data.pairs
+
+
+def _holds_token_ids(path: Path) -> bool:
+    """Whether the first line is an object with `prompt_ids`; anything else is left to the reader of
+    preference rows."""
+    if path.suffix != ".jsonl":
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        try:
+            first = json.loads(file.readline())
+        except json.JSONDecodeError:
+            return False
+    return isinstance(first, dict) and "prompt_ids" in first
+
+
+def _pair(record: object, where: str) -> TokenizedPair:
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+        raise InputError(
+            f'{where}: expected an object {{"id": text, "prompt_ids": [...], "chosen_ids": [...],'
+            ' "rejected_ids": [...]}.'
+        )
+    for side in _SIDES:
+        ids = record.get(side)
+        if (
+            not isinstance(ids, list)
+            or not ids
+            or not all(type(token) is int and token >= 0 for token in ids)
+        ):
+            raise InputError(f"{where}: {side} must be a list of at least one token id.")
+    return TokenizedPair(record["id"], *(record[side] for side in _SIDES))

@@ -1,0 +1,228 @@
+"""Per-pair log-probs, rewards and margins of a trained adapter or a model, with the very code of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lorafocal.data.held_out import load_pairs
+from lorafocal.data.packing import Pack, PairCollator
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.model.load import load_base, load_tokenizer
+from lorafocal.model.saved import CONFIG_FILE, open_adapter, read_adapter
+from lorafocal.objectives.pairwise import PairLogps, rewards
+from lorafocal.policy import prepare_policy, sequence_logps
+from lorafocal.publish import write_atomically
+from lorafocal.reference import DisabledAdapterReference
+
+TOKENS_PER_PACK = 8192  # rows of one forward pass; changes memory and speed, never the numbers
+MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
+
+
+class Reference(Protocol):
+    """Anything that answers a pack with log-probs."""
+
+    def logps(self, pack: Pack) -> PairLogps: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """One pair; log-probs are summed over the completion, in nats. What was not measured is None."""
+
+    id: str
+    chosen_tokens: int
+    rejected_tokens: int
+    chosen_logps: float
+    rejected_logps: float
+    reference_chosen_logps: float | None = None
+    reference_rejected_logps: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+
+    @property
+    def margin(self) -> float | None:
+        """Chosen minus rejected reward."""
+        if self.chosen_reward is None or self.rejected_reward is None:
+            return None
+        return self.chosen_reward - self.rejected_reward
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "margin": self.margin}
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReport:
+    """All pairs of a file under one model."""
+
+    target: str
+    beta: float | None
+    scores: list[PairScore]
+
+    @property
+    def margins(self) -> list[float]:
+        return [score.margin for score in self.scores if score.margin is not None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Totals; the pairs themselves are in the table file. Ties count as neither right nor wrong."""
+        count, margins = len(self.scores), self.margins
+        totals: dict[str, Any] = {
+            "target": self.target,
+            "pairs": count,
+            "tokens": sum(score.chosen_tokens + score.rejected_tokens for score in self.scores),
+            "logps/chosen": sum(score.chosen_logps for score in self.scores) / count,
+            "logps/rejected": sum(score.rejected_logps for score in self.scores) / count,
+            "beta": self.beta,
+        }
+        if margins:
+            totals |= {
+                "rewards/chosen": sum(score.chosen_reward or 0.0 for score in self.scores) / count,
+                "rewards/rejected": sum(score.rejected_reward or 0.0 for score in self.scores) / count,
+                "rewards/margins": sum(margins) / count,
+                "rewards/accuracies": sum(margin > 0 for margin in margins) / count,
+                "ties": sum(margin == 0 for margin in margins),
+            }
+        return totals
+
+    def table(self) -> str:
+        """The totals, one a line."""
+        return "\n".join(
+            f"{key:<20} {value:.6g}" if isinstance(value, float) else f"{key:<20} {value}"
+            for key, value in self.as_dict().items()
+            if value is not None
+        )
+
+    def write(self, path: Path) -> None:
+        """One JSON object a pair, a line each."""
+        lines = (json.dumps(score.as_dict(), ensure_ascii=False) + "\n" for score in self.scores)
+        write_atomically(path, "".join(lines))
+
+
+def pair_logps(
+    logps: Callable[[Pack], PairLogps],
+    pairs: Sequence[TokenizedPair],
+    *,
+    device: torch.device,
+    tokens_per_pack: int = TOKENS_PER_PACK,
+) -> PairLogps:
+    """Run `logps` over packs of `pairs`; chosen and rejected, each (B,) fp32 on the CPU, in the order of
+    `pairs`."""
+    numbered = [
+        replace(pair, id=str(number)) for number, pair in enumerate(pairs)
+    ]  # ids of a user may repeat
+    chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
+    with torch.no_grad():
+        for pack in PairCollator(tokens_per_pack=tokens_per_pack)(numbered).packs:
+            rows = [int(number) for number in pack.pair_ids]
+            answer = logps(pack.to(device))
+            chosen[rows], rejected[rows] = answer.chosen.float().cpu(), answer.rejected.float().cpu()
+    return PairLogps(chosen, rejected)
+
+
+def pair_scores(
+    pairs: Sequence[TokenizedPair], policy: PairLogps, reference: PairLogps | None, beta: float | None
+) -> list[PairScore]:
+    """Numbers of `pairs` as rows; rewards only where both a reference and `beta` are known."""
+    columns: dict[str, list[float]] = {
+        "chosen_logps": policy.chosen.tolist(),
+        "rejected_logps": policy.rejected.tolist(),
+    }
+    if reference is not None:
+        columns |= {
+            "reference_chosen_logps": reference.chosen.tolist(),
+            "reference_rejected_logps": reference.rejected.tolist(),
+        }
+    if reference is not None and beta is not None:
+        chosen, rejected = rewards(policy, reference, beta=beta)
+        columns |= {"chosen_reward": chosen.tolist(), "rejected_reward": rejected.tolist()}
+    return [
+        PairScore(
+            id=pair.id,
+            chosen_tokens=len(pair.chosen_ids),
+            rejected_tokens=len(pair.rejected_ids),
+            **{name: values[row] for name, values in columns.items()},
+        )
+        for row, pair in enumerate(pairs)
+    ]
+
+
+def score_pairs(
+    model: torch.nn.Module,
+    reference: Reference | None,
+    pairs: Sequence[TokenizedPair],
+    *,
+    beta: float | None,
+    tokens_per_pack: int = TOKENS_PER_PACK,
+) -> list[PairScore]:
+    """Score `pairs` with a model that `prepare_policy` made ready, in evaluation mode, without gradients."""
+    run = partial(
+        pair_logps, pairs=pairs, device=next(model.parameters()).device, tokens_per_pack=tokens_per_pack
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        policy = run(partial(sequence_logps, model))
+        return pair_scores(pairs, policy, None if reference is None else run(reference.logps), beta)
+    finally:
+        model.train(was_training)
+
+
+def score_file(
+    target: Path | str,
+    pairs: Path,
+    *,
+    base: str | None = None,
+    beta: float | None = None,
+    out: Path | None = None,
+) -> ScoreReport:
+    """Score a file of pairs with an adapter folder, or with a model (folder or hub id).
+
+    An adapter's reference is its base with the adapter off; `base` says where that base is, as in a merge. A
+    model has a reference, and so rewards, only where `base` names one. `beta` defaults to the run's, and
+    without one there are no rewards. `pairs` holds preference rows or the token ids of a run's
+    `held_out.jsonl`. `out` receives one JSON object a pair.
+
+    Raises InputError for anything missing or unfit, before any weights are loaded where that can be known.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
+    score = _score_adapter if (Path(target) / CONFIG_FILE).is_file() else _score_model
+    beta, scores = score(str(target), pairs, base, beta)
+    report = ScoreReport(target=Path(target).name, beta=beta, scores=scores)
+    if out is not None:
+        report.write(out)
+    return report
+
+
+def _score_adapter(
+    target: str, path: Path, base: str | None, beta: float | None
+) -> tuple[float | None, list[PairScore]]:
+    saved = read_adapter(Path(target), base=base)
+    tokenizer = load_tokenizer(saved.base, saved.revision)
+    pairs = load_pairs(path, tokenizer, max_length=saved.max_length or MAX_LENGTH)
+    policy = open_adapter(saved, dtype=saved.dtype)
+    prepare_policy(policy)
+    beta = saved.beta if beta is None else beta
+    return beta, score_pairs(policy, DisabledAdapterReference(policy), pairs, beta=beta)
+
+
+def _score_model(
+    target: str, path: Path, base: str | None, beta: float | None
+) -> tuple[float | None, list[PairScore]]:
+    pairs = load_pairs(path, load_tokenizer(target), max_length=MAX_LENGTH)
+    policy = _model_logps(target, pairs)
+    reference = None if base is None else _model_logps(base, pairs)
+    return beta, pair_scores(pairs, policy, reference, beta)
+
+
+def _model_logps(name: str, pairs: Sequence[TokenizedPair]) -> PairLogps:
+    model = load_base(name)
+    prepare_policy(model)
+    model.eval()
+    return pair_logps(partial(sequence_logps, model), pairs, device=model.device)

@@ -1,0 +1,264 @@
+"""Open a saved adapter on the base it was trained on: which base, is it really that one, do all tensors
+fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, PretrainedConfig
+
+from lorafocal.errors import InputError
+from lorafocal.lineage import Lineage, lineage_of
+from lorafocal.model.adapters import widen_adapters
+from lorafocal.model.load import base_fingerprint, load_base
+from lorafocal.yaml12 import parse_yaml
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# What plain LoRA and rsLoRA need. Any other field away from its default is a variant whose merge is another
+# formula (DoRA, QALoRA, activated LoRA, ...): a variant of a later PEFT is refused without being listed.
+_PLAIN_LORA_FIELDS = frozenset(
+    "r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern megatron_core qalora_group_size runtime_config inference_mode "
+    "peft_type peft_version task_type auto_mapping base_model_name_or_path revision".split()
+)
+# These leave the base's weights alone; others (PiSSA, OLoRA, CorDA, LoftQ) train on a changed base.
+_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
+_MERGE_REMEDY = "Release the adapter as it is, or train a plain LoRA adapter."
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """An adapter folder whose description was read and found usable; no weights are loaded yet.
+
+    `base`, `revision` and `dtype` say what training saw; `max_length` and `beta` are the run's, where known.
+    """
+
+    folder: Path
+    config: LoraConfig
+    base: str
+    revision: str | None
+    dtype: str
+    lineage: Lineage | None
+    max_length: int | None
+    beta: float | None
+    notes: tuple[str, ...]
+
+
+def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
+    """Read an adapter folder and find its base.
+
+    The base is, in this order: `base` (hub id or folder), `model.name` of the run's `config.yaml` beside the
+    adapter folder, the hub id in `lorafocal.json`, `base_model_name_or_path` of the PEFT configuration.
+
+    Raises InputError: not a plain LoRA adapter, base unknown, base quantised (row 41), or base other than the
+    one the lineage names by digest (row S13).
+    """
+    config = _read_config(folder)
+    lineage = lineage_of(folder)
+    run = _run_settings(folder.resolve().parent / "config.yaml")
+    name, revision = _find_base(folder, base, run, lineage, config)
+    base_config = _base_config(name, revision)
+    return SavedAdapter(
+        folder=folder,
+        config=config,
+        base=name,
+        revision=revision,
+        dtype=run.get("model", {}).get("dtype") or _stored_dtype(base_config),
+        lineage=lineage,
+        max_length=run.get("data", {}).get("max_length"),
+        beta=None if lineage is None or lineage.objective is None else lineage.objective.get("beta"),
+        notes=_check_base(folder, name, revision, base_config, lineage),
+    )
+
+
+def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
+    """Load the base as training saw it (its weights rounded to `saved.dtype`), hold it in `dtype`, put the
+    adapter on.
+
+    Adapter tensors are float32. Strict both ways (row 53): a tensor without its layer, a layer without its
+    tensor or another shape raises InputError naming it.
+    """
+    base = load_base(saved.base, revision=saved.revision, dtype=saved.dtype)
+    cast_parameters(base, getattr(torch, dtype))
+    try:
+        policy = widen_adapters(get_peft_model(base, saved.config))
+    except ValueError as error:
+        raise InputError(f"{saved.folder}: the adapter does not fit {saved.base}: {error}") from error
+    _check_places(saved.folder, policy)
+    stored = _read_tensors(saved.folder / WEIGHTS_FILE)
+    expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    _check_tensors(saved.folder / WEIGHTS_FILE, stored, expected)
+    set_peft_model_state_dict(policy, stored)
+    return policy.eval()
+
+
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters in place. Buffers stay: `model.to(bfloat16)` would round the rotary frequencies too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is not an adapter folder: it has no {CONFIG_FILE}. A run keeps its own in RUN/adapter."
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(
+            f"{folder} has no {WEIGHTS_FILE}; only safetensors are read. Save it again with a current PEFT."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}. Copy it again from where it was trained.") from error
+    if record.get("peft_type") != "LORA":
+        raise InputError(
+            f"{path}: peft_type is {record.get('peft_type')!r}; lorafocal opens LoRA adapters only."
+        )
+    try:
+        config = LoraConfig(**record)
+    except TypeError as error:
+        raise InputError(
+            f"{path}: {error}. It was written by another PEFT; install that one to open it."
+        ) from error
+    _check_plain_lora(path, config)
+    return config
+
+
+def _check_plain_lora(path: Path, config: LoraConfig) -> None:
+    """Refuse every variant by the name of its field."""
+    default = LoraConfig()
+    if config.init_lora_weights not in _HARMLESS_STARTS:
+        raise InputError(
+            f"{path}: init_lora_weights is {config.init_lora_weights!r}, which trains on a changed base. "
+            "Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in _PLAIN_LORA_FIELDS or field.name == "init_lora_weights":
+            continue
+        if value and value != getattr(default, field.name):
+            raise InputError(f"{path}: {field.name} is {value!r}, which is not plain LoRA. {_MERGE_REMEDY}")
+
+
+def _run_settings(path: Path) -> dict[str, Any]:
+    """The run's resolved `config.yaml`, or nothing where the adapter lies outside a run folder.
+
+    Read leniently: the closed schema of another version must not stand between a user and a trained adapter.
+    """
+    if not path.is_file():
+        return {}
+    settings = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    return settings if isinstance(settings, dict) and isinstance(settings.get("model"), dict) else {}
+
+
+def _find_base(
+    folder: Path, base: str | None, run: Mapping[str, Any], lineage: Lineage | None, config: LoraConfig
+) -> tuple[str, str | None]:
+    recorded_revision = None if lineage is None else lineage.base.revision
+    if base is not None:
+        return base, None if Path(base).exists() else recorded_revision
+    if run:
+        return run["model"]["name"], run["model"].get("revision")
+    if lineage is not None and "/" in lineage.base.name:
+        return lineage.base.name, recorded_revision
+    if config.base_model_name_or_path:
+        return config.base_model_name_or_path, config.revision
+    raise InputError(
+        f"{folder} does not record a base that can be loaded from here. Say --base NAME_OR_FOLDER."
+    )
+
+
+def _base_config(name: str, revision: str | None) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the base {name} cannot be read ({reason}). Say where it is with --base."
+        ) from error
+
+
+def _stored_dtype(config: PretrainedConfig) -> str:
+    """bfloat16 where the base says so; otherwise float32, which holds every other stored dtype exactly."""
+    stored = getattr(config, "dtype", None)
+    return "bfloat16" if stored in (torch.bfloat16, "bfloat16") else "float32"
+
+
+def _check_base(
+    folder: Path, name: str, revision: str | None, config: PretrainedConfig, lineage: Lineage | None
+) -> tuple[str, ...]:
+    """Refuse a quantised base, and one whose weights are not those the adapter was trained on."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"the base {name} is quantised: merging into it rounds most of the adapter away. "
+            "Give --base its bfloat16 or float32 original, or release the adapter as it is."
+        )
+    if lineage is None:
+        return (
+            "The adapter has no lorafocal.json: whether this is the base it was trained on is not known.",
+        )
+    found = base_fingerprint(name, revision=revision)
+    if found["sha256"] != lineage.base.sha256:
+        raise InputError(
+            f"{folder} was trained on {lineage.base.name} (weights sha256 {lineage.base.sha256}), "
+            f"but {name} has sha256 {found['sha256']}. Give the right one with --base."
+        )
+    return ()
+
+
+def lora_layers(policy: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers, named as the base names them."""
+    prefix = "base_model.model."
+    return {n.removeprefix(prefix): m for n, m in policy.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _check_places(folder: Path, policy: PeftModel) -> None:
+    """Refuse an adapter on the output head or the embeddings: tied, they are one tensor, and a merge changes
+    both."""
+    model = policy.get_base_model()
+    outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    for name, layer in lora_layers(policy).items():
+        if id(layer) in outer or not isinstance(layer.get_base_layer(), torch.nn.Linear):
+            raise InputError(
+                f"{folder}: the adapter changes {name}, which is not an inner linear layer. {_MERGE_REMEDY}"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}. Copy it again from where it was trained.") from error
+
+
+def _check_tensors(
+    path: Path, stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    wrong = [f"{name} has no layer in the base" for name in sorted(stored.keys() - expected.keys())]
+    wrong += [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
+    for name in sorted(stored.keys() & expected.keys()):
+        if stored[name].shape != expected[name].shape:
+            wrong.append(
+                f"{name} is {tuple(stored[name].shape)}, the base needs {tuple(expected[name].shape)}"
+            )
+        elif not stored[name].isfinite().all():
+            wrong.append(f"{name} has values that are not finite")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(
+            f"{path} does not fit the base: {'; '.join(wrong[:3])}{more}."
+            " The file is incomplete or of another base."
+        )

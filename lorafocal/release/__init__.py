@@ -1,0 +1,1 @@
+"""From a trained adapter to something others can load: merge, gate, card."""

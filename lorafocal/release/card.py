@@ -1,0 +1,128 @@
+"""Model cards: the README.md beside an adapter or a merged model. Pure text; imports nothing that loads
+weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from lorafocal.lineage import BaseIdentity, Lineage, lineage_of
+
+__all__ = ["BaseIdentity", "Lineage", "adapter_card", "lineage_of", "merged_card"]
+
+CARD_FILE = "README.md"
+_TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+
+
+def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -> str:
+    """Card of a LoRA adapter; `results` are measured numbers to print, e.g. held-out metrics by name."""
+    name = lineage.base.name
+    base = f'"{name}"' if lineage.base.revision is None else f'"{name}", revision="{lineage.base.revision}"'
+    return (
+        "\n\n".join(
+            [
+                _front_matter(lineage, library="peft", relation="adapter"),
+                f"# LoRA adapter for {name}",
+                _origin(lineage),
+                _results(results),
+                _loading(
+                    "from peft import PeftModel\n" + _TRANSFORMERS,
+                    f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+                    'model = PeftModel.from_pretrained(base, "PATH_OR_ID_OF_THIS_ADAPTER")\n'
+                    f"tokenizer = AutoTokenizer.from_pretrained({base})",
+                ),
+                _limits(
+                    "The adapter fits this base and no other: `lorafocal.json` holds the digest of its weights.",
+                ),
+            ]
+        )
+        + "\n"
+    )
+
+
+def merged_card(
+    lineage: Lineage, *, dtype: str, gate: str, survival: str, notes: tuple[str, ...] = ()
+) -> str:
+    """Card of a merged model; `gate` and `survival` are the tables of the merge report."""
+    name = lineage.base.name
+    return (
+        "\n\n".join(
+            [
+                _front_matter(lineage, library="transformers", relation="finetune"),
+                f"# {name}, merged with a preference-tuned LoRA adapter",
+                _origin(lineage),
+                f"Weights were merged in float32 and stored in {dtype}.",
+                "## Does it do what the adapter did?",
+                f"```text\n{gate}\n```",
+                f"```text\n{survival}\n```",
+                _loading(
+                    _TRANSFORMERS,
+                    f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THIS_MODEL", dtype="{dtype}")\n'
+                    'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID_OF_THIS_MODEL")',
+                ),
+                _limits(
+                    *notes,
+                    "The numbers above compare this model with its adapter; they do not say how good it is.",
+                ),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _front_matter(lineage: Lineage, *, library: str, relation: str) -> str:
+    """Metadata that model hubs read. A local base has no hub id, so it is left out rather than made up."""
+    tags = ["lorafocal", "lora", "preference-tuning"]
+    if lineage.objective is not None:
+        tags.append(str(lineage.objective["name"]))
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+    if "/" in lineage.base.name:
+        fields |= {"base_model": lineage.base.name, "base_model_relation": relation}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _origin(lineage: Lineage) -> str:
+    base = lineage.base
+    rows = [
+        ("base", base.name),
+        ("base revision", base.revision or "none (a local folder)"),
+        ("base weights, sha256", base.sha256),
+    ]
+    rows += [(f"adapter {parent['adapter']}, sha256", parent["sha256"]) for parent in lineage.parents]
+    if lineage.objective is None:
+        rows.append(("training", "not recorded: the adapter was made by another tool"))
+    else:
+        settings = ", ".join(
+            f"{key} {value:g}" for key, value in lineage.objective.items() if isinstance(value, (int, float))
+        )
+        rows += [
+            ("objective", f"{lineage.objective['name']} ({settings})"),
+            ("reference", str(lineage.reference)),
+            ("optimiser steps", str(lineage.steps)),
+            ("pairs seen", str(lineage.pairs_seen)),
+        ]
+    rows.append(("made with", f"lorafocal {lineage.as_dict()['lorafocal']}"))
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows)
+
+
+def _results(results: Mapping[str, float] | None) -> str:
+    if not results:
+        return "No held-out numbers were measured in this run."
+    return "Held-out pairs:\n\n| | |\n|---|---|\n" + "\n".join(
+        f"| {key} | {value:.6g} |" for key, value in results.items()
+    )
+
+
+def _loading(imports: str, body: str) -> str:
+    return f"## Loading\n\n```python\n{imports}\n\n{body}\n```"
+
+
+def _limits(*lines: str) -> str:
+    common = (
+        "Preference tuning moves probability between answers like those of its training pairs; it adds no "
+        "knowledge and is no safety measure.",
+        "The licence and the limits of the base apply.",
+    )
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in (*lines, *common))

@@ -1,0 +1,167 @@
+"""The gate of a merge: held-out pairs under the live adapter and under the merged model as it was written.
+
+Both sides compute in one dtype (float32 unless memory forbids), each with its own weights: the base rounded
+to the dtype of training plus the float32 adapter, and the merged weights rounded to the dtype of the output.
+So the drift is what merging did to the function, not the noise of bfloat16 arithmetic, which a release pays
+anyway and which is measured apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.objectives.pairwise import PairLogps
+
+# At most a tenth of what was learned may be lost, as 90% of a layer's delta must survive its cast (row 43).
+MAX_DRIFT = 0.1
+# Two float32 ways to the same log-prob differ by this share of it; below, nothing can be told apart.
+FLOAT32_NOISE = 1e-6
+
+
+class GateFailure(InputError):
+    """The merged model does not do what the adapter does; nothing was published. The message holds the way
+    out."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport:
+    """How far the merged model is from the live adapter, over B pairs (2B sequences); in nats unless said.
+
+    `learned_rms`: root mean square of live minus reference log-probs, the effect that must survive.
+    `drift_rms`, `drift_mean`, `drift_max`: of merged minus live log-probs (absolute values in mean and max);
+    `drift_per_token` is the summed absolute drift over the completion tokens. `margin_drift_mean`,
+    `margin_drift_max`: the same of chosen minus rejected. `rank_flips`: pairs whose logratio margin (before
+    beta) has another sign. `noise_rms`: the merged model in its own dtype's arithmetic minus itself in the
+    gate's; None where they are one.
+    """
+
+    pairs: int
+    tokens: int
+    dtype: str
+    gate_dtype: str
+    learned_rms: float
+    drift_rms: float
+    drift_mean: float
+    drift_max: float
+    drift_per_token: float
+    margin_drift_mean: float
+    margin_drift_max: float
+    rank_flips: int
+    noise_rms: float | None
+    max_drift: float
+    limit: float
+
+    @property
+    def lost(self) -> float:
+        """Drift as a share of the learned effect."""
+        if self.learned_rms == 0:
+            return 0.0 if self.drift_rms == 0 else math.inf
+        return self.drift_rms / self.learned_rms
+
+    @property
+    def passed(self) -> bool:
+        return self.drift_rms <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "lost": self.lost, "passed": self.passed}
+
+    def table(self) -> str:
+        """The numbers for a person, one a line."""
+        rows = [
+            ("held-out pairs", f"{self.pairs} ({self.tokens} completion tokens)"),
+            ("learned effect", f"{self.learned_rms:.4g} nats a sequence (rms of adapter - base)"),
+            (
+                "drift of the merge",
+                f"{self.drift_rms:.3g} nats a sequence = {self.lost:.2%} of the learned effect",
+            ),
+            ("  allowed", f"{self.limit:.3g} nats ({self.max_drift:.0%} of the learned effect)"),
+            (
+                "  mean, largest",
+                f"{self.drift_mean:.3g}, {self.drift_max:.3g} nats; {self.drift_per_token:.2g} a token",
+            ),
+            ("  of margins", f"{self.margin_drift_mean:.3g} mean, {self.margin_drift_max:.3g} largest"),
+            ("rank flips", f"{self.rank_flips} of {self.pairs} pairs"),
+        ]
+        if self.noise_rms is not None:
+            rows.append((f"served in {self.dtype}", f"adds {self.noise_rms:.3g} nats of arithmetic noise"))
+        rows.append(("gate", "passed" if self.passed else "FAILED"))
+        return "\n".join(f"{key:<22}{value}" for key, value in rows)
+
+
+def compare(
+    pairs: Sequence[TokenizedPair],
+    *,
+    live: PairLogps,
+    reference: PairLogps,
+    merged: PairLogps,
+    served: PairLogps | None,
+    dtype: str,
+    gate_dtype: str,
+    max_drift: float = MAX_DRIFT,
+) -> GateReport:
+    """Compare the log-probs, (B,) each, of the live adapter, its base, and the merged model (gate and own
+    arithmetic).
+
+    The gate passes where rms(merged - live) <= max_drift * rms(live - reference) + 1e-6 * rms(live): the
+    drift is measured against the effect it threatens. The last term is float32 rounding, so that an adapter
+    that learned nothing can be merged exactly and passes.
+    """
+    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    drift = _sequences(merged) - _sequences(live)
+    live_margin, merged_margin = _margins(live, reference), _margins(merged, reference)
+    margin_drift = (merged_margin - live_margin).abs()
+    learned_rms = _rms(_sequences(live) - _sequences(reference))
+    return GateReport(
+        pairs=len(pairs),
+        tokens=tokens,
+        dtype=dtype,
+        gate_dtype=gate_dtype,
+        learned_rms=learned_rms,
+        drift_rms=_rms(drift),
+        drift_mean=float(drift.abs().mean()),
+        drift_max=float(drift.abs().max()),
+        drift_per_token=float(drift.abs().sum() / tokens),
+        margin_drift_mean=float(margin_drift.mean()),
+        margin_drift_max=float(margin_drift.max()),
+        rank_flips=int((live_margin.sign() != merged_margin.sign()).sum()),
+        noise_rms=None if served is None else _rms(_sequences(served) - _sequences(merged)),
+        max_drift=max_drift,
+        limit=max_drift * learned_rms + FLOAT32_NOISE * _rms(_sequences(live)),
+    )
+
+
+def check(report: GateReport) -> None:
+    """Raise GateFailure unless the report passed (a drift that is not a number fails)."""
+    if report.passed:
+        return
+    remedies = "publish the adapter without merging it"
+    if report.dtype != "float32":
+        remedies = f"merge with --dtype float32, or {remedies}"
+    raise GateFailure(
+        f"the merged model is not the adapter: on {report.pairs} held-out pairs its log-probs drift by "
+        f"{report.drift_rms:.3g} nats a sequence, {report.lost:.0%} of the learned effect of "
+        f"{report.learned_rms:.3g} nats; "
+        f"{report.max_drift:.0%} is allowed ({report.rank_flips} pairs change rank). Nothing was written. "
+        f"Storing in {report.dtype} lost it: {remedies}."
+    )
+
+
+def _sequences(logps: PairLogps) -> Tensor:
+    return torch.cat((logps.chosen, logps.rejected)).double()
+
+
+def _margins(policy: PairLogps, reference: PairLogps) -> Tensor:
+    chosen, rejected = (_sequences(policy) - _sequences(reference)).chunk(2)
+    return chosen - rejected
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
