@@ -1,11 +1,12 @@
 """Which values of beta and gamma make sense, checked without importing torch.
 
-FocalPO (Eq. 4) is L(z) = -p^gamma log p with p = sigmoid(z) and z = beta * (chosen - rejected logratio). Its slope,
+FocalPO (Eq. 4) is L(z) = -p^gamma log p with p = sigmoid(z) and z = beta * (chosen - rejected logratio).
+Its slope,
 
     dL/dz = -(1 - p) p^gamma (1 + gamma log p),
 
-changes sign where log p < -1/gamma: past that margin a step pushes the pair the wrong way. A run starts at margin 0, where
-log p = -ln 2, so from gamma = 1/ln 2 on the very first step has no slope or the wrong one.
+changes sign where log p < -1/gamma: past that margin a step pushes the pair the wrong way. A run starts at
+margin 0, where log p = -ln 2, so from gamma = 1/ln 2 on the very first step has no slope or the wrong one.
 """
 
 from __future__ import annotations
@@ -36,16 +37,18 @@ def check_gamma(gamma: float) -> str | None:
     Raises `InputError` where gamma is negative or not finite, and from 1/ln 2 = 1.4427 on.
     """
     if not _is_number(gamma) or gamma < 0:
-        raise InputError(f"gamma is {gamma!r}; it must be a finite number, 0 (this is DPO) or more; the paper uses 0.05")
+        raise InputError(
+            f"gamma is {gamma!r}; it must be a finite number, 0 (this is DPO) or more; the paper uses 0.05"
+        )
     if gamma >= GAMMA_LIMIT:
         raise InputError(
-            f"gamma is {gamma!r}; from 1/ln 2 = {GAMMA_LIMIT:.4f} on the first step, taken at margin 0, learns nothing "
-            "or learns backwards; the paper uses 0.05, and up to 0.2 is safe"
+            f"gamma is {gamma!r}; from 1/ln 2 = {GAMMA_LIMIT:.4f} on the first step, taken at margin 0, "
+            "learns nothing or learns backwards; the paper uses 0.05, and up to 0.2 is safe"
         )
     if gamma > GAMMA_CAUTION:
         return (
-            f"gamma is {gamma}: pairs whose log p falls below -1/gamma = {-1 / gamma:.3g} are pushed the wrong way; "
-            "watch focal/turned_share, or use at most 0.2 (the paper uses 0.05)"
+            f"gamma is {gamma}: pairs whose log p falls below -1/gamma = {-1 / gamma:.3g} are pushed "
+            "the wrong way; watch focal/turned_share, or use at most 0.2 (the paper uses 0.05)"
         )
     return None
 

@@ -1,6 +1,7 @@
 """The typed description of a run: YAML plus dotted overrides into a closed, frozen schema.
 
-Every mistake is reported at once, with its dotted key, what was found and what is allowed. Imports neither torch nor transformers.
+Every mistake is reported at once, with its dotted key, what was found and what is allowed. Imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations
@@ -33,17 +34,23 @@ def _target_modules(value: Any) -> Any:
         return value
     if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
         return value
-    raise ValueError(f"found {value!r}; allowed: all-linear, or a list of module names such as [q_proj, v_proj]")
+    raise ValueError(
+        f"found {value!r}; allowed: all-linear, or a list of module names such as [q_proj, v_proj]"
+    )
 
 
 def _architecture(value: Any) -> Any:
     if value is not None and not (isinstance(value, dict) and isinstance(value.get("model_type"), str)):
-        raise ValueError(f"found {value!r}; allowed: the model's transformers config values, model_type among them")
+        raise ValueError(
+            f"found {value!r}; allowed: the model's transformers config values, model_type among them"
+        )
     return value
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
 
 
 class Model(_Section):
@@ -103,12 +110,14 @@ class Objective(_Section):
         if self.name == "focalpo":
             check_gamma(self.gamma)  # type: ignore[arg-type]  # None is refused there
         elif self.gamma is not None:
-            raise ValueError(f"gamma is {self.gamma}, but dpo has no gamma and would ignore it; remove it, or set it to null")
+            raise ValueError(
+                f"gamma is {self.gamma}, but dpo has no gamma and would ignore it; remove it, or set it null"
+            )
         return self
 
 
 class Reference(_Section):
-    """What the policy is compared with; there is no default, because a wrong reference trains without complaint."""
+    """What the policy is compared with; no default, because a wrong reference trains without complaint."""
 
     kind: Literal["disabled_adapter"]
     identity_probe: bool = True
@@ -135,9 +144,13 @@ class Training(BaseModel):
         except ValidationError as error:
             problems += error.errors()
         if isinstance(section, dict):
-            problems += _training_problems({k: v for k, v in section.items() if k not in cls.model_fields}, section)
+            problems += _training_problems(
+                {k: v for k, v in section.items() if k not in cls.model_fields}, section
+            )
         if problems:
-            raise ValidationError.from_exception_data(cls.__name__, [_line_error(problem) for problem in problems])
+            raise ValidationError.from_exception_data(
+                cls.__name__, [_line_error(problem) for problem in problems]
+            )
         return result
 
     @property
@@ -169,7 +182,9 @@ class Config(_Section):
     def _evaluation_has_data(self) -> Config:
         strategy = self.training.fields.get("eval_strategy", "no")
         if self.data.eval is None and (strategy != "no" or self.training.fields.get("eval_on_start")):
-            raise ValueError("training asks for evaluation, but data.eval names no file; give one, or remove eval_strategy")
+            raise ValueError(
+                "training asks for evaluation, but data.eval names no file; give one, or remove eval_strategy"
+            )
         return self
 
     def sha(self) -> str:
@@ -185,14 +200,16 @@ class Config(_Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides in order, and check everything.
 
-    Raises `InputError` naming the file and listing all mistakes: unknown keys with the nearest known one, missing keys, wrong
-    types (a number written as text is one), and values out of bounds.
+    Raises `InputError` naming the file and listing all mistakes: unknown keys with the nearest known one,
+    missing keys, wrong types (a number written as text is one), and values out of bounds.
     """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the config {file}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(
+            f"cannot read the config {file}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     values = parse_yaml(text, source=str(file))
     if not isinstance(values, dict):
         raise InputError(f"{file}: found {type(values).__name__}; a config is a mapping of {_names(Config)}")
@@ -207,7 +224,9 @@ def check_config(values: Mapping[str, Any], source: str = "config") -> Config:
         return Config.model_validate(dict(values))
     except ValidationError as error:
         lines = [line for details in error.errors() for line in _describe(details)]
-        raise InputError("\n  ".join([f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}", *lines])) from None
+        raise InputError(
+            "\n  ".join([f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}", *lines])
+        ) from None
 
 
 def resolved_yaml(config: Config) -> str:
@@ -223,7 +242,11 @@ def known_keys() -> list[str]:
         is_section = isinstance(section, type) and issubclass(section, BaseModel)
         keys += [f"{name}.{key}" for key in section.model_fields] if is_section else [name]  # type: ignore[union-attr]
     fields = [name for name in installed_fields() if name in RULES and f"training.{name}" not in keys]
-    return keys + [f"training.{name}" for name in fields if RULES[name].kind == "supported" and not RULES[name].config_key]
+    return keys + [
+        f"training.{name}"
+        for name in fields
+        if RULES[name].kind == "supported" and not RULES[name].config_key
+    ]
 
 
 def training_arguments(config: Config) -> dict[str, Any]:
@@ -252,7 +275,9 @@ def training_arguments(config: Config) -> dict[str, Any]:
     if objective.gamma is not None:
         arguments["gamma"] = objective.gamma
     if training.warmup_ratio > 0:
-        arguments["warmup_steps"] = training.warmup_ratio  # below 1 it is a share of all steps, in transformers 5.5 and later
+        arguments["warmup_steps"] = (
+            training.warmup_ratio
+        )  # below 1 it is a share of all steps, in transformers 5.5 and later
     if training.activation_checkpointing:
         prefix = "activation" if "activation_checkpointing" in installed_fields() else "gradient"
         arguments[f"{prefix}_checkpointing"] = True
@@ -273,7 +298,7 @@ def lora_arguments(config: Config) -> dict[str, Any]:
 
 
 def shape_differences(shape: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
-    """One line for each value of `model.shape` that the loaded model's config (`config.to_dict()`) contradicts."""
+    """One line for each value of `model.shape` that the loaded model's config contradicts."""
     return [
         f"model.shape.{key} is {wanted!r}, but the model has {actual.get(key)!r}"
         for key, wanted in shape.items()
@@ -282,11 +307,13 @@ def shape_differences(shape: Mapping[str, Any], actual: Mapping[str, Any]) -> li
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in nested values; the value is read as YAML, so 1e-5 is a number and null is null."""
+    """Set one `section.key=value` in nested values; the value is read as YAML, so 1e-5 is a number."""
     key, separator, text = override.partition("=")
     path = key.strip().split(".")
     if not separator or not all(path):
-        raise InputError(f"{override!r} is not an override; write section.key=value, for example objective.beta=0.1")
+        raise InputError(
+            f"{override!r} is not an override; write section.key=value, for example objective.beta=0.1"
+        )
     place = values
     for depth, part in enumerate(path[:-1], start=1):
         place = place.setdefault(part, {})
@@ -317,7 +344,11 @@ def _line_error(problem: Any) -> InitErrorDetails:
     """One line of a pydantic error: either ours, a (key, message), or pydantic's own details passed on."""
     if isinstance(problem, tuple):
         key, message = problem
-        return {"type": PydanticCustomError("training_field", "{message}", {"message": message}), "loc": (key,), "input": None}
+        return {
+            "type": PydanticCustomError("training_field", "{message}", {"message": message}),
+            "loc": (key,),
+            "input": None,
+        }
     kept = PydanticCustomError(problem["type"], "{message}", {"message": problem["msg"]})
     return {"type": kept, "loc": problem["loc"], "input": problem["input"]}
 
@@ -342,10 +373,12 @@ def _describe(details: ErrorDetails) -> Iterable[str]:
 
 
 def _unknown(key: str) -> str:
-    """What to say about a key that does not exist: the same name in another section, or the nearest spelling."""
+    """What to say about an unknown key: the same name in another section, or the nearest spelling."""
     keys = known_keys()
     last = key.rpartition(".")[2]
-    near = [known for known in keys if known.rpartition(".")[2] == last] or difflib.get_close_matches(key, keys, n=1)
+    near = [known for known in keys if known.rpartition(".")[2] == last] or difflib.get_close_matches(
+        key, keys, n=1
+    )
     section = key.rpartition(".")[0]
     inside = [known for known in keys if known.rpartition(".")[0] == section]
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(inside) or _names(Config)}"

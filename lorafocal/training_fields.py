@@ -1,7 +1,8 @@
-"""Every field of transformers' `TrainingArguments`, classed: supported, set by us, or refused with its reason.
+"""Every field of transformers' `TrainingArguments`: supported, set by us, or refused with its reason.
 
-The table covers transformers 5.5 to 5.23. The installed version's fields are read from its source with `ast`, so nothing here
-imports transformers. A field that a later version adds is refused by name until somebody classes it (and a test fails).
+The table covers transformers 5.5 to 5.23. The installed version's fields are read from its source with `ast`,
+so nothing here imports transformers. A field that a later version adds is refused by name, and fails a test,
+until somebody classes it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class FieldRule:
 
     `value` is what we set it to, or for a refused field the neutral value, the only one accepted.
     `choices` limits a supported field to these values (empty: any of its type).
-    `config_key` names the key of a lorafocal config that takes the field's place there (empty: the field itself).
+    `config_key` names the key that takes the field's place in a config file (empty: the field itself).
     """
 
     kind: Literal["supported", "set", "refused"]
@@ -47,20 +48,28 @@ def _refused(value: Any, reason: str) -> FieldRule:
     return FieldRule("refused", value, reason)
 
 
-_STEP = "the data loader's batch is the whole optimiser step, split into packs; use pairs_per_step and the packing budget"
-_LOADER = "the data loader and its sampler are ours (accelerate's repeats pairs on ragged data); nothing reads this"
+_STEP = "a batch is the whole optimiser step, split into packs; use pairs_per_step and the packing budget"
+_LOADER = (
+    "the data loader and its sampler are ours (accelerate's repeats pairs on ragged data); nothing reads this"
+)
 _EVALUATION = "evaluation adds up sums and counts over pairs and never gathers outputs; nothing reads this"
 _HUB = "a run never uploads; publish the finished run folder with the hub's own client"
 _SAVE = "checkpoints are our own format (safetensors and JSON, complete or absent)"
-_BEST = "the run ends with the last step's adapter; compare checkpoints with `lorafocal score` and merge the one you choose"
-_COMPILE = "attention takes segment bounds from the host, so each pack would be its own graph; there is no replacement yet"
-_SHARDED = "sharded training is for the full-parameter mode, which does not exist yet; adapters fit one GPU, or use DDP"
-_HALF = "half precision overflows in preference losses (NaN, or loss 0 from the second step); use bfloat16 or float32"
+_BEST = (
+    "the run ends with the last step's adapter; compare checkpoints with `lorafocal score`, merge one of them"
+)
+_COMPILE = (
+    "attention takes segment bounds from the host, so each pack would be its own graph; nothing replaces it"
+)
+_SHARDED = (
+    "sharding is for the full-parameter mode, which does not exist yet; adapters fit one GPU, or use DDP"
+)
+_HALF = "half precision overflows in preference losses (NaN, or loss 0 after a step); use bfloat16 or float32"
 _SCRIPT = "only example scripts of transformers read it"
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 
 RULES: dict[str, FieldRule] = {
@@ -71,11 +80,17 @@ RULES: dict[str, FieldRule] = {
     "lr_scheduler_type": _supported(*_SCHEDULES),
     "lr_scheduler_kwargs": _supported(),
     "warmup_steps": _supported(),
-    "warmup_ratio": _refused(None, "gone from transformers; warmup_steps below 1 is the same share of all steps"),
+    "warmup_ratio": _refused(
+        None, "gone from transformers; warmup_steps below 1 is the same share of all steps"
+    ),
     # optimiser
     "optim": _supported(*_OPTIMISERS),
-    "optim_args": _refused(None, "none of the supported optimisers takes any; use adam_beta1, adam_beta2, adam_epsilon"),
-    "optim_target_modules": _refused(None, "for low-rank optimisers over full parameters; the adapter targets are set apart"),
+    "optim_args": _refused(
+        None, "none of the supported optimisers takes any; use adam_beta1, adam_beta2, adam_epsilon"
+    ),
+    "optim_target_modules": _refused(
+        None, "for low-rank optimisers over full parameters; the adapter targets are set apart"
+    ),
     "weight_decay": _supported(),
     "adam_beta1": _supported(),
     "adam_beta2": _supported(),
@@ -85,15 +100,27 @@ RULES: dict[str, FieldRule] = {
     "per_device_train_batch_size": _set(1, _STEP),
     "per_device_eval_batch_size": _set(1, _STEP),
     "gradient_accumulation_steps": _set(1, _STEP),
-    "average_tokens_across_devices": _set(False, "the loss is a sum over pairs divided by the pairs of the step, on all ranks"),
-    "auto_find_batch_size": _refused(False, "it restarts with another batch; lower the packing budget: results stay the same"),
-    "label_smoothing_factor": _refused(0.0, "it belongs to cross-entropy and would be ignored by a preference loss"),
-    "neftune_noise_alpha": _refused(None, "noise on embeddings makes policy and reference differ at the start"),
-    "torch_empty_cache_steps": _refused(None, "our training step does not read it; lower the packing budget instead"),
+    "average_tokens_across_devices": _set(
+        False, "the loss is a sum over pairs divided by the pairs of the step, on all ranks"
+    ),
+    "auto_find_batch_size": _refused(
+        False, "it restarts with another batch; lower the packing budget: results stay the same"
+    ),
+    "label_smoothing_factor": _refused(
+        0.0, "it belongs to cross-entropy and would be ignored by a preference loss"
+    ),
+    "neftune_noise_alpha": _refused(
+        None, "noise on embeddings makes policy and reference differ at the start"
+    ),
+    "torch_empty_cache_steps": _refused(
+        None, "our training step does not read it; lower the packing budget instead"
+    ),
     # precision and model
     "bf16": _supported(config_key="model.dtype"),
     "fp16": _refused(False, _HALF),
-    "bf16_full_eval": _refused(False, "it would cast the fp32 adapters for evaluation; evaluation computes as training does"),
+    "bf16_full_eval": _refused(
+        False, "it would cast the fp32 adapters for evaluation; evaluation computes as training does"
+    ),
     "fp16_full_eval": _refused(False, _HALF),
     "tf32": _supported(),
     "activation_checkpointing": _supported(),
@@ -110,12 +137,18 @@ RULES: dict[str, FieldRule] = {
     "logging_strategy": _supported("no", "steps", "epoch"),
     "logging_steps": _supported(),
     "logging_first_step": _supported(),
-    "logging_dir": _refused(None, "deprecated by transformers; set the environment variable TENSORBOARD_LOGGING_DIR"),
+    "logging_dir": _refused(
+        None, "deprecated by transformers; set the environment variable TENSORBOARD_LOGGING_DIR"
+    ),
     "log_on_each_node": _supported(),
     "log_level": _supported(),
     "log_level_replica": _supported(),
-    "logging_nan_inf_filter": _set(False, "the filter hides NaN; a non-finite number stops the run and names its pairs"),
-    "include_num_input_tokens_seen": _refused("no", "it measures one tensor of the batch, and a batch here is a list of packs"),
+    "logging_nan_inf_filter": _set(
+        False, "the filter hides NaN; a non-finite number stops the run and names its pairs"
+    ),
+    "include_num_input_tokens_seen": _refused(
+        "no", "it measures one tensor of the batch, and a batch here is a list of packs"
+    ),
     "disable_tqdm": _set(True, "the progress line is our own; --quiet silences it"),
     "report_to": _supported(),
     "run_name": _supported(config_key="name"),
@@ -145,8 +178,12 @@ RULES: dict[str, FieldRule] = {
     "save_only_model": _refused(False, f"{_SAVE} and always resumable"),
     "save_on_each_node": _refused(False, f"{_SAVE}; the first rank writes them"),
     "enable_jit_checkpoint": _refused(False, f"{_SAVE}; a SIGTERM already finishes the step and saves"),
-    "resume_from_checkpoint": _refused(None, f"{_SCRIPT}; use `lorafocal train CONFIG --resume`, or trainer.train(...)"),
-    "ignore_data_skip": _refused(False, "a resumed run would see pairs twice; the order is a function of seed and epoch"),
+    "resume_from_checkpoint": _refused(
+        None, f"{_SCRIPT}; use `lorafocal train CONFIG --resume`, or trainer.train(...)"
+    ),
+    "ignore_data_skip": _refused(
+        False, "a resumed run would see pairs twice; the order is a function of seed and epoch"
+    ),
     "restore_callback_states_from_checkpoint": _refused(False, f"{_SAVE}; they hold no state of callbacks"),
     "load_best_model_at_end": _refused(False, _BEST),
     "metric_for_best_model": _refused(None, _BEST),
@@ -168,21 +205,29 @@ RULES: dict[str, FieldRule] = {
     "dataloader_persistent_workers": _supported(),
     "dataloader_prefetch_factor": _supported(),
     "dataloader_multiprocessing_context": _refused(None, _LOADER),
-    "dataloader_in_order": _refused(True, "the order of pairs is a function of seed and epoch, so that a run can be resumed"),
+    "dataloader_in_order": _refused(
+        True, "the order of pairs is a function of seed and epoch, so that a run can be resumed"
+    ),
     "dataloader_drop_last": _set(False, "the last step of an epoch is a short one; no pair is dropped"),
     "remove_unused_columns": _set(False, "pairs are not columns of a model's signature"),
-    "train_sampling_strategy": _refused("random", "packing already fills each pack by length, and the order stays random"),
+    "train_sampling_strategy": _refused(
+        "random", "packing already fills each pack by length, and the order stays random"
+    ),
     "length_column_name": _refused("length", "pairs know their own length; nothing reads this"),
     "accelerator_config": _refused(None, _LOADER),
     # devices and processes
     "use_cpu": _supported(),
     "local_rank": _refused(-1, "the launcher (torchrun) says it through the environment"),
-    "ddp_find_unused_parameters": _set(False, "every adapter parameter is used in each step; searching for others costs time"),
+    "ddp_find_unused_parameters": _set(
+        False, "every adapter parameter is used in each step; searching for others costs time"
+    ),
     "ddp_bucket_cap_mb": _supported(),
     "ddp_broadcast_buffers": _supported(),
     "ddp_backend": _supported(),
     "ddp_timeout": _supported(),
-    "ddp_static_graph": _refused(None, "the number of packs changes from step to step, so the graph is not static"),
+    "ddp_static_graph": _refused(
+        None, "the number of packs changes from step to step, so the graph is not static"
+    ),
     "fsdp": _refused(None, _SHARDED),
     "fsdp_config": _refused(None, _SHARDED),
     "deepspeed": _refused(None, _SHARDED),
@@ -193,7 +238,7 @@ RULES: dict[str, FieldRule] = {
     "do_predict": _refused(False, f"{_SCRIPT}; use `lorafocal score`"),
 }
 
-# A field that has no effect unless another one has a certain value: (other field, the value it needs, transformers' default).
+# A field without effect unless another one has a certain value: (other field, the value needed, its default).
 _NEEDS: dict[str, tuple[str, Any, Any]] = {
     "logging_steps": ("logging_strategy", "steps", "steps"),
     "save_steps": ("save_strategy", "steps", "steps"),
@@ -205,28 +250,36 @@ _NEEDS: dict[str, tuple[str, Any, Any]] = {
 def installed_fields() -> dict[str, str]:
     """Name and annotation (as written) of each `TrainingArguments` field of the installed transformers.
 
-    Reads the source file with `ast`: transformers is not imported. Raises `InputError` when transformers is not installed.
+    Reads the source file, so transformers is not imported. Raises `InputError` when it is not installed.
     """
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
-        raise InputError("transformers is not installed; install lorafocal with its dependencies: pip install lorafocal")
+        raise InputError(
+            "transformers is not installed; install lorafocal with its dependencies: pip install lorafocal"
+        )
     source = Path(next(iter(spec.submodule_search_locations))) / "training_args.py"
     return fields_in_source(source.read_text(encoding="utf-8"))
 
 
 def fields_in_source(source: str) -> dict[str, str]:
-    """The annotated fields of the class `TrainingArguments` in `source`, in order: name -> annotation as written."""
+    """The fields of the class `TrainingArguments` in `source`, in order: name -> annotation as written."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            statements = [s for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
-            return {s.target.id: ast.unparse(s.annotation) for s in statements if isinstance(s.target, ast.Name)}
-    raise InputError("the installed transformers has no class TrainingArguments in training_args.py; use 5.5 or later")
+            statements = [
+                s for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
+            ]
+            return {
+                s.target.id: ast.unparse(s.annotation) for s in statements if isinstance(s.target, ast.Name)
+            }
+    raise InputError(
+        "the installed transformers has no class TrainingArguments in training_args.py; use 5.5 or later"
+    )
 
 
 def classify(name: str) -> FieldRule:
     """The rule for a field of `TrainingArguments`; one that no rule knows yet is refused by name.
 
-    Raises `InputError`, with the nearest usable name, where neither the table nor the installed transformers has it.
+    Raises `InputError`, with the nearest usable name, where neither the table nor transformers has it.
     """
     if name in RULES:
         return RULES[name]
@@ -236,7 +289,7 @@ def classify(name: str) -> FieldRule:
 
 
 def check_training_fields(given: Mapping[str, Any]) -> list[str]:
-    """One message for each field of `given` (name -> value the user chose) that cannot be honoured; empty if all can."""
+    """One message for each field of `given` (name -> value chosen by the user) that cannot be honoured."""
     errors = []
     for name, value in given.items():
         problem = _field_problem(name, value)
@@ -247,11 +300,13 @@ def check_training_fields(given: Mapping[str, Any]) -> list[str]:
 
 def forced_values() -> dict[str, Any]:
     """The fields we set ourselves, with their values, as far as the installed transformers has them."""
-    return {name: rule.value for name, rule in RULES.items() if rule.kind == "set" and name in installed_fields()}
+    return {
+        name: rule.value for name, rule in RULES.items() if rule.kind == "set" and name in installed_fields()
+    }
 
 
 def accepts(annotation: str, value: Any) -> bool:
-    """Whether `value` fits a `TrainingArguments` annotation such as `dict | str | None` (numbers: no text, no NaN)."""
+    """Whether `value` fits an annotation such as `dict | str | None` (numbers: no text, no NaN)."""
     return any(_fits(part.strip(), value) for part in annotation.split("|"))
 
 
@@ -301,6 +356,8 @@ def _without_effect(given: Mapping[str, Any]) -> list[str]:
 
 
 def _nearest(name: str) -> str:
-    usable = [field for field, rule in RULES.items() if rule.kind == "supported" and field in installed_fields()]
+    usable = [
+        field for field, rule in RULES.items() if rule.kind == "supported" and field in installed_fields()
+    ]
     close = difflib.get_close_matches(name, usable, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""YAML as people expect it: 1.2 scalars (5e-6 is a number, `no` is a word), no duplicate keys, no tags, no aliases."""
+"""YAML as people expect it: 5e-6 is a number, `no` is a word (YAML 1.2), no duplicate keys, no aliases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _NULL = (re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _BOOL = (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _INT = (re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _FLOAT = (
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -25,7 +27,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise _error("an alias (*name) is not allowed; write the value again", self.peek_event().start_mark)
+            raise _error(
+                "an alias (*name) is not allowed; write the value again", self.peek_event().start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -36,7 +40,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise _error(f"the key {key!r} is not a word", key_node.start_mark)
             if key in seen:
-                raise _error(f"the key {key!r} is given twice, first in line {seen[key]}", key_node.start_mark)
+                raise _error(
+                    f"the key {key!r} is given twice, first in line {seen[key]}", key_node.start_mark
+                )
             seen[key] = line
         return super().construct_mapping(node, deep)
 
@@ -44,7 +50,9 @@ class _Loader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         if node.tag.endswith(":int"):
             return int(text)
-        return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".nan", "nan"))
+        return float(
+            text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".nan", "nan")
+        )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -61,11 +69,11 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 def parse_yaml(text: str, *, source: str) -> Any:
     """The plain values (dict, list, str, int, float, bool, None) in one YAML document.
 
-    `source` names the text in errors. Raises `InputError` with the line for bad YAML, duplicate keys, tags that would build
-    objects, and aliases.
+    `source` names the text in errors. Raises `InputError` with the line for bad YAML, duplicate keys, tags
+    that would build objects, and aliases.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}" if mark else ""

@@ -1,0 +1,45 @@
+"""Preference tuning with FocalPO on LoRA adapters. Names load on first use, so the import itself is instant."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorafocal.config import Config, load_config
+    from lorafocal.errors import InputError
+    from lorafocal.objectives import dpo, focalpo
+    from lorafocal.trainer import FocalPOConfig, FocalPOTrainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "FocalPOConfig": "trainer",
+    "FocalPOTrainer": "trainer",
+    "InputError": "errors",
+    "dpo": "objectives",
+    "focalpo": "objectives",
+    "load_config": "config",
+}
+
+__all__ = [
+    "Config",
+    "FocalPOConfig",
+    "FocalPOTrainer",
+    "InputError",
+    "__version__",
+    "dpo",
+    "focalpo",
+    "load_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

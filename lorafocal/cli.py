@@ -1,0 +1,134 @@
+"""The `lorafocal` command: doors only. Nothing heavy is imported before a verb has read its arguments.
+
+Exit codes: 0 done; 2 the user's input is wrong (one message, no traceback); 130 after Ctrl-C and 143 after SIGTERM,
+once the run has finished its step and saved; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafocal import __version__
+from lorafocal.errors import InputError
+
+app = typer.Typer(
+    name="lorafocal",
+    help="Preference tuning with FocalPO on LoRA adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="Where the base is, if not where the adapter says."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace the file's."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress line.")] = False,
+    runs: Annotated[
+        Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")
+    ] = Path("runs"),
+) -> None:
+    """Train adapters as CONFIG says, into the run folder DIR/<name>."""
+    from lorafocal.config import load_config
+
+    checked = load_config(config, overrides or [])
+    for warning in checked.warnings():
+        typer.echo(f"warning: {warning}", err=True)
+
+    from lorafocal import run
+
+    summary = run.train(checked, resume=resume, quiet=quiet, runs_dir=runs)
+    typer.echo(str(summary))
+    if summary.interrupted_by is not None:
+        raise typer.Exit(128 + summary.interrupted_by)
+
+
+@app.command()
+def score(
+    target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
+    pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],
+    base: BaseOption = None,
+    beta: Annotated[
+        float | None, typer.Option("--beta", help="Reward scale; the run's own if absent.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Log-probs, rewards and margins of each pair, computed by the code that trains."""
+    from lorafocal.evaluate.score import score_file
+
+    _print_report(score_file(target, pairs, base=base, beta=beta, out=out), as_json)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="The adapter folder of a run.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model; must not exist.")
+    ],
+    base: BaseOption = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option("--pairs", metavar="FILE", help="Held-out pairs of the gate; the run's own if absent."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Output dtype: bfloat16 or float32.")] = "bfloat16",
+    max_drift: Annotated[
+        float | None, typer.Option("--max-drift", help="Share of the learned effect that the merge may lose.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge an adapter into its base, and publish the result only if it answers as the adapter does."""
+    from lorafocal.release.merge import merge_adapter
+
+    limits = {} if max_drift is None else {"max_drift": max_drift}
+    _print_report(merge_adapter(adapter, out, base=base, pairs=pairs, dtype=dtype, **limits), as_json)
+
+
+def _print_report(report: Any, as_json: bool) -> None:
+    typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else report.table())
+
+
+def main() -> None:
+    """Entry point of the console script; ends the process with one of the exit codes above."""
+    try:
+        app(prog_name="lorafocal")
+    except InputError as error:
+        typer.echo(f"lorafocal: {error}", err=True)
+        sys.exit(2)
