@@ -1,0 +1,79 @@
+# Two commands matter on a fresh machine: `make quickstart` and `make test`. Each installs what it needs first.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := requirements/torch.txt requirements/locked.txt
+STAMP := $(VENV)/.installed
+PIP := -m pip --disable-pip-version-check --no-input
+
+# Models in the tests are tiny: a second thread only gets in the way of the second worker.
+export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help install quickstart test test-fast test-engine test-gpu test-lowest guards lint types wheel wheel-check bench
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## make .venv with the tested versions (the other targets do this too)
+
+# python3 -m venv is harmless on an existing environment; torch goes first and alone (see requirements/torch.txt).
+$(STAMP): pyproject.toml $(PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "lorafocal needs Python 3.11 to 3.13, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) install -q -r requirements/torch.txt
+	$(BIN)/python $(PIP) install -q -c requirements/torch.txt -r requirements/locked.txt
+	$(BIN)/python $(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: $(STAMP) ## train, evaluate, merge and check a tiny model; prints a table (minutes)
+	OMP_NUM_THREADS=2 $(BIN)/python examples/01_quickstart.py
+
+test: $(STAMP) ## the whole suite, offline
+	$(PYTEST) -n 2
+
+test-fast: $(STAMP) ## the working loop, under a minute
+	$(PYTEST) -n 2 -m "not slow and not engine and not gpu"
+
+test-engine: $(STAMP) ## tests that start several processes
+	$(PYTEST) -m "engine and not gpu"
+
+test-gpu: $(STAMP) ## tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+test-lowest: .venv-lowest/.installed ## the suite on the oldest versions the bounds allow
+	.venv-lowest/bin/python -m pytest -q -n 2
+
+.venv-lowest/.installed: pyproject.toml requirements/torch.txt requirements/lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python $(PIP) install -q -r requirements/torch.txt
+	.venv-lowest/bin/python $(PIP) install -q -c requirements/torch.txt -c requirements/lowest.txt -e '.[dev]'
+	@touch $@
+
+guards: $(STAMP) ## switch every guard off and see its test fail
+	$(BIN)/python -m tests.check_guards
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+wheel: $(STAMP) ## build dist/*.whl
+	rm -rf dist
+	$(BIN)/python $(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+
+# Only the core dependencies: what the wheel itself declares, at the tested versions.
+wheel-check: wheel ## install the wheel into a clean environment and look inside
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python $(PIP) install -q -r requirements/torch.txt
+	.venv-wheel/bin/python $(PIP) install -q -c requirements/torch.txt -c requirements/locked.txt dist/*.whl
+	cd .venv-wheel && bin/python -I ../tests/check_wheel.py
+
+bench: $(STAMP) ## pairs a second and peak memory beside TRL's trainer
+	$(BIN)/python benchmarks/bench_step.py

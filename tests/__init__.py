@@ -1,0 +1,1 @@
+"""A package, so that `tests.guards` is found before any stray top-level `tests` in site-packages."""

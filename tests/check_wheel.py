@@ -1,0 +1,46 @@
+"""Look inside an installed wheel: every module imports, the configs are there, the command answers.
+
+Run by `make wheel-check` with the Python of a clean environment, away from the source tree.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.resources
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+import lorafocal
+
+
+def main() -> None:
+    """Raise at the first thing that is missing; print what was found."""
+    location = Path(lorafocal.__file__).resolve()
+    if not location.is_relative_to(Path(sys.prefix).resolve()):
+        raise SystemExit(f"imported the source tree instead of the wheel: {location}")
+
+    names = [module.name for module in pkgutil.walk_packages(lorafocal.__path__, "lorafocal.")]
+    for name in names:
+        if name != "lorafocal.__main__":
+            importlib.import_module(name)
+
+    configs = sorted(Path(str(importlib.resources.files("lorafocal") / "configs")).rglob("*.yaml"))
+    if not configs or not all(isinstance(yaml.safe_load(path.read_text("utf-8")), dict) for path in configs):
+        raise SystemExit(f"the wheel's configs are missing or broken: {[path.name for path in configs]}")
+
+    command = [str(Path(sys.prefix) / "bin" / "lorafocal"), "--help"]
+    help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    missing = [verb for verb in ("train", "score", "merge") if verb not in help_text]
+    if missing:
+        raise SystemExit(f"`lorafocal --help` does not name {missing}")
+    version = importlib.metadata.version("lorafocal")
+    print(f"wheel {version}: {len(names)} modules import, {len(configs)} configs, `lorafocal --help` answers")
+
+
+if __name__ == "__main__":
+    main()
