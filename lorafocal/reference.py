@@ -19,14 +19,14 @@ class DisabledAdapterReference:
 
     def __init__(self, model: nn.Module) -> None:
         """`model` is the policy as it is called in training, an engine's wrapper included."""
-        self._model = model
+        self.model = model
         self._switch = AdapterSwitch(model)
 
     @torch.no_grad()
     def logps(self, pack: Pack) -> PairLogps:
         """Reference log-probs of a pack's B pairs, (B,) each, in nats."""
         with self._switch.off():
-            return sequence_logps(self._model, pack)
+            return sequence_logps(self.model, pack)
 
 
 @torch.no_grad()

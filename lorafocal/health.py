@@ -1,0 +1,86 @@
+"""Stops a run at the first number that is not finite, or when nothing is being learned, and says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorafocal.data.held_out import write_held_out
+from lorafocal.data.tokens import TokenizedPair
+
+
+class UnhealthyRun(RuntimeError):
+    """A run that must not go on. The last checkpoint is untouched; the message names the cause."""
+
+
+class HealthCheck(TrainerCallback):
+    """Checks log-probs and losses a pack, gradients a step, and that the first real step moved the adapter."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], pairs: list[TokenizedPair], folder: Path) -> None:
+        self._parameters = parameters
+        self._pairs = {pair.id: pair for pair in pairs}
+        self._folder = folder
+        self._step_ids: list[str] = []
+        self._norms_before: list[Tensor] | None = None
+        self._moved = False
+
+    def see_pack(self, losses: Tensor, pair_ids: tuple[str, ...], step: int) -> None:
+        """Raise UnhealthyRun where a pair's loss, (B,), is not finite, before any gradient is taken."""
+        self._step_ids += pair_ids
+        finite = torch.isfinite(losses.detach())
+        if not finite.all():
+            bad = [pair for pair, ok in zip(pair_ids, finite.tolist(), strict=True) if not ok]
+            self._stop(f"the loss of {len(bad)} of {len(pair_ids)} pairs is not finite", bad, step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_ids = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Every adapter tensor has a gradient, and every gradient is finite, before the weights change."""
+        without = [name for name, parameter in self._parameters.items() if parameter.grad is None]
+        if without:
+            raise UnhealthyRun(
+                f"{len(without)} of {len(self._parameters)} adapter tensors received no gradient (first: {without[0]}):"
+                " they would never learn. Activation checkpointing with frozen embeddings is a known cause; use"
+                " `activation_checkpointing: true` of lorafocal, or none"
+            )
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
+            self._stop("the gradient is not finite", self._step_ids, state.global_step)
+        self._norms_before = None if self._moved else [n.clone() for n in self._norms()]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first step with a learning rate above 0 must change at least one adapter tensor."""
+        if self._norms_before is None:
+            return
+        rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        if max(rates) > 0:
+            if all(torch.equal(a, b) for a, b in zip(self._norms_before, self._norms(), strict=True)):
+                raise UnhealthyRun(
+                    f"no adapter weight moved at step {state.global_step + 1} with learning rate {max(rates):g}: the"
+                    " optimiser does not hold the adapter's parameters, or the rate is too small for their precision"
+                )
+            self._moved = True
+
+    def _norms(self) -> list[Tensor]:
+        return list(torch._foreach_norm([parameter.detach() for parameter in self._parameters.values()]))
+
+    def _stop(self, what: str, pair_ids: list[str], step: int) -> None:
+        replay = self._folder / f"nonfinite-step-{step + 1}.jsonl"
+        write_held_out(replay, [self._pairs[pair] for pair in pair_ids if pair in self._pairs])
+        shown = ", ".join(pair_ids[:5]) + (f" and {len(pair_ids) - 5} more" if len(pair_ids) > 5 else "")
+        raise UnhealthyRun(
+            f"step {step + 1} was stopped before it changed anything: {what} (pairs: {shown}). Their tokens are in"
+            f" {replay.name} in the run folder; checkpoints are untouched. Look at these pairs, lower the learning rate,"
+            " or train in float32"
+        )

@@ -1,0 +1,34 @@
+"""Writes an adapter as plain PEFT files that others can load, and reads them back before anybody relies on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+
+from lorafocal.checkpoint import check_saved
+from lorafocal.lineage import Lineage
+
+
+def save_adapter(policy: PeftModel, folder: Path, lineage: Lineage | None) -> None:
+    """Fill an unpublished `folder` with the policy's adapter and its lineage, and nothing else.
+
+    The base is named by hub id or by its folder's last name: a path of this machine is never written.
+    Raises InputError where a tensor is missing, empty, not finite or reads back differently.
+    """
+    name = policy.active_adapter
+    config = policy.peft_config[name]
+    stated, config.base_model_name_or_path = config.base_model_name_or_path, _public_name(config.base_model_name_or_path)
+    try:
+        policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    finally:
+        config.base_model_name_or_path = stated
+    expected = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    check_saved(folder / "adapter_model.safetensors", expected)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card knows nothing of this run
+    if lineage is not None:
+        lineage.write(folder)
+
+
+def _public_name(base: str | None) -> str | None:
+    return Path(base).resolve().name if base and Path(base).exists() else base

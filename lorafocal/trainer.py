@@ -1,0 +1,383 @@
+"""`FocalPOTrainer`: preference tuning on `transformers.Trainer`, whose loop, schedules and loggers stay in charge.
+
+The dataloader's batch is the whole optimiser step; the collator splits it into packs; `training_step` runs each pack
+forward and backward. The loss is the sum over pairs divided by the pairs of the step over all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.checkpoint import latest_complete, load_state, rotate, save_state
+from lorafocal.data.packing import Pack, PairCollator, StepBatch
+from lorafocal.data.sources import Preference, preferences_from_rows
+from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
+from lorafocal.errors import InputError
+from lorafocal.health import HealthCheck
+from lorafocal.lineage import BaseIdentity, Lineage
+from lorafocal.metrics import PairMetrics, pair_values
+from lorafocal.model.adapters import (
+    attach_lora,
+    check_lora_config,
+    check_trainable,
+    switch_dropout_off,
+    widen_adapters,
+)
+from lorafocal.model.head import causal_lm
+from lorafocal.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from lorafocal.model.save import save_adapter
+from lorafocal.objectives import mean_loss
+from lorafocal.policy import prepare_policy, sequence_logps
+from lorafocal.probes import check_packing
+from lorafocal.progress import MetricsFile, ProgressLine
+from lorafocal.publish import check_name, published, recover, why_incomplete
+from lorafocal.reference import DisabledAdapterReference, check_identity
+from lorafocal.sampler import StepSampler
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+FILLER = TokenizedPair("filler", [0], [0], [0])  # keeps a rank with fewer packs in step; its weight is 0
+
+Rows = Iterable[Any]
+
+
+class FocalPOTrainer(Trainer):
+    """Trains LoRA adapters with FocalPO or DPO; the base with its adapters off is the reference.
+
+    `train_dataset` and `eval_dataset` hold TRL preference rows (`prompt`, `chosen`, `rejected`; a `datasets.Dataset`
+    or a list of dicts). Give `peft_config` for a fresh adapter, or a `PeftModel` with a trainable one. `model` may be
+    a name or folder, loaded in bfloat16.
+
+    Raises InputError for anything the caller can put right, before the first step.
+    """
+
+    args: FocalPOConfig
+    data_collator: PairCollator
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: None = None,
+        args: FocalPOConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ) -> None:
+        if ref_model is not None:
+            raise InputError(
+                "ref_model: the reference is the base with its adapter switched off; a second model is not supported."
+                " Leave `ref_model` out"
+            )
+        args = args or FocalPOConfig(output_dir="focalpo_output")
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_base(model)
+        policy = _policy(model, peft_config, args)
+        self.objective = args.build_objective()
+        self.adapter = check_trainable(policy)
+        self.data = {
+            name: _tokenized(rows, name, processing_class, args)
+            for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+            if rows is not None
+        }
+        if processing_class is not None:
+            check_vocabulary(policy, processing_class)  # type: ignore[arg-type]
+        prepare_policy(policy, layout=args.layout)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=PairCollator(args.layout, args.tokens_per_pack),
+            train_dataset=self._pairs("train_dataset"),
+            eval_dataset=self._pairs("eval_dataset"),
+            processing_class=processing_class,
+            optimizers=optimizers,
+        )
+        if args.layout == "packed":
+            check_packing(self.model)
+        self.remove_callback(PrinterCallback)
+        output = Path(args.output_dir)  # type: ignore[arg-type]
+        self.health = HealthCheck(self.adapter, self._pairs("train_dataset") or [], output)
+        for callback in (self.health, _SetEpoch(self), MetricsFile(output / "metrics.jsonl"), *callbacks):
+            self.add_callback(callback)
+        if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
+            self.add_callback(ProgressLine())
+        self.metrics = PairMetrics()
+        self.pairs_seen = 0
+        self._reference: DisabledAdapterReference | None = None
+        self._base: BaseIdentity | None = None
+
+    def _pairs(self, name: str) -> list[TokenizedPair] | None:
+        return self.data[name].pairs if name in self.data else None
+
+    # ---- data -------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Plain and unprepared: accelerate's loader repeats pairs on ragged data."""
+        if self.train_dataset is None:
+            raise InputError("train_dataset is missing: there is nothing to train on")
+        self.sampler = self._sampler(self.train_dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+        return self._loader(self.train_dataset, self.sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Held-out pairs in their own order."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            pairs = _tokenized(eval_dataset, "eval_dataset", self.processing_class, self.args).pairs
+        else:
+            pairs = self.eval_dataset  # type: ignore[assignment]
+        if pairs is None:
+            raise InputError("eval_dataset is missing: there is nothing to evaluate on")
+        return self._loader(pairs, self._sampler(pairs, None))
+
+    def _sampler(self, pairs: Sequence[TokenizedPair], seed: int | None) -> StepSampler:
+        return StepSampler(
+            len(pairs),
+            self.args.pairs_per_step,
+            seed=seed,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+
+    def _loader(self, pairs: Any, sampler: StepSampler) -> DataLoader:
+        return DataLoader(
+            pairs,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        return len(dataloader.dataset)  # type: ignore[arg-type]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        """Pairs are counted in `training_step`, over all ranks."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: transformers' formula does not know packs."""
+        return 0
+
+    # ---- the step ---------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one whole optimiser step on this rank; the step's mean loss, detached.
+
+        Gradients add up over packs; only the last one synchronises ranks and lets the optimiser step.
+        """
+        model.train()
+        packs, step_pairs = self._in_step(inputs)
+        world = self.args.world_size
+        total = torch.zeros((), device=self.args.device)
+        for number, pack in enumerate(packs):
+            last = number == len(packs) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self._pack_loss(model, pack, step_pairs) * world  # engines average over ranks
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.pairs_seen += step_pairs
+        return total
+
+    def _pack_loss(self, model: nn.Module, pack: Pack, step_pairs: int) -> Tensor:
+        """This pack's share of the step's mean loss."""
+        pack = pack.to(self.args.device, non_blocking=True)
+        reference = self._reference_of(model).logps(pack)
+        policy = sequence_logps(model, pack)
+        losses = self.objective(policy, reference)
+        if pack.pair_ids == (FILLER.id,):
+            return losses.losses.sum() * 0.0
+        self.health.see_pack(losses.losses, pack.pair_ids, self.state.global_step)
+        if self.state.global_step == 0 and self.args.identity_probe:
+            check_identity(policy, reference, pack.pair_ids)
+        self.metrics.add(pair_values(losses, policy, gamma=self.objective.gamma))
+        return mean_loss(losses.losses, step_pairs)
+
+    def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
+        """Packs of this rank, filled up to the longest rank's, and the pairs of the step over all ranks."""
+        if self.args.world_size == 1:
+            return batch.packs, batch.num_pairs
+        counts = torch.tensor([[batch.num_pairs, len(batch.packs)]], device=self.args.device)
+        gathered = self.accelerator.gather(counts)
+        missing = int(gathered[:, 1].max()) - len(batch.packs)
+        return batch.packs + self.data_collator([FILLER]).packs * missing, int(gathered[:, 0].sum())
+
+    def _reference_of(self, model: nn.Module) -> DisabledAdapterReference:
+        if self._reference is None or self._reference.model is not model:
+            self._reference = DisabledAdapterReference(model)
+        return self._reference
+
+    # ---- evaluation and logging -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Means over pairs of all ranks, however they were batched."""
+        model = self.model_wrapped
+        model.eval()
+        metrics = PairMetrics()
+        for batch in dataloader:
+            for pack in self._in_step(batch)[0]:
+                pack = pack.to(self.args.device, non_blocking=True)
+                policy = sequence_logps(model, pack)
+                losses = self.objective(policy, self._reference_of(model).logps(pack))
+                if pack.pair_ids != (FILLER.id,):
+                    metrics.add(pair_values(losses, policy, gamma=self.objective.gamma))
+        means = metrics.means(self.args.device)
+        named = {f"{metric_key_prefix}_{key}": value for key, value in means.items()}
+        return EvalLoopOutput(None, None, named, len(dataloader.dataset))  # type: ignore[arg-type]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training logs carry means over every pair since the last one, and the pairs seen so far."""
+        if "loss" in logs:
+            logs |= self.metrics.means(self.args.device)
+            logs["pairs_seen"] = self.pairs_seen
+            self.metrics.reset()
+        super().log(logs, start_time)
+
+    # ---- saving and resuming ----------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint (`True`: the newest complete one in `output_dir`).
+
+        Raises InputError where the checkpoint is torn or missing; a torn one is never loaded.
+        """
+        if resume_from_checkpoint is True:
+            latest = latest_complete(Path(self.args.output_dir))  # type: ignore[arg-type]
+            for reason in latest.skipped:
+                logger.warning(reason)
+            if latest.path is None:
+                raise InputError(f"{self.args.output_dir} holds no complete checkpoint to resume from; train without resuming")
+            resume_from_checkpoint = str(latest.path)
+        elif resume_from_checkpoint and (reason := why_incomplete(Path(resume_from_checkpoint))):
+            raise InputError(f"{resume_from_checkpoint} cannot be resumed from: {reason}. Give an earlier checkpoint")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Everything a resumed run needs, complete or absent."""
+        if self.args.should_save:
+            output = Path(self.args.output_dir)  # type: ignore[arg-type]
+            recover(output)
+            with published(output / f"checkpoint-{self.state.global_step}", replace=True) as folder:
+                save_adapter(self.model, folder / "adapter", self.lineage())
+                save_state(
+                    folder,
+                    parameters=self.adapter,
+                    optimizer=self._plain_optimizer(),
+                    scheduler=self.lr_scheduler,
+                    extra={"metrics": self.metrics.state(), "pairs_seen": self.pairs_seen},
+                )
+                self.state.save_to_json(str(folder / STATE_FILE))
+            if self.args.save_total_limit:
+                rotate(output, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights come back together with the optimiser's state, strictly, by name."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        extra = load_state(
+            Path(checkpoint),
+            parameters=self.adapter,
+            optimizer=self._plain_optimizer(),
+            scheduler=self.lr_scheduler,
+        )
+        self.metrics.load(extra["metrics"])
+        self.pairs_seen = extra["pairs_seen"]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """None is needed: the order of pairs is a function of seed and epoch, and dropout is off."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """None exists: float16 is refused."""
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter as plain PEFT files with its lineage; default: `output_dir`/adapter."""
+        if self.args.should_save:
+            target = Path(output_dir or Path(self.args.output_dir) / "adapter")  # type: ignore[arg-type]
+            check_name(target.name)
+            with published(target, replace=True, record=False) as folder:
+                save_adapter(self.model, folder, self.lineage())
+        self.accelerator.wait_for_everyone()
+
+    def lineage(self) -> Lineage | None:
+        """What made the adapter; None for a base that was never loaded from anywhere."""
+        config = causal_lm(self.model).config
+        name = config._name_or_path
+        if not name:
+            return None
+        if self._base is None:
+            revision = getattr(config, "_commit_hash", None)
+            self._base = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
+        objective = {"name": self.objective.name, "beta": self.objective.beta, "gamma": self.objective.gamma}
+        return Lineage(
+            self._base, objective, self.state.global_step, self.pairs_seen, reference=self.args.reference
+        )
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch, from the step count: `set_epoch` does not reach a plain loader's batch sampler."""
+
+    def __init__(self, trainer: FocalPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.sampler.epoch = state.global_step // len(self._trainer.sampler)
+
+
+def _policy(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, args: FocalPOConfig) -> PeftModel:
+    """The model with exactly one checked adapter in fp32, dropout off unless allowed."""
+    if peft_config is not None:
+        check_lora_config(peft_config, allow_dropout=args.allow_dropout)
+        set_seed(args.seed)  # the adapter's initialisation depends on `seed` alone
+        policy = attach_lora(model, peft_config)  # type: ignore[arg-type]
+    elif isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            check_lora_config(config, allow_dropout=True)  # dropout is switched off below
+        policy = widen_adapters(model)
+    else:
+        raise InputError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`")
+    if len(policy.peft_config) > 1:
+        raise InputError(f"the model carries {len(policy.peft_config)} adapters ({', '.join(policy.peft_config)}): give one")
+    if not args.allow_dropout and (count := switch_dropout_off(policy)):
+        logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
+    return policy
+
+
+def _tokenized(
+    rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig
+) -> TokenizedData:
+    """Preference rows, `Preference`s or already tokenised pairs, to pairs."""
+    rows = list(rows)
+    if rows and all(isinstance(row, TokenizedPair) for row in rows):
+        return TokenizedData(rows, {}, {})
+    if tokenizer is None:
+        raise InputError("processing_class is missing: give the base's tokenizer")
+    preferences = rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name)
+    return tokenize_preferences(preferences, tokenizer, max_length=args.max_length, truncation=args.truncation)
