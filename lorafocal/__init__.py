@@ -1,4 +1,4 @@
-"""Preference tuning with FocalPO on LoRA adapters. Names load on first use, so the import itself is instant."""
+"""Preference tuning with FocalPO on LoRA adapters. Names load on first use: the import is instant."""
 
 from __future__ import annotations
 

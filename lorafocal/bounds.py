@@ -1,4 +1,4 @@
-"""Which values of beta and gamma make sense, checked without importing torch.
+"""Which values of beta, gamma and adapter dropout make sense, checked without importing torch.
 
 FocalPO (Eq. 4) is L(z) = -p^gamma log p with p = sigmoid(z) and z = beta * (chosen - rejected logratio).
 Its slope,
@@ -51,6 +51,15 @@ def check_gamma(gamma: float) -> str | None:
             "the wrong way; watch focal/turned_share, or use at most 0.2 (the paper uses 0.05)"
         )
     return None
+
+
+def check_dropout(dropout: float, *, allowed: bool) -> None:
+    """Raise `InputError` unless the adapters' dropout (probability) is 0 or deliberately allowed."""
+    if dropout > 0 and not allowed:
+        raise InputError(
+            f"dropout is {dropout}, which makes policy and reference differ by noise at every step; "
+            "use 0.0, or set allow_dropout to true to accept that"
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from lorafocal.bounds import check_beta, check_gamma
+from lorafocal.bounds import check_beta, check_dropout, check_gamma
 from lorafocal.errors import InputError
 from lorafocal.training_fields import RULES, check_training_fields, installed_fields
 from lorafocal.yaml12 import dump_yaml, parse_yaml
 
 
-def _full_precision_range(value: Any) -> Any:
+def _no_half_precision(value: Any) -> Any:
     if value in ("float16", "fp16", "half"):
         raise ValueError(f"found {value!r}; {RULES['fp16'].reason}")
     return value
@@ -58,7 +58,7 @@ class Model(_Section):
 
     name: Annotated[str, Field(min_length=1)]
     revision: Annotated[str | None, Field(pattern=r"^[0-9a-f]{40}$")] = None
-    dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_full_precision_range)]
+    dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_no_half_precision)]
     shape: Annotated[dict[str, Any] | None, BeforeValidator(_architecture)] = None
 
 
@@ -73,11 +73,7 @@ class Adapter(_Section):
 
     @model_validator(mode="after")
     def _dropout_is_deliberate(self) -> Adapter:
-        if self.dropout > 0 and not self.allow_dropout:
-            raise ValueError(
-                f"dropout is {self.dropout}, which makes policy and reference differ by noise at every step; "
-                "use 0.0, or set adapter.allow_dropout: true to accept that"
-            )
+        check_dropout(self.dropout, allowed=self.allow_dropout)
         return self
 
 
@@ -108,7 +104,7 @@ class Objective(_Section):
     def _values_make_sense(self) -> Objective:
         check_beta(self.beta)
         if self.name == "focalpo":
-            check_gamma(self.gamma)  # type: ignore[arg-type]  # None is refused there
+            check_gamma(self.gamma)  # type: ignore[arg-type]  # an explicit null is refused there
         elif self.gamma is not None:
             raise ValueError(
                 f"gamma is {self.gamma}, but dpo has no gamma and would ignore it; remove it, or set it null"
