@@ -1,8 +1,8 @@
-"""Training state on disk: safetensors by parameter name and JSON, nothing pickled; and which checkpoint is newest.
+"""Training state on disk, as safetensors by parameter name and JSON, nothing pickled; the newest checkpoint.
 
-A checkpoint folder holds `parameters.safetensors` (trainable parameters), `optimizer.safetensors` (tensors named
-"<parameter name>/<state key>") and `state.json` (everything else). No random state: the order of the pairs is a
-function of seed and epoch.
+A checkpoint folder holds `parameters.safetensors` (trainable parameters), `optimizer.safetensors` (tensors
+named "<parameter name>/<state key>") and `state.json` (everything else). No random state: the order of the
+pairs is a function of seed and epoch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WAY_OUT = (
 
 
 class Latest(NamedTuple):
-    """The newest complete checkpoint of a run (None if there is none), and why newer ones were passed over."""
+    """The newest complete checkpoint of a run (None: there is none), and why newer ones were passed over."""
 
     path: Path | None
     skipped: list[str]
@@ -54,9 +54,9 @@ def save_state(
 ) -> None:
     """Writes the three files of a checkpoint into `folder` (an unpublished one) and reads them back.
 
-    `parameters` are the trainable ones by name and must be exactly those the optimizer holds; `optimizer` is the
-    plain torch one, without accelerate's wrapper. `extra` must survive JSON unchanged. Raises `InputError` where
-    the state could not be restored exactly, or is empty, non-finite, or without any non-zero moment.
+    `parameters` are the trainable ones by name and must be exactly those the optimizer holds; `optimizer` is
+    the plain torch one, without accelerate's wrapper. `extra` must survive JSON unchanged. Raises
+    `InputError` where the state could not be restored exactly, is empty or non-finite, or lost its moments.
     """
     groups = _named_groups(parameters, optimizer)
     tensors, values = _split_state(parameters, optimizer)
@@ -88,8 +88,8 @@ def load_state(
 ) -> dict[str, Any]:
     """Restores what `save_state` wrote, bit for bit, and returns its `extra`.
 
-    Everything is checked, strictly both ways, before anything is changed: an `InputError` naming the file and the
-    key means that parameters, optimizer and scheduler are as they were.
+    Everything is checked, strictly both ways, before anything is changed: an `InputError` naming the file and
+    the key means that parameters, optimizer and scheduler are as they were.
     """
     state = _read_state(folder / STATE_FILE)
     values = _read_tensors(folder / PARAMETERS_FILE)
@@ -110,9 +110,9 @@ def load_state(
 def check_saved(file: Path, expected: Mapping[str, Tensor], *, trained: bool = False) -> None:
     """Reopens a written safetensors file and refuses it (`InputError`) unless it holds exactly `expected`.
 
-    Each tensor must be there with its shape and dtype, not empty, finite and equal, and nothing else may be. With
-    `trained` (a step with a learning rate above 0 was taken), the `lora_B` tensors must not all be zero. A file
-    that fails must not be published: the checkpoint before it stays the newest.
+    Each tensor must be there with its shape and dtype, not empty, finite and equal, and nothing else may be.
+    With `trained` (a step with a learning rate above 0 was taken), the `lora_B` tensors must not all be zero.
+    A file that fails must not be published: the checkpoint before it stays the newest.
     """
     if not expected:
         raise InputError(f"{file.name}: nothing to save: no trainable tensor was gathered")
@@ -125,7 +125,7 @@ def check_saved(file: Path, expected: Mapping[str, Tensor], *, trained: bool = F
             found = saved.get_tensor(name)
             _check_like(found, tensor, where)
             if found.is_floating_point() and not found.isfinite().all():
-                raise InputError(f"{where} holds NaN or infinity and is not saved; the last checkpoint is kept")
+                raise InputError(f"{where} holds NaN or infinity: not saved, the last checkpoint is kept")
             if not torch.equal(found, tensor.detach().cpu()):
                 raise InputError(f"{where} read back differs from what was written: check the disk")
     lora_b = [tensor for name, tensor in expected.items() if "lora_B" in name]
@@ -138,7 +138,7 @@ def latest_complete(run_dir: Path) -> Latest:
 
     Reads only. A process that is going to write calls `publish.recover(run_dir)` first.
     """
-    skipped = []
+    skipped: list[str] = []
     for path in _checkpoints(run_dir):
         reason = why_incomplete(path)
         if reason is None:
@@ -169,14 +169,16 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 
 
 def _named_groups(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The optimizer's groups with names for parameters; refused unless both sides hold the same parameters."""
+    """The optimizer's groups with names for parameters; refused unless both sides hold the same ones."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     groups = []
     for index, group in enumerate(optimizer.param_groups):
         unknown = [tuple(p.shape) for p in group["params"] if id(p) not in names]
         if unknown:
-            raise InputError(f"optimizer group {index} holds parameters that are not trainable, of shapes {unknown}")
-        settings = {key: _plain(value) for key, value in group.items() if key != "params"}
+            raise InputError(f"optimizer group {index} holds parameters not among the trainable: {unknown}")
+        settings = {
+            key: list(v) if isinstance(v, tuple) else v for key, v in group.items() if key != "params"
+        }
         groups.append({"parameters": [names[id(p)] for p in group["params"]], "settings": settings})
     held = [name for group in groups for name in group["parameters"]]
     _check_keys(held, parameters, "the optimizer's groups")
@@ -198,13 +200,16 @@ def _split_state(
 
 
 def _check_optimizer(
-    saved: Mapping[str, Any], tensors: Mapping[str, Tensor], parameters: Mapping[str, Parameter], optimizer: Optimizer
+    saved: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Parameter],
+    optimizer: Optimizer,
 ) -> None:
-    if saved["class"] != type(optimizer).__name__:
-        raise InputError(f"{STATE_FILE}: saved by {saved['class']}, the run uses {type(optimizer).__name__}. {_WAY_OUT}")
+    _check_class(saved["class"], optimizer)
     live = _named_groups(parameters, optimizer)
     if len(live) != len(saved["groups"]):
-        raise InputError(f"{STATE_FILE}: {len(saved['groups'])} optimizer groups, the run has {len(live)}. {_WAY_OUT}")
+        counts = f"{len(saved['groups'])} optimizer groups, the run has {len(live)}"
+        raise InputError(f"{STATE_FILE}: {counts}. {_WAY_OUT}")
     for index, (old, new) in enumerate(zip(saved["groups"], live, strict=True)):
         _check_keys(old["parameters"], new["parameters"], f"{STATE_FILE}: optimizer group {index}")
         _check_keys(old["settings"], new["settings"], f"{STATE_FILE}: settings of optimizer group {index}")
@@ -214,27 +219,28 @@ def _check_optimizer(
         if name not in parameters:
             raise InputError(f"{OPTIMIZER_FILE}: unexpected {full_name!r}. {_WAY_OUT}")
         if key in _LIKE_PARAMETER and tensor.shape != parameters[name].shape:
-            raise InputError(_differs(f"{OPTIMIZER_FILE}: {full_name!r}", tensor.shape, parameters[name].shape))
+            where = f"{OPTIMIZER_FILE}: {full_name!r}"
+            raise InputError(_differs(where, tensor.shape, parameters[name].shape))
     _check_moments(tensors, OPTIMIZER_FILE)
 
 
 def _check_moments(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuses first moments that are all zero: a state that was lost, though its step count says it was used."""
+    """Refuses first moments that are all zero: a state that was lost (any step makes some non-zero)."""
     moments = [tensor for name, tensor in tensors.items() if name.rpartition("/")[2] in _FIRST_MOMENTS]
     if moments and not any(tensor.any() for tensor in moments):
-        raise InputError(f"{where}: every first moment is zero although steps were taken: the optimizer state was lost")
+        raise InputError(f"{where}: every first moment is zero after a step: the optimizer state was lost")
 
 
 def _restore_optimizer(
-    saved: Mapping[str, Any], tensors: Mapping[str, Tensor], parameters: Mapping[str, Parameter], optimizer: Optimizer
+    saved: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Parameter],
+    optimizer: Optimizer,
 ) -> None:
     optimizer.state.clear()
     for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
         for key, value in old["settings"].items():
-            if isinstance(group[key], Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+            group[key] = tuple(value) if isinstance(group[key], tuple) else value
         step_on_device = group.get("capturable") or group.get("fused")
         for name in old["parameters"]:
             # torch keeps AdamW's step counts on the CPU unless its kernel reads them on the device
@@ -253,9 +259,13 @@ def _state_keys(flat: Iterable[str], name: str) -> list[str]:
 
 
 def _check_scheduler(saved: Mapping[str, Any], scheduler: LRScheduler) -> None:
-    if saved["class"] != type(scheduler).__name__:
-        raise InputError(f"{STATE_FILE}: saved by {saved['class']}, the run uses {type(scheduler).__name__}. {_WAY_OUT}")
+    _check_class(saved["class"], scheduler)
     _check_keys(saved["state"], scheduler.state_dict(), f"{STATE_FILE}: scheduler")
+
+
+def _check_class(saved: str, live: object) -> None:
+    if saved != type(live).__name__:
+        raise InputError(f"{STATE_FILE}: saved by {saved}, the run uses {type(live).__name__}. {_WAY_OUT}")
 
 
 def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> None:
@@ -282,21 +292,14 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _plain(value: Any) -> Any:
-    """A group setting as JSON has it; a tensor (a capturable learning rate) becomes its exact number."""
-    if isinstance(value, Tensor):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _exact_json(value: Any, what: str) -> Any:
-    """`value` as JSON reads it back, refused where that differs: such a state would resume as something else."""
+    """`value` as JSON reads it back, refused where that differs: it would resume as something else."""
     try:
         read = json.loads(json.dumps(value))
     except TypeError as error:
-        raise InputError(f"{what} cannot be saved as JSON ({error}); choose another optimizer or schedule") from error
+        raise InputError(f"{what} cannot be saved as JSON ({error}): choose another optimizer") from error
     if read != value:
-        raise InputError(f"{what} cannot be saved as JSON without a change; choose another optimizer or schedule")
+        raise InputError(f"{what} cannot be saved as JSON without a change: choose another optimizer")
     return read
 
 

@@ -18,14 +18,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorafocal.publish import write_atomically
 
-_WINDOW_STEPS = 20
+_WINDOW = 20
+_CLEAR_LINE = "\r\x1b[2K"
 
 
 class MetricsFile(TrainerCallback):
     """Appends one JSON object a logged event to `path`: the logged keys, `epoch` and `step`, sorted.
 
-    The file is the lineage of the weights: when training starts or resumes at step n, lines of later steps are
-    dropped first. Numbers that are not finite become null, because JSON has no word for them.
+    The file is the lineage of the weights: when training starts or resumes at step n, lines of later steps
+    are dropped first. Numbers that are not finite become null, because JSON has no word for them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,37 +65,35 @@ class MetricsFile(TrainerCallback):
 
 
 class StepClock:
-    """Speed over the last 20 steps, in seconds of training only; `now` is a monotonic time in seconds."""
+    """Seconds of training, without what lies between steps (evaluation, saving); `now` is monotonic."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[float, float]] = deque(maxlen=_WINDOW_STEPS)
+        self.trained_s = 0.0
         self._since = 0.0
+        self._steps: deque[float] = deque(maxlen=_WINDOW)
 
     def resume(self, now: float) -> None:
-        """Training (re)starts now: the time since the last step (an evaluation, a save) is not counted."""
+        """Training (re)starts now: the time since the last step is not counted."""
         self._since = now
 
-    def step(self, pairs: float, now: float) -> None:
-        """A step over `pairs` pairs has just ended."""
-        self._steps.append((pairs, now - self._since))
+    def step(self, now: float) -> None:
+        """An optimiser step has just ended; the next one begins."""
+        self._steps.append(now - self._since)
+        self.trained_s += now - self._since
         self._since = now
-
-    @property
-    def pairs_per_s(self) -> float | None:
-        seconds = sum(step_s for _, step_s in self._steps)
-        return sum(pairs for pairs, _ in self._steps) / seconds if seconds > 0 else None
 
     @property
     def step_s(self) -> float | None:
-        """Mean seconds a step."""
-        return sum(step_s for _, step_s in self._steps) / len(self._steps) if self._steps else None
+        """Mean seconds a step over the last 20; None before the first."""
+        return sum(self._steps) / len(self._steps) if self._steps else None
 
 
 class ProgressLine(TrainerCallback):
     """One status line: redrawn in place on a terminal, else a plain line a logged event; nothing if `quiet`.
 
-    Speed and remaining time leave evaluation and saving out. The pairs of a step are `args.pairs_per_step`; once
-    the trainer logs the cumulative `pairs_seen`, short steps are corrected by it.
+    Speed and remaining time leave evaluation and saving out. Pairs are counted by the logged `pairs_seen`
+    (pairs so far) over the last 20 logged events, before that by `args.pairs_per_step`; a logged
+    `pairs_per_s` wins.
     """
 
     def __init__(
@@ -104,5 +103,168 @@ class ProgressLine(TrainerCallback):
         self.quiet = quiet
         self.now = now
         self.clock = StepClock()
-        self.logs: dict[str, Any] = {}
-        self.drawn = False
+        self.logs: Mapping[str, Any] = {}
+        self._counted: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.clock.resume(self.now())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.clock.step(self.now())
+        if self._in_place and self._shown(state):
+            self._draw(args, state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.logs = dict(logs)
+            if "pairs_seen" in logs:
+                self._counted.append((logs["pairs_seen"], self.clock.trained_s))
+            if self._shown(state):
+                self._draw(args, state)
+        elif logs and "eval_loss" in logs and self._shown(state):
+            self._print(evaluation_line(state.global_step, state.max_steps, logs))
+        self.clock.resume(self.now())
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.clock.resume(self.now())
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.clock.resume(self.now())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._in_place and self._shown(state):
+            self.stream.write("\n")
+            self.stream.flush()
+
+    @property
+    def _in_place(self) -> bool:
+        return self.stream.isatty()
+
+    def _shown(self, state: TrainerState) -> bool:
+        return state.is_world_process_zero and not self.quiet
+
+    def _pairs_per_s(self, args: TrainingArguments) -> float | None:
+        if "pairs_per_s" in self.logs:
+            return self.logs["pairs_per_s"]
+        if len(self._counted) > 1:
+            (pairs, seconds), (pairs_now, seconds_now) = self._counted[0], self._counted[-1]
+            return (pairs_now - pairs) / (seconds_now - seconds) if seconds_now > seconds else None
+        pairs_per_step = getattr(args, "pairs_per_step", None)
+        return pairs_per_step / self.clock.step_s if pairs_per_step and self.clock.step_s else None
+
+    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        step_s = self.clock.step_s
+        line = status_line(
+            state.global_step,
+            state.max_steps,
+            pairs_per_s=self._pairs_per_s(args),
+            eta_s=None if step_s is None else step_s * (state.max_steps - state.global_step),
+            loss=self.logs.get("loss"),
+            margin=self.logs.get("rewards/margins"),
+            accuracy=self.logs.get("rewards/accuracies"),
+            peak_gib=peak_gib(),
+        )
+        if self._in_place:
+            self.stream.write(_CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1])
+            self.stream.flush()
+        else:
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self.stream.write(f"{_CLEAR_LINE if self._in_place else ''}{line}\n")
+        self.stream.flush()
+
+
+def status_line(
+    step: int,
+    steps: int,
+    *,
+    pairs_per_s: float | None = None,
+    eta_s: float | None = None,
+    loss: float | None = None,
+    margin: float | None = None,
+    accuracy: float | None = None,
+    peak_gib: float | None = None,
+) -> str:
+    """`step 37/100 · 12.3 pairs/s · ETA 0:12 · loss 0.6123 · margin +0.41 · acc 78% · 1.2 GiB`.
+
+    What is unknown is left out. `margin` is the mean reward margin, `accuracy` a share in [0, 1], `peak_gib`
+    the peak memory in GiB.
+    """
+    parts = [f"step {step}/{steps}"]
+    if pairs_per_s is not None:
+        parts.append(f"{pairs_per_s:.{0 if pairs_per_s >= 100 else 1}f} pairs/s")
+    if eta_s is not None:
+        parts.append(f"ETA {clock_text(eta_s)}")
+    parts += _quality(loss, margin, accuracy)
+    if peak_gib is not None:
+        parts.append(f"{peak_gib:.1f} GiB")
+    return " · ".join(parts)
+
+
+def evaluation_line(step: int, steps: int, logs: Mapping[str, Any]) -> str:
+    """`evaluation at step 50/100 · loss 0.6010 · margin +0.41 · acc 78%` from the `eval_` keys of `logs`."""
+    keys = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")
+    return " · ".join([f"evaluation at step {step}/{steps}", *_quality(*(logs.get(key) for key in keys))])
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds as `0:12` or `1:02:03`, rounded up."""
+    minutes, second = divmod(max(0, math.ceil(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def peak_gib() -> float:
+    """Peak memory of this process in GiB: CUDA's allocations where it is in use, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def metrics_line(step: int, logs: Mapping[str, Any]) -> str:
+    """One line of `metrics.jsonl`, with its newline."""
+    values = {key: _json_number(value) for key, value in logs.items()}
+    return json.dumps(values | {"step": step}, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _quality(loss: float | None, margin: float | None, accuracy: float | None) -> list[str]:
+    parts = []
+    if loss is not None:
+        parts.append(f"loss {loss:.4f}")
+    if margin is not None:
+        parts.append(f"margin {margin:+.2f}")
+    if accuracy is not None:
+        parts.append(f"acc {accuracy:.0%}")
+    return parts
+
+
+def _json_number(value: Any) -> Any:
+    """A logged value as JSON has it: numpy and torch scalars as numbers, NaN and infinity as null."""
+    plain = value.item() if hasattr(value, "item") else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of `metrics.jsonl`; infinity for one that is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

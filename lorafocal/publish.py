@@ -43,10 +43,10 @@ def inside(root: Path, name: str) -> Path:
 def published(target: Path, *, replace: bool = False, record: bool = True) -> Iterator[Path]:
     """Yields an empty folder to fill; when the block ends well, the folder is renamed to `target`.
 
-    With `record` the folder gets a `complete.json` (size and sha256 of each file) that `why_incomplete` verifies;
-    folders made for publication go without. An existing target is refused unless `replace`, and then stays
-    whole until the new one is on disk. If the block raises, the target is as it was. One process must not
-    publish the same target twice at a time.
+    With `record` the folder gets a `complete.json` (size and sha256 of each file) that `why_incomplete`
+    verifies; folders made for publication go without. An existing target is refused unless `replace`, and
+    then stays whole until the new one is on disk. If the block raises, the target is as it was. One process
+    must not publish the same target twice at a time.
     """
     _check_free(target, replace)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,21 +60,21 @@ def published(target: Path, *, replace: bool = False, record: bool = True) -> It
         _sync_tree(partial)
         _check_free(target, replace)
         if target.exists():
-            os.replace(target, _hidden(target, "replaced"))
-        os.replace(partial, target)
+            target.replace(_hidden(target, "replaced"))
+        partial.replace(target)
         _sync(target.parent)
     finally:
         recover(target.parent, target.name)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces the file `path` by `content` (text as UTF-8): readers see the old or the new file, never a part."""
+    """Replaces the file `path` by `content` (text as UTF-8): readers see the old or the new, never a part."""
     _refuse_link(path)
     partial = _hidden(path, "partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         _sync(partial)
-        os.replace(partial, path)
+        partial.replace(path)
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def discard(folder: Path) -> None:
     """Removes a folder so that a kill half-way leaves no torn folder under its name."""
     _refuse_link(folder)
     hidden = _hidden(folder, "partial")
-    os.replace(folder, hidden)
+    folder.replace(hidden)
     _remove(hidden)
 
 
@@ -102,7 +102,7 @@ def recover(parent: Path, name: str | None = None) -> list[str]:
             continue
         target = parent / match["name"]
         if match["kind"] == "replaced" and not target.exists():
-            os.replace(path, target)
+            path.replace(target)
             _sync(parent)
             done.append(f"put back {target.name}")
         else:

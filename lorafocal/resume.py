@@ -1,7 +1,7 @@
 """What may change between the run that was interrupted and the one that resumes it.
 
-Resuming promises the weights of an uninterrupted run, bit for bit on a CPU. So a setting may change only if it
-cannot reach the weights; every other change is refused by name.
+Resuming promises the weights of an uninterrupted run, bit for bit on a CPU. So a setting may change only if
+it cannot reach the weights; every other change is refused by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAY_CHANGE: dict[str, str] = {
     "training.save_steps": "saving reads the weights only",
     "training.save_strategy": "saving reads the weights only",
     "training.save_total_limit": "concerns old checkpoints only",
-    "training.dataloader_num_workers": "the order of the pairs is a function of seed and epoch, not of the workers",
+    "training.dataloader_num_workers": "the order of the pairs is a function of seed and epoch alone",
     "training.dataloader_prefetch_factor": "as dataloader_num_workers",
     "training.dataloader_persistent_workers": "as dataloader_num_workers",
     "training.dataloader_pin_memory": "moves the same bytes",
@@ -40,7 +40,7 @@ WHY_NOT: dict[str, str] = {
     "packing.tokens": "another split into packs adds in another order, so the last bits differ",
     "packing.layout": "another layout adds in another order, so the last bits differ",
 }
-"""Reasons worth printing for keys that users are most likely to change; any key not in `MAY_CHANGE` is refused."""
+"""Reasons worth printing, for keys likely to be changed; every key not in `MAY_CHANGE` is refused."""
 
 IDENTITY = ("base", "data")
 """Manifest sections beside `config` that must be equal: fingerprints of the base weights and of the data."""
@@ -52,8 +52,13 @@ _ABSENT = "(absent)"
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
-    """One line "key: old -> new" for each dotted key that differs and is not in `may_change`, sorted by key."""
-    return [f"{key}: {a} -> {b}" for key, a, b in _differences(old, new) if key not in may_change]
+    """One line "key: old -> new" for each dotted key that differs and is not in `may_change`, sorted."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in may_change and _shown(before, key) != _shown(after, key)
+    ]
 
 
 def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, Any]) -> list[str]:
@@ -62,41 +67,33 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     Of a manifest these sections are read: `config` (the resolved config), `base` and `data` (fingerprints),
     `versions` and `threads`. An absent section counts as empty. The run's `name` is part of `config`.
     """
-    old_config, new_config = _section(old_manifest, "config"), _section(new_manifest, "config")
-    refused = [_with_reason(line) for line in changes(old_config, new_config, MAY_CHANGE)]
-    for name in IDENTITY:
-        refused += changes({name: _section(old_manifest, name)}, {name: _section(new_manifest, name)}, ())
+    old, new = old_manifest.get("config", {}), new_manifest.get("config", {})
+    refused = [_with_reason(line) for line in changes(old, new, MAY_CHANGE)]
+    refused += changes(_sections(old_manifest, *IDENTITY), _sections(new_manifest, *IDENTITY), ())
     if refused:
         raise InputError(
             "this run cannot be resumed, because its result would differ from an uninterrupted run:\n  "
             + "\n  ".join(refused)
             + "\nset these back to the old values, or start a new run under another name"
         )
-    allowed = _differences(old_config, new_config)
-    noted = _differences(
-        {name: _section(old_manifest, name) for name in NOTED}, {name: _section(new_manifest, name) for name in NOTED}
-    )
-    return [f"{key}: {a} -> {b} (allowed: {MAY_CHANGE[key]})" for key, a, b in allowed] + [
-        f"{key}: {a} -> {b} (the result may differ from an uninterrupted run in its last bits)" for key, a, b in noted
+    allowed = changes(old, new, ())
+    noted = changes(_sections(old_manifest, *NOTED), _sections(new_manifest, *NOTED), ())
+    return [f"{line} (allowed: {MAY_CHANGE[_key(line)]})" for line in allowed] + [
+        f"{line} (the last bits may differ from an uninterrupted run)" for line in noted
     ]
 
 
 def _with_reason(line: str) -> str:
-    reason = WHY_NOT.get(line.partition(":")[0])
+    reason = WHY_NOT.get(_key(line))
     return f"{line} ({reason})" if reason else line
 
 
-def _section(manifest: Mapping[str, Any], name: str) -> Any:
-    return manifest.get(name, {})
+def _key(line: str) -> str:
+    return line.partition(": ")[0]
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    before, after = dict(_flat(old)), dict(_flat(new))
-    return [
-        (key, _shown(before, key), _shown(after, key))
-        for key in sorted(before.keys() | after.keys())
-        if _shown(before, key) != _shown(after, key)
-    ]
+def _sections(manifest: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: manifest.get(name, {}) for name in names}
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

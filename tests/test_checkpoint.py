@@ -1,0 +1,508 @@
+"""Training state comes back bit for bit or not at all, with no pickle; torn checkpoints are passed over."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from lorafocal.checkpoint import (
+    OPTIMIZER_FILE,
+    PARAMETERS_FILE,
+    STATE_FILE,
+    check_saved,
+    latest_complete,
+    load_state,
+    rotate,
+    save_state,
+)
+from lorafocal.errors import InputError
+from lorafocal.publish import published, recover, why_incomplete
+from tests.killing import moments
+
+EXTRA = {"global_step": 3, "pairs_seen": 12, "loss": 0.1 + 0.2, "ids": ["a", "b"], "best": None}
+
+
+class Run:
+    """A low-rank layer on a frozen one, an optimizer with two groups, and a cosine schedule with warm-up."""
+
+    def __init__(self, kind: str = "adamw", seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.base = torch.randn(8, 8, generator=generator)
+        self.parameters = {
+            "model.q.lora_A.weight": nn.Parameter(torch.randn(4, 8, generator=generator)),
+            "model.q.lora_B.weight": nn.Parameter(torch.zeros(8, 4)),
+        }
+        lora_a, lora_b = self.parameters.values()
+        groups = [{"params": [lora_a], "weight_decay": 0.1}, {"params": [lora_b], "weight_decay": 0.0}]
+        make: dict[str, Callable[[], torch.optim.Optimizer]] = {
+            "adamw": lambda: torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95)),
+            "amsgrad": lambda: torch.optim.AdamW(groups, lr=1e-2, amsgrad=True),
+            "sgd": lambda: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+            "plain sgd": lambda: torch.optim.SGD(groups, lr=1e-2),
+        }
+        self.optimizer = make[kind]()
+        self.scheduler = get_scheduler("cosine", self.optimizer, num_warmup_steps=2, num_training_steps=10)
+
+    def train(self, first: int, last: int) -> None:
+        """Steps `first` to `last` - 1; the data of a step is a function of its number."""
+        lora_a, lora_b = self.parameters.values()
+        for step in range(first, last):
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+            (x @ self.base.T + x @ lora_a.T @ lora_b.T).tanh().square().mean().backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+
+    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
+        folder.mkdir(exist_ok=True)
+        save_state(folder, **self.parts, extra=EXTRA if extra is None else extra)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        return load_state(folder, **self.parts)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        return {"parameters": self.parameters, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+    def everything(self) -> dict[str, Any]:
+        """All that decides the next step, comparable with ==."""
+        return {
+            "parameters": {name: bits(value) for name, value in self.parameters.items()},
+            "state": {
+                name: {key: bits(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
+                for name, parameter in self.parameters.items()
+            },
+            "groups": [
+                {key: bits(value) for key, value in group.items() if key != "params"}
+                for group in self.optimizer.param_groups
+            ],
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+
+def bits(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.detach().numpy().tobytes()
+    return value
+
+
+@pytest.fixture
+def no_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a pickle was about to be written or read")
+
+    for module, name in [
+        (torch, "load"),
+        (torch, "save"),
+        *((pickle, name) for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler")),
+        *((pickle, name) for name in ("_load", "_loads", "_dump", "_dumps", "_Unpickler", "_Pickler")),
+    ]:
+        monkeypatch.setattr(module, name, refuse)
+
+
+@pytest.mark.row("54", "56", "S1", "F9")
+@pytest.mark.usefixtures("no_pickle")
+@pytest.mark.parametrize("kind", ["adamw", "amsgrad", "sgd", "plain sgd"])
+@pytest.mark.parametrize("cut", [0, 1, 3, 5])
+def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path: Path, kind: str, cut: int) -> None:
+    whole = Run(kind)
+    whole.train(0, 6)
+    first = Run(kind)
+    first.train(0, cut)
+    first.save(tmp_path / "checkpoint")
+    second = Run(kind, seed=1)
+    second.base = first.base
+    assert second.load(tmp_path / "checkpoint") == EXTRA
+    assert second.everything() == first.everything()
+    second.train(cut, 6)
+    assert second.everything() == whole.everything()
+
+
+def test_a_used_optimizer_is_overwritten_not_mixed(tmp_path: Path) -> None:
+    fresh, used = Run(), Run(seed=2)
+    fresh.save(tmp_path / "checkpoint")
+    used.train(0, 4)
+    used.load(tmp_path / "checkpoint")
+    assert used.everything() == fresh.everything()
+
+
+def test_exact_file_set_and_dtypes(tmp_path: Path) -> None:
+    run = Run()
+    run.train(0, 3)
+    run.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {PARAMETERS_FILE, OPTIMIZER_FILE, STATE_FILE}
+    saved = load_file(tmp_path / OPTIMIZER_FILE)
+    assert saved["model.q.lora_B.weight/step"].dtype == torch.float32
+    assert saved["model.q.lora_B.weight/step"].shape == ()
+    assert json.loads((tmp_path / STATE_FILE).read_text())["optimizer"]["groups"][0]["parameters"] == [
+        "model.q.lora_A.weight"
+    ]
+
+
+def test_bfloat16_parameters_come_back_exactly(tmp_path: Path) -> None:
+    run = Run()
+    run.train(0, 3)
+    for parameter in run.parameters.values():
+        parameter.data = parameter.data.bfloat16()
+        run.optimizer.state[parameter] = {
+            key: value if key == "step" else value.bfloat16()
+            for key, value in run.optimizer.state[parameter].items()
+        }
+    before = copy.deepcopy([p.data for p in run.parameters.values()])
+    run.save(tmp_path)
+    for parameter in run.parameters.values():
+        parameter.data.zero_()
+    run.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.parameters.values(), strict=True))
+
+
+# --- strict both ways ---------------------------------------------------------------------------------------
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    state = json.loads((folder / STATE_FILE).read_text())
+    change(state)
+    (folder / STATE_FILE).write_text(json.dumps(state))
+
+
+B = "model.q.lora_B.weight"
+TENSOR_DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
+    "dropped parameter": (PARAMETERS_FILE, lambda t: t.pop(B), f"missing '{B}'"),
+    "renamed parameter": (PARAMETERS_FILE, lambda t: t.update({"other": t.pop(B)}), "unexpected 'other'"),
+    "extra parameter": (PARAMETERS_FILE, lambda t: t.update(other=torch.ones(1)), "unexpected 'other'"),
+    "other shape": (PARAMETERS_FILE, lambda t: t.update({B: torch.ones(8)}), r"\(8,\), expected \(8, 4\)"),
+    "other dtype": (PARAMETERS_FILE, lambda t: t.update({B: t[B].double()}), "float64, expected"),
+    "dropped moment": (OPTIMIZER_FILE, lambda t: t.pop(f"{B}/exp_avg_sq"), f"missing '{B}/exp_avg_sq'"),
+    "renamed moment": (OPTIMIZER_FILE, lambda t: t.update({"x": t.pop(f"{B}/exp_avg")}), "unexpected 'x'"),
+    "moment's shape": (OPTIMIZER_FILE, lambda t: t.update({f"{B}/exp_avg": torch.ones(3)}), r"shape \(3,\)"),
+    "no optimizer at all": (OPTIMIZER_FILE, lambda t: t.clear(), "missing"),
+    "zero moments": (
+        OPTIMIZER_FILE,
+        lambda t: [value.zero_() for name, value in t.items() if name.endswith("/exp_avg")],
+        "every first moment is zero",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.row("53", "54")
+@pytest.mark.parametrize("damage", TENSOR_DAMAGE)
+def test_tensors_are_strict_both_ways_and_nothing_is_half_loaded(tmp_path: Path, damage: str) -> None:
+    run = Run()
+    run.train(0, 3)
+    run.save(tmp_path)
+    file, change, message = TENSOR_DAMAGE[damage]
+    rewrite(tmp_path / file, change)
+    fresh = Run(seed=3)
+    before = fresh.everything()
+    with pytest.raises(InputError, match=f"{file}.*{message}"):
+        fresh.load(tmp_path)
+    assert fresh.everything() == before
+
+
+STATE_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "other optimizer": (
+        lambda s: s["optimizer"].update({"class": "SGD"}),
+        "saved by SGD, the run uses AdamW",
+    ),
+    "other scheduler": (lambda s: s["scheduler"].update({"class": "StepLR"}), "saved by StepLR"),
+    "one group": (lambda s: s["optimizer"]["groups"].pop(), "1 optimizer groups, the run has 2"),
+    "swapped groups": (lambda s: s["optimizer"]["groups"].reverse(), "optimizer group 0: missing"),
+    "dropped setting": (lambda s: s["optimizer"]["groups"][1]["settings"].pop("lr"), "group 1: missing 'lr'"),
+    "unknown setting": (
+        lambda s: s["optimizer"]["groups"][1]["settings"].update(x=1),
+        "group 1: unexpected 'x'",
+    ),
+    "dropped schedule key": (
+        lambda s: s["scheduler"]["state"].pop("last_epoch"),
+        "scheduler: missing 'last_epoch'",
+    ),
+    "other format": (lambda s: s.update(format=2), "not a training state of format 1"),
+}
+
+
+@pytest.mark.row("53", "54")
+@pytest.mark.parametrize("damage", STATE_DAMAGE)
+def test_settings_are_strict_both_ways(tmp_path: Path, damage: str) -> None:
+    run = Run()
+    run.train(0, 3)
+    run.save(tmp_path)
+    change, message = STATE_DAMAGE[damage]
+    rewrite_state(tmp_path, change)
+    before = run.everything()
+    with pytest.raises(InputError, match=message):
+        run.load(tmp_path)
+    assert run.everything() == before
+
+
+@pytest.mark.parametrize("file", [PARAMETERS_FILE, OPTIMIZER_FILE, STATE_FILE])
+def test_missing_and_torn_files_are_named(tmp_path: Path, file: str) -> None:
+    run = Run()
+    run.train(0, 3)
+    run.save(tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-7])
+    with pytest.raises(InputError, match=file):
+        run.load(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(InputError, match=file):
+        run.load(tmp_path)
+
+
+def test_the_trainable_set_must_be_the_optimizers(tmp_path: Path) -> None:
+    run = Run()
+    run.parameters["frozen"] = nn.Parameter(torch.ones(2))
+    with pytest.raises(InputError, match="missing 'frozen'"):
+        run.save(tmp_path)
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5))]})
+    with pytest.raises(InputError, match=r"group 2 .*\(5,\)"):
+        run.save(tmp_path)
+
+
+@pytest.mark.parametrize("extra", [{"x": (1, 2)}, {"x": {1: 2}}, {"x": object()}, {"x": {1, 2}}])
+def test_what_json_would_change_is_refused(tmp_path: Path, extra: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="the trainer's state cannot be saved as JSON"):
+        Run().save(tmp_path, extra)
+
+
+# --- row 47: what is written is what was meant --------------------------------------------------------------
+
+
+def adapter(**changes: Tensor) -> dict[str, Tensor]:
+    return {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.full((4, 2), 0.5)} | changes
+
+
+@pytest.mark.row("47")
+def test_a_good_adapter_passes(tmp_path: Path) -> None:
+    save_file(adapter(), tmp_path / "adapter_model.safetensors")
+    check_saved(tmp_path / "adapter_model.safetensors", adapter(), trained=True)
+
+
+EMPTY_GATHER = {name: torch.empty(0) for name in adapter()}
+NOT_TRAINED = adapter(**{"q.lora_B.weight": torch.zeros(4, 2)})
+
+
+@pytest.mark.row("47")
+@pytest.mark.parametrize(
+    ("saved", "expected", "message"),
+    [
+        pytest.param(
+            EMPTY_GATHER, adapter(), r"lora_A.*shape \(0,\), expected \(2, 4\)", id="empty in the file"
+        ),
+        pytest.param(EMPTY_GATHER, EMPTY_GATHER, "lora_A.*is empty: gather", id="empty on both sides"),
+        pytest.param({}, {}, "nothing to save", id="nothing"),
+        pytest.param({}, adapter(), "missing 'q.lora_A.weight'", id="empty file"),
+        pytest.param(adapter(x=torch.ones(1)), adapter(), "unexpected 'x'", id="more than meant"),
+        pytest.param(adapter(), NOT_TRAINED, "lora_B.*differs from what was written", id="other values"),
+        pytest.param(
+            {k: v.half() for k, v in adapter().items()}, adapter(), "torch.float16", id="other dtype"
+        ),
+        pytest.param(NOT_TRAINED, NOT_TRAINED, "every lora_B is zero", id="never trained"),
+        *(
+            pytest.param(
+                bad := adapter(**{"q.lora_A.weight": torch.full((2, 4), value)}), bad, "NaN", id=str(value)
+            )
+            for value in (float("nan"), float("inf"))
+        ),
+    ],
+)
+def test_a_bad_adapter_is_refused(
+    tmp_path: Path, saved: dict[str, Tensor], expected: dict[str, Tensor], message: str
+) -> None:
+    save_file(saved, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        check_saved(tmp_path / "adapter_model.safetensors", expected, trained=True)
+
+
+@pytest.mark.row("47")
+def test_before_the_first_real_step_lora_b_may_be_zero(tmp_path: Path) -> None:
+    save_file(NOT_TRAINED, tmp_path / "x.safetensors")
+    check_saved(tmp_path / "x.safetensors", NOT_TRAINED, trained=False)
+
+
+@pytest.mark.row("47")
+@pytest.mark.parametrize("loss_of", ["parameters", "moments", "finiteness"])
+def test_a_failed_save_keeps_the_checkpoint_before(tmp_path: Path, loss_of: str) -> None:
+    run = Run()
+    run.train(0, 3)
+    checkpoint(run, tmp_path, 3)
+    lora_b = run.parameters[B]
+    if loss_of == "parameters":  # what ZeRO-3 leaves where nothing was gathered
+        lora_b.data = torch.empty(0)
+    elif loss_of == "moments":
+        for state in run.optimizer.state.values():
+            state["exp_avg"].zero_()
+    else:
+        lora_b.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match=f"{B}.*(empty|NaN)|every first moment is zero"):
+        checkpoint(run, tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert latest_complete(tmp_path) == (tmp_path / "checkpoint-3", [])
+
+
+# --- torn and half-written checkpoints ----------------------------------------------------------------------
+
+
+def checkpoint(run: Run, run_dir: Path, step: int, *, replace: bool = False) -> None:
+    with published(run_dir / f"checkpoint-{step}", replace=replace) as folder:
+        run.save(folder, {"global_step": step})
+
+
+def step_of(run_dir: Path) -> int:
+    path = latest_complete(run_dir).path
+    assert path is not None
+    assert why_incomplete(path) is None
+    return Run().load(path)["global_step"]
+
+
+@pytest.mark.row("55", "F9")
+def test_killed_anywhere_in_a_save_the_newest_whole_checkpoint_loads(tmp_path: Path) -> None:
+    run = Run()
+    run.train(0, 1)
+    checkpoint(run, tmp_path, 1)
+    run.train(1, 2)
+
+    def save_and_rotate() -> None:
+        checkpoint(run, tmp_path, 2, replace=True)
+        rotate(tmp_path, keep=1)
+
+    steps = []
+    for was_killed in moments(save_and_rotate, tmp_path):
+        recover(tmp_path)
+        steps.append(step_of(tmp_path))
+        assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint-1", "checkpoint-2"}
+        if was_killed and not (tmp_path / "checkpoint-1").exists():
+            run_at_1 = Run()
+            run_at_1.train(0, 1)
+            checkpoint(run_at_1, tmp_path, 1)
+    assert set(steps) == {1, 2}
+    assert steps[-1] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.row("F9")
+@pytest.mark.parametrize("file", [PARAMETERS_FILE, OPTIMIZER_FILE, STATE_FILE, "complete.json"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "removed"])
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path: Path, file: str, damage: str) -> None:
+    run = Run()
+    run.train(0, 2)
+    for step in (9, 10):
+        checkpoint(run, tmp_path, step)
+    victim = tmp_path / "checkpoint-10" / file
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 0x20
+    match damage:
+        case "flipped":
+            victim.write_bytes(data)
+        case "truncated":
+            victim.write_bytes(data[:-1] if file != "complete.json" else data[:-9])
+        case "removed":
+            victim.unlink()
+    path, skipped = latest_complete(tmp_path)
+    assert path == tmp_path / "checkpoint-9"
+    assert len(skipped) == 1
+    assert skipped[0].startswith("checkpoint-10 is passed over: ")
+
+
+def test_names_that_are_no_checkpoints_are_ignored(tmp_path: Path) -> None:
+    run = Run()
+    run.train(0, 2)
+    checkpoint(run, tmp_path, 2)
+    for name in ("checkpoint-", "checkpoint-x", "checkpoint-3.bak", ".checkpoint-9.partial-1", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").symlink_to(tmp_path / "checkpoint-2")
+    path, skipped = latest_complete(tmp_path)
+    assert path == tmp_path / "checkpoint-2"
+    assert skipped == ["checkpoint-7 is passed over: not a folder"]
+    assert latest_complete(tmp_path / "nowhere") == (None, [])
+
+
+def test_rotation_keeps_the_newest_whole_ones(tmp_path: Path) -> None:
+    run = Run()
+    run.train(0, 2)
+    for step in (2, 4, 10, 12):
+        checkpoint(run, tmp_path, step)
+    (tmp_path / "checkpoint-4" / STATE_FILE).unlink()
+    assert rotate(tmp_path, keep=2) == ["checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-12",
+        "checkpoint-4",
+    ]
+    (tmp_path / "checkpoint-12" / STATE_FILE).write_bytes(
+        b"\0" * (tmp_path / "checkpoint-12" / STATE_FILE).stat().st_size
+    )
+    assert rotate(tmp_path, keep=1) == []  # the only one that verifies is the older
+    assert step_of(tmp_path) == 10
+    with pytest.raises(InputError, match="at least one"):
+        rotate(tmp_path, keep=0)
+
+
+# --- planted files ------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (13,)
+
+
+PLANTED = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "training_args.bin",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+)
+
+
+@pytest.mark.row("S1")
+@pytest.mark.parametrize("kind", ["pickle", "pipe"])
+def test_planted_files_are_never_opened(tmp_path: Path, kind: str) -> None:
+    """A pipe blocks whoever opens it, native code included; the audit hook sees every opening by Python."""
+    run = Run()
+    run.train(0, 2)
+    for step in (1, 2):
+        checkpoint(run, tmp_path, step)
+    for folder, name in itertools.product(tmp_path.iterdir(), PLANTED):
+        if kind == "pipe":
+            os.mkfifo(folder / name)
+        else:
+            (folder / name).write_bytes(pickle.dumps(Bomb()))
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            sys.addaudithook(_die_on_opening_planted)
+            assert step_of(tmp_path) == 2
+            assert rotate(tmp_path, keep=1) == ["checkpoint-1"]
+            status = 0
+        finally:
+            os._exit(status)
+    _, result = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(result) == 0
+
+
+def _die_on_opening_planted(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and str(arguments[0]).endswith((".pt", ".pth", ".bin", ".pkl")):
+        os._exit(14)

@@ -1,0 +1,276 @@
+"""A published folder is whole or absent, whatever moment the process dies at."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lorafocal.errors import InputError
+from lorafocal.publish import (
+    RECORD,
+    check_name,
+    discard,
+    inside,
+    published,
+    recover,
+    why_incomplete,
+    write_atomically,
+)
+from tests.killing import moments
+
+DEAD_PID = 2**22 + 1  # above the largest id Linux gives out
+
+
+def publish(target: Path, content: str, *, replace: bool = False, record: bool = True) -> None:
+    with published(target, replace=replace, record=record) as folder:
+        (folder / "a.txt").write_text(content)
+        (folder / "deep" / "er").mkdir(parents=True)
+        (folder / "deep" / "er" / "b.bin").write_bytes(content.encode() * 1000)
+
+
+def publish_half(target: Path, error: type[BaseException]) -> None:
+    with published(target, replace=True) as folder:
+        (folder / "a.txt").write_text("half")
+        raise error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["new", "replacing"])
+def test_killed_at_every_file_operation_leaves_the_old_or_the_new(tmp_path: Path, replace: bool) -> None:
+    seen, target = [], tmp_path / "checkpoint-2"
+    if replace:
+        publish(target, "old")
+    for was_killed in moments(lambda: publish(target, "new", replace=True), tmp_path):
+        recover(tmp_path)
+        assert names(tmp_path) in ([], ["checkpoint-2"])
+        assert why_incomplete(target) is None or not (replace or target.exists())
+        seen.append((target / "a.txt").read_text() if target.exists() else "absent")
+        if was_killed and seen[-1] == "new":
+            discard(target)
+            if replace:
+                publish(target, "old")
+    assert set(seen) == {"old" if replace else "absent", "new"}
+    assert seen[-1] == "new"
+    assert len(seen) > 20
+
+
+def test_killed_while_a_file_is_replaced(tmp_path: Path) -> None:
+    path, seen = tmp_path / "manifest.json", []
+    write_atomically(path, "old")
+    for was_killed in moments(lambda: write_atomically(path, "new" * 1000), tmp_path):
+        seen.append(path.read_text())
+        recover(tmp_path)
+        assert names(tmp_path) == ["manifest.json"]
+        if was_killed:
+            write_atomically(path, "old")
+    assert set(seen) == {"old", "new" * 1000}
+    assert seen[-1] == "new" * 1000
+    assert len(seen) > 4
+
+
+def test_record_lists_every_file_and_is_left_out_on_request(tmp_path: Path) -> None:
+    publish(tmp_path / "with", "x")
+    assert set(json.loads((tmp_path / "with" / RECORD).read_text())["files"]) == {"a.txt", "deep/er/b.bin"}
+    publish(tmp_path / "without", "x", record=False)
+    assert names(tmp_path / "without") == ["a.txt", "deep"]
+    assert "not finished" in str(why_incomplete(tmp_path / "without"))
+
+
+def test_an_exception_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    publish(target, "old")
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            publish_half(target, error)
+    assert names(tmp_path) == ["adapter"]
+    assert (target / "a.txt").read_text() == "old"
+
+
+def test_a_failed_rename_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "adapter"
+    publish(target, "old")
+    real = Path.replace
+
+    def full_disk(self: Path, to: Path) -> Path:
+        if "partial" in self.name:
+            raise OSError(28, "No space left on device")
+        return real(self, to)
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        publish(target, "new", replace=True)
+    assert names(tmp_path) == ["adapter"]
+    assert why_incomplete(target) is None
+    assert (target / "a.txt").read_text() == "old"
+
+
+def test_an_existing_target_is_never_overwritten_unasked(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    publish(target, "old")
+    with pytest.raises(InputError, match="exists already"):
+        publish(target, "new")
+    (tmp_path / "file").write_text("x")
+    for replace in (False, True):
+        with pytest.raises(InputError, match="is a file"):
+            publish(tmp_path / "file", "new", replace=replace)
+    with pytest.raises(InputError, match="exists already"), published(tmp_path / "late"):
+        (tmp_path / "late").mkdir()  # somebody else was faster
+    assert names(tmp_path) == ["adapter", "file", "late"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "link", "record"])
+def test_any_damage_is_seen(tmp_path: Path, damage: str) -> None:
+    target = tmp_path / "checkpoint-2"
+    publish(target, "x")
+    victim = target / "deep" / "er" / "b.bin"
+    data = bytearray(victim.read_bytes())
+    match damage:
+        case "flip":
+            data[500] ^= 1
+            victim.write_bytes(data)
+        case "truncate":
+            victim.write_bytes(data[:-1])
+        case "remove":
+            victim.unlink()
+        case "link":
+            victim.rename(tmp_path / "elsewhere")
+            victim.symlink_to(tmp_path / "elsewhere")
+        case "record":
+            (target / RECORD).write_text((target / RECORD).read_text()[:-30])
+    reason = why_incomplete(target)
+    assert reason is not None
+    assert ("complete.json" if damage == "record" else "b.bin") in reason
+    assert (why_incomplete(target, hashes=False) is None) == (damage == "flip")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "deep/../../outside"])
+def test_a_record_cannot_point_outside(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "checkpoint-2"
+    publish(target, "x")
+    (tmp_path / "outside").write_text("x")
+    (target / RECORD).write_text(json.dumps({"files": {name: {"size": 1, "sha256": "0"}}}))
+    assert "not a plain file" in str(why_incomplete(target))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": []}', '{"files": {}}', '{"files": {"a": 1}}', "\x00"]
+)
+def test_an_alien_record_is_no_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / RECORD).write_text(text)
+    assert "not finished" in str(why_incomplete(tmp_path))
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    publish(tmp_path / ".checkpoint-1.replaced-999", "put back")
+    (tmp_path / ".checkpoint-1.replaced-999").rename(tmp_path / f".checkpoint-1.replaced-{DEAD_PID}")
+    (tmp_path / f".checkpoint-2.partial-{DEAD_PID}").mkdir()
+    (tmp_path / f".manifest.json.partial-{DEAD_PID}").write_text("half")
+    (
+        tmp_path / f".checkpoint-4.partial-{os.getpid()}"
+    ).mkdir()  # a container gave our id to the one before us
+    (tmp_path / f".checkpoint-3.partial-{os.getppid()}").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    done = recover(tmp_path)
+    assert names(tmp_path) == [f".checkpoint-3.partial-{os.getppid()}", ".hidden", "checkpoint-1"]
+    assert len(done) == 4
+    assert "put back checkpoint-1" in done
+    assert recover(tmp_path) == []
+    assert recover(tmp_path / "absent") == []
+
+
+def test_publishing_clears_leftovers_of_its_own_target_only(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f".checkpoint-{step}.partial-{DEAD_PID}").mkdir()
+    publish(tmp_path / "checkpoint-2", "x")
+    assert names(tmp_path) == [f".checkpoint-1.partial-{DEAD_PID}", "checkpoint-2"]
+
+
+@pytest.mark.row("S9")
+def test_links_are_never_written_through(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("precious")
+    (tmp_path / "folder").symlink_to(outside)
+    (tmp_path / "file").symlink_to(outside / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("folder", "dangling"):
+        with pytest.raises(InputError, match="symbolic link"):
+            publish(tmp_path / name, "x", replace=True)
+        with pytest.raises(InputError, match="symbolic link"):
+            discard(tmp_path / name)
+        with pytest.raises(InputError, match="symbolic link"):
+            inside(tmp_path, name)
+    with pytest.raises(InputError, match="symbolic link"):
+        write_atomically(tmp_path / "file", "x")
+    with pytest.raises(InputError, match="symbolic link"), published(tmp_path / "new") as folder:
+        (folder / "link").symlink_to(outside / "file")
+    assert (outside / "file").read_text() == "precious"
+    assert names(outside) == ["file"]
+
+
+EVIL_NAMES = [
+    *(
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "../x",
+        "x/y",
+        "/x",
+        "/",
+        "x/",
+        "./x",
+        "x\\y",
+        "..\\x",
+        "C:x",
+        "~",
+        "~root",
+        "$HOME",
+    ),
+    *(
+        "x\n",
+        "x\0y",
+        "x y",
+        " x",
+        "X",
+        "é",
+        "x:y",
+        "x*",
+        "x?",
+        "%2e%2e",
+        "a" * 65,
+        "-rf ",
+        "x;y",
+        "x|y",
+        "．．",
+        "x\t",
+    ),
+]
+
+
+@pytest.mark.row("S9")
+@pytest.mark.parametrize("name", EVIL_NAMES)
+def test_evil_names_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="cannot be a name"):
+        check_name(name)
+    with pytest.raises(InputError, match="cannot be a name"):
+        inside(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["a", "quickstart", "llama3-8b_r128.v2", "a" * 64, "0"])
+def test_plain_names_pass(tmp_path: Path, name: str) -> None:
+    assert check_name(name) == name
+    assert inside(tmp_path, name) == tmp_path / name
+
+
+def test_write_atomically_takes_text_and_bytes_and_leaves_no_trace(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", "grün")
+    write_atomically(tmp_path / "a", b"\x00\xff")
+    assert (tmp_path / "a").read_bytes() == b"\x00\xff"
+    assert names(tmp_path) == ["a"]
