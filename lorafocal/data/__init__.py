@@ -1,0 +1,1 @@
+"""Preference data: rows of files to preferences, preferences to tokens, tokens to packs."""
