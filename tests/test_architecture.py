@@ -30,7 +30,7 @@ FLOORS = {
     0: "errors config yaml12 training_fields bounds metrics publish objectives ops",
     1: "data model lineage",
     2: "policy reference probes",
-    3: "trainer sampler checkpoint resume progress run",
+    3: "arguments trainer sampler checkpoint resume progress run",
     4: "release evaluate report",
     5: "cli __init__ __main__",
 }
