@@ -265,6 +265,6 @@ def _json_number(value: Any) -> Any:
 def _step_of(line: str) -> float:
     """The step of a line of `metrics.jsonl`; infinity for one that is not whole."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -1,0 +1,297 @@
+"""The status line a person watches and the file a program reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorafocal.progress import (
+    MetricsFile,
+    ProgressLine,
+    StepClock,
+    clock_text,
+    evaluation_line,
+    metrics_line,
+    peak_gib,
+    status_line,
+)
+
+CONTROL = TrainerControl()
+TRAIN_LOGS = {"loss": 0.6123, "rewards/margins": 0.41, "rewards/accuracies": 0.78, "learning_rate": 2e-4}
+
+
+def state_at(step: int, of: int = 100, *, first_process: bool = True) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=of, is_world_process_zero=first_process)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """A time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+# --- the line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("63")
+def test_the_whole_line() -> None:
+    line = status_line(
+        37, 100, pairs_per_s=12.34, eta_s=11.2, loss=0.61234, margin=0.414, accuracy=0.781, peak_gib=1.23
+    )
+    assert line == "step 37/100 · 12.3 pairs/s · ETA 0:12 · loss 0.6123 · margin +0.41 · acc 78% · 1.2 GiB"
+
+
+@pytest.mark.row("63")
+def test_unknown_parts_are_left_out_and_odd_numbers_are_shown() -> None:
+    assert status_line(0, 5) == "step 0/5"
+    assert status_line(1, 5, margin=-0.5, pairs_per_s=1234.5) == "step 1/5 · 1234 pairs/s · margin -0.50"
+    assert status_line(1, 5, loss=math.nan, accuracy=0.0) == "step 1/5 · loss nan · acc 0%"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0:00"),
+        (0, "0:00"),
+        (0.2, "0:01"),
+        (59.5, "1:00"),
+        (61, "1:01"),
+        (3599.9, "1:00:00"),
+        (93784, "26:03:04"),
+    ],
+)
+def test_clock_text(seconds: float, text: str) -> None:
+    assert clock_text(seconds) == text
+
+
+def test_evaluation_line() -> None:
+    logs = {
+        "eval_loss": 0.601,
+        "eval_rewards/margins": 0.41,
+        "eval_rewards/accuracies": 0.78,
+        "eval_runtime": 3.0,
+    }
+    assert (
+        evaluation_line(50, 100, logs) == "evaluation at step 50/100 · loss 0.6010 · margin +0.41 · acc 78%"
+    )
+
+
+def test_peak_memory_is_that_of_a_process_with_torch() -> None:
+    assert 0.05 < peak_gib() < 64
+
+
+# --- speed and remaining time -------------------------------------------------------------------------------
+
+
+def test_the_clock_leaves_pauses_out_and_looks_at_the_last_steps() -> None:
+    clock = StepClock()
+    assert clock.step_s is None
+    now = 5.0
+    clock.resume(now)
+    for step in range(30):
+        now += 8.0 if step < 10 else 2.0
+        clock.step(now)
+        now += 60.0  # an evaluation
+        clock.resume(now)
+    assert clock.step_s == pytest.approx(2.0)
+    assert clock.trained_s == pytest.approx(10 * 8 + 20 * 2)
+
+
+def run_line(line: ProgressLine, now: Clock, *, steps: int = 4, pairs_seen: list[int] | None = None) -> None:
+    """What a trainer does: a step takes 2 s, and every second one a 100 s evaluation and save after it."""
+    args: Any = SimpleNamespace(pairs_per_step=16)
+    line.on_train_begin(args, state_at(0), CONTROL)
+    for step in range(1, steps + 1):
+        now.time += 2.0
+        line.on_step_end(args, state_at(step), CONTROL)
+        seen = {"pairs_seen": pairs_seen[step - 1]} if pairs_seen else {}
+        line.on_log(args, state_at(step), CONTROL, logs=TRAIN_LOGS | seen)
+        if step % 2 == 0:
+            now.time += 90.0
+            line.on_log(args, state_at(step), CONTROL, logs={"eval_loss": 0.5})
+            line.on_evaluate(args, state_at(step), CONTROL)
+            now.time += 10.0
+            line.on_save(args, state_at(step), CONTROL)
+    line.on_train_end(args, state_at(steps), CONTROL)
+
+
+@pytest.mark.row("63")
+def test_without_a_terminal_one_plain_line_a_logged_event() -> None:
+    out, now = io.StringIO(), Clock()
+    run_line(ProgressLine(out, now=now), now)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 6
+    assert re.fullmatch(
+        r"step 4/100 · 8\.0 pairs/s · ETA 3:12 · loss 0\.6123 · margin \+0\.41 · acc 78% · \d+\.\d GiB",
+        lines[4],
+    )
+    assert lines[5] == "evaluation at step 4/100 · loss 0.5000"
+    assert "\r" not in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.row("63")
+def test_on_a_terminal_the_line_is_redrawn_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    out, now = Terminal(), Clock()
+    run_line(ProgressLine(out, now=now), now)
+    text = out.getvalue()
+    assert text.count("\n") == 3  # two evaluations and the end
+    drawn = re.split(r"\r\x1b\[2K|\n", text)
+    assert max(map(len, drawn)) <= 39  # a wrapped line cannot be redrawn
+    assert sum(part.startswith("step ") for part in drawn) == 8
+
+
+def test_quiet_and_other_processes_say_nothing() -> None:
+    out, now = Terminal(), Clock()
+    run_line(ProgressLine(out, quiet=True, now=now), now)
+    other = ProgressLine(out, now=now)
+    other.on_log(SimpleNamespace(), state_at(1, first_process=False), CONTROL, logs=TRAIN_LOGS)
+    assert out.getvalue() == ""
+
+
+def test_short_steps_are_counted_by_pairs_seen_and_a_logged_speed_wins() -> None:
+    out, now = io.StringIO(), Clock()
+    run_line(ProgressLine(out, now=now), now, pairs_seen=[1016, 1032, 1033, 1049])
+    assert "· 5.5 pairs/s ·" in out.getvalue().splitlines()[-2]  # (1049 - 1016) pairs in 6 s of training
+    line = ProgressLine(out := io.StringIO(), now=now)
+    line.on_log(SimpleNamespace(), state_at(1), CONTROL, logs=TRAIN_LOGS | {"pairs_per_s": 77.7})
+    assert "· 77.7 pairs/s ·" in out.getvalue()
+
+
+# --- metrics.jsonl ------------------------------------------------------------------------------------------
+
+
+def strict(line: str) -> dict[str, Any]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_one_sorted_valid_object_a_line() -> None:
+    logs = {
+        "rewards/margins": np.float32(0.5),
+        "loss": math.nan,
+        "grad_norm": torch.tensor(math.inf),
+        "learning_rate": np.float64(1e-4),
+        "epoch": 0.5,
+        "focal/turned_share": torch.tensor(0.25),
+        "pairs_seen": np.int64(64),
+    }
+    line = metrics_line(7, logs)
+    assert line.count("\n") == 1
+    assert line.endswith("}\n")
+    read = strict(line)
+    assert list(read) == sorted([*logs, "step"])
+    assert read == {
+        "epoch": 0.5,
+        "focal/turned_share": 0.25,
+        "grad_norm": None,
+        "learning_rate": 1e-4,
+        "loss": None,
+        "pairs_seen": 64,
+        "rewards/margins": 0.5,
+        "step": 7,
+    }
+
+
+def test_on_resume_the_file_is_the_lineage(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    args: Any = SimpleNamespace()
+    metrics.on_train_begin(args, state_at(0), CONTROL)
+    for step in range(1, 6):
+        metrics.on_log(args, state_at(step), CONTROL, logs={"loss": 1.0 / step})
+    metrics.on_log(args, state_at(6, first_process=False), CONTROL, logs={"loss": 0.0})
+    with metrics.path.open("a") as file:
+        file.write('{"loss": 0.1, "st')  # killed while writing
+    resumed = MetricsFile(metrics.path)
+    resumed.on_train_begin(args, state_at(3), CONTROL)
+    for step in (4, 5):
+        resumed.on_log(args, state_at(step), CONTROL, logs={"loss": 2.0 / step})
+    read = [strict(line) for line in metrics.path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in read] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 0.5),
+        (5, 0.4),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 1}', "null\n", "[]\n", "not json\n", '{"epoch": 1}\n', '{"step": "x"}\n']
+)
+def test_lines_that_are_not_whole_are_dropped(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + torn)
+    MetricsFile(path).rewind(3)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        metrics.append(step, {"loss": 1.0})
+        assert len(metrics.path.read_text().splitlines()) == step
+
+
+# --- in transformers' own loop ------------------------------------------------------------------------------
+
+
+class Square(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor, return_loss: bool = True) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight * x).square().mean()}
+
+
+def test_in_a_real_training_loop(tmp_path: Path) -> None:
+    out = io.StringIO()
+    callbacks: list[TrainerCallback] = [MetricsFile(tmp_path / "metrics.jsonl"), ProgressLine(out)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    rows = [{"x": torch.ones(1)} for _ in range(8)]
+    Trainer(Square(), args, train_dataset=rows, eval_dataset=rows, callbacks=callbacks).train()
+    read = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in read] == [1, 2, 2, 3, 4, 4, 4]
+    assert all(
+        {"loss", "grad_norm", "learning_rate", "epoch"} <= line.keys() for line in read if "loss" in line
+    )
+    assert [line["step"] for line in read if "eval_loss" in line] == [2, 4]
+    lines = out.getvalue().splitlines()
+    assert [line.split(" · ")[0] for line in lines] == [
+        *("step 1/4", "step 2/4", "evaluation at step 2/4", "step 3/4", "step 4/4", "evaluation at step 4/4")
+    ]
+    assert "ETA 0:00" in lines[-2]
