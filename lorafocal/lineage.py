@@ -75,7 +75,7 @@ def lineage_of(folder: Path) -> Lineage | None:
         found = record["format"]
         if found != FORMAT:
             raise InputError(
-                f"{path}: format {found!r}; this version reads format {FORMAT}. Use the version that wrote it."
+                f"{path}: format {found!r}; only {FORMAT} is read. Use the version that wrote it."
             )
         return Lineage(
             base=BaseIdentity(**record["base"]),

@@ -49,7 +49,10 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist. Name a file of held-out pairs with --pairs FILE.")
-    pairs = read_held_out(path) if _holds_token_ids(path) else _tokenised(path, tokenizer, max_length)
+    if _holds_token_ids(path):
+        pairs = read_held_out(path)
+    else:
+        pairs = tokenize_preferences(read_preferences(path), tokenizer, max_length=max_length).pairs
     vocabulary = len(tokenizer)
     for pair in pairs:
         highest = max(max(getattr(pair, side)) for side in _SIDES)
@@ -59,14 +62,6 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: in
                 "these pairs were tokenised for another model."
             )
     return pairs
-
-
-def _tokenised(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[TokenizedPair]:
-    data = tokenize_preferences(read_preferences(path), tokenizer, max_length=max_length)
-    if not data.pairs:
-        dropped = ", ".join(f"{reason} {count}" for reason, count in data.drops.items())
-        raise InputError(f"{path}: no pair is left to score ({dropped}; max_length {max_length}).")
-    return data.pairs
 
 
 def _holds_token_ids(path: Path) -> bool:

@@ -16,7 +16,7 @@ from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.load import load_base, load_tokenizer
-from lorafocal.model.saved import CONFIG_FILE, open_adapter, read_adapter
+from lorafocal.model.saved import CONFIG_FILE, open_adapter, read_adapter, read_config, stored_dtype
 from lorafocal.objectives.pairwise import PairLogps, rewards
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.publish import write_atomically
@@ -184,9 +184,9 @@ def score_file(
     """Score a file of pairs with an adapter folder, or with a model (folder or hub id).
 
     An adapter's reference is its base with the adapter off; `base` says where that base is, as in a merge. A
-    model has a reference, and so rewards, only where `base` names one. `beta` defaults to the run's, and
-    without one there are no rewards. `pairs` holds preference rows or the token ids of a run's
-    `held_out.jsonl`. `out` receives one JSON object a pair.
+    model has a reference, and so rewards, only where `base` names one; both compute in the dtype it is stored
+    in. `beta` defaults to the run's, and without one there are no rewards. `pairs` holds preference rows or
+    the token ids of a run's `held_out.jsonl`. `out` receives one JSON object a pair.
 
     Raises InputError for anything missing or unfit, before any weights are loaded where that can be known.
     """
@@ -215,14 +215,15 @@ def _score_adapter(
 def _score_model(
     target: str, path: Path, base: str | None, beta: float | None
 ) -> tuple[float | None, list[PairScore]]:
+    dtype = stored_dtype(read_config(target))
     pairs = load_pairs(path, load_tokenizer(target), max_length=MAX_LENGTH)
-    policy = _model_logps(target, pairs)
-    reference = None if base is None else _model_logps(base, pairs)
+    policy = _model_logps(target, pairs, dtype)
+    reference = None if base is None else _model_logps(base, pairs, dtype)
     return beta, pair_scores(pairs, policy, reference, beta)
 
 
-def _model_logps(name: str, pairs: Sequence[TokenizedPair]) -> PairLogps:
-    model = load_base(name)
+def _model_logps(name: str, pairs: Sequence[TokenizedPair], dtype: str) -> PairLogps:
+    model = load_base(name, dtype=dtype)
     prepare_policy(model)
     model.eval()
     return pair_logps(partial(sequence_logps, model), pairs, device=model.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,13 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
     lineage = lineage_of(folder)
     run = _run_settings(folder.resolve().parent / "config.yaml")
     name, revision = _find_base(folder, base, run, lineage, config)
-    base_config = _base_config(name, revision)
+    base_config = read_config(name, revision)
     return SavedAdapter(
         folder=folder,
         config=config,
         base=name,
         revision=revision,
-        dtype=run.get("model", {}).get("dtype") or _stored_dtype(base_config),
+        dtype=run.get("model", {}).get("dtype") or stored_dtype(base_config),
         lineage=lineage,
         max_length=run.get("data", {}).get("max_length"),
         beta=None if lineage is None or lineage.objective is None else lineage.objective.get("beta"),
@@ -92,7 +92,7 @@ def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
     base = load_base(saved.base, revision=saved.revision, dtype=saved.dtype)
     cast_parameters(base, getattr(torch, dtype))
     try:
-        policy = widen_adapters(get_peft_model(base, saved.config))
+        policy = widen_adapters(get_peft_model(base, replace(saved.config, base_model_name_or_path=None)))
     except ValueError as error:
         raise InputError(f"{saved.folder}: the adapter does not fit {saved.base}: {error}") from error
     _check_places(saved.folder, policy)
@@ -181,18 +181,19 @@ def _find_base(
     )
 
 
-def _base_config(name: str, revision: str | None) -> PretrainedConfig:
+def read_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a hub id or folder; InputError where there is none."""
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"the base {name} cannot be read ({reason}). Say where it is with --base."
+            f"no model can be read from {name} ({reason}). For a base, say where it is with --base."
         ) from error
 
 
-def _stored_dtype(config: PretrainedConfig) -> str:
-    """bfloat16 where the base says so; otherwise float32, which holds every other stored dtype exactly."""
+def stored_dtype(config: PretrainedConfig) -> str:
+    """bfloat16 where the model says so; otherwise float32, which holds every other stored dtype exactly."""
     stored = getattr(config, "dtype", None)
     return "bfloat16" if stored in (torch.bfloat16, "bfloat16") else "float32"
 

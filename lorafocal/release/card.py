@@ -30,11 +30,11 @@ def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -
                 _loading(
                     "from peft import PeftModel\n" + _TRANSFORMERS,
                     f"base = AutoModelForCausalLM.from_pretrained({base})\n"
-                    'model = PeftModel.from_pretrained(base, "PATH_OR_ID_OF_THIS_ADAPTER")\n'
+                    'model = PeftModel.from_pretrained(base, "THIS_ADAPTER")\n'
                     f"tokenizer = AutoTokenizer.from_pretrained({base})",
                 ),
                 _limits(
-                    "The adapter fits this base and no other: `lorafocal.json` holds the digest of its weights.",
+                    "The adapter fits this base only; `lorafocal.json` has the digest of its weights.",
                 ),
             ]
         )
@@ -59,8 +59,8 @@ def merged_card(
                 f"```text\n{survival}\n```",
                 _loading(
                     _TRANSFORMERS,
-                    f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THIS_MODEL", dtype="{dtype}")\n'
-                    'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID_OF_THIS_MODEL")',
+                    f'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="{dtype}")\n'
+                    'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
                 ),
                 _limits(
                     *notes,

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,7 @@ def merge_adapter(
     the adapter any more.
     """
     _check_request(dtype, gate_dtype, max_drift)
-    with published(out, record=False) as folder:
+    with _enough_memory(), published(out, record=False) as folder:
         saved = read_adapter(adapter, base=base)
         tokenizer = load_tokenizer(saved.base, saved.revision)
         held_out = load_pairs(
@@ -229,6 +230,17 @@ def _check_request(dtype: str, gate_dtype: str, max_drift: float) -> None:
         )
 
 
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "the model does not fit the GPU's memory. Gate in half of it with --gate-dtype bfloat16, or "
+            "merge on the CPU by setting CUDA_VISIBLE_DEVICES to nothing."
+        ) from error
+
+
 def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
     if pairs is not None:
         return pairs
@@ -292,7 +304,7 @@ def _lineage(saved: SavedAdapter) -> Lineage:
     parent = {"adapter": saved.folder.resolve().name, "sha256": sha256(saved.folder / WEIGHTS_FILE)}
     if saved.lineage is not None:
         return replace(saved.lineage, parents=(*saved.lineage.parents, parent), lorafocal="")
-    base = BaseIdentity(**base_fingerprint(saved.base, revision=saved.revision))
+    base = BaseIdentity(**base_fingerprint(saved.base, revision=saved.revision))  # type: ignore[arg-type]  # only the revision is None
     return Lineage(base=base, objective=None, steps=0, pairs_seen=0, reference=None, parents=(parent,))
 
 

@@ -1,0 +1,172 @@
+"""Scores: against plain transformers, live against reloaded, through files, and on merged models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lorafocal.data.held_out import read_held_out, write_held_out
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.toy import toy_preferences
+from lorafocal.errors import InputError
+from lorafocal.evaluate.score import PairScore, ScoreReport, pair_logps, pair_scores, score_file, score_pairs
+from lorafocal.model.saved import open_adapter, read_adapter
+from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.policy import prepare_policy
+from lorafocal.reference import DisabledAdapterReference
+from lorafocal.release.merge import merge_adapter
+from tests.saved_run import BETA, SavedRun, save_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> SavedRun:
+    return save_run(tmp_path, base_dtype=torch.float32, dtype="float32")
+
+
+def plain_logps(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> float:
+    """One sequence at a time, by the definition."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().item()
+
+
+def numbers(score: PairScore) -> dict[str, float]:
+    return {name: value for name, value in score.as_dict().items() if name != "id"}
+
+
+@pytest.mark.row("22")
+def test_an_adapter_s_scores_are_plain_transformers_to_float32_rounding(run: SavedRun) -> None:
+    report = score_file(run.adapter, run.folder / "held_out.jsonl")
+    base = AutoModelForCausalLM.from_pretrained(run.base)
+    policy = PeftModel.from_pretrained(base, run.adapter)
+    assert [score.id for score in report.scores] == [pair.id for pair in run.pairs]
+    for pair, score in zip(run.pairs, report.scores, strict=True):
+        chosen, rejected = (
+            plain_logps(policy, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)
+        )
+        with policy.disable_adapter():
+            base_chosen = plain_logps(policy, pair.prompt_ids, pair.chosen_ids)
+            base_rejected = plain_logps(policy, pair.prompt_ids, pair.rejected_ids)
+        assert score.chosen_logps == pytest.approx(chosen, rel=1e-5)
+        assert score.rejected_logps == pytest.approx(rejected, rel=1e-5)
+        assert score.reference_chosen_logps == pytest.approx(base_chosen, rel=1e-5)
+        assert score.reference_rejected_logps == pytest.approx(base_rejected, rel=1e-5)
+        assert score.chosen_reward == pytest.approx(BETA * (chosen - base_chosen), abs=1e-5)
+        assert score.margin == pytest.approx(
+            BETA * (chosen - base_chosen - rejected + base_rejected), abs=1e-5
+        )
+        assert (score.chosen_tokens, score.rejected_tokens) == (len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+@pytest.mark.row("22")
+def test_live_model_and_reloaded_adapter_score_alike(run: SavedRun) -> None:
+    policy = open_adapter(read_adapter(run.adapter), dtype="float32").train()
+    prepare_policy(policy)
+    live = score_pairs(policy, DisabledAdapterReference(policy), run.pairs, beta=BETA)
+    assert policy.training
+    for before, after in zip(
+        live, score_file(run.adapter, run.folder / "held_out.jsonl").scores, strict=True
+    ):
+        assert before.id == after.id
+        assert numbers(before) == pytest.approx(numbers(after), rel=1e-5, abs=1e-5)
+
+
+def test_rows_and_token_ids_give_the_same_scores(run: SavedRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in toy_preferences(12, seed=3, held_out=True)))
+    from_rows = score_file(run.adapter, rows).scores
+    from_ids = score_file(run.adapter, run.folder / "held_out.jsonl").scores
+    assert [score.margin for score in from_rows] == [score.margin for score in from_ids]
+
+
+def test_the_pack_size_and_repeated_ids_change_nothing(run: SavedRun) -> None:
+    policy = open_adapter(read_adapter(run.adapter), dtype="float32")
+    prepare_policy(policy)
+    twice = [TokenizedPair("same", p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in run.pairs]
+    small, large = (
+        [score.chosen_logps for score in score_pairs(policy, None, twice, beta=None, tokens_per_pack=tokens)]
+        for tokens in (1, 100_000)
+    )
+    assert small == pytest.approx(large, rel=1e-5)
+    assert len(set(large)) > 1
+
+
+def test_a_merged_model_scores_like_its_adapter(run: SavedRun, tmp_path: Path) -> None:
+    held_out = run.folder / "held_out.jsonl"
+    merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
+    adapter = score_file(run.adapter, held_out)
+    merged = score_file(tmp_path / "out", held_out, base=str(run.base), beta=BETA)
+    assert merged.margins == pytest.approx(adapter.margins, abs=1e-5)
+    alone = score_file(tmp_path / "out", held_out)
+    assert alone.margins == []
+    assert "rewards/margins" not in alone.as_dict()
+    assert alone.scores[0].chosen_logps == merged.scores[0].chosen_logps
+
+
+def test_totals_table_and_file(run: SavedRun, tmp_path: Path) -> None:
+    report = score_file(run.adapter, run.folder / "held_out.jsonl", out=tmp_path / "scores.jsonl")
+    totals = report.as_dict()
+    assert totals["pairs"] == len(run.pairs)
+    assert totals["rewards/accuracies"] == sum(margin > 0 for margin in report.margins) / len(run.pairs)
+    assert totals["rewards/margins"] == pytest.approx(totals["rewards/chosen"] - totals["rewards/rejected"])
+    assert "rewards/accuracies" in report.table()
+    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [score.as_dict() for score in report.scores]
+    assert str(tmp_path) not in json.dumps(totals)
+
+
+def test_a_tie_is_neither_right_nor_counted_out(run: SavedRun) -> None:
+    pairs = run.pairs[:2]
+    same = PairLogps(torch.zeros(2), torch.zeros(2))
+    totals = ScoreReport("model", BETA, pair_scores(pairs, same, same, BETA)).as_dict()
+    assert (totals["ties"], totals["rewards/accuracies"]) == (2, 0.0)
+
+
+def test_answers_come_back_in_the_order_of_the_pairs(run: SavedRun) -> None:
+    def count_tokens(pack) -> PairLogps:  # type: ignore[no-untyped-def]
+        return PairLogps(*pack.index.lengths.float().split(pack.num_pairs))
+
+    found = pair_logps(count_tokens, run.pairs, device=torch.device("cpu"), tokens_per_pack=40)
+    assert found.chosen.tolist() == [len(pair.chosen_ids) for pair in run.pairs]
+    assert found.rejected.tolist() == [len(pair.rejected_ids) for pair in run.pairs]
+
+
+def test_held_out_pairs_read_back(run: SavedRun, tmp_path: Path) -> None:
+    write_held_out(tmp_path / "pairs.jsonl", run.pairs)
+    assert read_held_out(tmp_path / "pairs.jsonl") == run.pairs
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("{", "not JSON"),
+        ('{"id": 3, "prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [2]}', "expected"),
+        ('{"id": "a", "prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]}', "chosen_ids"),
+        ('{"id": "a", "prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [true]}', "rejected_ids"),
+        ('{"id": "a", "prompt_ids": [1], "chosen_ids": [1]}', "rejected_ids"),
+    ],
+)
+def test_a_broken_line_is_named(run: SavedRun, tmp_path: Path, line: str, named: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    write_held_out(path, run.pairs[:1])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(InputError, match=rf"pairs\.jsonl:2.*{named}"):
+        score_file(run.adapter, path)
+
+
+def test_input_that_cannot_be_scored_is_refused(run: SavedRun, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--pairs FILE"):
+        score_file(run.adapter, tmp_path / "nowhere.jsonl")
+    with pytest.raises(InputError, match="missing"):
+        score_file(run.adapter, run.folder / "held_out.jsonl", out=tmp_path / "missing" / "scores.jsonl")
+    foreign = tmp_path / "foreign.jsonl"
+    write_held_out(foreign, [TokenizedPair("far", [1], [2], [99_999])])
+    with pytest.raises(InputError, match=r"far.*99999"):
+        score_file(run.adapter, foreign)
+    with pytest.raises(InputError, match="no_model"):
+        score_file(tmp_path / "no_model", run.folder / "held_out.jsonl")

@@ -1,0 +1,104 @@
+"""Cards and lineage: what they say, what they never say, and that they read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorafocal.errors import InputError
+from lorafocal.lineage import LINEAGE_FILE, BaseIdentity, Lineage, lineage_of
+from lorafocal.release.card import adapter_card, merged_card
+
+HUB = BaseIdentity("org/model", "0" * 40, "ab" * 32)
+LINEAGE = Lineage(
+    base=HUB,
+    objective={"name": "focalpo", "beta": 0.01, "gamma": 0.05},
+    steps=100,
+    pairs_seen=6400,
+    lorafocal="0.1",
+)
+LOCAL = replace(LINEAGE, base=BaseIdentity("tiny", None, "cd" * 32))
+
+
+def front_matter(card: str) -> dict[str, object]:
+    _, head, _ = card.split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+@pytest.mark.parametrize(
+    "lineage",
+    [
+        LINEAGE,
+        LOCAL,
+        replace(LINEAGE, objective=None, reference=None, parents=({"adapter": "a", "sha256": "b"},)),
+    ],
+)
+def test_lineage_reads_back(tmp_path: Path, lineage: Lineage) -> None:
+    lineage.write(tmp_path)
+    assert lineage_of(tmp_path) == lineage
+    assert json.loads((tmp_path / LINEAGE_FILE).read_text())["format"] == 1
+
+
+def test_lineage_stamps_the_running_version_where_none_is_given() -> None:
+    assert replace(LINEAGE, lorafocal="").as_dict()["lorafocal"]
+
+
+def test_no_lineage_is_not_an_error_but_a_broken_one_is(tmp_path: Path) -> None:
+    assert lineage_of(tmp_path) is None
+    for broken in (
+        "{",
+        "[]",
+        "{}",
+        json.dumps(LINEAGE.as_dict() | {"format": 2}),
+        json.dumps({"format": 1, "base": {}}),
+    ):
+        (tmp_path / LINEAGE_FILE).write_text(broken)
+        with pytest.raises(InputError, match=r"lorafocal\.json"):
+            lineage_of(tmp_path)
+
+
+def test_the_adapter_s_card_names_base_objective_and_numbers() -> None:
+    card = adapter_card(LINEAGE, {"rewards/accuracies": 0.75})
+    head = front_matter(card)
+    assert head["base_model"] == "org/model"
+    assert head["library_name"] == "peft"
+    assert {"lorafocal", "focalpo"} <= set(head["tags"])  # type: ignore[call-overload]
+    for expected in (
+        "beta 0.01, gamma 0.05",
+        "| rewards/accuracies | 0.75 |",
+        "ab" * 32,
+        'revision="000',
+        "PeftModel",
+    ):
+        assert expected in card
+    assert "No held-out numbers" in adapter_card(LINEAGE)
+
+
+def test_a_local_base_is_not_passed_off_as_a_hub_id() -> None:
+    card = adapter_card(LOCAL)
+    assert "base_model" not in front_matter(card)
+    assert 'from_pretrained("tiny")' in card
+
+
+def test_dpo_without_gamma_has_a_card() -> None:
+    assert "dpo (beta 0.1)" in adapter_card(
+        replace(LINEAGE, objective={"name": "dpo", "beta": 0.1, "gamma": None})
+    )
+
+
+def test_the_merged_card_holds_both_tables_and_the_notes() -> None:
+    lineage = replace(LINEAGE, parents=({"adapter": "adapter", "sha256": "ef" * 32},))
+    card = merged_card(
+        lineage, dtype="bfloat16", gate="GATE TABLE", survival="SURVIVAL TABLE", notes=("a note",)
+    )
+    head = front_matter(card)
+    assert head["library_name"] == "transformers"
+    assert head["base_model_relation"] == "finetune"
+    for expected in ("GATE TABLE", "SURVIVAL TABLE", "- a note", "ef" * 32, 'dtype="bfloat16"'):
+        assert expected in card
+    other_tool = merged_card(replace(lineage, objective=None), dtype="float32", gate="", survival="")
+    assert "not recorded" in other_tool

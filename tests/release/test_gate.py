@@ -1,0 +1,102 @@
+"""The gate's numbers on made-up log-probs, where every one of them can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.release.gate import FLOAT32_NOISE, MAX_DRIFT, GateFailure, GateReport, check, compare
+
+PAIRS = [TokenizedPair(str(n), [1], [2, 3], [4, 5, 6]) for n in range(2)]
+REFERENCE = PairLogps(torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -21.0]))
+LIVE = PairLogps(
+    torch.tensor([-9.0, -19.0]), torch.tensor([-13.0, -22.0])
+)  # learned: 1 nat in every sequence
+
+
+def report(
+    merged: PairLogps, *, live: PairLogps = LIVE, dtype: str = "bfloat16", **others: object
+) -> GateReport:
+    arguments = {"served": None, "gate_dtype": "float32"} | others
+    return compare(PAIRS, live=live, reference=REFERENCE, merged=merged, dtype=dtype, **arguments)  # type: ignore[arg-type]
+
+
+def shifted(*drift: float) -> PairLogps:
+    values = torch.tensor(drift)
+    return PairLogps(LIVE.chosen + values[:2], LIVE.rejected + values[2:])
+
+
+def test_the_numbers_by_hand() -> None:
+    served = shifted(0.25, 0.0, -0.25, 1.0)
+    found = report(shifted(0.25, 0.0, -0.25, 0.5), served=served)
+    assert (found.pairs, found.tokens, found.learned_rms) == (2, 10, 1.0)
+    assert found.drift_rms == pytest.approx(math.sqrt((0.0625 + 0.0625 + 0.25) / 4))
+    assert (found.drift_mean, found.drift_max, found.drift_per_token) == (0.25, 0.5, pytest.approx(0.1))
+    assert (found.margin_drift_mean, found.margin_drift_max) == (0.5, 0.5)
+    assert found.noise_rms == pytest.approx(0.25)
+    assert found.rank_flips == 0
+
+
+def test_a_margin_that_changes_sign_is_a_rank_flip() -> None:
+    assert report(shifted(-3.0, 0.0, 0.0, 0.0)).rank_flips == 1
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_verdict_does_not_depend_on_the_unit_of_what_was_learned(scale: float) -> None:
+    def of(share: float) -> PairLogps:
+        values = [reference + scale * share for reference in REFERENCE]
+        return PairLogps(*(value.double() for value in values))
+
+    def verdict(kept: float) -> bool:
+        wide = PairLogps(*(value.double() for value in REFERENCE))
+        return compare(
+            PAIRS,
+            live=of(1.0),
+            reference=wide,
+            merged=of(kept),
+            served=None,
+            dtype="bfloat16",
+            gate_dtype="float32",
+        ).passed
+
+    assert verdict(1 - 0.9 * MAX_DRIFT)
+    assert verdict(1 + 0.9 * MAX_DRIFT)
+    assert not verdict(1 - 1.2 * MAX_DRIFT)
+    assert not verdict(1 + 1.2 * MAX_DRIFT)
+    assert not verdict(0.0)
+
+
+def test_an_adapter_that_learned_nothing_passes_only_without_drift() -> None:
+    assert report(REFERENCE, live=REFERENCE).passed
+    rounding = PairLogps(*(value * (1 + FLOAT32_NOISE / 2) for value in REFERENCE))
+    assert report(rounding, live=REFERENCE).passed
+    drifted = report(LIVE, live=REFERENCE)
+    assert not drifted.passed
+    assert drifted.lost == math.inf
+
+
+def test_numbers_that_are_not_finite_fail() -> None:
+    with pytest.raises(GateFailure):
+        check(report(shifted(math.nan, 0.0, 0.0, 0.0)))
+
+
+@pytest.mark.row("43")
+def test_a_failure_is_a_user_s_error_and_names_the_ways_out() -> None:
+    check(report(LIVE))
+    with pytest.raises(InputError, match=r"--dtype float32, or publish the adapter") as failure:
+        check(report(REFERENCE))
+    assert "100% of the learned effect of 1 nats" in str(failure.value)
+    with pytest.raises(GateFailure) as failure:
+        check(report(REFERENCE, dtype="float32"))
+    assert "--dtype" not in str(failure.value)
+
+
+def test_the_table_shows_the_verdict() -> None:
+    assert "FAILED" in report(REFERENCE).table()
+    assert "passed" in report(LIVE, served=LIVE).table()
+    assert report(LIVE).as_dict()["passed"] is True

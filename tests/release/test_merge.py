@@ -1,0 +1,308 @@
+"""Merging: arithmetic against PEFT and float64, what survives, what is refused, files that others load."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorafocal.errors import InputError
+from lorafocal.lineage import lineage_of
+from lorafocal.release import merge
+from lorafocal.release.gate import GateFailure
+from lorafocal.release.merge import merge_adapter
+from tests.saved_run import SavedRun, save_run
+
+FILES = {
+    "README.md", "lorafocal.json", "merge.json", "config.json", "generation_config.json", "model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> SavedRun:
+    return save_run(tmp_path)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def logits(folder: Path, run: SavedRun, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        return model(torch.tensor([run.pairs[0].prompt_ids + run.pairs[0].chosen_ids])).logits
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}}])
+def test_float32_merge_is_peft_s_own(tmp_path: Path, settings: dict[str, object]) -> None:
+    run = save_run(tmp_path, **settings)
+    merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.bfloat16).float()
+    oracle = PeftModel.from_pretrained(base, run.adapter).merge_and_unload().state_dict()
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == oracle.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, oracle[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.row("43")
+@pytest.mark.parametrize("std", [1e-1, 3e-3, 3e-4, 1e-5])
+def test_survival_is_what_float64_says(tmp_path: Path, std: float) -> None:
+    run = save_run(tmp_path, std=std)
+    report = merge_adapter(run.adapter, tmp_path / "out", max_drift=1 - 1e-9) if std > 1e-3 else None
+    if report is None:
+        policy = merge.open_adapter(merge.read_adapter(run.adapter), dtype="bfloat16")
+        survival = merge.fold(policy, torch.bfloat16)
+    else:
+        survival = report.survival
+    base, adapter = (
+        load_file(run.base / "model.safetensors"),
+        load_file(run.adapter / "adapter_model.safetensors"),
+    )
+    assert len(survival) == 6
+    for layer in survival:
+        a, b = (adapter[f"base_model.model.{layer.layer}.lora_{x}.weight"].double() for x in "AB")
+        weight = base[f"{layer.layer}.weight"].double()
+        delta = (8 / 4) * b @ a
+        stored = (weight + delta).bfloat16().double()  # differs from a float32 sum at ties only
+        kept = ((stored - weight) * delta).sum() / delta.square().sum()
+        error = (stored - weight - delta).norm() / delta.norm()
+        assert layer.kept == pytest.approx(kept.item(), rel=1e-2, abs=1e-3)
+        assert layer.error == pytest.approx(error.item(), rel=1e-2)
+        assert layer.delta_norm == pytest.approx(delta.norm().item(), rel=1e-5)
+
+
+@pytest.mark.row("43")
+def test_a_delta_that_rounds_away_warns_in_bfloat16_and_not_in_float32(tmp_path: Path) -> None:
+    run = save_run(tmp_path, std=3e-4)
+    [note] = merge._survival_notes(survival_of(run, torch.bfloat16), "bfloat16")
+    assert "--dtype float32" in note
+    assert "without merging" in note
+    assert merge._survival_notes(survival_of(run, torch.float32), "float32") == ()
+
+
+def survival_of(run: SavedRun, dtype: torch.dtype) -> tuple[merge.LayerSurvival, ...]:
+    return merge.fold(merge.open_adapter(merge.read_adapter(run.adapter), dtype="bfloat16"), dtype)
+
+
+def test_an_untrained_adapter_merges_to_the_base_bit_for_bit(tmp_path: Path) -> None:
+    run = save_run(tmp_path, std=0.0)
+    merge_adapter(run.adapter, tmp_path / "out")
+    merged, base = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(run.base / "model.safetensors"),
+    )
+    assert all(torch.equal(merged[name], base[name]) for name in base)
+
+
+@pytest.mark.row("52", "51")
+def test_files_are_the_allowed_ones_and_name_no_folder(run: SavedRun, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge_adapter(run.adapter, out)
+    assert {path.name for path in out.iterdir()} == FILES
+    for path in out.iterdir():
+        for private in (str(tmp_path), str(Path.cwd()), str(Path.home()) + "/"):
+            assert private.encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.row("52")
+def test_a_stranger_among_the_files_stops_the_merge(
+    run: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "_ALLOWED", merge._ALLOWED - {"tokenizer.json"})
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        merge_adapter(run.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_generation_config_and_template_are_the_base_s(run: SavedRun, tmp_path: Path) -> None:
+    merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
+    config, base = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", run.base)
+    )
+    assert config == base | {"dtype": "float32"}
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_new_tokens"] == 7
+    merged, original = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", run.base))
+    chat = [{"role": "user", "content": "sort 3 1"}]
+    assert merged.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(
+        chat, tokenize=False
+    )
+
+
+@pytest.mark.row("45")
+def test_tied_embeddings_survive_and_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
+    run = save_run(tmp_path, tied=True)
+    merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert "lm_head.weight" not in names
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    base = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.bfloat16).float()
+    live = PeftModel.from_pretrained(base, run.adapter)
+    ids = run.pairs[0].prompt_ids + run.pairs[0].chosen_ids
+    with torch.no_grad():
+        expected = live(torch.tensor([ids])).logits
+    script = (
+        "import sys, json, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='float32')\n"
+        "assert model.lm_head.weight is model.model.embed_tokens.weight\n"
+        "with torch.no_grad(): logits = model(torch.tensor([json.loads(sys.argv[2])])).logits\n"
+        "print(json.dumps(logits.tolist()))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out"), json.dumps(ids)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    torch.testing.assert_close(torch.tensor(json.loads(answer.stdout)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.row("45")
+def test_a_merge_that_unties_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = save_run(tmp_path, tied=True)
+    states = iter([True, False])
+    monkeypatch.setattr(merge, "_is_tied", lambda model: next(states))
+    with pytest.raises(InputError, match="tied"):
+        merge_adapter(run.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.row("45")
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+)
+def test_what_is_not_plain_lora_inside_the_model_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, object], named: str
+) -> None:
+    run = save_run(tmp_path, tied=True, **settings)
+    with pytest.raises(InputError, match=named) as refusal:
+        merge_adapter(run.adapter, tmp_path / "out")
+    assert "adapter" in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.row("41")
+def test_a_quantised_base_is_refused(run: SavedRun, tmp_path: Path) -> None:
+    edit_json(
+        run.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
+    with pytest.raises(InputError, match=r"quantised.*--base"):
+        merge_adapter(run.adapter, tmp_path / "out")
+
+
+@pytest.mark.row("53")
+@pytest.mark.parametrize("damage", ["missing", "stranger", "shape", "nan"])
+def test_an_adapter_that_does_not_fit_is_refused_by_tensor(
+    run: SavedRun, tmp_path: Path, damage: str
+) -> None:
+    path = run.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "layers.1.self_attn.q_proj.lora_B" in name)
+    tensor = tensors.pop(name)
+    if damage == "stranger":
+        tensors |= {name: tensor, name.replace("layers.1", "layers.7"): tensor.clone()}
+    elif damage != "missing":
+        tensors[name] = tensor[:-1].contiguous() if damage == "shape" else tensor * float("nan")
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=r"layers\.[17]\.self_attn\.q_proj\.lora_B"):
+        merge_adapter(run.adapter, tmp_path / "out")
+
+
+@pytest.mark.row("S13")
+def test_one_flipped_byte_in_the_base_is_refused(run: SavedRun, tmp_path: Path) -> None:
+    expected = lineage_of(run.adapter)
+    weights = run.base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="sha256") as refusal:
+        merge_adapter(run.adapter, tmp_path / "out")
+    assert expected is not None
+    assert expected.base.sha256 in str(refusal.value)
+
+
+def test_a_plain_peft_adapter_merges_with_a_note(run: SavedRun, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(run.adapter, alone)
+    (alone / "lorafocal.json").unlink()
+    held_out = run.folder / "held_out.jsonl"
+    with pytest.raises(InputError, match="--base"):
+        merge_adapter(alone, tmp_path / "out", pairs=held_out)  # it names "base", which is no folder here
+    report = merge_adapter(alone, tmp_path / "out", base=str(run.base), pairs=held_out)
+    assert "lorafocal.json" in report.notes[0]
+    lineage = lineage_of(tmp_path / "out")
+    assert lineage is not None
+    assert lineage.objective is None
+    assert lineage.base.name == "base"
+
+
+def test_lineage_and_report_lie_beside_the_weights(run: SavedRun, tmp_path: Path) -> None:
+    report = merge_adapter(run.adapter, tmp_path / "out")
+    before, after = lineage_of(run.adapter), lineage_of(tmp_path / "out")
+    assert before is not None
+    assert after is not None
+    assert after.base == before.base
+    assert after.parents[0]["adapter"] == "adapter"
+    assert json.loads((tmp_path / "out" / "merge.json").read_text()) == json.loads(
+        json.dumps(report.as_dict())
+    )
+    assert report.gate.table() in (tmp_path / "out" / "README.md").read_text()
+    assert "worst" in report.table()
+
+
+def test_requests_that_make_no_sense_are_refused_first(run: SavedRun, tmp_path: Path) -> None:
+    for wrong in ({"dtype": "float16"}, {"gate_dtype": "fp8"}, {"max_drift": 1.0}):
+        with pytest.raises(InputError, match="--"):
+            merge_adapter(run.adapter, tmp_path / "out", **wrong)
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
+        merge_adapter(run.folder, tmp_path / "out")
+    (run.folder / "held_out.jsonl").unlink()
+    with pytest.raises(InputError, match="--pairs FILE"):
+        merge_adapter(run.adapter, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        merge_adapter(run.adapter, tmp_path / "out")
+
+
+@pytest.mark.row("43")
+def test_the_gate_stops_a_merge_that_lost_the_change(tmp_path: Path) -> None:
+    run = save_run(tmp_path, std=1e-5)
+    with pytest.raises(GateFailure, match="--dtype float32"):
+        merge_adapter(run.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "run"}
+    assert merge_adapter(run.adapter, tmp_path / "out", dtype="float32").gate.passed
+
+
+def test_a_killed_merge_leaves_no_model(run: SavedRun, tmp_path: Path) -> None:
+    def merge_until_killed() -> None:
+        merge._write_papers = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        merge_adapter(run.adapter, tmp_path / "out")
+
+    process = multiprocessing.get_context("fork").Process(target=merge_until_killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    merge_adapter(run.adapter, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "base",
+        "run",
+        "out",
+    }  # the torn copy is cleared away
