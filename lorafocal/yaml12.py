@@ -77,7 +77,9 @@ def parse_yaml(text: str, *, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{source}{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
+        raise InputError(
+            f"{source}{where}: {', '.join(filter(None, (error.context, error.problem)))}"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source}: {error}") from None
 

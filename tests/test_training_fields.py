@@ -31,7 +31,8 @@ def test_every_installed_field_is_classed_and_no_rule_is_made_up() -> None:
 
 def test_reading_the_fields_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from lorafocal.training_fields import installed_fields; assert len(installed_fields()) > 100;"
+        "import sys; from lorafocal.training_fields import installed_fields as fields;"
+        "assert len(fields()) > 100;"
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -56,7 +57,7 @@ def test_the_source_shows_the_fields_that_the_class_has(defaults: dict[str, Any]
 
 
 def test_a_default_is_never_refused(defaults: dict[str, Any]) -> None:
-    """The Python door takes values that differ from a default as given, so a default must mean "not asked for"."""
+    """The Python door sees only values that differ from a default: a default must mean "not asked for"."""
     for name, rule in RULES.items():
         if rule.kind == "refused" and name in defaults:
             assert defaults[name] == rule.value, name
@@ -152,7 +153,12 @@ def test_values_are_checked_against_annotations(annotation: str, yes: list[Any],
 def test_enum_members_and_their_values_are_one() -> None:
     from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-    assert check_training_fields({"lr_scheduler_type": SchedulerType.COSINE, "eval_strategy": IntervalStrategy.EPOCH}) == []
+    assert (
+        check_training_fields(
+            {"lr_scheduler_type": SchedulerType.COSINE, "eval_strategy": IntervalStrategy.EPOCH}
+        )
+        == []
+    )
     [problem] = check_training_fields({"lr_scheduler_type": SchedulerType.REDUCE_ON_PLATEAU})
     assert "reduce_lr_on_plateau" in problem
 
@@ -161,7 +167,11 @@ def test_choices_exist_in_transformers() -> None:
     from transformers.trainer_utils import IntervalStrategy, SchedulerType
     from transformers.training_args import OptimizerNames
 
-    for name, kind in [("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType), ("eval_strategy", IntervalStrategy)]:
+    for name, kind in [
+        ("optim", OptimizerNames),
+        ("lr_scheduler_type", SchedulerType),
+        ("eval_strategy", IntervalStrategy),
+    ]:
         assert set(RULES[name].choices) <= {member.value for member in kind}
 
 
@@ -182,7 +192,10 @@ def test_fields_that_another_makes_meaningless_are_refused(given: dict[str, Any]
 
 
 def test_fields_that_go_together_pass() -> None:
-    assert check_training_fields({"eval_steps": 10, "eval_strategy": "steps", "save_steps": 5, "max_steps": 20}) == []
+    assert (
+        check_training_fields({"eval_steps": 10, "eval_strategy": "steps", "save_steps": 5, "max_steps": 20})
+        == []
+    )
 
 
 def test_a_secret_is_not_repeated() -> None:

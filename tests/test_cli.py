@@ -1,0 +1,277 @@
+"""The command: light to import, right exit codes, every option passed on. Heavy modules have stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lorafocal import cli
+from lorafocal.errors import InputError
+
+CONFIG = """
+name: run
+model: {name: base, dtype: float32}
+adapter: {r: 8, alpha: 16}
+data: {train: train.jsonl}
+objective: {name: focalpo, beta: 0.1, gamma: 0.5}
+reference: {kind: disabled_adapter}
+training: {pairs_per_step: 64}
+"""
+
+
+@dataclass
+class Summary:
+    interrupted_by: int | None = None
+
+    def __str__(self) -> str:
+        return "the summary"
+
+
+class Report:
+    def as_dict(self) -> dict[str, Any]:
+        return {"pairs": 3, "name": "Zoë"}
+
+    def table(self) -> str:
+        return "a table"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, function: str, result: Any) -> list[Any]:
+    """Put a module with one recording function in place of `lorafocal.<module>`; returns its calls."""
+    calls: list[Any] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    fake = ModuleType(f"lorafocal.{module}")
+    setattr(fake, function, record)
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    if "." not in module:
+        monkeypatch.setattr(sys.modules["lorafocal"], module, fake, raising=False)
+    return calls
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lorafocal", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def command(
+    *arguments: object, code: str = "from lorafocal.cli import main; main()"
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+
+
+HEAVY = "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules)))"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    done = command(
+        *arguments,
+        code=f"import sys, atexit; atexit.register(lambda: {HEAVY});\nfrom lorafocal.cli import main; main()",
+    )
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_importing_the_package_loads_nothing_and_its_names_are_lazy() -> None:
+    done = command(code=f"import sys, lorafocal; assert 'focalpo' in dir(lorafocal); {HEAVY}")
+    assert done.stdout.strip() == "[]"
+    import lorafocal
+
+    assert lorafocal.InputError is InputError
+    assert lorafocal.load_config.__module__ == "lorafocal.config"
+    with pytest.raises(AttributeError, match="no attribute 'focalpoo'"):
+        lorafocal.focalpoo  # noqa: B018
+
+
+def test_every_lazy_name_is_public_and_has_a_home() -> None:
+    import lorafocal
+
+    assert set(lorafocal._HOME) | {"__version__"} == set(lorafocal.__all__)
+
+
+def test_help_names_the_verbs_and_the_module_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafocal", "--help"], capture_output=True, text=True, check=True
+    )
+    for verb in ("train", "score", "merge"):
+        assert verb in done.stdout
+
+
+def test_train_passes_everything_on(
+    monkeypatch: pytest.MonkeyPatch, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch, "run", "train", Summary())
+    assert (
+        call(
+            monkeypatch,
+            "train",
+            file,
+            "objective.beta=0.2",
+            "--resume",
+            "--quiet",
+            "--runs",
+            "out",
+            "adapter.r=4",
+        )
+        == 0
+    )
+    [((config,), options)] = calls
+    assert (config.objective.beta, config.adapter.r) == (0.2, 4)
+    assert options == {"resume": True, "quiet": True, "runs_dir": Path("out")}
+    output = capsys.readouterr()
+    assert output.out == "the summary\n"
+    assert "warning: objective.gamma" in output.err
+
+
+def test_train_has_plain_defaults(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    calls = stand_in(monkeypatch, "run", "train", Summary())
+    assert call(monkeypatch, "train", file) == 0
+    assert calls[0][1] == {"resume": False, "quiet": False, "runs_dir": Path("runs")}
+
+
+@pytest.mark.parametrize(("signal", "code"), [(2, 130), (15, 143)])
+def test_an_interrupted_run_that_saved_says_so(
+    monkeypatch: pytest.MonkeyPatch, file: Path, signal: int, code: int
+) -> None:
+    stand_in(monkeypatch, "run", "train", Summary(interrupted_by=signal))
+    assert call(monkeypatch, "train", file) == code
+
+
+def test_score_passes_everything_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch, "evaluate.score", "score_file", Report())
+    assert (
+        call(
+            monkeypatch,
+            "score",
+            "adapter",
+            "pairs.jsonl",
+            "--base",
+            "b",
+            "--beta",
+            "0.2",
+            "--out",
+            "x",
+            "--json",
+        )
+        == 0
+    )
+    assert calls == [(("adapter", Path("pairs.jsonl")), {"base": "b", "beta": 0.2, "out": Path("x")})]
+    assert json.loads(capsys.readouterr().out) == {"pairs": 3, "name": "Zoë"}
+
+
+def test_score_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = stand_in(monkeypatch, "evaluate.score", "score_file", Report())
+    assert call(monkeypatch, "score", "org/model", "pairs.jsonl") == 0
+    assert calls == [(("org/model", Path("pairs.jsonl")), {"base": None, "beta": None, "out": None})]
+    assert capsys.readouterr().out == "a table\n"
+
+
+def test_merge_passes_everything_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch, "release.merge", "merge_adapter", Report())
+    given = ["--base", "b", "--pairs", "p", "--dtype", "float32", "--max-drift", "0.2", "--json"]
+    assert call(monkeypatch, "merge", "adapter", "--out", "merged", *given) == 0
+    assert call(monkeypatch, "merge", "adapter", "--out", "merged") == 0
+    assert calls == [
+        (
+            (Path("adapter"), Path("merged")),
+            {"base": "b", "pairs": Path("p"), "dtype": "float32", "max_drift": 0.2},
+        ),
+        ((Path("adapter"), Path("merged")), {"base": None, "pairs": None, "dtype": "bfloat16"}),
+    ]
+    assert capsys.readouterr().out.endswith("a table\n")
+
+
+def test_the_real_functions_take_what_the_command_gives() -> None:
+    """The stand-ins above accept anything, so the signatures are compared with the real ones."""
+    import inspect
+
+    from lorafocal.evaluate.score import score_file
+    from lorafocal.release.merge import merge_adapter
+
+    inspect.signature(score_file).bind("adapter", Path("p"), base=None, beta=None, out=None)
+    inspect.signature(merge_adapter).bind(
+        Path("a"), Path("o"), base=None, pairs=None, dtype="x", max_drift=0.1
+    )
+
+
+def test_a_wrong_config_is_one_message_and_code_2(file: Path) -> None:
+    done = command("train", file, "adapter.r=x", "training.fp16=true")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "adapter.r: found 'x'" in done.stderr
+    assert "training.fp16" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["train", "a", "--nonsense"], ["fly"], ["merge", "a"], ["score", "a", "b", "--beta", "x"]],
+)
+def test_wrong_usage_is_code_2(arguments: list[str]) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "arguments"),
+    [
+        ("evaluate.score", "score_file", ["score", "a", "b"]),
+        ("release.merge", "merge_adapter", ["merge", "a", "--out", "b"]),
+    ],
+)
+def test_wrong_input_found_late_is_code_2_too(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    function: str,
+    arguments: list[str],
+) -> None:
+    stand_in(monkeypatch, module, function, InputError("a/rows.jsonl row 3: no chosen; add it"))
+    assert call(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err == "lorafocal: a/rows.jsonl row 3: no chosen; add it\n"
+
+
+def test_a_defect_keeps_its_traceback_and_is_code_1() -> None:
+    code = (
+        "import sys, types; fake = types.ModuleType('lorafocal.evaluate.score');\n"
+        "def score_file(*a, **k): raise RuntimeError('a defect')\n"
+        "fake.score_file = score_file; sys.modules[fake.__name__] = fake\n"
+        "from lorafocal.cli import main; main()"
+    )
+    done = command("score", "a", "b", code=code)
+    assert done.returncode == 1
+    assert "RuntimeError: a defect" in done.stderr

@@ -1,0 +1,381 @@
+"""The schema is closed, every key has an effect, and all mistakes are told at once."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafocal import config as config_module
+from lorafocal.config import (
+    Config,
+    check_config,
+    known_keys,
+    load_config,
+    lora_arguments,
+    resolved_yaml,
+    shape_differences,
+    training_arguments,
+)
+from lorafocal.errors import InputError
+from lorafocal.training_fields import RULES, installed_fields
+from lorafocal.yaml12 import dump_yaml
+
+VALUES: dict[str, Any] = {
+    "name": "run",
+    "model": {"name": "base", "dtype": "float32"},
+    "adapter": {"r": 8, "alpha": 16},
+    "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
+    "objective": {"name": "focalpo", "beta": 0.1},
+    "reference": {"kind": "disabled_adapter"},
+    "training": {"pairs_per_step": 64, "learning_rate": 1e-4, "eval_strategy": "steps"},
+}
+# Keys that speak to somebody else than the trainer or LoRA: which model is loaded, which files are read.
+READ_BY_THE_RUN = {"model.name", "model.revision", "model.shape", "data.train", "data.eval"}
+FOCALPO_FIELDS = {
+    "objective", "beta", "gamma", "pairs_per_step", "max_length", "truncation", "layout", "tokens_per_pack",
+    "identity_probe", "allow_dropout", "reference",
+}  # fmt: skip
+# A value other than the one in VALUES or the default, where the annotation does not give it.
+OTHER_VALUES = {
+    "name": "another",
+    "model.name": "another",
+    "model.revision": "0123456789abcdef0123456789abcdef01234567",
+    "model.dtype": "bfloat16",
+    "model.shape": "{model_type: llama}",
+    "adapter.r": "4",
+    "adapter.alpha": "4",
+    "adapter.targets": "[q_proj]",
+    "adapter.allow_dropout": "true",
+    "data.train": "another.jsonl",
+    "data.eval": "another.jsonl",
+    "data.max_length": "77",
+    "objective.beta": "0.3",
+    "objective.gamma": "0.07",
+    "reference.identity_probe": "false",
+    "training.pairs_per_step": "7",
+    "training.warmup_ratio": "0.1",
+    "training.activation_checkpointing": "true",
+    "training.seed": "7",
+    "training.data_seed": "7",
+    "packing.layout": "padded",
+    "packing.tokens": "77",
+}
+# Keys that need a second key beside them, or have only one legal value so far (any other is refused).
+TOGETHER = {"adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"]}
+TOGETHER["objective.name"] = ["objective.name=dpo"]
+ONE_VALUE = {"data.truncation", "reference.kind"}
+
+
+def changed(*path_and_value: Any) -> dict[str, Any]:
+    """VALUES with one entry replaced: changed("model", "dtype", "float16")."""
+    *path, last, value = path_and_value
+    values = copy.deepcopy(VALUES)
+    place = values
+    for part in path:
+        place = place.setdefault(part, {})
+    place[last] = value
+    return values
+
+
+def mistakes(values: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as error:
+        check_config(values)
+    return str(error.value)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(VALUES))
+    return path
+
+
+def everything(config: Config) -> dict[str, Any]:
+    return {**training_arguments(config), **lora_arguments(config)}
+
+
+def override_for(key: str) -> list[str]:
+    if key in TOGETHER:
+        return TOGETHER[key]
+    if key in OTHER_VALUES:
+        return [f"{key}={OTHER_VALUES[key]}"]
+    name = key.removeprefix("training.")
+    choices, annotation = RULES[name].choices, installed_fields()[name]
+    samples = {"bool": "true", "int": "7", "float": "0.25", "str": "word", "dict": "{power: 2.0}"}
+    value = choices[-1] if choices else next(v for kind, v in samples.items() if kind in annotation)
+    return [f"{key}={value}"]
+
+
+@pytest.mark.row("32")
+@pytest.mark.parametrize("key", sorted(set(known_keys()) - ONE_VALUE))
+def test_every_key_changes_the_run(key: str, file: Path) -> None:
+    before, after = load_config(file), load_config(file, override_for(key))
+    assert before.sha() != after.sha()
+    assert resolved_yaml(before) != resolved_yaml(after)
+    assert (everything(before) == everything(after)) == (key in READ_BY_THE_RUN)
+
+
+@pytest.mark.row("32")
+@pytest.mark.parametrize("key", sorted(ONE_VALUE))
+def test_a_key_with_one_value_refuses_others(key: str, file: Path) -> None:
+    with pytest.raises(InputError, match=f"{key}: found 'another'"):
+        load_config(file, [f"{key}=another"])
+
+
+@pytest.mark.row("32")
+def test_the_trainer_has_a_field_for_every_argument(file: Path) -> None:
+    overrides = ["training.warmup_ratio=0.1", "training.activation_checkpointing=true"]
+    assert set(training_arguments(load_config(file, overrides))) - FOCALPO_FIELDS <= set(installed_fields())
+
+
+def test_defaults_are_written_down(file: Path) -> None:
+    text = resolved_yaml(load_config(file))
+    for line in (
+        "gamma: 0.05",
+        "max_length: 1024",
+        "truncation: drop",
+        "tokens: 8192",
+        "data_seed: 42",
+        "dropout: 0.0",
+    ):
+        assert line in text
+
+
+def test_a_resolved_config_is_the_same_config(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["training.learning_rate=5e-6", "name=no", "objective.name=dpo"])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(resolved_yaml(config))
+    assert load_config(again) == config
+    assert load_config(again).sha() == config.sha()
+
+
+def test_reading_a_config_imports_neither_torch_nor_transformers(file: Path) -> None:
+    code = (
+        "import sys; from lorafocal.config import *; c = load_config(sys.argv[1]);"
+        "training_arguments(c); resolved_yaml(c);"
+        "print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    text = mistakes(
+        {
+            "name": "Not A Name",
+            "model": {"name": "base", "dtype": "float16", "revision": "main"},
+            "adapter": {"r": 0, "alpha": "16", "targets": []},
+            "data": {"max_lenth": 3},
+            "objective": {"name": "focalpo"},
+            "reference": {},
+            "training": {"learning_rate": "5e-6", "lerning_rate": 1e-5, "fp16": True, "warmup_ratio": 1.0},
+            "packing": None,
+        }
+    )
+    for key in (
+        "name", "model.dtype", "model.revision", "adapter.r", "adapter.alpha", "adapter.targets",
+        "data.max_lenth", "data.train", "objective.beta", "reference.kind", "training.learning_rate", "training.lerning_rate",
+        "training.fp16", "training.warmup_ratio", "training.pairs_per_step", "packing",
+    ):  # fmt: skip
+        assert f"\n  {key}: " in text, key
+    assert "16 mistakes" in text
+
+
+@pytest.mark.row("32")
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        (("data", "max_lenght"), "data.max_length"),
+        (("trainig",), "training"),
+        (("objective", "learning_rate"), "training.learning_rate"),
+        (("training", "beta"), "objective.beta"),
+        (("training", "lora_alpha"), None),
+        (("training", "_target_"), None),
+        (("_target_",), None),
+    ],
+)
+def test_unknown_keys_are_answered_with_the_nearest(path: tuple[str, ...], nearest: str | None) -> None:
+    text = mistakes(changed(*path, 1))
+    assert f"{'.'.join(path)}: unknown key" in text
+    assert (nearest is None) or f"did you mean {nearest}" in text
+
+
+@pytest.mark.row("F18", "32")
+def test_a_learning_rate_without_a_point_is_a_number(file: Path) -> None:
+    file.write_text(dump_yaml(VALUES).replace("0.0001", "5e-6").replace("1.0e-04", "5e-6"))
+    assert training_arguments(load_config(file))["learning_rate"] == 5e-6
+    assert training_arguments(load_config(file, ["training.learning_rate=1e-5"]))["learning_rate"] == 1e-5
+    with pytest.raises(InputError, match=r"training\.learning_rate: found '1e-5'"):
+        load_config(file, ["training.learning_rate='1e-5'"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("objective", "beta"), "0.1"),
+        (("objective", "beta"), True),
+        (("adapter", "r"), 8.5),
+        (("training", "pairs_per_step"), "64"),
+        (("reference", "identity_probe"), "yes"),
+        (("training", "max_steps"), 1.5),
+        (("objective", "beta"), float("nan")),
+        (("training", "learning_rate"), float("inf")),
+    ],
+)
+def test_types_are_strict(path: tuple[str, ...], value: Any) -> None:
+    assert ".".join(path) in mistakes(changed(*path, value))
+
+
+@pytest.mark.row("12")
+@pytest.mark.parametrize("dtype", ["float16", "fp16", "half"])
+def test_half_precision_is_refused_with_the_reason(dtype: str) -> None:
+    assert "half precision overflows" in mistakes(changed("model", "dtype", dtype))
+    assert "half precision overflows" in mistakes(changed("training", "fp16", True))
+
+
+def test_precision_is_said_once() -> None:
+    assert training_arguments(check_config(changed("model", "dtype", "bfloat16")))["bf16"] is True
+    assert "model.dtype" in mistakes(changed("training", "bf16", True))
+
+
+@pytest.mark.row("14")
+def test_dropout_needs_permission() -> None:
+    assert "adapter: dropout is 0.05" in mistakes(changed("adapter", "dropout", 0.05))
+    allowed = check_config(changed("adapter", {"r": 8, "alpha": 16, "dropout": 0.05, "allow_dropout": True}))
+    assert training_arguments(allowed)["allow_dropout"] is True
+    assert lora_arguments(allowed)["lora_dropout"] == 0.05
+
+
+@pytest.mark.row("64")
+def test_gamma_belongs_to_focalpo() -> None:
+    assert training_arguments(check_config(VALUES))["gamma"] == 0.05
+    dpo = check_config(changed("objective", {"name": "dpo", "beta": 0.1}))
+    assert "gamma" not in training_arguments(dpo)
+    assert "would ignore it" in mistakes(changed("objective", {"name": "dpo", "beta": 0.1, "gamma": 0.05}))
+    assert "gamma is None" in mistakes(changed("objective", {"name": "focalpo", "beta": 0.1, "gamma": None}))
+    assert "learns backwards" in mistakes(changed("objective", "gamma", 1.5))
+    assert "beta is 0.0" in mistakes(changed("objective", "beta", 0))
+
+
+def test_a_risky_gamma_is_warned_about() -> None:
+    assert check_config(VALUES).warnings() == []
+    [warning] = check_config(changed("objective", "gamma", 0.5)).warnings()
+    assert "focal/turned_share" in warning
+
+
+@pytest.mark.row("1")
+def test_the_reference_has_no_default() -> None:
+    assert "reference.kind: missing" in mistakes(changed("reference", {}))
+    assert "reference.kind: found 'frozen'" in mistakes(changed("reference", "kind", "frozen"))
+
+
+@pytest.mark.row("F19")
+def test_warmup_and_checkpointing_are_translated_to_the_installed_transformers(
+    file: Path, tmp_path: Path
+) -> None:
+    from transformers import TrainingArguments
+
+    overrides = [
+        "training.warmup_ratio=0.1",
+        "training.activation_checkpointing=true",
+        "training.use_cpu=true",
+    ]
+    given = training_arguments(load_config(file, overrides))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), **{key: value for key, value in given.items() if key not in FOCALPO_FIELDS}
+    )
+    assert arguments.get_warmup_steps(200) == 20
+    assert arguments.gradient_checkpointing is True
+    assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.row("F19")
+def test_older_transformers_get_the_old_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(file, ["training.activation_checkpointing=true"])
+    older = {name: kind for name, kind in installed_fields().items() if not name.startswith("activation_")}
+    monkeypatch.setattr(config_module, "installed_fields", lambda: older)
+    given = training_arguments(config)
+    assert given["gradient_checkpointing"] is True
+    assert not any(name.startswith("activation_") for name in given)
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("gradient_checkpointing", "training.activation_checkpointing"),
+        ("run_name", "name"),
+        ("output_dir", "name"),
+        ("activation_checkpointing_kwargs", "training.activation_checkpointing"),
+    ],
+)
+def test_fields_with_a_key_of_ours_point_to_it(key: str, instead: str) -> None:
+    assert f"said by the key {instead}" in mistakes(changed("training", key, True))
+
+
+def test_warmup_is_said_once() -> None:
+    both = changed("training", {"pairs_per_step": 64, "warmup_ratio": 0.1, "warmup_steps": 10})
+    assert "remove one of the two" in mistakes(both)
+
+
+def test_evaluation_needs_data() -> None:
+    values = changed("data", {"train": "train.jsonl"})
+    assert "data.eval names no file" in mistakes(values)
+    values["training"] = {"pairs_per_step": 64}
+    check_config(values)
+
+
+@pytest.mark.row("57")
+def test_seeds_are_separate_and_written_down(file: Path) -> None:
+    given = training_arguments(load_config(file, ["training.data_seed=7"]))
+    assert (given["seed"], given["data_seed"]) == (42, 7)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A", "-a", "a" * 65, "a b"])
+def test_a_run_name_is_a_plain_folder_name(name: str) -> None:
+    assert "name: found" in mistakes(changed("name", name))
+
+
+def test_overrides_apply_in_order_and_make_sections(file: Path) -> None:
+    config = load_config(
+        file, ["packing.tokens=10", "packing.tokens=20", "model.shape={model_type: llama}", "adapter.r=2"]
+    )
+    assert config.packing.tokens == 20
+    assert config.model.shape == {"model_type": "llama"}
+    assert load_config(file, ["model.shape.model_type=llama"]).model.shape == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("override", ["adapter.r", "=1", "adapter..r=1", "name.x=1", "adapter.r=[1", ".r=2"])
+def test_a_broken_override_is_named(override: str, file: Path) -> None:
+    with pytest.raises(InputError, match=r"adapter\.r|override|no keys inside"):
+        load_config(file, [override])
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot read the config .*missing\.yaml: No such file"):
+        load_config(tmp_path / "missing.yaml")
+    with pytest.raises(InputError, match="cannot read the config"):
+        load_config(tmp_path)
+    listed = tmp_path / "list.yaml"
+    listed.write_text("- 1")
+    with pytest.raises(InputError, match="found list; a config is a mapping"):
+        load_config(listed)
+
+
+@pytest.mark.row("32")
+def test_a_shape_that_the_model_contradicts_is_told() -> None:
+    actual = {"model_type": "llama", "hidden_size": 64, "vocab_size": 10}
+    assert shape_differences({"hidden_size": 64}, actual) == []
+    [line] = shape_differences({"hidden_size": 32, "model_type": "llama"}, actual)
+    assert "model.shape.hidden_size is 32, but the model has 64" in line
+    assert "model_type among them" in mistakes(changed("model", "shape", {"hidden_size": 3}))
+
+
+def test_a_config_cannot_be_changed(file: Path) -> None:
+    config = load_config(file)
+    with pytest.raises(ValueError, match="frozen"):
+        config.name = "other"  # type: ignore[misc]
