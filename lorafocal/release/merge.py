@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorafocal.card import CARD_FILE, merged_card
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
@@ -36,7 +37,6 @@ from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.reference import DisabledAdapterReference
-from lorafocal.release.card import CARD_FILE, merged_card
 from lorafocal.release.gate import MAX_DRIFT, GateReport, check, compare
 
 DTYPES = ("bfloat16", "float32")

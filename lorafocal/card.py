@@ -8,9 +8,7 @@ from typing import Any
 
 import yaml
 
-from lorafocal.lineage import BaseIdentity, Lineage, lineage_of
-
-__all__ = ["BaseIdentity", "Lineage", "adapter_card", "lineage_of", "merged_card"]
+from lorafocal.lineage import Lineage
 
 CARD_FILE = "README.md"
 _TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lorafocal.card import adapter_card, merged_card
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, BaseIdentity, Lineage, lineage_of
-from lorafocal.release.card import adapter_card, merged_card
 
 HUB = BaseIdentity("org/model", "0" * 40, "ab" * 32)
 LINEAGE = Lineage(
