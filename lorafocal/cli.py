@@ -117,7 +117,7 @@ def merge(
     """Merge an adapter into its base, and publish the result only if it answers as the adapter does."""
     from lorafocal.release.merge import merge_adapter
 
-    limits = {} if max_drift is None else {"max_drift": max_drift}
+    limits: dict[str, Any] = {} if max_drift is None else {"max_drift": max_drift}
     _print_report(merge_adapter(adapter, out, base=base, pairs=pairs, dtype=dtype, **limits), as_json)
 
 

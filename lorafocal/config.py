@@ -293,15 +293,6 @@ def lora_arguments(config: Config) -> dict[str, Any]:
     }
 
 
-def shape_differences(shape: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
-    """One line for each value of `model.shape` that the loaded model's config contradicts."""
-    return [
-        f"model.shape.{key} is {wanted!r}, but the model has {actual.get(key)!r}"
-        for key, wanted in shape.items()
-        if actual.get(key) != wanted
-    ]
-
-
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in nested values; the value is read as YAML, so 1e-5 is a number."""
     key, separator, text = override.partition("=")

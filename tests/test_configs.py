@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorafocal.config import load_config, shape_differences
+from lorafocal.config import load_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -64,13 +64,15 @@ def test_the_shape_builds_the_published_architecture(name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lorafocal.model.load import check_shape
+
     shape = load_config(FOLDER / name).model.shape
     assert shape is not None
     config = AutoConfig.for_model(**shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
-    assert shape_differences(shape, config.to_dict()) == []
+    check_shape(config, shape)
 
 
 def test_quickstart_starts_from_the_known_loss() -> None:
