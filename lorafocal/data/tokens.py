@@ -273,10 +273,12 @@ def pair_texts(preference: Preference, habits: TokenizerHabits) -> PairTexts:
             f"{preference.id}: strings and message lists are mixed; give all three in the same form"
         )
     asked = render(prompt, habits.tokenizer, preference.id, add_generation_prompt=True)
-    answers = [
-        rendered_answer(prompt + answer, asked, habits, preference.id) for answer in (chosen, rejected)
-    ]
-    return PairTexts(preference.id, asked, *answers)
+    return PairTexts(
+        preference.id,
+        asked,
+        rendered_answer(prompt + chosen, asked, habits, preference.id),
+        rendered_answer(prompt + rejected, asked, habits, preference.id),
+    )
 
 
 def one_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[int]:
@@ -299,7 +301,7 @@ def render(
     if not tokenizer.chat_template:
         raise InputError(
             f"{pair_id}: a conversation needs a chat template and this tokenizer has none; use an "
-            "instruction-tuned model's tokenizer, set tokenizer.chat_template, or give all three texts as plain strings"
+            "instruction-tuned model's tokenizer, set tokenizer.chat_template, or give plain strings"
         )
     try:
         rendered = tokenizer.apply_chat_template(
@@ -317,9 +319,7 @@ def rendered_answer(conversation: Messages, asked: str, habits: TokenizerHabits,
     """What the full rendering adds to the prompt's, up to and with the token that ends the turn."""
     full = render(conversation, habits.tokenizer, pair_id)
     if not full.startswith(asked):
-        same = next(
-            (place for place, (a, b) in enumerate(zip(full, asked, strict=False)) if a != b), len(full)
-        )
+        same = next((i for i, (a, b) in enumerate(zip(full, asked, strict=False)) if a != b), len(full))
         raise InputError(
             f"{pair_id}: the chat template does not keep its prompt when the answer follows: it writes "
             f"{asked[same : same + 40]!r} before an answer, but {full[same : same + 40]!r} in the whole "
@@ -328,7 +328,7 @@ def rendered_answer(conversation: Messages, asked: str, habits: TokenizerHabits,
     answer = full[len(asked) :].rstrip()
     if not answer.endswith(habits.special):
         raise InputError(
-            f"{pair_id}: the chat template ends the assistant's turn with {answer[-20:]!r}, not with a special "
-            "token, so a model would not learn to stop; write eos_token after the assistant's message in it"
+            f"{pair_id}: the chat template ends the assistant's turn with {answer[-20:]!r}, not with a "
+            "special token, so a model would not learn to stop; write eos_token after that message"
         )
     return answer

@@ -51,8 +51,8 @@ def draw_questions(seed: int, *, held_out: bool = False) -> Iterator[str]:
 
 def right_answer(question: str) -> str:
     """The one right answer, digits separated by spaces: `"sort 3 1 4"` gives `"1 3 4"`."""
-    operation, *digits = question.split()
-    if operation not in OPERATIONS or not digits or any(digit not in DIGITS for digit in digits):
+    operation, *digits = question.split() or [""]
+    if operation not in OPERATIONS or not digits or not set(digits) <= set(DIGITS):
         raise InputError(f"{question!r} is no question of the toy task; one looks like 'sort 3 1 4'")
     if operation == "sort":
         return " ".join(sorted(digits))
@@ -62,11 +62,16 @@ def right_answer(question: str) -> str:
 
 
 def wrong_answer(question: str, rng: random.Random) -> str:
-    """The right answer with one digit replaced by another: a slip, not nonsense."""
-    digits = right_answer(question).split()
-    place = rng.randrange(len(digits))
-    digits[place] = rng.choice(DIGITS.replace(digits[place], ""))
-    return " ".join(digits)
+    """A slip: two neighbouring digits of the right answer swapped, or a digit that is not the maximum."""
+    right = right_answer(question).split()
+    if len(right) == 1:
+        slips = [[digit] for digit in sorted({*question.split()[1:]} - {*right})]
+    else:
+        swaps = [[*right[:i], right[i + 1], right[i], *right[i + 2 :]] for i in range(len(right) - 1)]
+        slips = [swap for swap in swaps if swap != right]
+    if not slips:  # all digits alike
+        slips = [[*right[:-1], digit] for digit in DIGITS if digit != right[-1]]
+    return " ".join(rng.choice(slips))
 
 
 def is_right(prompt: str | Sequence[dict[str, str]], answer: str) -> bool:
@@ -115,9 +120,7 @@ def noisy_answers(count: int, *, wrong_share: float, seed: int) -> Iterator[tupl
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word or digit, no BOS, and a chat template whose turns end with the EOS `<|end|>`."""
     words = [UNKNOWN, END, USER, ASSISTANT, *OPERATIONS, *DIGITS]
-    backend = Tokenizer(
-        models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=UNKNOWN)
-    )
+    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -49,9 +49,7 @@ def sample_answers(
     if temperature < 0 or not math.isfinite(temperature):
         raise InputError(f"temperature is 0 (greedy) or a positive number, not {temperature}")
     if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(
-            f"max_new_tokens and batch_size are 1 or more, not {max_new_tokens} and {batch_size}"
-        )
+        raise InputError(f"max_new_tokens and batch_size are 1 or more, not {max_new_tokens} and {batch_size}")
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     options = {
         "do_sample": False,
@@ -105,16 +103,12 @@ def pad_left(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torc
     return torch.tensor(input_ids), torch.tensor(attention_mask)
 
 
-def judge(
-    prompts: Sequence[Prompt], answers: Sequence[str], rule: Callable[[Prompt, str], bool]
-) -> list[bool]:
+def judge(prompts: Sequence[Prompt], answers: Sequence[str], rule: Callable[[Prompt, str], bool]) -> list[bool]:
     """The rule's verdict on each answer, in order."""
     return [rule(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def right_share(
-    prompts: Sequence[Prompt], answers: Sequence[str], rule: Callable[[Prompt, str], bool]
-) -> Share:
+def right_share(prompts: Sequence[Prompt], answers: Sequence[str], rule: Callable[[Prompt, str], bool]) -> Share:
     """The share of answers that the rule calls right, with its Wilson interval."""
     return share(judge(prompts, answers, rule))
 
@@ -127,7 +121,9 @@ def share(verdicts: Sequence[bool]) -> Share:
     value = sum(verdicts) / total
     centre = (value + Z_95**2 / (2 * total)) / (1 + Z_95**2 / total)
     spread = Z_95 / (1 + Z_95**2 / total) * math.sqrt(value * (1 - value) / total + Z_95**2 / (4 * total**2))
-    return Share(value, max(0.0, centre - spread), min(1.0, centre + spread), total)
+    low = max(0.0, centre - spread) if value > 0 else 0.0  # exactly, where rounding would leave 1e-17
+    high = min(1.0, centre + spread) if value < 1 else 1.0
+    return Share(value, low, high, total)
 
 
 def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
@@ -138,9 +134,7 @@ def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[floa
     prompt removes the spread between easy and hard prompts, which two separate intervals would count twice.
     """
     if len(before) != len(after) or not before:
-        raise InputError(
-            f"a paired comparison needs the same prompts twice, not {len(before)} and {len(after)}"
-        )
+        raise InputError(f"a paired comparison needs the same prompts twice, not {len(before)} and {len(after)}")
     gained = sum(b < a for b, a in zip(before, after, strict=True))
     lost = sum(b > a for b, a in zip(before, after, strict=True))
     total = len(before)

@@ -1,0 +1,159 @@
+"""Every form is read alike from every file kind; every mistake is named with its place and remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from lorafocal.data.sources import READERS, Preference, preferences_from_rows, read_preferences
+from lorafocal.errors import InputError
+
+USER = {"role": "user", "content": "Add 2 and 2."}
+GOOD = {"role": "assistant", "content": "4"}
+BAD = {"role": "assistant", "content": "5"}
+PLAIN = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("form", [PLAIN, CHAT], ids=["plain", "conversational"])
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_file_kind_gives_the_same_preferences(tmp_path: Path, suffix: str, form: dict[str, Any]) -> None:
+    rows = [form | {"id": "a", "score_chosen": 2, "score_rejected": 0.5, "source": "unused"}, form]
+    path = write(rows, tmp_path / f"pairs{suffix}")
+    first, second = read_preferences(path)
+    assert first == Preference(**form, id="a", score_chosen=2.0, score_rejected=0.5)
+    assert second == Preference(**form, id=f"pairs{suffix}:2")
+    assert list(preferences_from_rows(rows, path.name)) == [first, second]
+
+
+def test_a_datasets_table_is_read_like_a_list() -> None:
+    rows = [CHAT | {"id": None}, CHAT | {"id": 7}]
+    table = datasets.Dataset.from_list(rows)
+    assert preferences_from_rows(table, "hub") == preferences_from_rows(rows, "hub")
+    assert [preference.id for preference in preferences_from_rows(table, "hub")] == ["hub:1", "7"]
+
+
+def test_jsonl_rows_are_lines(tmp_path: Path) -> None:
+    """Blank lines count but are no rows; a line separator inside a string splits nothing; a BOM is skipped."""
+    odd = PLAIN | {"chosen": " 4\u2028\x85 four"}
+    path = tmp_path / "pairs.jsonl"
+    text = json.dumps(PLAIN) + "\n\n" + json.dumps(odd, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8-sig")
+    assert [preference.id for preference in read_preferences(path)] == ["pairs.jsonl:1", "pairs.jsonl:3"]
+    assert read_preferences(path)[1].chosen == odd["chosen"]
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in PLAIN.items() if name != key}
+
+
+def message(**changes: Any) -> dict[str, Any]:
+    return CHAT | {"chosen": [GOOD | changes]}
+
+
+WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
+    # what: (row, where, what the message says)
+    "implicit prompt": (without("prompt"), "key `prompt`", "add a `prompt` column"),
+    "null prompt": (PLAIN | {"prompt": None}, "key `prompt`", "add a `prompt` column"),
+    "no chosen": (without("chosen"), "key `chosen`", "missing (the row has prompt, rejected)"),
+    "no rejected": (without("rejected"), "key `rejected`", "a row needs prompt, chosen and rejected"),
+    "empty row": ({}, "key `chosen`", "the row has nothing"),
+    "a number": (PLAIN | {"chosen": 4}, "key `chosen`", "found a number"),
+    "an object": (
+        PLAIN | {"prompt": USER},
+        "key `prompt`",
+        "list of messages, found an object",
+    ),
+    "mixed": (CHAT | {"prompt": "Add."}, "row 2: ", "prompt is a string, chosen is a list"),
+    "empty prompt": (PLAIN | {"prompt": ""}, "key `prompt`", "empty string"),
+    "empty answer": (PLAIN | {"rejected": ""}, "key `rejected`", "remove the row"),
+    "no messages": (CHAT | {"prompt": []}, "key `prompt`", "at least one message"),
+    "empty message": (message(content=""), "key `chosen[0].content`", "empty"),
+    "empty question": (CHAT | {"prompt": [USER | {"content": ""}]}, "key `prompt[0].content`", "empty"),
+    "bare string": (CHAT | {"prompt": ["Add."]}, "key `prompt[0]`", "found a string"),
+    "sharegpt": (
+        CHAT | {"prompt": [{"from": "human", "value": "x"}]},
+        "key `prompt[0]`",
+        "the keys from, value",
+    ),
+    "role": (
+        CHAT | {"prompt": [{"role": "human", "content": "x"}]},
+        "key `prompt[0].role`",
+        "use one of system,",
+    ),
+    "content parts": (message(content=[{"type": "text"}]), "key `chosen[0].content`", "found a list"),
+    "null content": (message(content=None), "key `chosen[0].content`", "found null"),
+    "tool calls": (message(tool_calls=[1]), "key `chosen[0]`", "keep only role and content"),
+    "user answers": (message(role="user"), "key `chosen[0].role`", "the assistant's"),
+    "long answer": (CHAT | {"rejected": [USER, BAD]}, "key `rejected`", "move the earlier ones"),
+    "answered prompt": (CHAT | {"prompt": [USER, GOOD]}, "key `prompt`", "a prompt ends before"),
+    "surrogate": (PLAIN | {"prompt": "ab\ud83d"}, "key `prompt`", "character 3 is half of a surrogate pair"),
+    "infinite score": (
+        PLAIN | {"score_chosen": float("inf")},
+        "key `score_chosen`",
+        "finite number, found inf",
+    ),
+    "text score": (PLAIN | {"score_rejected": "9"}, "key `score_rejected`", "found '9'"),
+    "boolean score": (PLAIN | {"score_rejected": True}, "key `score_rejected`", "found True"),
+    "id": (PLAIN | {"id": 1.5}, "key `id`", "whole number, found 1.5"),
+    "same id": (PLAIN | {"id": "pairs.jsonl:1"}, "key `id`", "already the id of row 1"),
+    "list row": ([1], "row 2: ", "not a list"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_ROWS)
+def test_a_wrong_row_is_named_with_its_place_and_the_way_out(tmp_path: Path, what: str) -> None:
+    row, where, says = WRONG_ROWS[what]
+    path = write([PLAIN, row], tmp_path / "pairs.jsonl")
+    with pytest.raises(InputError) as error:
+        read_preferences(path)
+    text = str(error.value)
+    assert text.startswith("pairs.jsonl, row 2")
+    assert where in text
+    assert says in text
+
+
+WRONG_FILES: dict[str, tuple[str, bytes, str]] = {
+    "extension": ("pairs.csv", b"prompt,chosen", "end in .jsonl, .json, .parquet"),
+    "empty lines": ("pairs.jsonl", b"\n\n", "holds no rows"),
+    "empty": ("pairs.json", b"", "holds no rows"),
+    "empty list": ("pairs.json", b"[]", "holds no rows"),
+    "empty parquet": ("pairs.parquet", b"", "not a readable Parquet file"),
+    "not parquet": ("pairs.parquet", b"PAR1 but no more", "not a readable Parquet file"),
+    "cut line": ("pairs.jsonl", json.dumps(PLAIN).encode() + b'\n{"prompt": "x', "row 2: not valid JSON"),
+    "cut list": ("pairs.json", b'[{"prompt": 1}', "not valid JSON"),
+    "latin-1": ("pairs.jsonl", '{"prompt": "é"}'.encode("latin-1"), "row 1: byte 13 is not UTF-8"),
+    "object": ("pairs.json", b'{"data": []}', "one list of rows, not an object"),
+    "deep": ("pairs.jsonl", b"[" * 100_000, "row 1: the JSON is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_FILES)
+def test_a_wrong_file_is_named(tmp_path: Path, what: str) -> None:
+    name, content, says = WRONG_FILES[what]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_preferences(tmp_path / name)
+    assert name in str(error.value)
+    assert says in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such file"):
+        read_preferences(tmp_path / "pairs.jsonl")
