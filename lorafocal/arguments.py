@@ -30,9 +30,7 @@ class FocalPOConfig(TrainingArguments):
     layout: str = field(default="packed", metadata={"help": "packed (prompts shared, no padding) or padded"})
     tokens_per_pack: int = field(default=8192, metadata={"help": "token rows of one forward: memory, not results"})
     reference: str = field(default="disabled_adapter", metadata={"help": "which model is the reference"})
-    identity_probe: bool = field(
-        default=True, metadata={"help": "refuse a reference that is not the starting policy"}
-    )
+    identity_probe: bool = field(default=True, metadata={"help": "refuse a reference that is not the starting policy"})
     allow_dropout: bool = field(default=False, metadata={"help": "keep dropout on; log-probs become noisy"})
 
     learning_rate: float = field(default=5e-6, metadata={"help": "AdamW's; Zephyr's recipe for LoRA"})
@@ -50,7 +48,10 @@ class FocalPOConfig(TrainingArguments):
         if self.reference not in KINDS:
             raise InputError(f"reference is {self.reference!r}; choose one of {', '.join(KINDS)}")
         self.build_objective()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # what this machine or these values cannot do, in transformers' words
+            raise InputError(f"FocalPOConfig: {error}") from error
         _ = self.device  # decides the number of GPUs, which transformers would otherwise join by DataParallel
         self._n_gpu = min(self._n_gpu, 1)
 

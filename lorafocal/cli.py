@@ -7,6 +7,7 @@ SIGTERM, once the run has finished its step and saved; 1 anything else.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lorafocal import __version__
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, UnhealthyRun
 
 app = typer.Typer(
     name="lorafocal",
@@ -55,13 +56,11 @@ def train(
         list[str] | None,
         typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace the file's."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress line.")] = False,
-    runs: Annotated[
-        Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")
-    ] = Path("runs"),
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")] = Path(
+        "runs"
+    ),
 ) -> None:
     """Train adapters as CONFIG says, into the run folder DIR/<name>."""
     from lorafocal.config import load_config
@@ -75,6 +74,7 @@ def train(
     summary = run.train(checked, resume=resume, quiet=quiet, runs_dir=runs)
     typer.echo(str(summary))
     if summary.interrupted_by is not None:
+        typer.echo(f"go on with:\n  {_resume_command()}")
         raise typer.Exit(128 + summary.interrupted_by)
 
 
@@ -83,9 +83,7 @@ def score(
     target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
     pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],
     base: BaseOption = None,
-    beta: Annotated[
-        float | None, typer.Option("--beta", help="Reward scale; the run's own if absent.")
-    ] = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="Reward scale; the run's own if absent.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.")
     ] = None,
@@ -100,9 +98,7 @@ def score(
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The adapter folder of a run.")],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model; must not exist.")
-    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model; must not exist.")],
     base: BaseOption = None,
     pairs: Annotated[
         Path | None,
@@ -121,6 +117,11 @@ def merge(
     _print_report(merge_adapter(adapter, out, base=base, pairs=pairs, dtype=dtype, **limits), as_json)
 
 
+def _resume_command() -> str:
+    """This command line with --resume."""
+    return shlex.join(["lorafocal", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+
+
 def _print_report(report: Any, as_json: bool) -> None:
     typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else report.table())
 
@@ -132,3 +133,6 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"lorafocal: {error}", err=True)
         sys.exit(2)
+    except UnhealthyRun as error:
+        typer.echo(f"lorafocal: {error}", err=True)
+        sys.exit(1)

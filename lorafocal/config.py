@@ -262,7 +262,6 @@ def training_arguments(config: Config) -> dict[str, Any]:
         "layout": config.packing.layout,
         "tokens_per_pack": config.packing.tokens,
         "allow_dropout": config.adapter.allow_dropout,
-        "bf16": config.model.dtype == "bfloat16",
         "pairs_per_step": training.pairs_per_step,
         "seed": training.seed,
         "data_seed": training.data_seed,

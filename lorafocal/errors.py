@@ -1,8 +1,13 @@
-"""The one exception that a user's input can cause."""
+"""The two ends a run can come to that are not bugs: wrong input, and numbers that went bad."""
 
 
 class InputError(ValueError):
     """Wrong input: the message says what is wrong, where (file, row or key), and the way out.
 
-    The command line prints the message alone and exits with code 2; Python callers may catch it as a `ValueError`.
+    The command line prints the message alone and exits with code 2; Python callers may catch it
+    as a `ValueError`.
     """
+
+
+class UnhealthyRun(RuntimeError):
+    """A run that must not go on; its last checkpoint is untouched. The command line exits with code 1."""

@@ -11,10 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorafocal.data.held_out import write_held_out
 from lorafocal.data.tokens import TokenizedPair
-
-
-class UnhealthyRun(RuntimeError):
-    """A run that must not go on. The last checkpoint is untouched; the message names the cause."""
+from lorafocal.errors import UnhealthyRun
 
 
 class HealthCheck(TrainerCallback):
@@ -26,7 +23,7 @@ class HealthCheck(TrainerCallback):
         self._folder = folder
         self._step_ids: list[str] = []
         self._norms_before: list[Tensor] | None = None
-        self._moved = False
+        self.moved = False  # whether a step has changed the adapter in this process
 
     def see_pack(self, losses: Tensor, pair_ids: tuple[str, ...], step: int) -> None:
         """Raise UnhealthyRun where a pair's loss, (B,), is not finite, before any gradient is taken."""
@@ -55,7 +52,7 @@ class HealthCheck(TrainerCallback):
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
             self._stop("the gradient is not finite", self._step_ids, state.global_step)
-        self._norms_before = None if self._moved else [n.clone() for n in self._norms()]
+        self._norms_before = None if self.moved else [n.clone() for n in self._norms()]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,7 +67,7 @@ class HealthCheck(TrainerCallback):
                     f"no adapter weight moved at step {state.global_step + 1} with learning rate {max(rates):g}: the"
                     " optimiser does not hold the adapter's parameters, or the rate is too small for their precision"
                 )
-            self._moved = True
+            self.moved = True
 
     def _norms(self) -> list[Tensor]:
         return list(torch._foreach_norm([parameter.detach() for parameter in self._parameters.values()]))

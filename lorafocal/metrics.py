@@ -64,7 +64,9 @@ class PairMetrics:
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Means over the pairs of all ranks; every rank must call. Empty where there were none."""
-        totals = torch.cat((self._sums_on(device), torch.tensor([float(self.num_pairs)], device=device).double()))
+        totals = torch.cat(
+            (self._sums_on(device), torch.tensor([float(self.num_pairs)], device=device).double())
+        )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
         *sums, count = totals.tolist()

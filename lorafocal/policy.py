@@ -44,9 +44,7 @@ def token_logps(model: nn.Module, pack: Pack) -> Tensor:
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
         scoring(model, index.labels, rows=None if packed else index.positions),
     ):
-        output = model(
-            input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, **arguments
-        )
+        output = model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, **arguments)
     return output.logits.reshape(-1)  # type: ignore[no-any-return]
 
 

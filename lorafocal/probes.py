@@ -6,7 +6,6 @@ with them a pack would be silently wrong. They are refused by name.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
-from lorafocal.ops.logps import token_logps_plain
 from lorafocal.policy import compute_dtype, plain_attention, token_logps
 
 WAY_OUT = "Set `packing.layout: padded`, or use another architecture (Llama and Mistral are known to train packed)"
@@ -69,7 +67,10 @@ def check_neighbours(model: nn.Module, pack: Pack, name: str) -> None:
     changed_ids = pack.input_ids.clone()
     last = pack.segments.spans[-1]  # type: ignore[union-attr]
     changed_ids[0, last.start :] = changed_ids[0, last.start :].flip(0).roll(1)
-    others = ~torch.isin(pack.index.sequence, torch.tensor([pack.num_pairs - 1, 2 * pack.num_pairs - 1], device=changed_ids.device))
+    others = ~torch.isin(
+        pack.index.sequence,
+        torch.tensor([pack.num_pairs - 1, 2 * pack.num_pairs - 1], device=changed_ids.device),
+    )
     before = token_logps(model, pack)[others]
     after = token_logps(model, replace(pack, input_ids=changed_ids))[others]
     leak = float((before - after).abs().max())
@@ -79,8 +80,10 @@ def check_neighbours(model: nn.Module, pack: Pack, name: str) -> None:
 
 def check_scores(model: nn.Module, pairs: list[TokenizedPair], packed: torch.Tensor, name: str) -> None:
     """Packed scores must equal the model's own logits, one sequence at a time, on transformers' own attention."""
-    alone = torch.cat([_alone(model, p.prompt_ids, p.chosen_ids) for p in pairs]
-                      + [_alone(model, p.prompt_ids, p.rejected_ids) for p in pairs])
+    alone = torch.cat(
+        [_alone(model, p.prompt_ids, p.chosen_ids) for p in pairs]
+        + [_alone(model, p.prompt_ids, p.rejected_ids) for p in pairs]
+    )
     gap = float((packed - alone).abs().max())
     if not gap <= TOLERANCE[compute_dtype(model)]:
         raise InputError(

@@ -24,8 +24,6 @@ MAY_CHANGE: dict[str, str] = {
     "training.dataloader_num_workers": "the order of the pairs is a function of seed and epoch alone",
     "training.dataloader_prefetch_factor": "as dataloader_num_workers",
     "training.dataloader_persistent_workers": "as dataloader_num_workers",
-    "training.dataloader_pin_memory": "moves the same bytes",
-    "training.disable_tqdm": "display only",
     "training.log_level": "display only",
     "training.report_to": "where metrics are sent does not touch the weights",
     "training.run_name": "a label for metric services",

@@ -16,7 +16,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from lorafocal.arguments import FocalPOConfig
@@ -50,6 +57,9 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 FILLER = TokenizedPair("filler", [0], [0], [0])  # keeps a rank with fewer packs in step; its weight is 0
+
+# transformers counts a step as one sample of batch size 1, and estimates FLOPs of unpacked text.
+_MISCOUNTED = ("train_samples_per_second", "total_flos", "eval_steps_per_second")
 
 Rows = Iterable[Any]
 
@@ -131,7 +141,9 @@ class FocalPOTrainer(Trainer):
         """Plain and unprepared: accelerate's loader repeats pairs on ragged data."""
         if self.train_dataset is None:
             raise InputError("train_dataset is missing: there is nothing to train on")
-        self.sampler = self._sampler(self.train_dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+        self.sampler = self._sampler(
+            self.train_dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        )
         return self._loader(self.train_dataset, self.sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -181,6 +193,8 @@ class FocalPOTrainer(Trainer):
         Gradients add up over packs; only the last one synchronises ranks and lets the optimiser step.
         """
         model.train()
+        if self.args.allow_dropout:
+            set_seed(self.args.seed + self.state.global_step)  # so that a resumed run draws the same noise
         packs, step_pairs = self._in_step(inputs)
         world = self.args.world_size
         total = torch.zeros((), device=self.args.device)
@@ -190,7 +204,7 @@ class FocalPOTrainer(Trainer):
             with nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self._pack_loss(model, pack, step_pairs) * world  # engines average over ranks
                 self.accelerator.backward(loss)
-            total += loss.detach()
+            total = total + loss.detach()  # not in place: a float64 model keeps a float64 loss
         self.pairs_seen += step_pairs
         return total
 
@@ -250,6 +264,8 @@ class FocalPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs carry means over every pair since the last one, and the pairs seen so far."""
+        for name in _MISCOUNTED:
+            logs.pop(name, None)
         if "loss" in logs:
             logs |= self.metrics.means(self.args.device)
             logs["pairs_seen"] = self.pairs_seen
@@ -264,11 +280,15 @@ class FocalPOTrainer(Trainer):
         Raises InputError where the checkpoint is torn or missing; a torn one is never loaded.
         """
         if resume_from_checkpoint is True:
+            if self.args.should_save:
+                recover(Path(self.args.output_dir))  # type: ignore[arg-type]
             latest = latest_complete(Path(self.args.output_dir))  # type: ignore[arg-type]
             for reason in latest.skipped:
                 logger.warning(reason)
             if latest.path is None:
-                raise InputError(f"{self.args.output_dir} holds no complete checkpoint to resume from; train without resuming")
+                raise InputError(
+                    f"{self.args.output_dir} holds no complete checkpoint to resume from; train without resuming"
+                )
             resume_from_checkpoint = str(latest.path)
         elif resume_from_checkpoint and (reason := why_incomplete(Path(resume_from_checkpoint))):
             raise InputError(f"{resume_from_checkpoint} cannot be resumed from: {reason}. Give an earlier checkpoint")
@@ -280,7 +300,7 @@ class FocalPOTrainer(Trainer):
             output = Path(self.args.output_dir)  # type: ignore[arg-type]
             recover(output)
             with published(output / f"checkpoint-{self.state.global_step}", replace=True) as folder:
-                save_adapter(self.model, folder / "adapter", self.lineage())
+                self._save_adapter(folder / "adapter")
                 save_state(
                     folder,
                     parameters=self.adapter,
@@ -323,8 +343,14 @@ class FocalPOTrainer(Trainer):
             target = Path(output_dir or Path(self.args.output_dir) / "adapter")  # type: ignore[arg-type]
             check_name(target.name)
             with published(target, replace=True, record=False) as folder:
-                save_adapter(self.model, folder, self.lineage())
+                self._save_adapter(folder)
         self.accelerator.wait_for_everyone()
+
+    def _save_adapter(self, folder: Path) -> None:
+        """The adapter with its lineage, and a card with the rewards of the last evaluation."""
+        last: dict[str, float] = next((e for e in reversed(self.state.log_history) if "eval_loss" in e), {})
+        results = {key: value for key, value in last.items() if key.startswith("eval_rewards/")}
+        save_adapter(self.model, folder, self.lineage(), results, trained=self.health.moved)
 
     def lineage(self) -> Lineage | None:
         """What made the adapter; None for a base that was never loaded from anywhere."""
@@ -336,9 +362,7 @@ class FocalPOTrainer(Trainer):
             revision = getattr(config, "_commit_hash", None)
             self._base = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
         objective = {"name": self.objective.name, "beta": self.objective.beta, "gamma": self.objective.gamma}
-        return Lineage(
-            self._base, objective, self.state.global_step, self.pairs_seen, reference=self.args.reference
-        )
+        return Lineage(self._base, objective, self.state.global_step, self.pairs_seen, reference=self.args.reference)
 
 
 class _SetEpoch(TrainerCallback):
@@ -364,20 +388,22 @@ def _policy(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, 
     else:
         raise InputError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`")
     if len(policy.peft_config) > 1:
-        raise InputError(f"the model carries {len(policy.peft_config)} adapters ({', '.join(policy.peft_config)}): give one")
+        raise InputError(
+            f"the model carries {len(policy.peft_config)} adapters ({', '.join(policy.peft_config)}): give one"
+        )
     if not args.allow_dropout and (count := switch_dropout_off(policy)):
         logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
     return policy
 
 
-def _tokenized(
-    rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig
-) -> TokenizedData:
+def _tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig) -> TokenizedData:
     """Preference rows, `Preference`s or already tokenised pairs, to pairs."""
     rows = list(rows)
     if rows and all(isinstance(row, TokenizedPair) for row in rows):
         return TokenizedData(rows, {}, {})
     if tokenizer is None:
         raise InputError("processing_class is missing: give the base's tokenizer")
-    preferences = rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name)
+    preferences = (
+        rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name)
+    )
     return tokenize_preferences(preferences, tokenizer, max_length=args.max_length, truncation=args.truncation)

@@ -116,7 +116,7 @@ RULES: dict[str, FieldRule] = {
         None, "our training step does not read it; lower the packing budget instead"
     ),
     # precision and model
-    "bf16": _supported(config_key="model.dtype"),
+    "bf16": _set(False, "the base's dtype decides: load it in bfloat16, and it computes under bf16 autocast"),
     "fp16": _refused(False, _HALF),
     "bf16_full_eval": _refused(
         False, "it would cast the fp32 adapters for evaluation; evaluation computes as training does"
@@ -201,7 +201,7 @@ RULES: dict[str, FieldRule] = {
     "full_determinism": _supported(),
     # data loading
     "dataloader_num_workers": _supported(),
-    "dataloader_pin_memory": _supported(),
+    "dataloader_pin_memory": _set(False, "a batch is a few kilobytes of token ids"),
     "dataloader_persistent_workers": _supported(),
     "dataloader_prefetch_factor": _supported(),
     "dataloader_multiprocessing_context": _refused(None, _LOADER),

@@ -48,7 +48,9 @@ def lora(**more: Any) -> LoraConfig:
     return LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | more))
 
 
-def tiny_policy(kind: str = "llama", dtype: torch.dtype = torch.float32, *, trained: bool = True, **more: Any) -> PeftModel:
+def tiny_policy(
+    kind: str = "llama", dtype: torch.dtype = torch.float32, *, trained: bool = True, **more: Any
+) -> PeftModel:
     """A base with a LoRA adapter; `trained` gives it a non-zero `lora_B`."""
     policy = attach_lora(tiny_base(kind, dtype, **more), lora())
     return disturb(policy) if trained else policy
@@ -108,6 +110,7 @@ def adapter_gradients(policy: PeftModel) -> dict[str, Tensor]:
 
 
 def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Largest difference of any tensor over that tensor's largest entry."""
+    """Norm of the difference over the norm, all tensors together."""
     assert ours.keys() == theirs.keys()
-    return max(float((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max().clamp(min=1e-30)) for n in ours)
+    difference = torch.stack([(ours[name] - theirs[name]).norm() for name in theirs]).norm()
+    return float(difference / torch.stack([tensor.norm() for tensor in theirs.values()]).norm())

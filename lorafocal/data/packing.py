@@ -182,7 +182,9 @@ class PairCollator:
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
-            raise InputError(f"packing.layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
+            raise InputError(
+                f"packing.layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}"
+            )
         if self.tokens_per_pack < 1:
             raise InputError(f"packing.tokens: {self.tokens_per_pack} is not a positive number of tokens")
 

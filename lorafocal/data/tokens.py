@@ -139,9 +139,7 @@ def tokenize_preferences(
     if truncation not in TRUNCATIONS:
         raise InputError(f"truncation {truncation!r} is not known; use one of {', '.join(TRUNCATIONS)}")
     if max_length < 2:
-        raise InputError(
-            f"max_length is at least 2 tokens (one of the prompt, one of the answer), not {max_length}"
-        )
+        raise InputError(f"max_length is at least 2 tokens (one of the prompt, one of the answer), not {max_length}")
     habits = TokenizerHabits.of(tokenizer)
     preferences = list(preferences)
     data = TokenizedData()
@@ -209,9 +207,7 @@ def ids_fault(pair: TokenizedPair) -> str:
 # ---- texts to ids
 
 
-def tokenize_chunk(
-    preferences: Sequence[Preference], habits: TokenizerHabits
-) -> list[tuple[TokenizedPair, bool]]:
+def tokenize_chunk(preferences: Sequence[Preference], habits: TokenizerHabits) -> list[tuple[TokenizedPair, bool]]:
     """Pairs in order, each with whether a merge would have crossed its seam. Equal texts are encoded once."""
     texts = [pair_texts(preference, habits) for preference in preferences]
     alone = encode(habits.tokenizer, (text.prompt for text in texts))
@@ -222,7 +218,7 @@ def tokenize_chunk(
         (text.prompt, answer)
         for text in texts
         for answer in (text.chosen, text.rejected)
-        if joint[text.prompt + answer][: len(alone[text.prompt])] != alone[text.prompt]
+        if not seam_holds(alone[text.prompt], joint[text.prompt + answer])
     }
     rest = encode(habits.tokenizer, (answer for _, answer in crossing))
 
@@ -242,6 +238,11 @@ def tokenize_chunk(
     return pairs
 
 
+def seam_holds(prompt_ids: list[int], joint_ids: list[int]) -> bool:
+    """Whether the joint tokenisation leaves the prompt's tokens as they are."""
+    return joint_ids[: len(prompt_ids)] == prompt_ids
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:
     """Token ids by text in one batch, without special tokens beyond those in the text."""
     distinct = list(dict.fromkeys(texts))
@@ -255,9 +256,7 @@ def check_one_bos(prompt_ids: list[int], pair_id: str, tokenizer: PreTrainedToke
     """A doubled BOS comes from the template or tokenizer alone, since text that spells one was dropped."""
     bos = tokenizer.bos_token_id
     if bos is not None and prompt_ids[:2] == [bos, bos]:
-        raise InputError(
-            f"{pair_id}: the chat template writes BOS twice at the start; remove one from the template"
-        )
+        raise InputError(f"{pair_id}: the chat template writes BOS twice at the start; remove one from the template")
 
 
 # ---- preferences to texts
@@ -269,9 +268,7 @@ def pair_texts(preference: Preference, habits: TokenizerHabits) -> PairTexts:
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return PairTexts(preference.id, prompt, chosen, rejected, habits.bos, one_eos(habits.tokenizer))
     if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
-        raise InputError(
-            f"{preference.id}: strings and message lists are mixed; give all three in the same form"
-        )
+        raise InputError(f"{preference.id}: strings and message lists are mixed; give all three in the same form")
     asked = render(prompt, habits.tokenizer, preference.id, add_generation_prompt=True)
     return PairTexts(
         preference.id,
@@ -284,9 +281,7 @@ def pair_texts(preference: Preference, habits: TokenizerHabits) -> PairTexts:
 def one_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[int]:
     """The EOS that ends a plain answer."""
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            "plain answers end with an EOS token and this tokenizer has none; set tokenizer.eos_token"
-        )
+        raise InputError("plain answers end with an EOS token and this tokenizer has none; set tokenizer.eos_token")
     return (tokenizer.eos_token_id,)
 
 
@@ -304,13 +299,10 @@ def render(
             "instruction-tuned model's tokenizer, set tokenizer.chat_template, or give plain strings"
         )
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise InputError(
-            f"{pair_id}: the chat template refuses this conversation ({error}); "
-            "change its roles or their order"
+            f"{pair_id}: the chat template refuses this conversation ({error}); change its roles or their order"
         ) from error
     return str(rendered)
 

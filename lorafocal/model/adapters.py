@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from lorafocal.bounds import check_dropout
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 
@@ -25,9 +26,7 @@ ALL_LINEAR = "all-linear"
 def linear_names(model: nn.Module) -> list[str]:
     """Every linear layer of the model but its output head, by full name."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-    ]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -43,7 +42,9 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]
     wanted = [targets] if isinstance(targets, str) else list(targets)
     unknown = [t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in names)]
     if unknown or not wanted:
-        hints = [f"{t!r} (nearest: {', '.join(difflib.get_close_matches(t, endings, 3, 0) or endings)})" for t in unknown]
+        hints = [
+            f"{t!r} (nearest: {', '.join(difflib.get_close_matches(t, endings, 3, 0) or endings)})" for t in unknown
+        ]
         raise InputError(
             f"adapter.targets: no linear layer is named {', '.join(hints) or 'by an empty list'};"
             f" this model has {', '.join(endings)} (its output head and embeddings take no adapter)"
@@ -72,11 +73,7 @@ def check_lora_config(config: LoraConfig, *, allow_dropout: bool = False) -> Non
             " not give back the starting policy, so the reference would be wrong. Use plain LoRA"
             ' (bias="none", init_lora_weights=True, no modules_to_save)'
         )
-    if config.lora_dropout and not allow_dropout:
-        raise InputError(
-            f"adapter.dropout: {config.lora_dropout} makes the log-probs of policy and reference noisy (0.05 gave 0.4"
-            " nats a sequence); set it to 0, or state `allow_dropout: true`"
-        )
+    check_dropout(config.lora_dropout, allowed=allow_dropout)
 
 
 def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:

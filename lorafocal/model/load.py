@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from lorafocal.errors import InputError
@@ -43,10 +49,17 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         if getattr(config, "quantization_config", None) is not None:
-            raise InputError(f"model.name: {name} is quantised, which this version cannot train; use its float original")
+            raise InputError(
+                f"model.name: {name} is quantised, which this version cannot train; use its float original"
+            )
         check_shape(config, shape or {})
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, config=config, dtype=DTYPES[dtype], use_safetensors=True, attn_implementation="sdpa"
+            name,
+            revision=revision,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            attn_implementation="sdpa",
         )
     except InputError:
         raise
@@ -102,7 +115,11 @@ def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str
         digest.update(f"{file.name} {_file_sha256(file)}\n".encode())
     local = Path(name).exists()
     commit = None if local else getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", revision)
-    return {"name": Path(name).resolve().name if local else name, "revision": commit, "sha256": digest.hexdigest()}
+    return {
+        "name": Path(name).resolve().name if local else name,
+        "revision": commit,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _weight_files(name: str, revision: str | None) -> list[Path]:

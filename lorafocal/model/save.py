@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
 
+from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.checkpoint import check_saved
 from lorafocal.lineage import Lineage
 
 
-def save_adapter(policy: PeftModel, folder: Path, lineage: Lineage | None) -> None:
-    """Fill an unpublished `folder` with the policy's adapter and its lineage, and nothing else.
+def save_adapter(
+    policy: PeftModel,
+    folder: Path,
+    lineage: Lineage | None,
+    results: Mapping[str, float] | None = None,
+    *,
+    trained: bool = False,
+) -> None:
+    """Fill an unpublished `folder` with the policy's adapter, its lineage and its card, and nothing else.
+
+    `results` are measured numbers for the card; `trained` says that a step has changed the adapter. Without a lineage (a base from nowhere) there is no card either.
 
     The base is named by hub id or by its folder's last name: a path of this machine is never written.
     Raises InputError where a tensor is missing, empty, not finite or reads back differently.
     """
     name = policy.active_adapter
     config = policy.peft_config[name]
-    stated, config.base_model_name_or_path = config.base_model_name_or_path, _public_name(config.base_model_name_or_path)
+    stated, config.base_model_name_or_path = (
+        config.base_model_name_or_path,
+        _public_name(config.base_model_name_or_path),
+    )
     try:
         policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
     finally:
         config.base_model_name_or_path = stated
     expected = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
-    check_saved(folder / "adapter_model.safetensors", expected)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card knows nothing of this run
+    check_saved(folder / "adapter_model.safetensors", expected, trained=trained)
+    (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's card knows nothing of this run
     if lineage is not None:
         lineage.write(folder)
+        (folder / CARD_FILE).write_text(adapter_card(lineage, results), encoding="utf-8")
 
 
 def _public_name(base: str | None) -> str | None:

@@ -103,9 +103,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(toy_config(recipe, tokenizer))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = max(1, recipe.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (recipe.steps - step) / (recipe.steps - warmup + 1))
@@ -144,9 +142,7 @@ def batches(recipe: ToyRecipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[t
     )
     for _ in range(recipe.steps):
         asked, answered = zip(*[next(examples) for _ in range(recipe.examples_per_step)], strict=True)
-        prompts = tokenizer([f"{toy.USER}{question}{toy.END}{toy.ASSISTANT}" for question in asked])[
-            "input_ids"
-        ]
+        prompts = tokenizer([f"{toy.USER}{question}{toy.END}{toy.ASSISTANT}" for question in asked])["input_ids"]
         answers = tokenizer([f"{answer}{toy.END}" for answer in answered])["input_ids"]
         length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)

@@ -134,7 +134,13 @@ def shared_prefix_attention_plain(
 
 
 def sdpa_shared_prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scaling: float, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    scaling: float,
+    window: int | None = None,
 ) -> Tensor:
     """The same with one SDPA call a segment."""
     grouped = query.shape[1] != key.shape[1]

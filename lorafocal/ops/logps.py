@@ -41,7 +41,7 @@ def token_logps_plain(
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,) int64
     bias: Tensor | None = None,  # (V,)
-    transform: LogitTransform = LogitTransform(),  # noqa: B008 (immutable)
+    transform: LogitTransform = LogitTransform(),
 ) -> Tensor:
     """Log-probability of each label in nats, (N,), fp32 or wider: the definition."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -54,7 +54,7 @@ def token_logps(
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (N,) int64
     bias: Tensor | None = None,  # (V,)
-    transform: LogitTransform = LogitTransform(),  # noqa: B008 (immutable)
+    transform: LogitTransform = LogitTransform(),
     *,
     rows_per_chunk: int | None = None,
 ) -> Tensor:

@@ -1,0 +1,210 @@
+"""One training run from its config: the run folder, its manifest, training, and the finished adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.checkpoint import latest_complete
+from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
+from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
+from lorafocal.data.sources import read_preferences
+from lorafocal.data.tokens import TokenizedData, tokenize_preferences
+from lorafocal.errors import InputError
+from lorafocal.interrupt import StopOnSignal
+from lorafocal.model.load import base_fingerprint, load_base, load_tokenizer
+from lorafocal.progress import ProgressLine
+from lorafocal.publish import inside, recover, write_atomically
+from lorafocal.resume import MAY_CHANGE, check_resumable
+from lorafocal.trainer import FocalPOTrainer
+
+CONFIG_FILE, MANIFEST_FILE, ADAPTER_DIR = "config.yaml", "manifest.json", "adapter"
+GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
+LIBRARIES = ("lorafocal", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a run left behind."""
+
+    folder: Path
+    steps: int
+    max_steps: int
+    held_out: Mapping[str, float]  # metrics of the last evaluation; empty without held-out pairs
+    interrupted_by: int | None = None  # signal number
+
+    def __str__(self) -> str:
+        if self.interrupted_by is not None:
+            return f"stopped and saved after step {self.steps} of {self.max_steps}; the same run resumes there"
+        lines = [f"{self.steps} steps done; the adapter is in {self.folder / ADAPTER_DIR}"]
+        if self.held_out:
+            shown = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+            lines.append("held out: " + ", ".join(f"{k[5:]} {self.held_out[k]:.4f}" for k in shown))
+        return "\n".join(lines)
+
+
+def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir: Path = Path("runs")) -> RunSummary:
+    """Train as `config` says into `runs_dir`/<name>, or go on with that run.
+
+    Raises InputError before anything is written where the input is wrong, the folder is taken, or what is resumed
+    would give another result; UnhealthyRun where numbers stop being finite.
+    """
+    say = _silent if quiet else _to_stderr
+    folder = inside(runs_dir, config.name)
+    checkpoint = _checkpoint_to_resume(folder, say) if resume else _refuse_taken(folder)
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    data = _read_data(config, tokenizer, say)
+    manifest = _manifest(config, tokenizer, data)
+    if resume:
+        _check_same_run(folder, manifest, say)
+    trainer = _trainer(config, folder, data, tokenizer, quiet)
+    manifest["adapter"] = {
+        "targets": sorted(trainer.model.peft_config["default"].target_modules),  # type: ignore[union-attr, operator]
+        "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
+        "trainable_tensors": sorted(trainer.adapter),
+    }
+    say(
+        f"adapter: {manifest['adapter']['trainable_parameters']:,} parameters on {', '.join(manifest['adapter']['targets'])}"
+    )
+    if trainer.args.should_save:
+        _write_run_files(folder, config, manifest, data)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    with stop.watching():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    if stop.received is not None and state.global_step < state.max_steps:
+        return RunSummary(folder, state.global_step, state.max_steps, {}, int(stop.received))
+    held_out = next((e for e in reversed(state.log_history) if "eval_loss" in e), {})
+    trainer.save_model(str(folder / ADAPTER_DIR))
+    return RunSummary(folder, state.global_step, state.max_steps, held_out)
+
+
+def _refuse_taken(folder: Path) -> None:
+    if (folder / MANIFEST_FILE).exists():
+        raise InputError(f"{folder} already holds a run: go on with it by --resume, or give another `name`")
+
+
+def _checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint; None where the run was stopped before its first one, and starts over."""
+    if not (folder / MANIFEST_FILE).exists():
+        raise InputError(f"{folder} holds no run to resume; start it without --resume")
+    recover(folder)
+    latest = latest_complete(folder)
+    for reason in latest.skipped:
+        say(f"warning: {reason}")
+    say(f"resuming from {latest.path.name}" if latest.path else "no checkpoint yet: starting from step 0")
+    return latest.path
+
+
+def _read_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> dict[str, TokenizedData]:
+    data = {}
+    for name, path in (("train", config.data.train), ("eval", config.data.eval)):
+        if path is None:
+            continue
+        preferences = read_preferences(Path(path))
+        data[name] = tokenize_preferences(
+            preferences, tokenizer, max_length=config.data.max_length, truncation=config.data.truncation
+        )
+        dropped = ", ".join(f"{count} {reason}" for reason, count in data[name].drops.items()) or "none"
+        say(f"{name}: {len(data[name].pairs)} pairs; dropped: {dropped}")
+    return data
+
+
+def _manifest(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, TokenizedData]) -> dict[str, Any]:
+    """What made this run, without any path of this machine but those the config states."""
+    return {
+        "format": 1,
+        "config": config.model_dump(mode="json"),
+        "config_sha256": config.sha(),
+        "base": base_fingerprint(config.model.name, revision=config.model.revision),
+        "chat_template_sha256": _sha256(tokenizer.chat_template or ""),
+        "data": {
+            name: {
+                "pairs": len(part.pairs),
+                "drops": part.drops,
+                "tokens_sha256": _sha256([[p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in part.pairs]),
+            }
+            for name, part in data.items()
+        },
+        "seeds": {"adapter": config.training.seed, "order": config.training.data_seed},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "threads": torch.get_num_threads(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+        "may_change_on_resume": MAY_CHANGE,
+    }
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_same_run(folder: Path, manifest: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    old = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    for note in check_resumable(old, manifest):
+        say(f"note: {note}")
+
+
+def _trainer(
+    config: Config,
+    folder: Path,
+    data: Mapping[str, TokenizedData],
+    tokenizer: PreTrainedTokenizerBase,
+    quiet: bool,
+) -> FocalPOTrainer:
+    arguments = training_arguments(config)
+    if "eval" in data:
+        arguments.setdefault("eval_strategy", "epoch")
+    return FocalPOTrainer(
+        load_base(
+            config.model.name,
+            revision=config.model.revision,
+            dtype=config.model.dtype,
+            shape=config.model.shape,
+        ),
+        args=FocalPOConfig(output_dir=str(folder), **arguments),
+        train_dataset=data["train"].pairs,
+        eval_dataset=data["eval"].pairs if "eval" in data else None,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**lora_arguments(config)),
+        callbacks=[ProgressLine(quiet=quiet)],
+    )
+
+
+def _write_run_files(
+    folder: Path, config: Config, manifest: Mapping[str, Any], data: Mapping[str, TokenizedData]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if "eval" in data:
+        write_held_out(folder / HELD_OUT_FILE, data["eval"].pairs[:GATE_PAIRS])
+    write_atomically(folder / CONFIG_FILE, resolved_yaml(config))
+    write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _silent(line: str) -> None:
+    pass

@@ -1,0 +1,117 @@
+"""Packs, their index, and how pairs are spread over them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafocal.data.packing import PairCollator, fill_bins, pad_sequences, share_prefixes
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from tests.tiny import pairs
+
+
+def predicted(pack) -> list[list[tuple[int, int]]]:
+    """For each sequence, (token whose row predicts, token predicted), read through the index alone."""
+    flat = pack.input_ids.flatten().tolist()
+    out: list[list[tuple[int, int]]] = [[] for _ in range(2 * pack.num_pairs)]
+    for row, label, sequence in zip(
+        *(t.tolist() for t in (pack.index.positions, pack.index.labels, pack.index.sequence)), strict=True
+    ):
+        out[sequence].append((flat[row], label))
+    return out
+
+
+def expected(batch: list[TokenizedPair]) -> list[list[tuple[int, int]]]:
+    sides = [(p.prompt_ids, p.chosen_ids) for p in batch] + [(p.prompt_ids, p.rejected_ids) for p in batch]
+    return [list(zip([prompt[-1], *ids[:-1]], ids, strict=True)) for prompt, ids in sides]
+
+
+@pytest.mark.parametrize("layout", [share_prefixes, pad_sequences])
+def test_every_layout_ends_in_the_same_index(layout):
+    batch = pairs(6)
+    pack = layout(batch)
+    assert predicted(pack) == expected(batch)
+    assert pack.index.sequence.tolist() == sorted(pack.index.sequence.tolist())
+    assert pack.index.lengths.tolist() == [len(s) for s in expected(batch)]
+    assert pack.pair_ids == tuple(pair.id for pair in batch)
+
+
+def test_a_pair_is_stored_once_and_the_rejected_positions_restart_after_the_prompt():
+    pack = share_prefixes([TokenizedPair("a", [5, 6], [7], [8, 9]), TokenizedPair("b", [4], [3], [2])])
+    assert pack.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3, 2]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 1]]
+    assert pack.num_rows == 8
+
+
+@pytest.mark.row("27")
+def test_which_token_pads_is_invisible_even_if_it_is_the_eos():
+    """Masks come from lengths: a pad that equals a real token hides none of them."""
+    batch = [TokenizedPair("a", [5, 6], [7, 1], [8, 9, 1])]
+    for pad in (0, 1):
+        pack = pad_sequences(batch, pad_token_id=pad)
+        assert pack.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+        assert 1 in pack.index.labels.tolist()
+
+
+@settings(max_examples=100, derandomize=True)
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100))
+def test_bins_hold_every_item_once_within_the_budget(lengths, budget):
+    bins = fill_bins(lengths, budget)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    for members in bins:
+        assert sum(lengths[i] for i in members) <= budget or len(members) == 1
+
+
+def test_realistic_lengths_fill_their_bins():
+    """128 lognormal pairs of about 800 tokens into 8192-token bins: at most 5 % of the rows stay empty."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(128, generator=generator).mul(0.6).exp() * 700).long().clamp(20, 4000).tolist()
+    bins = fill_bins(lengths, 8192)
+    assert len(bins) <= -(-sum(lengths) // 8192) + 1
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_collator_keeps_every_pair_within_the_budget(layout):
+    batch = pairs(30)
+    step = PairCollator(layout, tokens_per_pack=80)(batch)
+    assert step.num_pairs == 30
+    assert sorted(i for pack in step.packs for i in pack.pair_ids) == sorted(pair.id for pair in batch)
+    assert all(pack.num_rows <= 80 for pack in step.packs)
+    assert PairCollator(layout)([]).packs == ()
+
+
+def test_packs_have_no_padding_and_share_prompts():
+    batch = pairs(30)
+    packed = sum(pack.num_rows for pack in PairCollator("packed", 200)(batch).packs)
+    padded = sum(pack.num_rows for pack in PairCollator("padded", 200)(batch).packs)
+    assert packed == sum(pair.shared_length for pair in batch) < padded
+
+
+def test_moving_a_pack_moves_every_tensor():
+    for pack in (share_prefixes(pairs(3)), pad_sequences(pairs(3))):
+        moved = pack.to(torch.device("meta"))
+        tensors = [
+            moved.input_ids,
+            moved.position_ids,
+            moved.index.positions,
+            moved.index.labels,
+            moved.index.sequence,
+            moved.index.lengths,
+        ]
+        tensors += (
+            [moved.attention_mask]
+            if moved.attention_mask is not None
+            else [moved.segments.key_index, moved.segments.query_bounds, moved.segments.key_bounds]
+        )
+        assert all(tensor.is_meta for tensor in tensors)
+        assert moved.pair_ids == pack.pair_ids
+
+
+def test_unknown_layouts_and_budgets_are_refused():
+    with pytest.raises(InputError, match=r"packing\.layout"):
+        PairCollator("ragged")
+    with pytest.raises(InputError, match=r"packing\.tokens"):
+        PairCollator(tokens_per_pack=0)
