@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PINS := requirements/torch.txt requirements/locked.txt
 STAMP := $(VENV)/.installed
 PIP := -m pip --disable-pip-version-check --no-input
+# --no-compile: bytecode for the few modules that are imported comes by itself, for the rest it takes a minute
 
 # Models in the tests are tiny: a second thread only gets in the way of the second worker.
 export OMP_NUM_THREADS ?= 1
@@ -25,9 +26,9 @@ $(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "lorafocal needs Python 3.11 to 3.13, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) install -q -r requirements/torch.txt
-	$(BIN)/python $(PIP) install -q -c requirements/torch.txt -r requirements/locked.txt
-	$(BIN)/python $(PIP) install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python $(PIP) install -q --no-compile -r requirements/torch.txt
+	$(BIN)/python $(PIP) install -q --no-compile -c requirements/torch.txt -r requirements/locked.txt
+	$(BIN)/python $(PIP) install -q --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 
 quickstart: $(STAMP) ## train, evaluate, merge and check a tiny model; prints a table (minutes)
@@ -50,8 +51,8 @@ test-lowest: .venv-lowest/.installed ## the suite on the oldest versions the bou
 
 .venv-lowest/.installed: pyproject.toml requirements/torch.txt requirements/lowest.txt
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python $(PIP) install -q -r requirements/torch.txt
-	.venv-lowest/bin/python $(PIP) install -q -c requirements/torch.txt -c requirements/lowest.txt -e '.[dev]'
+	.venv-lowest/bin/python $(PIP) install -q --no-compile -r requirements/torch.txt
+	.venv-lowest/bin/python $(PIP) install -q --no-compile -c requirements/torch.txt -c requirements/lowest.txt -e '.[dev]'
 	@touch $@
 
 guards: $(STAMP) ## switch every guard off and see its test fail
@@ -71,8 +72,8 @@ wheel: $(STAMP) ## build dist/*.whl
 # Only the core dependencies: what the wheel itself declares, at the tested versions.
 wheel-check: wheel ## install the wheel into a clean environment and look inside
 	$(PYTHON) -m venv --clear .venv-wheel
-	.venv-wheel/bin/python $(PIP) install -q -r requirements/torch.txt
-	.venv-wheel/bin/python $(PIP) install -q -c requirements/torch.txt -c requirements/locked.txt dist/*.whl
+	.venv-wheel/bin/python $(PIP) install -q --no-compile -r requirements/torch.txt
+	.venv-wheel/bin/python $(PIP) install -q --no-compile -c requirements/torch.txt -c requirements/locked.txt dist/*.whl
 	cd .venv-wheel && bin/python -I ../tests/check_wheel.py
 
 bench: $(STAMP) ## pairs a second and peak memory beside TRL's trainer
