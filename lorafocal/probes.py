@@ -63,17 +63,14 @@ def check_layer_types(base: nn.Module) -> None:
 
 
 def check_neighbours(model: nn.Module, pack: Pack, name: str) -> None:
-    """Changing one pair's tokens must move the other pairs' log-probs by exactly 0."""
-    changed_ids = pack.input_ids.clone()
-    last = pack.segments.spans[-1]  # type: ignore[union-attr]
-    changed_ids[0, last.start :] = changed_ids[0, last.start :].flip(0).roll(1)
-    others = ~torch.isin(
-        pack.index.sequence,
-        torch.tensor([pack.num_pairs - 1, 2 * pack.num_pairs - 1], device=changed_ids.device),
-    )
-    before = token_logps(model, pack)[others]
-    after = token_logps(model, replace(pack, input_ids=changed_ids))[others]
-    leak = float((before - after).abs().max())
+    """Changing the tokens of a pair in the middle must move the pairs on both sides by exactly 0."""
+    middle = pack.num_pairs // 2
+    span = pack.segments.spans[middle]  # type: ignore[union-attr]
+    changed = pack.input_ids.clone()
+    changed[0, span.start : span.stop] = changed[0, span.start : span.stop].flip(0).roll(1)
+    others = pack.index.sequence % pack.num_pairs != middle
+    leaks = token_logps(model, pack) - token_logps(model, replace(pack, input_ids=changed))
+    leak = float(leaks[others].abs().max())
     if leak != 0:
         raise InputError(f"{name}: changing one pair moved another pair's log-probs by {leak:.3g} nats. {WAY_OUT}")
 
@@ -110,7 +107,7 @@ def _probe_pairs(vocabulary: int) -> list[TokenizedPair]:
     def tokens(count: int) -> list[int]:
         return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
-    lengths = ((9, 7, 12), (1, 1, 1), (5, 11, 6))
+    lengths = ((9, 7, 12), (5, 11, 6), (1, 1, 1))
     return [TokenizedPair(f"probe-{i}", *map(tokens, sizes)) for i, sizes in enumerate(lengths)]
 
 

@@ -1,0 +1,121 @@
+"""Where adapters go, what they may be, and the switch against PEFT's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorafocal.errors import InputError
+from lorafocal.model.adapters import (
+    AdapterSwitch,
+    adapter_parameters,
+    attach_lora,
+    check_lora_config,
+    linear_names,
+    resolve_targets,
+)
+from tests.tiny import disturb, lora, tiny_base, tiny_policy
+
+ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+IDS = torch.arange(2, 20)[None]
+
+
+@pytest.mark.row("10")
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_is_a_printed_list_without_head_and_embeddings(tied):
+    model = tiny_base(tie_word_embeddings=tied)
+    assert resolve_targets(model, "all-linear") == ALL
+    assert "lm_head" not in linear_names(model)
+    policy = attach_lora(model, lora())
+    assert policy.peft_config["default"].target_modules == set(ALL)
+    assert len(adapter_parameters(policy)) == 2 * 7 * 2
+
+
+@pytest.mark.row("10")
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [(["q_porj"], "q_proj"), ("k-proj", "k_proj"), (["q_proj", "lm_head"], "output head"), ([], "empty")],
+)
+def test_wrong_targets_are_answered_with_the_nearest(wrong, hint):
+    with pytest.raises(InputError, match=hint):
+        resolve_targets(tiny_base(), wrong)
+
+
+def test_some_targets():
+    assert resolve_targets(tiny_base(), ["v_proj", "self_attn.q_proj", "v_proj"]) == ["self_attn.q_proj", "v_proj"]
+
+
+@pytest.mark.row("45", "21")
+def test_an_adapter_on_the_output_head_is_refused():
+    with pytest.raises(InputError, match="output head"):
+        attach_lora(tiny_base(tie_word_embeddings=True), lora(target_modules=["lm_head"]))
+
+
+@pytest.mark.row("6")
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"bias": "lora_only"}, "bias"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"use_dora": True}, "use_dora"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+)
+def test_adapters_whose_off_state_is_not_the_start_are_refused_by_name(setting, name):
+    with pytest.raises(InputError, match=name):
+        check_lora_config(lora(**setting))
+
+
+@pytest.mark.row("14")
+def test_adapter_dropout_needs_permission():
+    with pytest.raises(InputError, match=r"0\.05"):
+        check_lora_config(lora(lora_dropout=0.05))
+    check_lora_config(lora(lora_dropout=0.05), allow_dropout=True)
+
+
+@pytest.mark.row("6")
+def test_plain_lora_switched_off_is_the_base_to_the_last_bit():
+    base = tiny_base()
+    with torch.no_grad():
+        before = base(IDS).logits
+        policy = disturb(attach_lora(base, lora()))
+        with AdapterSwitch(policy).off():
+            off = policy(IDS).logits
+        assert torch.equal(off, before)
+        assert not torch.equal(policy(IDS).logits, before)
+
+
+def test_our_switch_gives_what_pefts_gives_and_touches_nothing_else():
+    policy = tiny_policy()
+    frozen = next(p for n, p in policy.named_parameters() if "lora_A" in n)
+    frozen.requires_grad_(False)
+    with torch.no_grad():
+        with AdapterSwitch(policy).off():
+            ours = policy(IDS).logits
+        assert not frozen.requires_grad
+        on = policy(IDS).logits
+        with policy.disable_adapter():
+            assert torch.equal(policy(IDS).logits, ours)
+    assert not torch.equal(on, ours)
+
+
+def test_the_switch_comes_back_on_after_an_error_and_keeps_what_was_off():
+    policy = tiny_policy()
+    switch = AdapterSwitch(policy)
+    with torch.no_grad():
+        on = policy(IDS).logits
+        with pytest.raises(RuntimeError), switch.off():
+            raise RuntimeError
+        assert torch.equal(policy(IDS).logits, on)
+        with switch.off():
+            with switch.off():
+                pass
+            assert not torch.equal(policy(IDS).logits, on)
+
+
+def test_a_model_without_adapters_has_nothing_to_switch():
+    with pytest.raises(InputError, match="no adapter"):
+        AdapterSwitch(tiny_base())

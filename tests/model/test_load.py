@@ -1,0 +1,94 @@
+"""Loading bases: what is accepted, what is refused by name, and what identifies one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lorafocal.errors import InputError
+from lorafocal.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from tests.tiny import SIZES, tiny_base
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "tiny-base")
+    return tmp_path / "tiny-base"
+
+
+def test_a_base_is_frozen_and_in_the_dtype_that_was_asked_for(saved):
+    for dtype in ("float32", "bfloat16"):
+        model = load_base(str(saved), dtype=dtype)
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+        assert not any(p.requires_grad for p in model.parameters())
+        assert model.training
+
+
+@pytest.mark.row("12")
+def test_half_precision_is_refused_with_the_reason(saved):
+    with pytest.raises(InputError, match="overflows"):
+        load_base(str(saved), dtype="float16")
+
+
+def test_a_shape_that_does_not_match_is_refused_by_key(saved):
+    load_base(str(saved), dtype="float32", shape={"model_type": "llama", "hidden_size": SIZES["hidden_size"]})
+    with pytest.raises(InputError, match="hidden_size"):
+        load_base(str(saved), dtype="float32", shape={"model_type": "llama", "hidden_size": 4096})
+
+
+def test_a_missing_or_quantised_model_is_refused(saved, tmp_path):
+    with pytest.raises(InputError, match="no-such-model"):
+        load_base(str(tmp_path / "no-such-model"))
+    with pytest.raises(InputError, match="tokenizer"):
+        load_tokenizer(str(saved))
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quantised"):
+        load_base(str(saved))
+
+
+def test_pickled_weights_are_not_read(saved):
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        load_base(str(saved))
+
+
+def test_the_fingerprint_is_a_name_without_a_path_and_changes_with_one_byte(saved):
+    before = base_fingerprint(str(saved))
+    assert before["name"] == "tiny-base"
+    assert before["revision"] is None
+    assert base_fingerprint(f"{saved}/")["sha256"] == before["sha256"]
+    weights = bytearray((saved / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (saved / "model.safetensors").write_bytes(weights)
+    assert base_fingerprint(str(saved))["sha256"] != before["sha256"]
+
+
+def test_shards_are_part_of_the_fingerprint_and_may_not_lie_outside(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    shards = sorted((tmp_path / "sharded").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    before = base_fingerprint(str(tmp_path / "sharded"))
+    assert before != base_fingerprint(str(_single(tmp_path)))
+    index = tmp_path / "sharded" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][next(iter(content["weight_map"]))] = "../../evil.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="outside its folder"):
+        base_fingerprint(str(tmp_path / "sharded"))
+
+
+def _single(folder):
+    tiny_base().save_pretrained(folder / "single")
+    return folder / "single"
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
+    class Long(list):
+        pass
+
+    with pytest.raises(InputError, match="98 tokens"):
+        check_vocabulary(tiny_base(), Long(range(98)))

@@ -1,0 +1,66 @@
+"""FocalPOConfig: TrainingArguments with every field honoured or refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.errors import InputError
+
+
+def config(folder, **settings) -> FocalPOConfig:
+    return FocalPOConfig(output_dir=str(folder), use_cpu=True, **settings)
+
+
+def test_defaults_are_a_usable_run(tmp_path):
+    args = config(tmp_path)
+    assert (args.objective, args.beta, args.gamma) == ("focalpo", 0.1, 0.05)
+    assert (args.layout, args.reference, args.num_train_epochs) == ("packed", "disabled_adapter", 1)
+    assert args.n_gpu <= 1
+
+
+@pytest.mark.row("F6", "12")
+def test_the_filter_that_hides_nan_is_off_and_cannot_be_turned_on(tmp_path):
+    assert config(tmp_path).logging_nan_inf_filter is False
+
+
+@pytest.mark.row("12", "15", "32")
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("fp16", True, "bfloat16"),
+        ("bf16", True, "dtype"),
+        ("gradient_accumulation_steps", 4, "pairs_per_step"),
+        ("per_device_train_batch_size", 16, "pairs_per_step"),
+        ("label_smoothing_factor", 0.1, "cross-entropy"),
+        ("auto_find_batch_size", True, "packing"),
+        ("torch_compile", True, "segment"),
+        ("load_best_model_at_end", True, "score"),
+    ],
+)
+def test_fields_that_cannot_be_honoured_are_refused_with_the_way_out(tmp_path, name, value, way_out):
+    with pytest.raises(InputError, match=way_out) as refusal:
+        config(tmp_path, **{name: value})
+    assert name in str(refusal.value)
+
+
+def test_all_refusals_come_at_once(tmp_path):
+    with pytest.raises(InputError) as refusal:
+        config(tmp_path, fp16=True, neftune_noise_alpha=5.0)
+    assert "fp16" in str(refusal.value)
+    assert "neftune_noise_alpha" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gamma": 1.5}, "gamma"),
+        ({"beta": 0.0}, "beta"),
+        ({"objective": "simpo"}, "objective"),
+        ({"pairs_per_step": 0}, "pairs_per_step"),
+        ({"reference": "separate_model"}, "reference"),
+    ],
+)
+def test_our_own_fields_are_checked(tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        config(tmp_path, **settings)
