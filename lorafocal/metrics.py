@@ -59,31 +59,29 @@ class PairMetrics:
     def add(self, values: Tensor) -> None:
         """Add the (B, len(KEYS)) values of B pairs."""
         sums = values.sum(0)
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
         self.num_pairs += values.shape[0]
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Means over the pairs of all ranks; every rank must call. Empty where there were none."""
-        totals = torch.cat(
-            (self._sums_on(device), torch.tensor([float(self.num_pairs)], device=device).double())
-        )
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals)
-        *sums, count = totals.tolist()
+        *sums, count = self._totals(device)
         return {key: value / count for key, value in zip(KEYS, sums, strict=True)} if count else {}
 
-    def _sums_on(self, device: torch.device) -> Tensor:
-        if self._sums is None:
-            return torch.zeros(len(KEYS), dtype=torch.float64, device=device)
-        return self._sums.to(device)
+    def state(self, device: torch.device) -> dict[str, float]:
+        """Sums and count over all ranks as plain numbers, for a checkpoint; every rank must call."""
+        *sums, count = self._totals(device)
+        return {**dict(zip(KEYS, sums, strict=True)), "num_pairs": int(count)}
 
-    def state(self) -> dict[str, float]:
-        """Sums and count as plain numbers, for a checkpoint."""
-        values = [] if self._sums is None else self._sums.tolist()
-        return {**dict(zip(KEYS, values, strict=False)), "num_pairs": self.num_pairs}
+    def _totals(self, device: torch.device) -> list[float]:
+        """The sums in the order of KEYS, then the count."""
+        sums = torch.zeros(len(KEYS), dtype=torch.float64) if self._sums is None else self._sums
+        totals = torch.cat((sums.to(device), torch.tensor([self.num_pairs], dtype=torch.float64, device=device)))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+        return totals.tolist()
 
     def load(self, state: dict[str, float]) -> None:
-        """Take up the sums that `state` wrote."""
+        """Take up the sums that `state` wrote: on one rank only, because they are those of all."""
         self.num_pairs = int(state["num_pairs"])
         self._sums = (
             torch.tensor([state[key] for key in KEYS], dtype=torch.float64) if self.num_pairs else None

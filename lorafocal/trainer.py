@@ -58,8 +58,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 FILLER = TokenizedPair("filler", [0], [0], [0])  # keeps a rank with fewer packs in step; its weight is 0
 
-# transformers counts a step as one sample of batch size 1, and estimates FLOPs of unpacked text.
-_MISCOUNTED = ("train_samples_per_second", "total_flos", "eval_steps_per_second")
+# transformers counts a step as one sample of batch size 1, estimates FLOPs of unpacked text, and averages the loss
+# over the steps since the last resume.
+_MISCOUNTED = ("train_samples_per_second", "total_flos", "eval_steps_per_second", "train_loss")
 
 Rows = Iterable[Any]
 
@@ -296,6 +297,7 @@ class FocalPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Everything a resumed run needs, complete or absent."""
+        sums = self.metrics.state(self.args.device)
         if self.args.should_save:
             output = Path(self.args.output_dir)  # type: ignore[arg-type]
             recover(output)
@@ -306,7 +308,7 @@ class FocalPOTrainer(Trainer):
                     parameters=self.adapter,
                     optimizer=self._plain_optimizer(),
                     scheduler=self.lr_scheduler,
-                    extra={"metrics": self.metrics.state(), "pairs_seen": self.pairs_seen},
+                    extra={"metrics": sums, "pairs_seen": self.pairs_seen},
                 )
                 self.state.save_to_json(str(folder / STATE_FILE))
             if self.args.save_total_limit:
@@ -325,7 +327,8 @@ class FocalPOTrainer(Trainer):
             optimizer=self._plain_optimizer(),
             scheduler=self.lr_scheduler,
         )
-        self.metrics.load(extra["metrics"])
+        if self.is_world_process_zero():
+            self.metrics.load(extra["metrics"])
         self.pairs_seen = extra["pairs_seen"]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -59,9 +59,9 @@ def test_sums_survive_a_checkpoint_and_reset_empties_them():
     values, *_ = twelve_pairs()
     metrics, resumed = PairMetrics(), PairMetrics()
     metrics.add(values)
-    resumed.load(metrics.state())
+    resumed.load(metrics.state(CPU))
     assert resumed.means(CPU) == metrics.means(CPU)
     metrics.reset()
     assert metrics.means(CPU) == {}
-    resumed.load(metrics.state())
+    resumed.load(metrics.state(CPU))
     assert resumed.means(CPU) == {}
