@@ -38,3 +38,11 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         if self.received is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An epoch cut short has not ended: its log, evaluation and checkpoint come when the resumed run ends it."""
+        cut_short = state.global_step % len(kwargs["train_dataloader"]) and state.global_step < state.max_steps
+        if self.received is not None and cut_short:
+            control.should_log = control.should_evaluate = control.should_save = False

@@ -26,7 +26,8 @@ class MetricsFile(TrainerCallback):
     """Appends one JSON object a logged event to `path`: the logged keys, `epoch` and `step`, sorted.
 
     The file is the lineage of the weights: when training starts or resumes at step n, lines of later steps
-    are dropped first. Numbers that are not finite become null, because JSON has no word for them.
+    are dropped first (at step 0 all of them: a fresh start). Numbers that are not finite become null, because
+    JSON has no word for them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +38,7 @@ class MetricsFile(TrainerCallback):
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if step > 0 and _step_of(line) <= step]
         if kept != lines:
             write_atomically(self.path, "".join(kept))
 

@@ -34,7 +34,8 @@ WHY_NOT: dict[str, str] = {
     "training.max_steps": "the learning-rate schedule is stretched over it",
     "training.num_train_epochs": "the learning-rate schedule is stretched over it",
     "training.pairs_per_step": "it decides which pairs make a step",
-    "training.seed": "it decides the order of the pairs",
+    "training.seed": "it decides the adapter's first values",
+    "training.data_seed": "it decides the order of the pairs",
     "packing.tokens": "another split into packs adds in another order, so the last bits differ",
     "packing.layout": "another layout adds in another order, so the last bits differ",
 }
@@ -43,7 +44,7 @@ WHY_NOT: dict[str, str] = {
 IDENTITY = ("base", "data")
 """Manifest sections beside `config` that must be equal: fingerprints of the base weights and of the data."""
 
-NOTED = ("versions", "threads")
+NOTED = ("versions", "threads", "hardware")
 """Manifest sections whose change is allowed, but ends the promise of equal bits."""
 
 _ABSENT = "(absent)"
@@ -63,7 +64,7 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     """Raises `InputError` naming every forbidden change; returns notes about the allowed ones, to be printed.
 
     Of a manifest these sections are read: `config` (the resolved config), `base` and `data` (fingerprints),
-    `versions` and `threads`. An absent section counts as empty. The run's `name` is part of `config`.
+    `versions`, `threads` and `hardware`. An absent section counts as empty. The run's `name` is part of `config`.
     """
     old, new = old_manifest.get("config", {}), new_manifest.get("config", {})
     refused = [_with_reason(line) for line in changes(old, new, MAY_CHANGE)]

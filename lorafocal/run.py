@@ -87,7 +87,7 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     state = trainer.state
     if stop.received is not None and state.global_step < state.max_steps:
         return RunSummary(folder, state.global_step, state.max_steps, {}, int(stop.received))
-    held_out = next((e for e in reversed(state.log_history) if "eval_loss" in e), {})
+    held_out = _held_out_metrics(trainer)
     trainer.save_model(str(folder / ADAPTER_DIR))
     return RunSummary(folder, state.global_step, state.max_steps, held_out)
 
@@ -190,6 +190,14 @@ def _trainer(
         peft_config=LoraConfig(**lora_arguments(config)),
         callbacks=[ProgressLine(quiet=quiet)],
     )
+
+
+def _held_out_metrics(trainer: FocalPOTrainer) -> Mapping[str, float]:
+    """Of the finished adapter: evaluated now if the last step was not, or a kill came between the two."""
+    if trainer.eval_dataset is None:
+        return {}
+    last = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
+    return last[-1] if last else trainer.evaluate()
 
 
 def _write_run_files(
