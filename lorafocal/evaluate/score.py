@@ -70,7 +70,7 @@ class ScoreReport:
         return [score.margin for score in self.scores if score.margin is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """Totals; the pairs themselves are in the table file. Ties count as neither right nor wrong."""
+        """Means over pairs under the names of training's log; the pairs themselves are in the table file."""
         count, margins = len(self.scores), self.margins
         totals: dict[str, Any] = {
             "target": self.target,
@@ -86,7 +86,7 @@ class ScoreReport:
                 "rewards/rejected": sum(score.rejected_reward or 0.0 for score in self.scores) / count,
                 "rewards/margins": sum(margins) / count,
                 "rewards/accuracies": sum(margin > 0 for margin in margins) / count,
-                "ties": sum(margin == 0 for margin in margins),
+                "rewards/ties": sum(margin == 0 for margin in margins) / count,
             }
         return totals
 

@@ -142,15 +142,16 @@ def check(report: GateReport) -> None:
     """Raise GateFailure unless the report passed (a drift that is not a number fails)."""
     if report.passed:
         return
-    remedies = "publish the adapter without merging it"
+    ways = ["publish the adapter without merging it"]
     if report.dtype != "float32":
-        remedies = f"merge with --dtype float32, or {remedies}"
+        ways.insert(0, "merge with --dtype float32")
+    if report.gate_dtype != "float32":
+        ways.insert(0, f"gate with --gate-dtype float32 (the noise of {report.gate_dtype} counts as drift)")
     raise GateFailure(
         f"the merged model is not the adapter: on {report.pairs} held-out pairs its log-probs drift by "
         f"{report.drift_rms:.3g} nats a sequence, {report.lost:.0%} of the learned effect of "
-        f"{report.learned_rms:.3g} nats; "
-        f"{report.max_drift:.0%} is allowed ({report.rank_flips} pairs change rank). Nothing was written. "
-        f"Storing in {report.dtype} lost it: {remedies}."
+        f"{report.learned_rms:.3g} nats; {report.max_drift:.0%} is allowed ({report.rank_flips} pairs change "
+        f"rank). Nothing was written. Ways out: {', or '.join(ways)}."
     )
 
 

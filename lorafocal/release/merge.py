@@ -281,7 +281,7 @@ def _write_model(
 def _reloaded_logps(
     folder: Path, pairs: Sequence[TokenizedPair], dtype: str, gate_dtype: str, tied: bool
 ) -> tuple[PairLogps, PairLogps | None]:
-    """Log-probs of the written files in the gate's arithmetic and, where it is another, in their own."""
+    """Log-probs of the written files in the gate's arithmetic and, where that is finer, in their own."""
     model = load_base(str(folder), dtype=dtype)
     if _is_tied(model) != tied:
         raise InputError(
@@ -290,7 +290,7 @@ def _reloaded_logps(
     prepare_policy(model)
     model.eval()
     run = partial(pair_logps, partial(sequence_logps, model), pairs, device=model.device)
-    served = None if dtype == gate_dtype else run()
+    served = run() if (dtype, gate_dtype) == ("bfloat16", "float32") else None
     cast_parameters(model, getattr(torch, gate_dtype))
     return run(), served
 

@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.held_out import read_held_out, write_held_out
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.data.toy import toy_preferences
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import PairScore, ScoreReport, pair_logps, pair_scores, score_file, score_pairs
+from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.model.saved import open_adapter, read_adapter
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.policy import prepare_policy
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.merge import merge_adapter
+from lorafocal.trainer import FocalPOTrainer
 from tests.saved_run import BETA, SavedRun, save_run
 
 
@@ -76,6 +79,38 @@ def test_live_model_and_reloaded_adapter_score_alike(run: SavedRun) -> None:
         assert numbers(before) == pytest.approx(numbers(after), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.row("22")
+def test_the_last_evaluation_of_a_run_is_the_score_of_its_adapter(run: SavedRun, tmp_path: Path) -> None:
+    rows = toy_preferences(24, seed=3, held_out=True)
+    trainer = FocalPOTrainer(
+        model=load_base(str(run.base), dtype="float32"),
+        args=FocalPOConfig(
+            output_dir=str(tmp_path / "trained"),
+            beta=BETA,
+            pairs_per_step=8,
+            learning_rate=1e-2,
+            max_steps=4,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:10],
+        processing_class=load_tokenizer(str(run.base)),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+    )
+    trainer.train()
+    evaluation = trainer.evaluate()
+    trainer.save_model()
+    write_held_out(tmp_path / "pairs.jsonl", trainer.data["eval_dataset"].pairs)
+    scores = score_file(
+        tmp_path / "trained" / "adapter", tmp_path / "pairs.jsonl", base=str(run.base)
+    ).as_dict()
+    shared = {key: value for key, value in scores.items() if f"eval_{key}" in evaluation}
+    assert {"rewards/margins", "rewards/accuracies", "rewards/ties", "logps/chosen"} <= shared.keys()
+    assert shared == pytest.approx({key: evaluation[f"eval_{key}"] for key in shared}, abs=1e-5)
+    assert abs(shared["rewards/margins"]) > 1e-3
+
+
 def test_rows_and_token_ids_give_the_same_scores(run: SavedRun, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in toy_preferences(12, seed=3, held_out=True)))
@@ -120,11 +155,11 @@ def test_totals_table_and_file(run: SavedRun, tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(totals)
 
 
-def test_a_tie_is_neither_right_nor_counted_out(run: SavedRun) -> None:
+def test_a_tie_counts_as_wrong_and_apart(run: SavedRun) -> None:
     pairs = run.pairs[:2]
     same = PairLogps(torch.zeros(2), torch.zeros(2))
     totals = ScoreReport("model", BETA, pair_scores(pairs, same, same, BETA)).as_dict()
-    assert (totals["ties"], totals["rewards/accuracies"]) == (2, 0.0)
+    assert (totals["rewards/ties"], totals["rewards/accuracies"]) == (1.0, 0.0)
 
 
 def test_answers_come_back_in_the_order_of_the_pairs(run: SavedRun) -> None:

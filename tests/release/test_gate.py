@@ -94,6 +94,8 @@ def test_a_failure_is_a_user_s_error_and_names_the_ways_out() -> None:
     with pytest.raises(GateFailure) as failure:
         check(report(REFERENCE, dtype="float32"))
     assert "--dtype" not in str(failure.value)
+    with pytest.raises(GateFailure, match="--gate-dtype float32"):
+        check(report(REFERENCE, gate_dtype="bfloat16"))
 
 
 def test_the_table_shows_the_verdict() -> None:

@@ -39,12 +39,6 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def logits(folder: Path, run: SavedRun, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    with torch.no_grad():
-        return model(torch.tensor([run.pairs[0].prompt_ids + run.pairs[0].chosen_ids])).logits
-
-
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}}])
 def test_float32_merge_is_peft_s_own(tmp_path: Path, settings: dict[str, object]) -> None:
     run = save_run(tmp_path, **settings)
@@ -61,12 +55,7 @@ def test_float32_merge_is_peft_s_own(tmp_path: Path, settings: dict[str, object]
 @pytest.mark.parametrize("std", [1e-1, 3e-3, 3e-4, 1e-5])
 def test_survival_is_what_float64_says(tmp_path: Path, std: float) -> None:
     run = save_run(tmp_path, std=std)
-    report = merge_adapter(run.adapter, tmp_path / "out", max_drift=1 - 1e-9) if std > 1e-3 else None
-    if report is None:
-        policy = merge.open_adapter(merge.read_adapter(run.adapter), dtype="bfloat16")
-        survival = merge.fold(policy, torch.bfloat16)
-    else:
-        survival = report.survival
+    survival = survival_of(run, torch.bfloat16)
     base, adapter = (
         load_file(run.base / "model.safetensors"),
         load_file(run.adapter / "adapter_model.safetensors"),
@@ -179,8 +168,8 @@ def test_a_merge_that_unties_is_stopped(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head, which is not an inner linear layer"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens, which is not an inner linear layer"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias"),
