@@ -70,14 +70,12 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     if resume:
         _check_same_run(folder, manifest, say)
     trainer = _trainer(config, folder, data, tokenizer, quiet)
-    manifest["adapter"] = {
+    adapter = manifest["adapter"] = {
         "targets": sorted(trainer.model.peft_config["default"].target_modules),  # type: ignore[union-attr, operator]
         "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
         "trainable_tensors": sorted(trainer.adapter),
     }
-    say(
-        f"adapter: {manifest['adapter']['trainable_parameters']:,} parameters on {', '.join(manifest['adapter']['targets'])}"
-    )
+    say(f"adapter: {adapter['trainable_parameters']:,} parameters on {', '.join(adapter['targets'])}")
     if trainer.args.should_save:
         _write_run_files(folder, config, manifest, data)
     stop = StopOnSignal()
