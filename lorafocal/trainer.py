@@ -124,7 +124,8 @@ class FocalPOTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         output = Path(args.output_dir)  # type: ignore[arg-type]
         self.health = HealthCheck(self.adapter, self._pairs("train_dataset") or [], output)
-        for callback in (self.health, _SetEpoch(self), MetricsFile(output / "metrics.jsonl"), *callbacks):
+        own = (self.health, _SetEpoch(self), _OwnIntervals(), MetricsFile(output / "metrics.jsonl"))
+        for callback in (*own, *callbacks):
             self.add_callback(callback)
         if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
             self.add_callback(ProgressLine())
@@ -376,6 +377,13 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.sampler.epoch = state.global_step // len(self._trainer.sampler)
+
+
+class _OwnIntervals(TrainerCallback):
+    """How often to log, evaluate and save is said by the arguments: a checkpoint's state would bring back its own."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 def _policy(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, args: FocalPOConfig) -> PeftModel:
