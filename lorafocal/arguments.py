@@ -53,7 +53,7 @@ class FocalPOConfig(TrainingArguments):
         except ValueError as error:  # what this machine or these values cannot do, in transformers' words
             raise InputError(f"FocalPOConfig: {error}") from error
         _ = self.device  # decides the number of GPUs, which transformers would otherwise join by DataParallel
-        self._n_gpu = min(self._n_gpu, 1)
+        self._n_gpu = min(self.n_gpu, 1)
 
     def build_objective(self) -> Objective:
         """The objective with its checked parameters."""

@@ -40,9 +40,7 @@ def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -
     )
 
 
-def merged_card(
-    lineage: Lineage, *, dtype: str, gate: str, survival: str, notes: tuple[str, ...] = ()
-) -> str:
+def merged_card(lineage: Lineage, *, dtype: str, gate: str, survival: str, notes: tuple[str, ...] = ()) -> str:
     """Card of a merged model; `gate` and `survival` are the tables of the merge report."""
     name = lineage.base.name
     return (

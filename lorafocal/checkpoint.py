@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -23,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorafocal.errors import InputError
 from lorafocal.publish import discard, why_incomplete
+from lorafocal.tensor_files import WAY_OUT, check_keys, check_like, check_saved, differs, read_tensors
 
 PARAMETERS_FILE = "parameters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -31,10 +31,6 @@ STATE_FILE = "state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 _LIKE_PARAMETER = (*_FIRST_MOMENTS, "exp_avg_sq", "max_exp_avg_sq")
-_WAY_OUT = (
-    "The checkpoint belongs to another model, adapter configuration or library version: "
-    "resume with what it was saved with, or start a new run under another name."
-)
 
 
 class Latest(NamedTuple):
@@ -92,11 +88,11 @@ def load_state(
     the key means that parameters, optimizer and scheduler are as they were.
     """
     state = _read_state(folder / STATE_FILE)
-    values = _read_tensors(folder / PARAMETERS_FILE)
-    tensors = _read_tensors(folder / OPTIMIZER_FILE)
-    _check_keys(values, parameters, PARAMETERS_FILE)
+    values = read_tensors(folder / PARAMETERS_FILE)
+    tensors = read_tensors(folder / OPTIMIZER_FILE)
+    check_keys(values, parameters, PARAMETERS_FILE)
     for name, parameter in parameters.items():
-        _check_like(values[name], parameter, f"{PARAMETERS_FILE}: {name!r}")
+        check_like(values[name], parameter, f"{PARAMETERS_FILE}: {name!r}")
     _check_optimizer(state["optimizer"], tensors, parameters, optimizer)
     _check_scheduler(state["scheduler"], scheduler)
     with torch.no_grad():
@@ -105,32 +101,6 @@ def load_state(
     _restore_optimizer(state["optimizer"], tensors, parameters, optimizer)
     scheduler.load_state_dict(state["scheduler"]["state"])
     return state["extra"]
-
-
-def check_saved(file: Path, expected: Mapping[str, Tensor], *, trained: bool = False) -> None:
-    """Reopens a written safetensors file and refuses it (`InputError`) unless it holds exactly `expected`.
-
-    Each tensor must be there with its shape and dtype, not empty, finite and equal, and nothing else may be.
-    With `trained` (a step with a learning rate above 0 was taken), the `lora_B` tensors must not all be zero.
-    A file that fails must not be published: the checkpoint before it stays the newest.
-    """
-    if not expected:
-        raise InputError(f"{file.name}: nothing to save: no trainable tensor was gathered")
-    with safe_open(file, framework="pt") as saved:
-        _check_keys(saved.keys(), expected, file.name)
-        for name, tensor in expected.items():
-            where = f"{file.name}: {name!r}"
-            if tensor.numel() == 0:
-                raise InputError(f"{where} is empty: gather the partitioned parameters before saving")
-            found = saved.get_tensor(name)
-            _check_like(found, tensor, where)
-            if found.is_floating_point() and not found.isfinite().all():
-                raise InputError(f"{where} holds NaN or infinity: not saved, the last checkpoint is kept")
-            if not torch.equal(found, tensor.detach().cpu()):
-                raise InputError(f"{where} read back differs from what was written: check the disk")
-    lora_b = [tensor for name, tensor in expected.items() if "lora_B" in name]
-    if trained and lora_b and not any(tensor.any() for tensor in lora_b):
-        raise InputError(f"{file.name}: every lora_B is zero after training: the adapter holds nothing")
 
 
 def latest_complete(run_dir: Path) -> Latest:
@@ -176,18 +146,14 @@ def _named_groups(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> 
         unknown = [tuple(p.shape) for p in group["params"] if id(p) not in names]
         if unknown:
             raise InputError(f"optimizer group {index} holds parameters not among the trainable: {unknown}")
-        settings = {
-            key: list(v) if isinstance(v, tuple) else v for key, v in group.items() if key != "params"
-        }
+        settings = {key: list(v) if isinstance(v, tuple) else v for key, v in group.items() if key != "params"}
         groups.append({"parameters": [names[id(p)] for p in group["params"]], "settings": settings})
     held = [name for group in groups for name in group["parameters"]]
-    _check_keys(held, parameters, "the optimizer's groups")
+    check_keys(held, parameters, "the optimizer's groups")
     return groups
 
 
-def _split_state(
-    parameters: Mapping[str, Parameter], optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _split_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as tensors and as plain values, both keyed "<parameter name>/<state key>"."""
     tensors, values = {}, {}
     for name, parameter in parameters.items():
@@ -209,18 +175,18 @@ def _check_optimizer(
     live = _named_groups(parameters, optimizer)
     if len(live) != len(saved["groups"]):
         counts = f"{len(saved['groups'])} optimizer groups, the run has {len(live)}"
-        raise InputError(f"{STATE_FILE}: {counts}. {_WAY_OUT}")
+        raise InputError(f"{STATE_FILE}: {counts}. {WAY_OUT}")
     for index, (old, new) in enumerate(zip(saved["groups"], live, strict=True)):
-        _check_keys(old["parameters"], new["parameters"], f"{STATE_FILE}: optimizer group {index}")
-        _check_keys(old["settings"], new["settings"], f"{STATE_FILE}: settings of optimizer group {index}")
-    _check_keys(tensors, saved["keys"], OPTIMIZER_FILE)
+        check_keys(old["parameters"], new["parameters"], f"{STATE_FILE}: optimizer group {index}")
+        check_keys(old["settings"], new["settings"], f"{STATE_FILE}: settings of optimizer group {index}")
+    check_keys(tensors, saved["keys"], OPTIMIZER_FILE)
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
         if name not in parameters:
-            raise InputError(f"{OPTIMIZER_FILE}: unexpected {full_name!r}. {_WAY_OUT}")
+            raise InputError(f"{OPTIMIZER_FILE}: unexpected {full_name!r}. {WAY_OUT}")
         if key in _LIKE_PARAMETER and tensor.shape != parameters[name].shape:
             where = f"{OPTIMIZER_FILE}: {full_name!r}"
-            raise InputError(_differs(where, tensor.shape, parameters[name].shape))
+            raise InputError(differs(where, tensor.shape, parameters[name].shape))
     _check_moments(tensors, OPTIMIZER_FILE)
 
 
@@ -260,32 +226,12 @@ def _state_keys(flat: Iterable[str], name: str) -> list[str]:
 
 def _check_scheduler(saved: Mapping[str, Any], scheduler: LRScheduler) -> None:
     _check_class(saved["class"], scheduler)
-    _check_keys(saved["state"], scheduler.state_dict(), f"{STATE_FILE}: scheduler")
+    check_keys(saved["state"], scheduler.state_dict(), f"{STATE_FILE}: scheduler")
 
 
 def _check_class(saved: str, live: object) -> None:
     if saved != type(live).__name__:
-        raise InputError(f"{STATE_FILE}: saved by {saved}, the run uses {type(live).__name__}. {_WAY_OUT}")
-
-
-def _check_keys(found: Iterable[str], expected: Iterable[str], where: str) -> None:
-    found, expected = set(found), set(expected)
-    problems = [f"missing {key!r}" for key in sorted(expected - found)]
-    problems += [f"unexpected {key!r}" for key in sorted(found - expected)]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise InputError(f"{where}: {', '.join(problems[:8])}{more}. {_WAY_OUT}")
-
-
-def _check_like(found: Tensor, expected: Tensor, where: str) -> None:
-    if found.shape != expected.shape:
-        raise InputError(_differs(where, found.shape, expected.shape))
-    if found.dtype != expected.dtype:
-        raise InputError(f"{where} is {found.dtype}, expected {expected.dtype}. {_WAY_OUT}")
-
-
-def _differs(where: str, found: torch.Size, expected: torch.Size) -> str:
-    return f"{where} has shape {tuple(found)}, expected {tuple(expected)}. {_WAY_OUT}"
+        raise InputError(f"{STATE_FILE}: saved by {saved}, the run uses {type(live).__name__}. {WAY_OUT}")
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -307,14 +253,7 @@ def _read_state(file: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file.name} cannot be read ({error}). {_WAY_OUT}") from error
+        raise InputError(f"{file.name} cannot be read ({error}). {WAY_OUT}") from error
     if not isinstance(state, dict) or state.get("format") != 1:
-        raise InputError(f"{file.name} is not a training state of format 1. {_WAY_OUT}")
+        raise InputError(f"{file.name} is not a training state of format 1. {WAY_OUT}")
     return state
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file.name} cannot be read ({error}). {_WAY_OUT}") from error

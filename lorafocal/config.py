@@ -34,23 +34,17 @@ def _target_modules(value: Any) -> Any:
         return value
     if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
         return value
-    raise ValueError(
-        f"found {value!r}; allowed: all-linear, or a list of module names such as [q_proj, v_proj]"
-    )
+    raise ValueError(f"found {value!r}; allowed: all-linear, or a list of module names such as [q_proj, v_proj]")
 
 
 def _architecture(value: Any) -> Any:
     if value is not None and not (isinstance(value, dict) and isinstance(value.get("model_type"), str)):
-        raise ValueError(
-            f"found {value!r}; allowed: the model's transformers config values, model_type among them"
-        )
+        raise ValueError(f"found {value!r}; allowed: the model's transformers config values, model_type among them")
     return value
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Model(_Section):
@@ -140,13 +134,9 @@ class Training(BaseModel):
         except ValidationError as error:
             problems += error.errors()
         if isinstance(section, dict):
-            problems += _training_problems(
-                {k: v for k, v in section.items() if k not in cls.model_fields}, section
-            )
+            problems += _training_problems({k: v for k, v in section.items() if k not in cls.model_fields}, section)
         if problems:
-            raise ValidationError.from_exception_data(
-                cls.__name__, [_line_error(problem) for problem in problems]
-            )
+            raise ValidationError.from_exception_data(cls.__name__, [_line_error(problem) for problem in problems])
         return result
 
     @property
@@ -203,9 +193,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the config {file}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise InputError(f"cannot read the config {file}: {getattr(error, 'strerror', None) or error}") from error
     values = parse_yaml(text, source=str(file))
     if not isinstance(values, dict):
         raise InputError(f"{file}: found {type(values).__name__}; a config is a mapping of {_names(Config)}")
@@ -220,9 +208,7 @@ def check_config(values: Mapping[str, Any], source: str = "config") -> Config:
         return Config.model_validate(dict(values))
     except ValidationError as error:
         lines = [line for details in error.errors() for line in _describe(details)]
-        raise InputError(
-            "\n  ".join([f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}", *lines])
-        ) from None
+        raise InputError("\n  ".join([f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}", *lines])) from None
 
 
 def resolved_yaml(config: Config) -> str:
@@ -239,9 +225,7 @@ def known_keys() -> list[str]:
         keys += [f"{name}.{key}" for key in section.model_fields] if is_section else [name]  # type: ignore[union-attr]
     fields = [name for name in installed_fields() if name in RULES and f"training.{name}" not in keys]
     return keys + [
-        f"training.{name}"
-        for name in fields
-        if RULES[name].kind == "supported" and not RULES[name].config_key
+        f"training.{name}" for name in fields if RULES[name].kind == "supported" and not RULES[name].config_key
     ]
 
 
@@ -297,9 +281,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     path = key.strip().split(".")
     if not separator or not all(path):
-        raise InputError(
-            f"{override!r} is not an override; write section.key=value, for example objective.beta=0.1"
-        )
+        raise InputError(f"{override!r} is not an override; write section.key=value, for example objective.beta=0.1")
     place = values
     for depth, part in enumerate(path[:-1], start=1):
         place = place.setdefault(part, {})
@@ -362,9 +344,7 @@ def _unknown(key: str) -> str:
     """What to say about an unknown key: the same name in another section, or the nearest spelling."""
     keys = known_keys()
     last = key.rpartition(".")[2]
-    near = [known for known in keys if known.rpartition(".")[2] == last] or difflib.get_close_matches(
-        key, keys, n=1
-    )
+    near = [known for known in keys if known.rpartition(".")[2] == last] or difflib.get_close_matches(key, keys, n=1)
     section = key.rpartition(".")[0]
     inside = [known for known in keys if known.rpartition(".")[0] == section]
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(inside) or _names(Config)}"

@@ -78,6 +78,6 @@ class HealthCheck(TrainerCallback):
         shown = ", ".join(pair_ids[:5]) + (f" and {len(pair_ids) - 5} more" if len(pair_ids) > 5 else "")
         raise UnhealthyRun(
             f"step {step + 1} was stopped before it changed anything: {what} (pairs: {shown}). Their tokens are in"
-            f" {replay.name} in the run folder; checkpoints are untouched. Look at these pairs, lower the learning rate,"
-            " or train in float32"
+            f" {replay.name} in the run folder; checkpoints are untouched. Look at these pairs, lower the learning"
+            " rate, or train in float32"
         )

@@ -74,9 +74,7 @@ def lineage_of(folder: Path) -> Lineage | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         found = record["format"]
         if found != FORMAT:
-            raise InputError(
-                f"{path}: format {found!r}; only {FORMAT} is read. Use the version that wrote it."
-            )
+            raise InputError(f"{path}: format {found!r}; only {FORMAT} is read. Use the version that wrote it.")
         return Lineage(
             base=BaseIdentity(**record["base"]),
             objective=record["objective"],

@@ -83,6 +83,4 @@ class PairMetrics:
     def load(self, state: dict[str, float]) -> None:
         """Take up the sums that `state` wrote: on one rank only, because they are those of all."""
         self.num_pairs = int(state["num_pairs"])
-        self._sums = (
-            torch.tensor([state[key] for key in KEYS], dtype=torch.float64) if self.num_pairs else None
-        )
+        self._sums = torch.tensor([state[key] for key in KEYS], dtype=torch.float64) if self.num_pairs else None

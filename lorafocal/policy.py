@@ -19,15 +19,15 @@ from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 
 
 def prepare_policy(model: nn.Module, *, layout: str = "packed") -> None:
-    """Install the log-prob head and, for packs, the shared-prefix attention. Weights and saved files stay as they are."""
+    """Install the log-prob head and, for packs, the shared-prefix attention; weights and saved files stay."""
     install_head(model)
     if layout == "packed":
-        causal_lm(model).set_attn_implementation(SHARED_PREFIX_ATTENTION)  # type: ignore[operator]
+        causal_lm(model).set_attn_implementation(SHARED_PREFIX_ATTENTION)
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
     """The base's floating dtype. A bf16 base computes under bf16 autocast, with fp32 adapters and log-probs."""
-    return causal_lm(model).get_input_embeddings().weight.dtype  # type: ignore[operator, no-any-return]
+    return causal_lm(model).get_input_embeddings().weight.dtype
 
 
 def token_logps(model: nn.Module, pack: Pack) -> Tensor:
@@ -45,7 +45,7 @@ def token_logps(model: nn.Module, pack: Pack) -> Tensor:
         scoring(model, index.labels, rows=None if packed else index.positions),
     ):
         output = model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, **arguments)
-    return output.logits.reshape(-1)  # type: ignore[no-any-return]
+    return output.logits.reshape(-1)
 
 
 def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
@@ -59,9 +59,9 @@ def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
 def plain_attention(model: nn.Module, name: str = "sdpa") -> Iterator[None]:
     """Within, the model runs on transformers' own attention: for `generate()` and for ordinary batches."""
     base = causal_lm(model)
-    before = base.config._attn_implementation  # type: ignore[union-attr]
-    base.set_attn_implementation(name)  # type: ignore[operator]
+    before = base.config._attn_implementation
+    base.set_attn_implementation(name)
     try:
         yield
     finally:
-        base.set_attn_implementation(before)  # type: ignore[operator]
+        base.set_attn_implementation(before)

@@ -38,12 +38,12 @@ def check_packing(model: nn.Module) -> None:
     base = causal_lm(model)
     name = type(base).__name__
     check_layer_types(base)
-    pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)
     device = next(model.parameters()).device
     pack = share_prefixes(pairs).to(device)
     with _counted_attention() as calls:
         packed = token_logps(model, pack)
-    layers = base.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    layers = base.config.get_text_config().num_hidden_layers
     if calls[0] != layers:
         raise InputError(
             f"{name}: {layers} layers called the attention interface {calls[0]} times, so some layers mix tokens by"
@@ -84,8 +84,8 @@ def check_scores(model: nn.Module, pairs: list[TokenizedPair], packed: torch.Ten
     gap = float((packed - alone).abs().max())
     if not gap <= TOLERANCE[compute_dtype(model)]:
         raise InputError(
-            f"{name}: log-probs from a pack differ by {gap:.3g} nats a token from the model's own logits: it changes its"
-            f" logits or its attention in a way that packs do not follow. {WAY_OUT}"
+            f"{name}: log-probs from a pack differ by {gap:.3g} nats a token from the model's own logits: it changes"
+            f" its logits or its attention in a way that packs do not follow. {WAY_OUT}"
         )
 
 

@@ -112,9 +112,7 @@ class ProgressLine(TrainerCallback):
     ) -> None:
         self.clock.resume(self.now())
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.clock.step(self.now())
         if self._in_place and self._shown(state):
             self._draw(args, state)
@@ -137,14 +135,10 @@ class ProgressLine(TrainerCallback):
             self._print(evaluation_line(state.global_step, state.max_steps, logs))
         self.clock.resume(self.now())
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.clock.resume(self.now())
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.clock.resume(self.now())
 
     def on_train_end(

@@ -26,9 +26,7 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<pid>\d{1
 def check_name(name: str) -> str:
     """`name` itself if it can name a run or an adapter (one plain path component); `InputError` otherwise."""
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-        raise InputError(
-            f"{name!r} cannot be a name: use 1 to 64 of the characters a-z 0-9 . _ - and no leading dot"
-        )
+        raise InputError(f"{name!r} cannot be a name: use 1 to 64 of the characters a-z 0-9 . _ - and no leading dot")
     return name
 
 

@@ -63,7 +63,9 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     """
     say = _silent if quiet else _to_stderr
     folder = inside(runs_dir, config.name)
-    checkpoint = _checkpoint_to_resume(folder, say) if resume else _refuse_taken(folder)
+    if not resume:
+        _refuse_taken(folder)
+    checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     data = _read_data(config, tokenizer, say)
     manifest = _manifest(config, tokenizer, data)
@@ -71,7 +73,7 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
         _check_same_run(folder, manifest, say)
     trainer = _trainer(config, folder, data, tokenizer, quiet)
     adapter = manifest["adapter"] = {
-        "targets": sorted(trainer.model.peft_config["default"].target_modules),  # type: ignore[union-attr, operator]
+        "targets": sorted(trainer.model.peft_config["default"].target_modules),
         "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
         "trainable_tensors": sorted(trainer.adapter),
     }

@@ -36,10 +36,6 @@ class StepSampler(Sampler[list[int]]):
         return -(-self.num_pairs // self.pairs_per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = (
-            list(range(self.num_pairs))
-            if self.seed is None
-            else shuffled(self.num_pairs, self.seed, self.epoch)
-        )
+        order = list(range(self.num_pairs)) if self.seed is None else shuffled(self.num_pairs, self.seed, self.epoch)
         for start in range(0, self.num_pairs, self.pairs_per_step):
             yield order[start : start + self.pairs_per_step][self.rank :: self.world]

@@ -108,7 +108,7 @@ class FocalPOTrainer(Trainer):
             if rows is not None
         }
         if processing_class is not None:
-            check_vocabulary(policy, processing_class)  # type: ignore[arg-type]
+            check_vocabulary(policy, processing_class)
         prepare_policy(policy, layout=args.layout)
         super().__init__(
             model=policy,
@@ -122,7 +122,7 @@ class FocalPOTrainer(Trainer):
         if args.layout == "packed":
             check_packing(self.model)
         self.remove_callback(PrinterCallback)
-        output = Path(args.output_dir)  # type: ignore[arg-type]
+        output = Path(args.output_dir)
         self.health = HealthCheck(self.adapter, self._pairs("train_dataset") or [], output)
         own = (self.health, _SetEpoch(self), _OwnIntervals(), MetricsFile(output / "metrics.jsonl"))
         for callback in (*own, *callbacks):
@@ -153,7 +153,7 @@ class FocalPOTrainer(Trainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             pairs = _tokenized(eval_dataset, "eval_dataset", self.processing_class, self.args).pairs
         else:
-            pairs = self.eval_dataset  # type: ignore[assignment]
+            pairs = self.eval_dataset
         if pairs is None:
             raise InputError("eval_dataset is missing: there is nothing to evaluate on")
         return self._loader(pairs, self._sampler(pairs, None))
@@ -276,15 +276,15 @@ class FocalPOTrainer(Trainer):
 
     # ---- saving and resuming ----------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint (`True`: the newest complete one in `output_dir`).
 
         Raises InputError where the checkpoint is torn or missing; a torn one is never loaded.
         """
         if resume_from_checkpoint is True:
             if self.args.should_save:
-                recover(Path(self.args.output_dir))  # type: ignore[arg-type]
-            latest = latest_complete(Path(self.args.output_dir))  # type: ignore[arg-type]
+                recover(Path(self.args.output_dir))
+            latest = latest_complete(Path(self.args.output_dir))
             for reason in latest.skipped:
                 logger.warning(reason)
             if latest.path is None:
@@ -300,7 +300,7 @@ class FocalPOTrainer(Trainer):
         """Everything a resumed run needs, complete or absent."""
         sums = self.metrics.state(self.args.device)
         if self.args.should_save:
-            output = Path(self.args.output_dir)  # type: ignore[arg-type]
+            output = Path(self.args.output_dir)
             recover(output)
             with published(output / f"checkpoint-{self.state.global_step}", replace=True) as folder:
                 self._save_adapter(folder / "adapter")
@@ -344,7 +344,7 @@ class FocalPOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as plain PEFT files with its lineage; default: `output_dir`/adapter."""
         if self.args.should_save:
-            target = Path(output_dir or Path(self.args.output_dir) / "adapter")  # type: ignore[arg-type]
+            target = Path(output_dir or Path(self.args.output_dir) / "adapter")
             check_name(target.name)
             with published(target, replace=True, record=False) as folder:
                 self._save_adapter(folder)
@@ -358,7 +358,7 @@ class FocalPOTrainer(Trainer):
 
     def lineage(self) -> Lineage | None:
         """What made the adapter; None for a base that was never loaded from anywhere."""
-        config = causal_lm(self.model).config
+        config: Any = causal_lm(self.model).config
         name = config._name_or_path
         if not name:
             return None
@@ -391,7 +391,7 @@ def _policy(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, 
     if peft_config is not None:
         check_lora_config(peft_config, allow_dropout=args.allow_dropout)
         set_seed(args.seed)  # the adapter's initialisation depends on `seed` alone
-        policy = attach_lora(model, peft_config)  # type: ignore[arg-type]
+        policy = attach_lora(model, peft_config)
     elif isinstance(model, PeftModel):
         for config in model.peft_config.values():
             check_lora_config(config, allow_dropout=True)  # dropout is switched off below

@@ -49,21 +49,13 @@ def _refused(value: Any, reason: str) -> FieldRule:
 
 
 _STEP = "a batch is the whole optimiser step, split into packs; use pairs_per_step and the packing budget"
-_LOADER = (
-    "the data loader and its sampler are ours (accelerate's repeats pairs on ragged data); nothing reads this"
-)
+_LOADER = "the data loader and its sampler are ours (accelerate's repeats pairs on ragged data); nothing reads this"
 _EVALUATION = "evaluation adds up sums and counts over pairs and never gathers outputs; nothing reads this"
 _HUB = "a run never uploads; publish the finished run folder with the hub's own client"
 _SAVE = "checkpoints are our own format (safetensors and JSON, complete or absent)"
-_BEST = (
-    "the run ends with the last step's adapter; compare checkpoints with `lorafocal score`, merge one of them"
-)
-_COMPILE = (
-    "attention takes segment bounds from the host, so each pack would be its own graph; nothing replaces it"
-)
-_SHARDED = (
-    "sharding is for the full-parameter mode, which does not exist yet; adapters fit one GPU, or use DDP"
-)
+_BEST = "the run ends with the last step's adapter; compare checkpoints with `lorafocal score`, merge one of them"
+_COMPILE = "attention takes segment bounds from the host, so each pack would be its own graph; nothing replaces it"
+_SHARDED = "sharding is for the full-parameter mode, which does not exist yet; adapters fit one GPU, or use DDP"
 _HALF = "half precision overflows in preference losses (NaN, or loss 0 after a step); use bfloat16 or float32"
 _SCRIPT = "only example scripts of transformers read it"
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -80,9 +72,7 @@ RULES: dict[str, FieldRule] = {
     "lr_scheduler_type": _supported(*_SCHEDULES),
     "lr_scheduler_kwargs": _supported(),
     "warmup_steps": _supported(),
-    "warmup_ratio": _refused(
-        None, "gone from transformers; warmup_steps below 1 is the same share of all steps"
-    ),
+    "warmup_ratio": _refused(None, "gone from transformers; warmup_steps below 1 is the same share of all steps"),
     # optimiser
     "optim": _supported(*_OPTIMISERS),
     "optim_args": _refused(
@@ -106,15 +96,9 @@ RULES: dict[str, FieldRule] = {
     "auto_find_batch_size": _refused(
         False, "it restarts with another batch; lower the packing budget: results stay the same"
     ),
-    "label_smoothing_factor": _refused(
-        0.0, "it belongs to cross-entropy and would be ignored by a preference loss"
-    ),
-    "neftune_noise_alpha": _refused(
-        None, "noise on embeddings makes policy and reference differ at the start"
-    ),
-    "torch_empty_cache_steps": _refused(
-        None, "our training step does not read it; lower the packing budget instead"
-    ),
+    "label_smoothing_factor": _refused(0.0, "it belongs to cross-entropy and would be ignored by a preference loss"),
+    "neftune_noise_alpha": _refused(None, "noise on embeddings makes policy and reference differ at the start"),
+    "torch_empty_cache_steps": _refused(None, "our training step does not read it; lower the packing budget instead"),
     # precision and model
     "bf16": _set(False, "the base's dtype decides: load it in bfloat16, and it computes under bf16 autocast"),
     "fp16": _refused(False, _HALF),
@@ -137,9 +121,7 @@ RULES: dict[str, FieldRule] = {
     "logging_strategy": _supported("no", "steps", "epoch"),
     "logging_steps": _supported(),
     "logging_first_step": _supported(),
-    "logging_dir": _refused(
-        None, "deprecated by transformers; set the environment variable TENSORBOARD_LOGGING_DIR"
-    ),
+    "logging_dir": _refused(None, "deprecated by transformers; set the environment variable TENSORBOARD_LOGGING_DIR"),
     "log_on_each_node": _supported(),
     "log_level": _supported(),
     "log_level_replica": _supported(),
@@ -225,9 +207,7 @@ RULES: dict[str, FieldRule] = {
     "ddp_broadcast_buffers": _supported(),
     "ddp_backend": _supported(),
     "ddp_timeout": _supported(),
-    "ddp_static_graph": _refused(
-        None, "the number of packs changes from step to step, so the graph is not static"
-    ),
+    "ddp_static_graph": _refused(None, "the number of packs changes from step to step, so the graph is not static"),
     "fsdp": _refused(None, _SHARDED),
     "fsdp_config": _refused(None, _SHARDED),
     "deepspeed": _refused(None, _SHARDED),
@@ -265,15 +245,9 @@ def fields_in_source(source: str) -> dict[str, str]:
     """The fields of the class `TrainingArguments` in `source`, in order: name -> annotation as written."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            statements = [
-                s for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
-            ]
-            return {
-                s.target.id: ast.unparse(s.annotation) for s in statements if isinstance(s.target, ast.Name)
-            }
-    raise InputError(
-        "the installed transformers has no class TrainingArguments in training_args.py; use 5.5 or later"
-    )
+            statements = [s for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
+            return {s.target.id: ast.unparse(s.annotation) for s in statements if isinstance(s.target, ast.Name)}
+    raise InputError("the installed transformers has no class TrainingArguments in training_args.py; use 5.5 or later")
 
 
 def classify(name: str) -> FieldRule:
@@ -300,9 +274,7 @@ def check_training_fields(given: Mapping[str, Any]) -> list[str]:
 
 def forced_values() -> dict[str, Any]:
     """The fields we set ourselves, with their values, as far as the installed transformers has them."""
-    return {
-        name: rule.value for name, rule in RULES.items() if rule.kind == "set" and name in installed_fields()
-    }
+    return {name: rule.value for name, rule in RULES.items() if rule.kind == "set" and name in installed_fields()}
 
 
 def accepts(annotation: str, value: Any) -> bool:
@@ -356,8 +328,6 @@ def _without_effect(given: Mapping[str, Any]) -> list[str]:
 
 
 def _nearest(name: str) -> str:
-    usable = [
-        field for field, rule in RULES.items() if rule.kind == "supported" and field in installed_fields()
-    ]
+    usable = [field for field, rule in RULES.items() if rule.kind == "supported" and field in installed_fields()]
     close = difflib.get_close_matches(name, usable, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -27,9 +27,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise _error(
-                "an alias (*name) is not allowed; write the value again", self.peek_event().start_mark
-            )
+            raise _error("an alias (*name) is not allowed; write the value again", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -40,9 +38,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise _error(f"the key {key!r} is not a word", key_node.start_mark)
             if key in seen:
-                raise _error(
-                    f"the key {key!r} is given twice, first in line {seen[key]}", key_node.start_mark
-                )
+                raise _error(f"the key {key!r} is given twice, first in line {seen[key]}", key_node.start_mark)
             seen[key] = line
         return super().construct_mapping(node, deep)
 
@@ -50,9 +46,7 @@ class _Loader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         if node.tag.endswith(":int"):
             return int(text)
-        return float(
-            text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".nan", "nan")
-        )
+        return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".nan", "nan"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -77,9 +71,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{source}{where}: {', '.join(filter(None, (error.context, error.problem)))}"
-        ) from None
+        raise InputError(f"{source}{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source}: {error}") from None
 

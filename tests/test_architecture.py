@@ -18,16 +18,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lorafocal"
 LIBRARY_FILES = sorted(PACKAGE.rglob("*.py"))
-OWN_FILES = sorted(
-    path for room in ("lorafocal", "examples", "benchmarks") for path in (ROOT / room).rglob("*.py")
-)
+OWN_FILES = sorted(path for room in ("lorafocal", "examples", "benchmarks") for path in (ROOT / room).rglob("*.py"))
 ALL_FILES = OWN_FILES + sorted((ROOT / "tests").rglob("*.py"))
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 
 # What stands directly in the package, and on which floor. A module imports from its floor or from lower ones.
 FLOORS = {
-    0: "errors config yaml12 training_fields bounds metrics publish objectives ops",
+    0: "errors config yaml12 training_fields bounds metrics publish tensor_files objectives ops",
     1: "data model lineage card",
     2: "policy reference probes",
     3: "arguments trainer sampler checkpoint health interrupt resume progress run",
@@ -106,9 +104,7 @@ def test_there_is_something_to_test() -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_come_from_the_same_floor_or_below(module: str) -> None:
-    higher = {
-        other for other in own_modules(imported_names(MODULES[module])) if floor_of(other) > floor_of(module)
-    }
+    higher = {other for other in own_modules(imported_names(MODULES[module])) if floor_of(other) > floor_of(module)}
     assert not higher, f"{module} (floor {floor_of(module)}) imports from above: {sorted(higher)}"
 
 
@@ -146,11 +142,7 @@ def test_a_file_has_one_purpose_and_says_which(path: Path) -> None:
     assert len(source.splitlines()) <= MAX_FILE_LINES
     assert path.stem not in {"utils", "util", "common", "helpers", "helper", "misc"}
     functions = (n for n in ast.walk(TREES[path]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-    long = {
-        f.name: f.end_lineno - f.lineno + 1
-        for f in functions
-        if f.end_lineno - f.lineno >= MAX_FUNCTION_LINES
-    }
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= MAX_FUNCTION_LINES}
     assert not long, f"functions over {MAX_FUNCTION_LINES} lines: {long}"
 
 
@@ -208,9 +200,7 @@ def file_map() -> set[str]:
 def top_level_entries() -> set[str]:
     """What belongs to the project at the top of the tree: git's list, or what .gitignore lets through."""
     if shutil.which("git") and (ROOT / ".git").exists():
-        listing = subprocess.run(
-            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
+        listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         return {line.partition("/")[0] for line in listing.splitlines()}
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()]
     names = {path.name for path in ROOT.iterdir()} - {".git"}

@@ -149,9 +149,8 @@ def test_exactly_the_adapters_files_are_saved(tmp_path):
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == expected
     checkpoint = tmp_path / "run" / "checkpoint-1"
     assert {file.name for file in (checkpoint / "adapter").iterdir()} == expected
-    assert {file.name for file in checkpoint.iterdir()} == {
-        "adapter", "complete.json", "optimizer.safetensors", "parameters.safetensors", "state.json", "trainer_state.json",
-    }  # fmt: skip
+    state = {"optimizer.safetensors", "parameters.safetensors", "state.json", "trainer_state.json"}
+    assert {file.name for file in checkpoint.iterdir()} == {"adapter", "complete.json"} | state
 
 
 @pytest.mark.row("51")
@@ -314,13 +313,12 @@ def test_a_warm_up_step_at_rate_zero_is_no_alarm(tmp_path):
     assert run.health.moved
 
 
-@pytest.mark.parametrize(("missing", "words"), [("peft_config", "peft_config"), ("data", "train_dataset")])
-def test_what_is_missing_is_named(tmp_path, missing, words):
-    with pytest.raises(InputError, match=words):
-        if missing == "peft_config":
-            FocalPOTrainer(tiny_base(), train_dataset=pairs(3))
-        else:
-            trainer(tmp_path, None).train()
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(InputError, match="peft_config"):
+        FocalPOTrainer(tiny_base(), train_dataset=pairs(3))
+    run = trainer(tmp_path, None)
+    with pytest.raises(InputError, match="train_dataset"):
+        run.train()
 
 
 def test_rows_need_a_tokenizer(tmp_path):

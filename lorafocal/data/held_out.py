@@ -85,10 +85,6 @@ def _pair(record: object, where: str) -> TokenizedPair:
         )
     for side in _SIDES:
         ids = record.get(side)
-        if (
-            not isinstance(ids, list)
-            or not ids
-            or not all(type(token) is int and token >= 0 for token in ids)
-        ):
+        if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
             raise InputError(f"{where}: {side} must be a list of at least one token id.")
     return TokenizedPair(record["id"], *(record[side] for side in _SIDES))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -55,18 +55,19 @@ class Pack:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
         """The same pack on `device`; host integers stay where they are."""
-        return replace(self, **_moved(self, device, non_blocking))
 
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
 
-def _moved(part: object, device: torch.device, non_blocking: bool) -> dict[str, object]:
-    moved: dict[str, object] = {}
-    for field in fields(part):  # type: ignore[arg-type]
-        value = getattr(part, field.name)
-        if isinstance(value, Tensor | Segments):
-            moved[field.name] = value.to(device, non_blocking=non_blocking)
-        elif isinstance(value, CompletionIndex):
-            moved[field.name] = replace(value, **_moved(value, device, non_blocking))  # type: ignore[arg-type]
-    return moved
+        index = self.index
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            index=CompletionIndex(*map(move, (index.positions, index.labels, index.sequence, index.lengths))),
+            segments=self.segments and self.segments.to(device, non_blocking=non_blocking),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +183,7 @@ class PairCollator:
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
-            raise InputError(
-                f"packing.layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}"
-            )
+            raise InputError(f"packing.layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
         if self.tokens_per_pack < 1:
             raise InputError(f"packing.tokens: {self.tokens_per_pack} is not a positive number of tokens")
 
@@ -196,9 +195,7 @@ class PairCollator:
             bins = fill_bins([pair.shared_length for pair in pairs], self.tokens_per_pack)
             return StepBatch(tuple(share_prefixes([pairs[i] for i in members]) for members in bins))
         bins = _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack)
-        return StepBatch(
-            tuple(pad_sequences([pairs[i] for i in m], pad_token_id=self.pad_token_id) for m in bins)
-        )
+        return StepBatch(tuple(pad_sequences([pairs[i] for i in m], pad_token_id=self.pad_token_id) for m in bins))
 
 
 def _padded_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:

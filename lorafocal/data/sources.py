@@ -63,9 +63,7 @@ def read_preferences(path: Path) -> list[Preference]:
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(
-            f"{path.name}: preference files end in {', '.join(READERS)}; convert the file or rename it"
-        )
+        raise InputError(f"{path.name}: preference files end in {', '.join(READERS)}; convert the file or rename it")
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
     return collect(reader(path), path.name)
@@ -85,9 +83,7 @@ def collect(rows: Iterable[NumberedRow], source: str) -> list[Preference]:
         preference = read_row(row, place)
         earlier = row_of_id.setdefault(preference.id, number)
         if earlier != number:
-            raise place.at("id").error(
-                f"{preference.id!r} is already the id of row {earlier}; ids must differ"
-            )
+            raise place.at("id").error(f"{preference.id!r} is already the id of row {earlier}; ids must differ")
         preferences.append(preference)
     if not preferences:
         raise InputError(f"{source}: it holds no rows; give at least one preference")
@@ -109,9 +105,7 @@ def read_json(path: Path) -> Iterator[NumberedRow]:
     """One JSON list of objects."""
     rows = decode_json(path.read_bytes(), path.name) if path.stat().st_size else []
     if not isinstance(rows, list):
-        raise InputError(
-            f"{path.name}: a .json file holds one list of rows, not {kind(rows)}; use .jsonl for lines"
-        )
+        raise InputError(f"{path.name}: a .json file holds one list of rows, not {kind(rows)}; use .jsonl for lines")
     yield from enumerate(rows, start=1)
 
 
@@ -123,13 +117,10 @@ def decode_json(text: bytes, where: str) -> Any:
         raise InputError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{where}: not valid JSON ({error.msg} at line {error.lineno}, column {error.colno}); "
-            "repair or remove it"
+            f"{where}: not valid JSON ({error.msg} at line {error.lineno}, column {error.colno}); repair or remove it"
         ) from error
     except RecursionError as error:
-        raise InputError(
-            f"{where}: the JSON is nested too deeply to be a row; repair or remove it"
-        ) from error
+        raise InputError(f"{where}: the JSON is nested too deeply to be a row; repair or remove it") from error
 
 
 def read_parquet(path: Path) -> Iterator[NumberedRow]:
@@ -142,9 +133,7 @@ def read_parquet(path: Path) -> Iterator[NumberedRow]:
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path.name}: not a readable Parquet file after row {number}; write it again"
-        ) from error
+        raise InputError(f"{path.name}: not a readable Parquet file after row {number}; write it again") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
@@ -157,9 +146,7 @@ READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
 # ---- forms of a row
 
 
-def read_explicit(
-    row: Mapping[str, Any], place: Place
-) -> tuple[str | Messages, str | Messages, str | Messages]:
+def read_explicit(row: Mapping[str, Any], place: Place) -> tuple[str | Messages, str | Messages, str | Messages]:
     """TRL's preference form with an explicit prompt: three strings or three lists of messages."""
     kinds = {key: kind(row[key]) for key in ("prompt", "chosen", "rejected")}
     for key, found in kinds.items():
@@ -179,9 +166,7 @@ def read_explicit(
 
 
 Form = Callable[[Mapping[str, Any], Place], tuple[str | Messages, str | Messages, str | Messages]]
-FORMS: dict[tuple[str, ...], Form] = {
-    ("prompt", "chosen", "rejected"): read_explicit
-}  # the first whose keys are there
+FORMS: dict[tuple[str, ...], Form] = {("prompt", "chosen", "rejected"): read_explicit}  # the first whose keys are there
 
 
 def read_row(row: Any, place: Place) -> Preference:
@@ -213,9 +198,7 @@ def read_prompt_messages(messages: Any, place: Place) -> Messages:
     """A conversation that waits for the assistant."""
     read = read_messages(messages, place)
     if read[-1]["role"] == "assistant":
-        raise place.error(
-            "the last message is the assistant's; a prompt ends before the answer that was judged"
-        )
+        raise place.error("the last message is the assistant's; a prompt ends before the answer that was judged")
     if not read[-1]["content"]:
         raise place.at(f"[{len(read) - 1}].content").error("empty; a prompt needs text")
     return read
@@ -245,15 +228,11 @@ def read_messages(messages: list[Any], place: Place) -> Messages:
         here = place.at(f"[{position}]")
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise here.error('a message is {"role": ..., "content": ...}, found ' + describe_message(message))
-        extra = sorted(
-            key for key, value in message.items() if key not in ("role", "content") and value is not None
-        )
+        extra = sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None)
         if extra:
             raise here.error(f"messages with {', '.join(extra)} are not read yet; keep only role and content")
         if message["role"] not in ROLES:
-            raise here.at(".role").error(
-                f"{message['role']!r} is no known role; use one of {', '.join(ROLES)}"
-            )
+            raise here.at(".role").error(f"{message['role']!r} is no known role; use one of {', '.join(ROLES)}")
         content = message["content"]
         if not isinstance(content, str):
             raise here.at(".content").error(f"expected a string, found {kind(content)}")
@@ -273,9 +252,7 @@ def valid_unicode(text: str, place: Place) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise place.error(
-            f"character {error.start + 1} is half of a surrogate pair; repair the text"
-        ) from error
+        raise place.error(f"character {error.start + 1} is half of a surrogate pair; repair the text") from error
     return text
 
 
@@ -293,19 +270,13 @@ def read_id(row_id: Any, place: Place) -> str:
     if row_id is None:
         return f"{place.source}:{place.row}"
     if isinstance(row_id, bool) or not isinstance(row_id, int | str) or row_id == "":
-        raise place.at("id").error(
-            f"expected a text or a whole number, found {row_id!r}; correct it or leave it out"
-        )
+        raise place.at("id").error(f"expected a text or a whole number, found {row_id!r}; correct it or leave it out")
     return str(row_id)
 
 
 def describe_message(message: Any) -> str:
     """What was found in place of a message."""
-    return (
-        f"the keys {', '.join(map(str, message))}"
-        if isinstance(message, Mapping) and message
-        else kind(message)
-    )
+    return f"the keys {', '.join(map(str, message))}" if isinstance(message, Mapping) and message else kind(message)
 
 
 def kind(value: Any) -> str:

@@ -113,9 +113,7 @@ def pair_logps(
 ) -> PairLogps:
     """Run `logps` over packs of `pairs`; chosen and rejected, each (B,) fp32 on the CPU, in the order of
     `pairs`."""
-    numbered = [
-        replace(pair, id=str(number)) for number, pair in enumerate(pairs)
-    ]  # ids of a user may repeat
+    numbered = [replace(pair, id=str(number)) for number, pair in enumerate(pairs)]  # ids of a user may repeat
     chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
     with torch.no_grad():
         for pack in PairCollator(tokens_per_pack=tokens_per_pack)(numbered).packs:
@@ -161,9 +159,7 @@ def score_pairs(
     tokens_per_pack: int = TOKENS_PER_PACK,
 ) -> list[PairScore]:
     """Score `pairs` with a model that `prepare_policy` made ready, in evaluation mode, without gradients."""
-    run = partial(
-        pair_logps, pairs=pairs, device=next(model.parameters()).device, tokens_per_pack=tokens_per_pack
-    )
+    run = partial(pair_logps, pairs=pairs, device=next(model.parameters()).device, tokens_per_pack=tokens_per_pack)
     was_training = model.training
     model.eval()
     try:
@@ -212,9 +208,7 @@ def _score_adapter(
     return beta, score_pairs(policy, DisabledAdapterReference(policy), pairs, beta=beta)
 
 
-def _score_model(
-    target: str, path: Path, base: str | None, beta: float | None
-) -> tuple[float | None, list[PairScore]]:
+def _score_model(target: str, path: Path, base: str | None, beta: float | None) -> tuple[float | None, list[PairScore]]:
     dtype = stored_dtype(read_config(target))
     pairs = load_pairs(path, load_tokenizer(target), max_length=MAX_LENGTH)
     policy = _model_logps(target, pairs, dtype)

@@ -89,7 +89,7 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     targets = config.target_modules
     config.target_modules = set(resolve_targets(model, ALL_LINEAR if targets is None else targets))
     config.task_type = "CAUSAL_LM"
-    return widen_adapters(get_peft_model(model, config))  # type: ignore[arg-type]
+    return widen_adapters(get_peft_model(model, config))
 
 
 def widen_adapters(model: PeftModel) -> PeftModel:

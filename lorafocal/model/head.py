@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorafocal.errors import InputError
 from lorafocal.ops.logps import LogitTransform, LogProbHead
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside engine wrappers (`.module`) and PEFT."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]
@@ -28,7 +29,7 @@ def install_head(model: nn.Module) -> LogProbHead:
     Raises InputError where the head is not a plain linear layer (an adapter on it, a quantised one).
     """
     base = causal_lm(model)
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    head = base.get_output_embeddings()
     if isinstance(head, LogProbHead):
         return head
     if type(head) is not nn.Linear:
@@ -42,9 +43,9 @@ def install_head(model: nn.Module) -> LogProbHead:
     return head  # type: ignore[return-value]
 
 
-def logit_transform(base: nn.Module) -> LogitTransform:
+def logit_transform(base: PreTrainedModel) -> LogitTransform:
     """What `base` does to its logits after the head, as far as its config tells; `probes.check_head` verifies it."""
-    config = base.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = base.config.get_text_config()
     scale = getattr(base, "logit_scale", None)
     if scale is None:
         scale = 1 / getattr(config, "logits_scaling", 1.0)
@@ -55,8 +56,8 @@ def logit_transform(base: nn.Module) -> LogitTransform:
 def scoring(model: nn.Module, labels: Tensor, rows: Tensor | None = None) -> Iterator[None]:
     """Within, the model's `logits` are (1, N) log-probs of `labels`; `rows` picks hidden rows where the model can't."""
     base = causal_lm(model)
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    config = base.config.get_text_config()  # type: ignore[union-attr, operator]
+    head = base.get_output_embeddings()
+    config = base.config.get_text_config()
     with ExitStack() as restore:
         for owner, name, neutral in (
             (base, "logit_scale", 1.0),

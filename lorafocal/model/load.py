@@ -28,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or local folder. Raises InputError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(_not_found("tokenizer", name, error)) from error
 
@@ -67,7 +67,7 @@ def load_base(
         raise InputError(_not_found("model", name, error)) from error
     model.requires_grad_(False)
     model.config.use_cache = False
-    return model.to(local_device()).train()  # type: ignore[no-any-return]
+    return model.to(local_device()).train()
 
 
 def local_device() -> torch.device:

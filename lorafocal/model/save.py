@@ -8,8 +8,8 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 
 from lorafocal.card import CARD_FILE, adapter_card
-from lorafocal.checkpoint import check_saved
 from lorafocal.lineage import Lineage
+from lorafocal.tensor_files import check_saved
 
 
 def save_adapter(
@@ -22,7 +22,8 @@ def save_adapter(
 ) -> None:
     """Fill an unpublished `folder` with the policy's adapter, its lineage and its card, and nothing else.
 
-    `results` are measured numbers for the card; `trained` says that a step has changed the adapter. Without a lineage (a base from nowhere) there is no card either.
+    `results` are measured numbers for the card; `trained` says that a step has changed the adapter. Without a
+    lineage (a base from nowhere) there is no card either.
 
     The base is named by hub id or by its folder's last name: a path of this machine is never written.
     Raises InputError where a tensor is missing, empty, not finite or reads back differently.

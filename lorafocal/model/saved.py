@@ -124,15 +124,11 @@ def _read_config(folder: Path) -> LoraConfig:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}. Copy it again from where it was trained.") from error
     if record.get("peft_type") != "LORA":
-        raise InputError(
-            f"{path}: peft_type is {record.get('peft_type')!r}; lorafocal opens LoRA adapters only."
-        )
+        raise InputError(f"{path}: peft_type is {record.get('peft_type')!r}; lorafocal opens LoRA adapters only.")
     try:
         config = LoraConfig(**record)
     except TypeError as error:
-        raise InputError(
-            f"{path}: {error}. It was written by another PEFT; install that one to open it."
-        ) from error
+        raise InputError(f"{path}: {error}. It was written by another PEFT; install that one to open it.") from error
     _check_plain_lora(path, config)
     return config
 
@@ -176,9 +172,7 @@ def _find_base(
         return lineage.base.name, recorded_revision
     if config.base_model_name_or_path:
         return config.base_model_name_or_path, config.revision
-    raise InputError(
-        f"{folder} does not record a base that can be loaded from here. Say --base NAME_OR_FOLDER."
-    )
+    raise InputError(f"{folder} does not record a base that can be loaded from here. Say --base NAME_OR_FOLDER.")
 
 
 def read_config(name: str, revision: str | None = None) -> PretrainedConfig:
@@ -208,9 +202,7 @@ def _check_base(
             "Give --base its bfloat16 or float32 original, or release the adapter as it is."
         )
     if lineage is None:
-        return (
-            "The adapter has no lorafocal.json: whether this is the base it was trained on is not known.",
-        )
+        return ("The adapter has no lorafocal.json: whether this is the base it was trained on is not known.",)
     found = base_fingerprint(name, revision=revision)
     if found["sha256"] != lineage.base.sha256:
         raise InputError(
@@ -245,16 +237,12 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} is damaged: {error}. Copy it again from where it was trained.") from error
 
 
-def _check_tensors(
-    path: Path, stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> None:
+def _check_tensors(path: Path, stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     wrong = [f"{name} has no layer in the base" for name in sorted(stored.keys() - expected.keys())]
     wrong += [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
     for name in sorted(stored.keys() & expected.keys()):
         if stored[name].shape != expected[name].shape:
-            wrong.append(
-                f"{name} is {tuple(stored[name].shape)}, the base needs {tuple(expected[name].shape)}"
-            )
+            wrong.append(f"{name} is {tuple(stored[name].shape)}, the base needs {tuple(expected[name].shape)}")
         elif not stored[name].isfinite().all():
             wrong.append(f"{name} has values that are not finite")
     if wrong:

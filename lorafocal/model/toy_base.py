@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorafocal.data import toy
+from lorafocal.publish import published
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +57,9 @@ def toy_base(
         return folder
     tokenizer = toy.toy_tokenizer()
     model = train(recipe, tokenizer, on_step)
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
-    try:
+    with published(folder, replace=True, record=False) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        publish(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -84,16 +78,6 @@ def content_key(recipe: ToyRecipe) -> str:
     sources = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (toy.__file__, __file__)]
     content = [asdict(recipe), torch.__version__, transformers.__version__, *sources]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
-def publish(unfinished: Path, folder: Path) -> None:
-    """Rename a complete folder into place; where another process was first, its equal folder stays."""
-    unfinished.chmod(0o755)
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def train(

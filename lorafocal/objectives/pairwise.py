@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,9 @@ def rewards(policy: PairLogps, reference: PairLogps, *, beta: float) -> tuple[Te
     return chosen, rejected
 
 
-def pair_losses(policy: PairLogps, reference: PairLogps, *, beta: float, loss_of_margin) -> PairLosses:
+def pair_losses(
+    policy: PairLogps, reference: PairLogps, *, beta: float, loss_of_margin: Callable[[Tensor], Tensor]
+) -> PairLosses:
     """Apply a loss of the margin, (B,) -> (B,), to the implicit rewards."""
     chosen, rejected = rewards(policy, reference, beta=beta)
     return PairLosses(loss_of_margin(chosen - rejected), chosen.detach(), rejected.detach())

@@ -150,9 +150,7 @@ def sdpa_shared_prefix_attention(
         square = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
         mask = None if square else causal_mask(q.shape[2], k.shape[2], window, q.device)
         outputs.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=square, scale=scaling, enable_gqa=grouped
-            )
+            scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scaling, enable_gqa=grouped)
         )
 
     for span in segments.spans:
@@ -222,7 +220,7 @@ def _torch_varlen_kernel() -> Callable[..., Tensor]:
             "packed training on a GPU needs torch.nn.attention.varlen (torch >= 2.10);"
             " upgrade torch or set `packing.layout: padded`"
         ) from error
-    return varlen_attn
+    return varlen_attn  # type: ignore[return-value]  # without `return_aux` it returns the output alone
 
 
 @cache

@@ -127,9 +127,7 @@ def merge_adapter(
     with _enough_memory(), published(out, record=False) as folder:
         saved = read_adapter(adapter, base=base)
         tokenizer = load_tokenizer(saved.base, saved.revision)
-        held_out = load_pairs(
-            _pairs_file(adapter, pairs), tokenizer, max_length=saved.max_length or MAX_LENGTH
-        )
+        held_out = load_pairs(_pairs_file(adapter, pairs), tokenizer, max_length=saved.max_length or MAX_LENGTH)
         live, reference = _live_logps(saved, held_out, gate_dtype)
         survival, tied = _write_model(saved, tokenizer, folder, dtype)
         merged, served = _reloaded_logps(folder, held_out, dtype, gate_dtype, tied)
@@ -146,9 +144,7 @@ def merge_adapter(
         check(gate)
         lineage = _lineage(saved)
         notes = saved.notes + _survival_notes(survival, dtype)
-        report = MergeReport(
-            out=out, dtype=dtype, base=lineage.base, survival=survival, gate=gate, notes=notes
-        )
+        report = MergeReport(out=out, dtype=dtype, base=lineage.base, survival=survival, gate=gate, notes=notes)
         _write_papers(folder, lineage, report)
         _check_files(folder)
     return report
@@ -182,9 +178,7 @@ def measure_survival(layer: str, weight: Tensor, delta: Tensor, stored: Tensor) 
     change = stored.float() - weight.to(stored.dtype).float()
     kept = float((change * delta).sum(dtype=torch.float64)) / norm**2
     rounding = stored.float() - (weight.float() + delta)
-    return LayerSurvival(
-        layer, kept, float(torch.linalg.vector_norm(rounding, dtype=torch.float64)) / norm, norm
-    )
+    return LayerSurvival(layer, kept, float(torch.linalg.vector_norm(rounding, dtype=torch.float64)) / norm, norm)
 
 
 def survival_table(survival: Sequence[LayerSurvival], dtype: str) -> str:
@@ -246,15 +240,11 @@ def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
         return pairs
     own = adapter.resolve().parent / HELD_OUT_FILE
     if not own.is_file():
-        raise InputError(
-            f"no {HELD_OUT_FILE} lies beside {adapter}, so nothing can check the merge: say --pairs FILE."
-        )
+        raise InputError(f"no {HELD_OUT_FILE} lies beside {adapter}, so nothing can check the merge: say --pairs FILE.")
     return own
 
 
-def _live_logps(
-    saved: SavedAdapter, pairs: Sequence[TokenizedPair], dtype: str
-) -> tuple[PairLogps, PairLogps]:
+def _live_logps(saved: SavedAdapter, pairs: Sequence[TokenizedPair], dtype: str) -> tuple[PairLogps, PairLogps]:
     """Log-probs with the adapter on and off."""
     policy = open_adapter(saved, dtype=dtype)
     prepare_policy(policy)
@@ -323,9 +313,7 @@ def _write_papers(folder: Path, lineage: Lineage, report: MergeReport) -> None:
 
 def _check_files(folder: Path) -> None:
     strangers = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name not in _ALLOWED and not _WEIGHTS.fullmatch(path.name)
+        path.name for path in folder.iterdir() if path.name not in _ALLOWED and not _WEIGHTS.fullmatch(path.name)
     )
     if strangers:
         raise InputError(

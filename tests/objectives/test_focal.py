@@ -9,7 +9,13 @@ import torch
 
 from lorafocal.errors import InputError
 from lorafocal.objectives import OBJECTIVES, PairLogps, build_objective, dpo, focalpo
-from lorafocal.objectives.focal import focal_loss, focal_ratio_to_dpo, focal_weight, identity_loss, turning_point
+from lorafocal.objectives.focal import (
+    focal_loss,
+    focal_ratio_to_dpo,
+    focal_weight,
+    identity_loss,
+    turning_point,
+)
 from lorafocal.objectives.pairwise import dpo_weight
 
 GAMMAS = [0.0, 0.01, 0.05, 0.2, 0.5, 1.0]
@@ -98,7 +104,10 @@ def test_identity_loss():
     assert float(focal_loss(torch.zeros(()), gamma=0.05)) == pytest.approx(identity_loss(0.05), rel=1e-6)
 
 
-@pytest.mark.parametrize(("gamma", "where"), [(0.01, -100.0), (0.05, -19.9999999979), (0.1, -9.99995), (0.2, -4.9932), (0.5, -1.8546), (1.0, -0.5413)])
+@pytest.mark.parametrize(
+    ("gamma", "where"),
+    [(0.01, -100.0), (0.05, -19.9999999979), (0.1, -9.99995), (0.2, -4.9932), (0.5, -1.8546), (1.0, -0.5413)],
+)
 def test_the_gradient_turns_round_at_the_turning_point(gamma, where):
     turn = turning_point(gamma)
     assert turn == pytest.approx(where, abs=5e-5)

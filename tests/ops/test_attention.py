@@ -102,7 +102,15 @@ def test_an_older_kernel_without_window_scale_and_groups_gives_the_same():
     def old_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         assert is_causal
         return varlen_stand_in(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=query.shape[-1] ** -0.5, window_size=(-1, 0)
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            max_q,
+            max_k,
+            scale=query.shape[-1] ** -0.5,
+            window_size=(-1, 0),
         )
 
     segments = Segments.of(spans((3, 4, 2), (1, 1, 5)))
@@ -164,9 +172,7 @@ def test_the_real_kernel_equals_the_definition(window):
     segments = Segments.of(spans((20, 33, 17), (1, 1, 1), (64, 5, 90))).to(torch.device("cuda"))
     exact_in = [x.detach().cuda() for x in tensors(segments.spans[-1].stop, 4, 2, 64)]
     leaves = [x.bfloat16() for x in exact_in]
-    exact = shared_prefix_attention_plain(
-        *[x.double() for x in leaves], segments, scaling=SCALING, window=window
-    )
+    exact = shared_prefix_attention_plain(*[x.double() for x in leaves], segments, scaling=SCALING, window=window)
     twin = shared_prefix_attention_plain(*leaves, segments, scaling=SCALING, window=window)
     ours = varlen_shared_prefix_attention(*leaves, segments, scaling=SCALING, window=window)
     assert (ours - exact).abs().max() <= 3 * (twin - exact).abs().max() + 1e-3

@@ -8,7 +8,12 @@ from torch import nn
 
 from lorafocal.ops.logps import LogitTransform, LogProbHead, token_logps, token_logps_plain
 
-TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)]
+TRANSFORMS = [
+    LogitTransform(),
+    LogitTransform(scale=0.25),
+    LogitTransform(softcap=3.0),
+    LogitTransform(2.0, 5.0),
+]
 
 
 def inputs(n: int = 23, d: int = 9, v: int = 31, dtype: torch.dtype = torch.float64, seed: int = 0):
