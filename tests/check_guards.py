@@ -63,9 +63,7 @@ def run_pytest(arguments: list[str], plugin: object) -> tuple[int, str]:
     """Run pytest in this process; its exit code and all it printed."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        code = pytest.main(
-            ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", *arguments], plugins=[plugin]
-        )
+        code = pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", *arguments], plugins=[plugin])
     return int(code), output.getvalue()
 
 
@@ -131,9 +129,7 @@ def inconsistencies(tests_of_row: dict[str, set[str]]) -> list[str]:
     names = [guard.name for guard in GUARDS]
     problems = [f"row {row}: no test carries its marker" for row in sorted(known - tests_of_row.keys())]
     problems += [f"row {row} is P0 and has no guard" for row in P0_ROWS if row not in guarded]
-    problems += [
-        f"guard {name}: the name is not unique" for name in sorted(set(names)) if names.count(name) > 1
-    ]
+    problems += [f"guard {name}: the name is not unique" for name in sorted(set(names)) if names.count(name) > 1]
     for guard in GUARDS:
         problems += _unmarked_rows(guard, tests_of_row)
     return problems

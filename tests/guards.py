@@ -27,8 +27,7 @@ ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
 # The rows this project answers for so far. P0: wrong results, silently.
 P0_ROWS = (
-    "F1 F2 F3 F6 F11 F12 F13 F18 "
-    "1 2 3 4 6 11 12 13 14 15 19 20 21 23 24 25 27 36 39 41 43 45 47 53 54 55 56 64"
+    "F1 F2 F3 F6 F11 F12 F13 F18 1 2 3 4 6 11 12 13 14 15 19 20 21 23 24 25 27 36 39 41 43 45 47 53 54 55 56 64"
 ).split()
 OTHER_ROWS = "F9 F14 F19 7 8 10 22 32 51 52 57 63".split()
 

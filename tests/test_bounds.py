@@ -27,9 +27,7 @@ def test_the_limit_of_gamma_is_where_the_first_step_turns_backwards() -> None:
         check_gamma(GAMMA_LIMIT)
 
 
-@pytest.mark.parametrize(
-    ("gamma", "warned"), [(0, False), (0.05, False), (0.2, False), (0.21, True), (1.0, True)]
-)
+@pytest.mark.parametrize(("gamma", "warned"), [(0, False), (0.05, False), (0.2, False), (0.21, True), (1.0, True)])
 def test_only_large_gammas_are_warned_about(gamma: float, warned: bool) -> None:
     assert (check_gamma(gamma) is not None) == warned
 

@@ -85,16 +85,12 @@ def test_a_local_base_is_not_passed_off_as_a_hub_id() -> None:
 
 
 def test_dpo_without_gamma_has_a_card() -> None:
-    assert "dpo (beta 0.1)" in adapter_card(
-        replace(LINEAGE, objective={"name": "dpo", "beta": 0.1, "gamma": None})
-    )
+    assert "dpo (beta 0.1)" in adapter_card(replace(LINEAGE, objective={"name": "dpo", "beta": 0.1, "gamma": None}))
 
 
 def test_the_merged_card_holds_both_tables_and_the_notes() -> None:
     lineage = replace(LINEAGE, parents=({"adapter": "adapter", "sha256": "ef" * 32},))
-    card = merged_card(
-        lineage, dtype="bfloat16", gate="GATE TABLE", survival="SURVIVAL TABLE", notes=("a note",)
-    )
+    card = merged_card(lineage, dtype="bfloat16", gate="GATE TABLE", survival="SURVIVAL TABLE", notes=("a note",))
     head = front_matter(card)
     assert head["library_name"] == "transformers"
     assert head["base_model_relation"] == "finetune"

@@ -84,8 +84,7 @@ def test_bfloat16_parameters_come_back_exactly(tmp_path: Path) -> None:
     for parameter in run.parameters.values():
         parameter.data = parameter.data.bfloat16()
         run.optimizer.state[parameter] = {
-            key: value if key == "step" else value.bfloat16()
-            for key, value in run.optimizer.state[parameter].items()
+            key: value if key == "step" else value.bfloat16() for key, value in run.optimizer.state[parameter].items()
         }
     before = copy.deepcopy([p.data for p in run.parameters.values()])
     run.save(tmp_path)
@@ -229,22 +228,16 @@ NOT_TRAINED = adapter(**{"q.lora_B.weight": torch.zeros(4, 2)})
 @pytest.mark.parametrize(
     ("saved", "expected", "message"),
     [
-        pytest.param(
-            EMPTY_GATHER, adapter(), r"lora_A.*shape \(0,\), expected \(2, 4\)", id="empty in the file"
-        ),
+        pytest.param(EMPTY_GATHER, adapter(), r"lora_A.*shape \(0,\), expected \(2, 4\)", id="empty in the file"),
         pytest.param(EMPTY_GATHER, EMPTY_GATHER, "lora_A.*is empty: gather", id="empty on both sides"),
         pytest.param({}, {}, "nothing to save", id="nothing"),
         pytest.param({}, adapter(), "missing 'q.lora_A.weight'", id="empty file"),
         pytest.param(adapter(x=torch.ones(1)), adapter(), "unexpected 'x'", id="more than meant"),
         pytest.param(adapter(), NOT_TRAINED, "lora_B.*differs from what was written", id="other values"),
-        pytest.param(
-            {k: v.half() for k, v in adapter().items()}, adapter(), "torch.float16", id="other dtype"
-        ),
+        pytest.param({k: v.half() for k, v in adapter().items()}, adapter(), "torch.float16", id="other dtype"),
         pytest.param(NOT_TRAINED, NOT_TRAINED, "every lora_B is zero", id="never trained"),
         *(
-            pytest.param(
-                bad := adapter(**{"q.lora_A.weight": torch.full((2, 4), value)}), bad, "NaN", id=str(value)
-            )
+            pytest.param(bad := adapter(**{"q.lora_A.weight": torch.full((2, 4), value)}), bad, "NaN", id=str(value))
             for value in (float("nan"), float("inf"))
         ),
     ],

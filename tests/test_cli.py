@@ -119,9 +119,7 @@ def test_every_lazy_name_is_public_and_has_a_home() -> None:
 
 
 def test_help_names_the_verbs_and_the_module_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lorafocal", "--help"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "lorafocal", "--help"], capture_output=True, text=True, check=True)
     for verb in ("train", "score", "merge"):
         assert verb in done.stdout
 
@@ -166,9 +164,7 @@ def test_an_interrupted_run_that_saved_says_so(
     assert call(monkeypatch, "train", file) == code
 
 
-def test_score_passes_everything_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_score_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "evaluate.score", "score_file", Report())
     assert (
         call(
@@ -197,9 +193,7 @@ def test_score_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr().out == "a table\n"
 
 
-def test_merge_passes_everything_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merge_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "release.merge", "merge_adapter", Report())
     given = ["--base", "b", "--pairs", "p", "--dtype", "float32", "--max-drift", "0.2", "--json"]
     assert call(monkeypatch, "merge", "adapter", "--out", "merged", *given) == 0
@@ -222,9 +216,7 @@ def test_the_real_functions_take_what_the_command_gives() -> None:
     from lorafocal.release.merge import merge_adapter
 
     inspect.signature(score_file).bind("adapter", Path("p"), base=None, beta=None, out=None)
-    inspect.signature(merge_adapter).bind(
-        Path("a"), Path("o"), base=None, pairs=None, dtype="x", max_drift=0.1
-    )
+    inspect.signature(merge_adapter).bind(Path("a"), Path("o"), base=None, pairs=None, dtype="x", max_drift=0.1)
 
 
 def test_a_wrong_config_is_one_message_and_code_2(file: Path) -> None:

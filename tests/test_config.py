@@ -272,9 +272,7 @@ def test_the_reference_has_no_default() -> None:
 
 
 @pytest.mark.row("F19")
-def test_warmup_and_checkpointing_are_translated_to_the_installed_transformers(
-    file: Path, tmp_path: Path
-) -> None:
+def test_warmup_and_checkpointing_are_translated_to_the_installed_transformers(file: Path, tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
     overrides = [

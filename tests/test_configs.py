@@ -76,9 +76,7 @@ def test_the_shape_builds_the_published_architecture(name: str) -> None:
 
 
 def test_quickstart_starts_from_the_known_loss() -> None:
-    config = load_config(
-        FOLDER / "quickstart.yaml", ["model.name=/base", "data.train=a.jsonl", "data.eval=b.jsonl"]
-    )
+    config = load_config(FOLDER / "quickstart.yaml", ["model.name=/base", "data.train=a.jsonl", "data.eval=b.jsonl"])
     assert config.objective.gamma == 0.05
     assert config.model.dtype == "float32"
     assert config.training.fields["logging_first_step"] is True

@@ -31,16 +31,12 @@ def test_each_key_is_what_its_name_says():
     means = metrics.means(CPU)
     assert tuple(means) == KEYS
     assert means["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
-    assert means["rewards/margins"] == pytest.approx(
-        means["rewards/chosen"] - means["rewards/rejected"], rel=1e-5
-    )
+    assert means["rewards/margins"] == pytest.approx(means["rewards/chosen"] - means["rewards/rejected"], rel=1e-5)
     assert means["rewards/accuracies"] == float((margins > 0).double().mean())
     assert means["rewards/ties"] == pytest.approx(1 / 12)
     weights = focal_weight(margins, gamma=GAMMA)
     assert means["focal/weight_mean"] == pytest.approx(float(weights.mean()), rel=1e-5)
-    assert means["focal/ratio_to_dpo"] == pytest.approx(
-        float((weights / dpo_weight(margins)).mean()), rel=1e-4
-    )
+    assert means["focal/ratio_to_dpo"] == pytest.approx(float((weights / dpo_weight(margins)).mean()), rel=1e-4)
     assert means["focal/turned_share"] == float((margins < turning_point(GAMMA)).double().mean()) > 0
 
 

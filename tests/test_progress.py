@@ -90,9 +90,7 @@ def test_evaluation_line() -> None:
         "eval_rewards/accuracies": 0.78,
         "eval_runtime": 3.0,
     }
-    assert (
-        evaluation_line(50, 100, logs) == "evaluation at step 50/100 · loss 0.6010 · margin +0.41 · acc 78%"
-    )
+    assert evaluation_line(50, 100, logs) == "evaluation at step 50/100 · loss 0.6010 · margin +0.41 · acc 78%"
 
 
 def test_peak_memory_is_that_of_a_process_with_torch() -> None:
@@ -239,9 +237,7 @@ def test_on_resume_the_file_is_the_lineage(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "torn", ['{"step": 1}', "null\n", "[]\n", "not json\n", '{"epoch": 1}\n', '{"step": "x"}\n']
-)
+@pytest.mark.parametrize("torn", ['{"step": 1}', "null\n", "[]\n", "not json\n", '{"epoch": 1}\n', '{"step": "x"}\n'])
 def test_lines_that_are_not_whole_are_dropped(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + torn)
@@ -286,9 +282,7 @@ def test_in_a_real_training_loop(tmp_path: Path) -> None:
     Trainer(Square(), args, train_dataset=rows, eval_dataset=rows, callbacks=callbacks).train()
     read = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in read] == [1, 2, 2, 3, 4, 4, 4]
-    assert all(
-        {"loss", "grad_norm", "learning_rate", "epoch"} <= line.keys() for line in read if "loss" in line
-    )
+    assert all({"loss", "grad_norm", "learning_rate", "epoch"} <= line.keys() for line in read if "loss" in line)
     assert [line["step"] for line in read if "eval_loss" in line] == [2, 4]
     lines = out.getvalue().splitlines()
     assert [line.split(" · ")[0] for line in lines] == [

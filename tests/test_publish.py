@@ -159,9 +159,7 @@ def test_a_record_cannot_point_outside(tmp_path: Path, name: str) -> None:
     assert "not a plain file" in str(why_incomplete(target))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"files": []}', '{"files": {}}', '{"files": {"a": 1}}', "\x00"]
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": []}', '{"files": {}}', '{"files": {"a": 1}}', "\x00"])
 def test_an_alien_record_is_no_record(tmp_path: Path, text: str) -> None:
     (tmp_path / RECORD).write_text(text)
     assert "not finished" in str(why_incomplete(tmp_path))
@@ -172,9 +170,7 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: 
     (tmp_path / ".checkpoint-1.replaced-999").rename(tmp_path / f".checkpoint-1.replaced-{DEAD_PID}")
     (tmp_path / f".checkpoint-2.partial-{DEAD_PID}").mkdir()
     (tmp_path / f".manifest.json.partial-{DEAD_PID}").write_text("half")
-    (
-        tmp_path / f".checkpoint-4.partial-{os.getpid()}"
-    ).mkdir()  # a container gave our id to the one before us
+    (tmp_path / f".checkpoint-4.partial-{os.getpid()}").mkdir()  # a container gave our id to the one before us
     (tmp_path / f".checkpoint-3.partial-{os.getppid()}").mkdir()
     (tmp_path / ".hidden").mkdir()
     done = recover(tmp_path)

@@ -153,9 +153,7 @@ def test_enum_members_and_their_values_are_one() -> None:
     from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
     assert (
-        check_training_fields(
-            {"lr_scheduler_type": SchedulerType.COSINE, "eval_strategy": IntervalStrategy.EPOCH}
-        )
+        check_training_fields({"lr_scheduler_type": SchedulerType.COSINE, "eval_strategy": IntervalStrategy.EPOCH})
         == []
     )
     [problem] = check_training_fields({"lr_scheduler_type": SchedulerType.REDUCE_ON_PLATEAU})
@@ -191,10 +189,7 @@ def test_fields_that_another_makes_meaningless_are_refused(given: dict[str, Any]
 
 
 def test_fields_that_go_together_pass() -> None:
-    assert (
-        check_training_fields({"eval_steps": 10, "eval_strategy": "steps", "save_steps": 5, "max_steps": 20})
-        == []
-    )
+    assert check_training_fields({"eval_steps": 10, "eval_strategy": "steps", "save_steps": 5, "max_steps": 20}) == []
 
 
 def test_a_secret_is_not_repeated() -> None:

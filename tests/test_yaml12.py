@@ -13,9 +13,7 @@ from lorafocal.yaml12 import dump_yaml, parse_yaml
 
 
 @pytest.mark.row("F18")
-@pytest.mark.parametrize(
-    ("text", "value"), [("5e-6", 5e-6), ("1e-4", 1e-4), ("1e3", 1e3), ("-.5", -0.5), ("2.", 2.0)]
-)
+@pytest.mark.parametrize(("text", "value"), [("5e-6", 5e-6), ("1e-4", 1e-4), ("1e3", 1e3), ("-.5", -0.5), ("2.", 2.0)])
 def test_floats_without_a_point_are_numbers(text: str, value: float) -> None:
     found = parse_yaml(text, source="test")
     assert isinstance(found, float)
@@ -56,9 +54,7 @@ def test_refused_yaml_names_the_line(text: str, complaint: str) -> None:
     assert complaint in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "tag", ["!!python/object/apply:os.getcwd []", "!!python/name:os.getcwd", "!include x.yaml"]
-)
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.getcwd []", "!!python/name:os.getcwd", "!include x.yaml"])
 def test_tags_that_build_objects_are_refused(tag: str) -> None:
     with pytest.raises(InputError, match="could not determine a constructor"):
         parse_yaml(f"a: {tag}", source="run.yaml")

@@ -49,9 +49,7 @@ def test_an_adapter_s_scores_are_plain_transformers_to_float32_rounding(run: Sav
     policy = PeftModel.from_pretrained(base, run.adapter)
     assert [score.id for score in report.scores] == [pair.id for pair in run.pairs]
     for pair, score in zip(run.pairs, report.scores, strict=True):
-        chosen, rejected = (
-            plain_logps(policy, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)
-        )
+        chosen, rejected = (plain_logps(policy, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids))
         with policy.disable_adapter():
             base_chosen = plain_logps(policy, pair.prompt_ids, pair.chosen_ids)
             base_rejected = plain_logps(policy, pair.prompt_ids, pair.rejected_ids)
@@ -60,9 +58,7 @@ def test_an_adapter_s_scores_are_plain_transformers_to_float32_rounding(run: Sav
         assert score.reference_chosen_logps == pytest.approx(base_chosen, rel=1e-5)
         assert score.reference_rejected_logps == pytest.approx(base_rejected, rel=1e-5)
         assert score.chosen_reward == pytest.approx(BETA * (chosen - base_chosen), abs=1e-5)
-        assert score.margin == pytest.approx(
-            BETA * (chosen - base_chosen - rejected + base_rejected), abs=1e-5
-        )
+        assert score.margin == pytest.approx(BETA * (chosen - base_chosen - rejected + base_rejected), abs=1e-5)
         assert (score.chosen_tokens, score.rejected_tokens) == (len(pair.chosen_ids), len(pair.rejected_ids))
 
 
@@ -72,9 +68,7 @@ def test_live_model_and_reloaded_adapter_score_alike(run: SavedRun) -> None:
     prepare_policy(policy)
     live = score_pairs(policy, DisabledAdapterReference(policy), run.pairs, beta=BETA)
     assert policy.training
-    for before, after in zip(
-        live, score_file(run.adapter, run.folder / "held_out.jsonl").scores, strict=True
-    ):
+    for before, after in zip(live, score_file(run.adapter, run.folder / "held_out.jsonl").scores, strict=True):
         assert before.id == after.id
         assert numbers(before) == pytest.approx(numbers(after), rel=1e-5, abs=1e-5)
 
@@ -102,9 +96,7 @@ def test_the_last_evaluation_of_a_run_is_the_score_of_its_adapter(run: SavedRun,
     evaluation = trainer.evaluate()
     trainer.save_model()
     write_held_out(tmp_path / "pairs.jsonl", trainer.data["eval_dataset"].pairs)
-    scores = score_file(
-        tmp_path / "trained" / "adapter", tmp_path / "pairs.jsonl", base=str(run.base)
-    ).as_dict()
+    scores = score_file(tmp_path / "trained" / "adapter", tmp_path / "pairs.jsonl", base=str(run.base)).as_dict()
     shared = {key: value for key, value in scores.items() if f"eval_{key}" in evaluation}
     assert {"rewards/margins", "rewards/accuracies", "rewards/ties", "logps/chosen"} <= shared.keys()
     assert shared == pytest.approx({key: evaluation[f"eval_{key}"] for key in shared}, abs=1e-5)

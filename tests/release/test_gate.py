@@ -14,14 +14,10 @@ from lorafocal.release.gate import FLOAT32_NOISE, MAX_DRIFT, GateFailure, GateRe
 
 PAIRS = [TokenizedPair(str(n), [1], [2, 3], [4, 5, 6]) for n in range(2)]
 REFERENCE = PairLogps(torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -21.0]))
-LIVE = PairLogps(
-    torch.tensor([-9.0, -19.0]), torch.tensor([-13.0, -22.0])
-)  # learned: 1 nat in every sequence
+LIVE = PairLogps(torch.tensor([-9.0, -19.0]), torch.tensor([-13.0, -22.0]))  # learned: 1 nat in every sequence
 
 
-def report(
-    merged: PairLogps, *, live: PairLogps = LIVE, dtype: str = "bfloat16", **others: object
-) -> GateReport:
+def report(merged: PairLogps, *, live: PairLogps = LIVE, dtype: str = "bfloat16", **others: object) -> GateReport:
     arguments = {"served": None, "gate_dtype": "float32"} | others
     return compare(PAIRS, live=live, reference=REFERENCE, merged=merged, dtype=dtype, **arguments)  # type: ignore[arg-type]
 

@@ -118,16 +118,12 @@ def test_a_stranger_among_the_files_stops_the_merge(
 
 def test_config_generation_config_and_template_are_the_base_s(run: SavedRun, tmp_path: Path) -> None:
     merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
-    config, base = (
-        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", run.base)
-    )
+    config, base = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", run.base))
     assert config == base | {"dtype": "float32"}
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_new_tokens"] == 7
     merged, original = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", run.base))
     chat = [{"role": "user", "content": "sort 3 1"}]
-    assert merged.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(
-        chat, tokenize=False
-    )
+    assert merged.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(chat, tokenize=False)
 
 
 @pytest.mark.row("45")
@@ -188,18 +184,14 @@ def test_what_is_not_plain_lora_inside_the_model_is_refused_by_name(
 
 @pytest.mark.row("41")
 def test_a_quantised_base_is_refused(run: SavedRun, tmp_path: Path) -> None:
-    edit_json(
-        run.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
-    )
+    edit_json(run.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(InputError, match=r"quantised.*--base"):
         merge_adapter(run.adapter, tmp_path / "out")
 
 
 @pytest.mark.row("53")
 @pytest.mark.parametrize("damage", ["missing", "stranger", "shape", "nan"])
-def test_an_adapter_that_does_not_fit_is_refused_by_tensor(
-    run: SavedRun, tmp_path: Path, damage: str
-) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_by_tensor(run: SavedRun, tmp_path: Path, damage: str) -> None:
     path = run.adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if "layers.1.self_attn.q_proj.lora_B" in name)
@@ -248,9 +240,7 @@ def test_lineage_and_report_lie_beside_the_weights(run: SavedRun, tmp_path: Path
     assert after is not None
     assert after.base == before.base
     assert after.parents[0]["adapter"] == "adapter"
-    assert json.loads((tmp_path / "out" / "merge.json").read_text()) == json.loads(
-        json.dumps(report.as_dict())
-    )
+    assert json.loads((tmp_path / "out" / "merge.json").read_text()) == json.loads(json.dumps(report.as_dict()))
     assert report.gate.table() in (tmp_path / "out" / "README.md").read_text()
     assert "worst" in report.table()
 
