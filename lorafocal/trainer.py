@@ -285,8 +285,8 @@ class FocalPOTrainer(Trainer):
             if self.args.should_save:
                 recover(Path(self.args.output_dir))
             latest = latest_complete(Path(self.args.output_dir))
-            for reason in latest.skipped:
-                logger.warning(reason)
+            for skipped in latest.skipped:
+                logger.warning(skipped)
             if latest.path is None:
                 raise InputError(
                     f"{self.args.output_dir} holds no complete checkpoint to resume from; train without resuming"

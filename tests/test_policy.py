@@ -173,3 +173,25 @@ def test_activation_checkpointing_changes_no_gradient(kind, reentrant):
     causal_lm(model).gradient_checkpointing_enable({"use_reentrant": reentrant})
     _, checkpointed = packed_step(model, batch, 10_000)
     assert relative_difference(checkpointed, plain) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_packs_score_like_one_sequence_at_a_time(kind, dtype):
+    """In bf16, packs may be as far from float64 as the padded twin in the same dtype, times 3."""
+    batch = pairs(9, longest=40)
+    cuda = torch.device("cuda")
+    model = tiny_policy(kind, dtype).to(cuda)
+    exact = copy.deepcopy(model).double()
+    prepare_policy(exact, layout="padded")
+    prepare_policy(model)
+    wanted = sequence_logps(exact, pad_sequences(batch).to(cuda))
+    packed = sequence_logps(model, share_prefixes(batch).to(cuda))
+    with plain_attention(model):
+        padded = sequence_logps(model, pad_sequences(batch).to(cuda))
+    for ours, twin, truth in zip(packed, padded, wanted, strict=True):
+        assert (ours - truth).abs().max() <= 3 * (twin - truth).abs().max() + 1e-3
+    reference = DisabledAdapterReference(model)
+    again = reference.logps(share_prefixes(batch).to(cuda))
+    assert all(torch.equal(a, b) for a, b in zip(again, reference.logps(share_prefixes(batch).to(cuda)), strict=True))
