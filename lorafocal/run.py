@@ -176,14 +176,11 @@ def _trainer(
     arguments = training_arguments(config)
     if "eval" in data:
         arguments.setdefault("eval_strategy", "epoch")
+    args = FocalPOConfig(output_dir=str(folder), **arguments)  # decides this process's device, so it comes first
+    model = config.model
     return FocalPOTrainer(
-        load_base(
-            config.model.name,
-            revision=config.model.revision,
-            dtype=config.model.dtype,
-            shape=config.model.shape,
-        ),
-        args=FocalPOConfig(output_dir=str(folder), **arguments),
+        load_base(model.name, revision=model.revision, dtype=model.dtype, shape=model.shape),
+        args=args,
         train_dataset=data["train"].pairs,
         eval_dataset=data["eval"].pairs if "eval" in data else None,
         processing_class=tokenizer,
