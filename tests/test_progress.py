@@ -245,6 +245,13 @@ def test_lines_that_are_not_whole_are_dropped(tmp_path: Path, torn: str) -> None
     assert path.read_text() == '{"step": 1}\n'
 
 
+def test_a_fresh_start_keeps_nothing_not_even_an_evaluation_before_the_first_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"eval_loss": 0.7, "step": 0}\n{"loss": 0.6, "step": 1}\n')
+    MetricsFile(path).rewind(0)
+    assert path.read_text() == ""
+
+
 def test_a_line_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (1, 2):
