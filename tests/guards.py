@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import careless
+
 ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
 # The rows this project answers for so far. P0: wrong results, silently.
@@ -83,6 +85,44 @@ GUARDS: list[Guard] = [
     Guard("12", "lorafocal.training_fields:_field_problem", lambda _: lambda *a: None, "tests/test_training_fields.py::test_half_precision_is_refused_with_the_reason"),
     Guard("14", "lorafocal.bounds:check_dropout", lambda _: lambda *a, **k: None, "tests/test_config.py::test_dropout_needs_permission"),
     Guard("32", "lorafocal.config:_training_problems", lambda _: lambda *a: (), "tests/test_config.py::test_unknown_keys_are_answered_with_the_nearest"),
+    # the reference and the adapter
+    Guard("1", "lorafocal.reference:check_identity", lambda _: lambda *a: None, "tests/test_trainer.py::test_an_adapter_away_from_its_start_is_refused_with_both_remedies"),
+    Guard("3", "lorafocal.trainer:check_trainable", lambda _: careless.whatever_the_adapter_holds, "tests/test_trainer.py::test_a_base_that_would_train_is_refused_and_a_run_leaves_it_alone"),
+    Guard("4", "lorafocal.model.adapters:attach_lora", lambda _: careless.stacked_adapter, "tests/test_trainer.py::test_stacking_a_second_adapter_is_refused_with_both_ways_out"),
+    Guard("6", "lorafocal.model.adapters:check_lora_config", lambda _: lambda *a, **k: None, "tests/test_trainer.py::test_an_adapter_that_changes_more_than_it_can_switch_off_is_refused"),
+    Guard("13", "lorafocal.model.adapters:widen_adapters", lambda _: careless.bf16_adapters, "tests/test_trainer.py::test_adapters_and_moments_are_fp32_on_a_bf16_base_and_small_steps_move_every_entry"),
+    Guard("14", "lorafocal.model.adapters:switch_dropout_off", lambda _: lambda model: 0, "tests/test_trainer.py::test_dropout_is_switched_off_everywhere"),
+    Guard("39", "lorafocal.health:HealthCheck.on_pre_optimizer_step", lambda _: lambda *a, **k: None, "tests/test_trainer.py::test_missing_gradients_stop_the_first_step"),
+    # numbers
+    Guard("11", "lorafocal.objectives.focal:focal_loss", lambda _: careless.naive_focal_loss, "tests/objectives/test_focal.py::test_value_and_gradient_stay_finite_and_accurate_at_extreme_margins"),
+    Guard("11", "lorafocal.objectives.pairwise:_widen", lambda _: lambda logps: logps, "tests/objectives/test_focal.py::test_the_objective_computes_in_fp32_whatever_the_dtype_of_the_log_probs"),
+    Guard("64", "lorafocal.objectives.focal:focal_loss", lambda _: careless.detached_focal_loss, "tests/objectives/test_focal.py::test_the_gradient_is_the_closed_form_of_the_papers_equation_6"),
+    Guard("64", "lorafocal.objectives.focal:focalpo", lambda _: careless.focalpo_with_epsilon, "tests/objectives/test_focal.py::test_gamma_zero_is_dpo_bit_for_bit_in_value_and_gradient"),
+    Guard("15", "lorafocal.objectives:mean_loss", lambda _: lambda losses, num_pairs: losses.mean(), "tests/test_trainer.py::test_the_budget_of_a_pack_changes_no_gradient_and_no_metric"),
+    Guard("F13", "lorafocal.ops.logps:LogProbHead.forward", lambda _: careless.head_under_autocast, "tests/ops/test_logps.py::test_autocast_does_not_make_the_log_probs_coarse"),
+    Guard("36", "lorafocal.ops.logps:token_logps", lambda _: careless.all_rows_at_once, "tests/ops/test_logps.py::test_no_tensor_of_all_rows_by_the_vocabulary_is_ever_made"),
+    Guard("36", "lorafocal.ops.logps:LogProbHead.forward", lambda _: careless.every_row_through_the_head, "tests/test_policy.py::test_the_head_sees_completions_only_and_a_chunk_at_a_time"),
+    # packs: who sees whom, at which position, through which head
+    Guard("19", "lorafocal.data.packing:pad_sequences", lambda _: careless.left_padded, "tests/test_policy.py::test_learned_positions_are_counted_from_the_start_of_each_sequence"),
+    Guard("19", "lorafocal.data.packing:share_prefixes", careless.running_positions, "tests/test_policy.py::test_scores_and_gradients_equal_one_sequence_at_a_time_in_float64"),
+    Guard("27", "lorafocal.data.packing:pad_sequences", careless.masks_from_ids, "tests/test_policy.py::test_the_pad_token_changes_no_bit_of_loss_or_gradient"),
+    Guard("20", "lorafocal.ops.attention:sdpa_shared_prefix_attention", lambda _: careless.leaking_attention, "tests/test_policy.py::test_a_changed_neighbour_moves_the_others_by_exactly_nothing"),
+    Guard("20", "lorafocal.probes:check_neighbours", lambda _: lambda *a: None, "tests/test_probes.py::test_a_leak_between_neighbours_is_found"),
+    Guard("F12 20", "lorafocal.trainer:check_packing", lambda _: lambda model: None, "tests/test_trainer.py::test_a_model_that_packs_would_get_wrong_is_refused_before_the_first_step"),
+    Guard("F11", "lorafocal.model.head:logit_transform", lambda _: careless.no_transform, "tests/model/test_head.py::test_scaled_and_capped_logits_are_followed_exactly_and_the_model_is_left_as_it_was"),
+    Guard("F11 21", "lorafocal.probes:check_scores", lambda _: lambda *a: None, "tests/test_probes.py::test_a_head_that_misses_the_models_transform_is_found"),
+    Guard("21", "lorafocal.model.head:install_head", lambda _: careless.any_head, "tests/model/test_head.py::test_a_head_that_is_not_a_plain_linear_layer_is_refused"),
+    # tokens
+    Guard("23", "lorafocal.data.tokens:encode", lambda _: careless.encode_with_special_tokens, "tests/data/test_tokens.py::test_a_conversation_is_what_its_template_writes"),
+    Guard("23", "lorafocal.data.tokens:check_one_bos", lambda _: lambda *a: None, "tests/data/test_tokens.py::test_a_doubled_bos_is_refused"),
+    Guard("24", "lorafocal.data.tokens:one_eos", lambda _: lambda tokenizer: (), "tests/data/test_tokens.py::test_plain_text_gets_the_usual_bos_and_one_eos"),
+    Guard("24", "lorafocal.data.tokens:pair_texts", careless.eos_after_everything, "tests/data/test_tokens.py::test_a_conversation_is_what_its_template_writes"),
+    Guard("25", "lorafocal.data.tokens:seam_holds", lambda _: lambda *a: True, "tests/data/test_tokens.py::test_a_merge_across_the_seam_leaves_the_prompt_alone_and_is_counted"),
+    # merging
+    Guard("41", "lorafocal.model.saved:_check_base", lambda _: lambda *a: (), "tests/release/test_merge.py::test_a_quantised_base_is_refused"),
+    Guard("43", "lorafocal.release.gate:check", lambda _: lambda report: None, "tests/release/test_merge.py::test_the_gate_stops_a_merge_that_lost_the_change"),
+    Guard("45", "lorafocal.model.saved:_check_places", lambda _: lambda *a: None, "tests/release/test_merge.py::test_what_is_not_plain_lora_inside_the_model_is_refused_by_name"),
+    Guard("53", "lorafocal.model.saved:_check_tensors", lambda _: lambda *a: None, "tests/release/test_merge.py::test_an_adapter_that_does_not_fit_is_refused_by_tensor"),
 ]
 # fmt: on
 

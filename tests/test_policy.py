@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorafocal.data.packing import PairCollator, pad_sequences, share_prefixes
 from lorafocal.model.head import causal_lm
 from lorafocal.objectives import build_objective, mean_loss
+from lorafocal.ops import logps
 from lorafocal.policy import plain_attention, prepare_policy, sequence_logps, token_logps
 from lorafocal.reference import DisabledAdapterReference
 from tests.tiny import adapter_gradients, pairs, relative_difference, tiny_policy
@@ -112,17 +114,76 @@ def test_packed_and_padded_agree_in_fp32(kind):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.row("19")
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_learned_positions_are_counted_from_the_start_of_each_sequence(layout):
+    """GPT-2 adds an embedding of the position, so a shifted one changes everything, unlike with rotations."""
+    torch.manual_seed(0)
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    plain.transformer.wpe.weight.data *= 30
+    ours = copy.deepcopy(plain)
+    prepare_policy(ours, layout=layout)
+    batch = pairs(9)
+    with torch.no_grad():
+        chosen = torch.stack([alone(plain, p.prompt_ids, p.chosen_ids) for p in batch])
+        rejected = torch.stack([alone(plain, p.prompt_ids, p.rejected_ids) for p in batch])
+        for mix in ([*range(9)], [8, 1], [4], [0, 3, 6]):
+            pack = (share_prefixes if layout == "packed" else pad_sequences)([batch[i] for i in mix])
+            scores = sequence_logps(ours, pack)
+            torch.testing.assert_close(scores.chosen, chosen[mix], rtol=0, atol=1e-4)
+            torch.testing.assert_close(scores.rejected, rejected[mix], rtol=0, atol=1e-4)
+
+
 @pytest.mark.row("27")
 def test_the_pad_token_changes_no_bit_of_loss_or_gradient():
-    batch, results = pairs(5), []
-    for pad in (0, 1, 42):
+    """The EOS as pad token too, which every answer ends with and earlier turns of a prompt hold."""
+    eos, results = 1, []
+    batch = [
+        replace(
+            p, prompt_ids=[5, eos, *p.prompt_ids], chosen_ids=[*p.chosen_ids, eos], rejected_ids=[*p.rejected_ids, eos]
+        )
+        for p in pairs(5)
+    ]
+    for pad in (0, eos, 42):
         model = tiny_policy()
         prepare_policy(model, layout="padded")
-        logps = sequence_logps(model, pad_sequences(batch, pad_token_id=pad))
-        (logps.chosen - logps.rejected).sum().backward()
-        results.append([*logps, *adapter_gradients(model).values()])
+        pack = pad_sequences(batch, pad_token_id=pad)
+        assert (pack.index.labels == eos).sum() == 2 * len(batch)
+        scores = sequence_logps(model, pack)
+        (scores.chosen - scores.rejected).sum().backward()
+        results.append([*scores, *adapter_gradients(model).values()])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.row("36")
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_head_sees_completions_only_and_a_chunk_at_a_time(layout, monkeypatch):
+    """A scored and differentiated pack makes no tensor of more vocabulary rows than one chunk holds."""
+    model, rows = tiny_policy(), 40
+    prepare_policy(model, layout=layout)
+    batch = [replace(p, prompt_ids=p.prompt_ids * 9) for p in pairs(13)]
+    pack = share_prefixes(batch) if layout == "packed" else pad_sequences(batch)
+    assert len(pack.index.labels) > 2 * rows
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 97 * rows)
+    largest, scored = 0, 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest, scored
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (97,):
+                    largest = max(largest, tensor.numel() // 97)
+            if function is torch.ops.aten.logsumexp.default:
+                scored += out.numel()
+            return out
+
+    with Watch():
+        scores = sequence_logps(model, pack)
+        (scores.chosen - scores.rejected).sum().backward()
+    assert 0 < largest <= rows
+    assert scored == len(pack.index.labels)
 
 
 def test_a_bf16_base_computes_under_autocast_with_fp32_log_probs_and_adapters():

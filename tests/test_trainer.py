@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import TrainerCallback
+from peft import PeftModel, get_peft_model
+from transformers import FalconConfig, FalconForCausalLM, TrainerCallback
 
 from lorafocal.data.packing import PairCollator
 from lorafocal.errors import InputError, UnhealthyRun
@@ -121,6 +121,30 @@ def test_stacking_a_second_adapter_is_refused_with_both_ways_out(tmp_path):
         trainer(tmp_path, pairs(4), model=tiny_policy(), peft_config=lora())
     assert "lorafocal merge" in str(refusal.value)
     assert "leave `peft_config` out" in str(refusal.value)
+
+
+@pytest.mark.row("6")
+@pytest.mark.parametrize("setting", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["norm"]}])
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_adapter_that_changes_more_than_it_can_switch_off_is_refused(tmp_path, setting, attached):
+    model = get_peft_model(tiny_base(), lora(**setting)) if attached else tiny_base()
+    with pytest.raises(InputError, match=f"{next(iter(setting))}=.*plain LoRA"):
+        trainer(tmp_path, pairs(4), model=model, peft_config=None if attached else lora(**setting))
+
+
+@pytest.mark.row("F12", "20")
+def test_a_model_that_packs_would_get_wrong_is_refused_before_the_first_step(tmp_path):
+    """Falcon never calls the attention interface. Padded, it trains."""
+
+    def falcon():
+        sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return FalconForCausalLM(FalconConfig(**sizes, alibi=False)).requires_grad_(False)
+
+    with pytest.raises(InputError, match=r"FalconForCausalLM.*packing\.layout: padded"):
+        trainer(tmp_path, pairs(4), model=falcon(), peft_config=lora())
+    run = trainer(tmp_path, pairs(4), model=falcon(), peft_config=lora(), layout="padded", max_steps=1)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(identity_loss(0.05), abs=1e-6)
 
 
 @pytest.mark.row("7")
@@ -272,14 +296,14 @@ def test_packed_and_padded_runs_learn_the_same(tmp_path):
 
 
 @pytest.mark.row("39")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activation_checkpointing_trains_every_adapter_tensor_alike(tmp_path, checkpointing):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_trains_every_adapter_tensor_alike(tmp_path, reentrant):
     from lorafocal.training_fields import installed_fields
 
     prefix = "activation" if "activation_checkpointing" in installed_fields() else "gradient"
     settings = {
-        f"{prefix}_checkpointing": checkpointing,
-        f"{prefix}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        f"{prefix}_checkpointing": True,
+        f"{prefix}_checkpointing_kwargs": {"use_reentrant": reentrant},
     }
     steps, run = gradients_of(tmp_path / "a", pairs(10), max_steps=2, **settings)
     plain, _ = gradients_of(tmp_path / "b", pairs(10), max_steps=2)

@@ -31,6 +31,7 @@ def gradient(margin: torch.Tensor, gamma: float) -> torch.Tensor:
     return margin.grad
 
 
+@pytest.mark.row("64")
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_the_gradient_is_the_closed_form_of_the_papers_equation_6(gamma):
     margin = torch.linspace(-60, 60, 2001, dtype=torch.float64)
@@ -78,6 +79,7 @@ def test_the_objective_computes_in_fp32_whatever_the_dtype_of_the_log_probs():
     assert focalpo(PairLogps(*(x.double() for x in zero)), zero, beta=1.0, gamma=0.05).losses.dtype == torch.float64
 
 
+@pytest.mark.row("64")
 def test_the_factor_is_not_detached():
     """The stop-gradient form has the weight (1 - p) p^gamma; the paper's has the second term too."""
     margin = torch.tensor([-2.0], dtype=torch.float64)

@@ -19,10 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafocal.errors import InputError
 from lorafocal.lineage import lineage_of
+from lorafocal.model.load import base_fingerprint, load_base
+from lorafocal.model.saved import read_adapter
+from lorafocal.policy import plain_attention
 from lorafocal.release import merge
 from lorafocal.release.gate import GateFailure
 from lorafocal.release.merge import merge_adapter
 from tests.saved_run import SavedRun, save_run
+from tests.tiny import lora, trainer
 
 FILES = {
     "README.md", "lorafocal.json", "merge.json", "config.json", "generation_config.json", "model.safetensors",
@@ -150,6 +154,34 @@ def test_tied_embeddings_survive_and_a_fresh_process_computes_the_same(tmp_path:
     torch.testing.assert_close(torch.tensor(json.loads(answer.stdout)), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.row("4")
+def test_a_fresh_adapter_on_a_merged_model_is_the_same_in_a_fresh_process(run: SavedRun, tmp_path: Path) -> None:
+    """The way out of stacking: merge, train on the result, and find that very base by its digest again."""
+    merge_adapter(run.adapter, tmp_path / "merged", dtype="float32")
+    second = trainer(
+        tmp_path / "second", run.pairs, model=load_base(str(tmp_path / "merged"), dtype="float32"), peft_config=lora()
+    )
+    second.train()
+    second.save_model()
+    lineage = lineage_of(tmp_path / "second" / "adapter")
+    assert lineage is not None
+    assert lineage.base.sha256 == base_fingerprint(str(tmp_path / "merged"))["sha256"]
+    ids = run.pairs[0].prompt_ids + run.pairs[0].chosen_ids
+    with torch.no_grad(), plain_attention(second.model.eval()):
+        expected = second.model(torch.tensor([ids])).logits
+    script = (
+        "import sys, json, torch\nfrom pathlib import Path\n"
+        "from lorafocal.model.saved import open_adapter, read_adapter\ntorch.set_num_threads(1)\n"
+        "policy = open_adapter(read_adapter(Path(sys.argv[1]), base=sys.argv[2]), dtype='float32')\n"
+        "with torch.no_grad(): logits = policy(torch.tensor([json.loads(sys.argv[3])])).logits\n"
+        "print(json.dumps(logits.tolist()))"
+    )
+    paths = [str(tmp_path / "second" / "adapter"), str(tmp_path / "merged")]
+    command = [sys.executable, "-c", script, *paths, json.dumps(ids)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert torch.equal(torch.tensor(json.loads(answer.stdout)), expected)
+
+
 @pytest.mark.row("45")
 def test_a_merge_that_unties_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = save_run(tmp_path, tied=True)
@@ -185,6 +217,8 @@ def test_what_is_not_plain_lora_inside_the_model_is_refused_by_name(
 @pytest.mark.row("41")
 def test_a_quantised_base_is_refused(run: SavedRun, tmp_path: Path) -> None:
     edit_json(run.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(InputError, match=r"quantised.*--base"):
+        read_adapter(run.adapter)
     with pytest.raises(InputError, match=r"quantised.*--base"):
         merge_adapter(run.adapter, tmp_path / "out")
 

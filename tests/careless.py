@@ -1,0 +1,180 @@
+"""What a careless author would have written where the guards of `tests/guards.py` stand.
+
+Each function replaces one of the library's, of the same signature; the docstring says which trap it opens. Imported
+by `tests/guards.py`, which must stay light: torch and the library are imported inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+
+def bf16_adapters(model: Any) -> Any:
+    """Row 13: adapters in the base's dtype."""
+    import torch
+
+    from lorafocal.model.adapters import adapter_parameters
+
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def whatever_the_adapter_holds(model: Any) -> Any:
+    """Row 3: the adapter's tensors, without a look at what else would be trained."""
+    from lorafocal.model.adapters import adapter_parameters
+
+    return adapter_parameters(model)
+
+
+def stacked_adapter(model: Any, config: Any) -> Any:
+    """Row 4: PEFT only warns when a second adapter is put on the first."""
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
+
+
+def naive_focal_loss(margin: Any, *, gamma: float) -> Any:
+    """Row 11: the formula as it is printed; the sigmoid underflows and its logarithm is -inf."""
+    p = margin.sigmoid()
+    return -(p**gamma) * p.log()
+
+
+def detached_focal_loss(margin: Any, *, gamma: float) -> Any:
+    """Row 64: the factor taken for a constant weight, which is another loss."""
+    from torch.nn.functional import logsigmoid
+
+    lp = logsigmoid(margin)
+    return -(gamma * lp).exp().detach() * lp
+
+
+def focalpo_with_epsilon(policy: Any, reference: Any, *, beta: float, gamma: float) -> Any:
+    """Row 64: log 0 kept away by an epsilon, so that gamma = 0 is DPO only nearly."""
+    from lorafocal.objectives.pairwise import pair_losses
+
+    def loss(margin: Any) -> Any:
+        p = margin.sigmoid() + 1e-8
+        return -(p**gamma) * p.log()
+
+    return pair_losses(policy, reference, beta=beta, loss_of_margin=loss)
+
+
+def left_padded(pairs: Sequence[Any], *, pad_token_id: int = 0) -> Any:
+    """Row 19: padded on the left, as tokenizers for generation do, with positions counted from the padding on."""
+    import torch
+
+    from lorafocal.data.packing import Pack, _index
+
+    sides = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    sequences = [[*pair.prompt_ids, *ids] for pair, ids in zip([*pairs, *pairs], sides, strict=True)]
+    width = max(map(len, sequences))
+    ids = torch.tensor([[pad_token_id] * (width - len(sequence)) + sequence for sequence in sequences])
+    mask = torch.tensor([[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences])
+    rows = [[*range((row + 1) * width - len(side) - 1, (row + 1) * width - 1)] for row, side in enumerate(sides)]
+    return Pack(
+        ids,
+        torch.arange(width).expand_as(ids).contiguous(),
+        _index(rows, pairs),
+        tuple(pair.id for pair in pairs),
+        attention_mask=mask,
+    )
+
+
+def running_positions(original: Any) -> Any:
+    """Row 19: positions that run on through the rejected answer and the next pair, as without position_ids."""
+
+    def share_prefixes(pairs: Sequence[Any]) -> Any:
+        import torch
+
+        pack = original(pairs)
+        return replace(pack, position_ids=torch.arange(pack.input_ids.numel())[None])
+
+    return share_prefixes
+
+
+def masks_from_ids(original: Any) -> Any:
+    """Row 27: whatever equals the pad token is padding, for the attention and for the loss; an EOS with it."""
+
+    def pad_sequences(pairs: Sequence[Any], *, pad_token_id: int = 0) -> Any:
+        pack = original(pairs, pad_token_id=pad_token_id)
+        index = pack.index
+        kept = index.labels != pad_token_id
+        index = replace(
+            index,
+            positions=index.positions[kept],
+            labels=index.labels[kept],
+            sequence=index.sequence[kept],
+            lengths=index.sequence[kept].bincount(minlength=len(index.lengths)),
+        )
+        return replace(pack, index=index, attention_mask=(pack.input_ids != pad_token_id).long())
+
+    return pad_sequences
+
+
+def leaking_attention(query: Any, key: Any, value: Any, segments: Any, *, scaling: float, window: Any = None) -> Any:
+    """Row 20: naive packing, causal over the whole row."""
+    from lorafocal.ops.attention import PairSpan, Segments, shared_prefix_attention_plain
+
+    whole = Segments.of((PairSpan(0, 1, query.shape[2] - 1, 0),))
+    return shared_prefix_attention_plain(query, key, value, whole, scaling=scaling, window=window)
+
+
+def any_head(model: Any) -> Any:
+    """Row 21: the weight inside whatever the output head is, an adapter on it ignored."""
+    from lorafocal.model.head import causal_lm
+    from lorafocal.ops.logps import LogitTransform, LogProbHead
+
+    head = causal_lm(model).get_output_embeddings()
+    head = getattr(head, "base_layer", head)
+    head.__class__ = LogProbHead
+    head.labels = head.rows = None
+    head.transform = LogitTransform()
+    return head
+
+
+def head_under_autocast(head: Any, hidden: Any) -> Any:
+    """F13: the matrix product of the head rounds to bf16 where training runs under autocast."""
+    from lorafocal.ops.logps import token_logps
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = flat if head.rows is None else flat[head.rows]
+    return token_logps(flat, head.weight, head.labels, head.bias, head.transform)[None]
+
+
+def every_row_through_the_head(head: Any, hidden: Any) -> Any:
+    """Row 36: the logits of all rows first, then those that are wanted."""
+    from torch.nn.functional import linear
+
+    logps = linear(hidden, head.weight).float().log_softmax(-1).flatten(0, 1)
+    logps = logps if head.rows is None else logps[head.rows]
+    return logps.gather(-1, head.labels[:, None]).T
+
+
+def no_transform(base: Any) -> Any:
+    """F11: logits taken as the head makes them."""
+    from lorafocal.ops.logps import LogitTransform
+
+    return LogitTransform()
+
+
+def encode_with_special_tokens(tokenizer: Any, texts: Any) -> dict[str, list[int]]:
+    """Row 23: the tokenizer's default puts a BOS before every text, each completion among them."""
+    return {text: tokenizer(text)["input_ids"] for text in texts}
+
+
+def eos_after_everything(original: Any) -> Any:
+    """Row 24: an EOS after what a template wrote too, which ends the turn by itself."""
+
+    def pair_texts(preference: Any, habits: Any) -> Any:
+        return replace(original(preference, habits), ids_after=(habits.tokenizer.eos_token_id,))
+
+    return pair_texts
+
+
+def all_rows_at_once(hidden: Any, weight: Any, labels: Any, bias: Any = None, *transform: Any, **_: Any) -> Any:
+    """Row 36: one (N, V) log-softmax in fp32."""
+    from lorafocal.ops.logps import token_logps_plain
+
+    return token_logps_plain(hidden, weight, labels, bias, *transform)
