@@ -153,14 +153,16 @@ def sdpa_shared_prefix_attention(
             scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scaling, enable_gqa=grouped)
         )
 
-    for span in segments.spans:
-        first, prompt = slice(span.start, span.answers), slice(span.start, span.start + span.prompt)
-        rejected = slice(span.answers, span.stop)
-        attend(query[:, :, first], key[:, :, first], value[:, :, first])
+    # Split once: the backward of a slice is a zero tensor of the whole row, one a slice.
+    lengths = [length for span in segments.spans for length in (span.prompt + span.chosen, span.rejected)]
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    for number, span in enumerate(segments.spans):
+        first, rejected = 2 * number, 2 * number + 1
+        attend(queries[first], keys[first], values[first])
         attend(
-            query[:, :, rejected],
-            torch.cat((key[:, :, prompt], key[:, :, rejected]), dim=2),
-            torch.cat((value[:, :, prompt], value[:, :, rejected]), dim=2),
+            queries[rejected],
+            torch.cat((keys[first][:, :, : span.prompt], keys[rejected]), dim=2),
+            torch.cat((values[first][:, :, : span.prompt], values[rejected]), dim=2),
         )
     return torch.cat(outputs, dim=2)
 
