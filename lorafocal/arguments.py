@@ -28,7 +28,7 @@ class FocalPOConfig(TrainingArguments):
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and one completion"})
     truncation: str = field(default="drop", metadata={"help": "what happens to a pair over max_length"})
     layout: str = field(default="packed", metadata={"help": "packed (prompts shared, no padding) or padded"})
-    tokens_per_pack: int = field(default=8192, metadata={"help": "token rows of one forward: memory, not results"})
+    tokens_per_pack: int = field(default=2048, metadata={"help": "token rows of one forward: memory, not results"})
     reference: str = field(default="disabled_adapter", metadata={"help": "which model is the reference"})
     identity_probe: bool = field(default=True, metadata={"help": "refuse a reference that is not the starting policy"})
     allow_dropout: bool = field(default=False, metadata={"help": "keep dropout on; log-probs become noisy"})

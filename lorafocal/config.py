@@ -149,7 +149,7 @@ class Packing(_Section):
     """How pairs are laid out for the model: changes memory and speed, never the result."""
 
     layout: Literal["packed", "padded"] = "packed"
-    tokens: Annotated[int, Field(ge=1)] = 8192
+    tokens: Annotated[int, Field(ge=1)] = 2048
 
 
 class Config(_Section):

@@ -138,7 +138,7 @@ def test_defaults_are_written_down(file: Path) -> None:
         "gamma: 0.05",
         "max_length: 1024",
         "truncation: drop",
-        "tokens: 8192",
+        "tokens: 2048",
         "data_seed: 42",
         "dropout: 0.0",
     ):

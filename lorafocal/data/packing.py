@@ -178,7 +178,7 @@ class PairCollator:
     """
 
     layout: str = "packed"
-    tokens_per_pack: int = 8192
+    tokens_per_pack: int = 2048
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:

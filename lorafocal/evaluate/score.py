@@ -22,7 +22,7 @@ from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.publish import write_atomically
 from lorafocal.reference import DisabledAdapterReference
 
-TOKENS_PER_PACK = 8192  # rows of one forward pass; changes memory and speed, never the numbers
+TOKENS_PER_PACK = 2048  # rows of one forward pass; changes memory and speed, never the numbers
 MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
 
 
