@@ -90,6 +90,8 @@ GUARDS: list[Guard] = [
     Guard("3", "lorafocal.trainer:check_trainable", lambda _: careless.whatever_the_adapter_holds, "tests/test_trainer.py::test_a_base_that_would_train_is_refused_and_a_run_leaves_it_alone"),
     Guard("4", "lorafocal.model.adapters:attach_lora", lambda _: careless.stacked_adapter, "tests/test_trainer.py::test_stacking_a_second_adapter_is_refused_with_both_ways_out"),
     Guard("6", "lorafocal.model.adapters:check_lora_config", lambda _: lambda *a, **k: None, "tests/test_trainer.py::test_an_adapter_that_changes_more_than_it_can_switch_off_is_refused"),
+    Guard("10", "lorafocal.model.adapters:resolve_targets", lambda _: lambda model, targets: targets, "tests/model/test_adapters.py::test_wrong_targets_are_answered_with_the_nearest"),
+    Guard("45 21", "lorafocal.model.adapters:resolve_targets", lambda _: lambda model, targets: targets, "tests/model/test_adapters.py::test_an_adapter_on_the_output_head_is_refused"),
     Guard("13", "lorafocal.model.adapters:widen_adapters", lambda _: careless.bf16_adapters, "tests/test_trainer.py::test_adapters_and_moments_are_fp32_on_a_bf16_base_and_small_steps_move_every_entry"),
     Guard("14", "lorafocal.model.adapters:switch_dropout_off", lambda _: lambda model: 0, "tests/test_trainer.py::test_dropout_is_switched_off_everywhere"),
     Guard("39", "lorafocal.health:HealthCheck.on_pre_optimizer_step", lambda _: lambda *a, **k: None, "tests/test_trainer.py::test_missing_gradients_stop_the_first_step"),

@@ -72,10 +72,12 @@ def test_value_and_gradient_stay_finite_and_accurate_at_extreme_margins(gamma):
 
 @pytest.mark.row("11")
 def test_the_objective_computes_in_fp32_whatever_the_dtype_of_the_log_probs():
-    coarse = PairLogps(logps(-301.0, dtype=torch.bfloat16), logps(-299.0, dtype=torch.bfloat16))
-    zero = PairLogps(logps(0.0), logps(0.0))
-    out = focalpo(coarse, zero, beta=1.0, gamma=0.05)
+    policy = PairLogps(*(logps(value, dtype=torch.bfloat16, grad=True) for value in (-300.0, -302.0)))
+    reference = PairLogps(*(logps(value, dtype=torch.bfloat16) for value in (-1.0, -2.0)))
+    out = focalpo(policy, reference, beta=1.0, gamma=0.05)
     assert out.losses.dtype == torch.float32
+    assert out.margins.tolist() == [1.0]  # in bf16 both logratios round to -300
+    zero = PairLogps(logps(0.0), logps(0.0))
     assert focalpo(PairLogps(*(x.double() for x in zero)), zero, beta=1.0, gamma=0.05).losses.dtype == torch.float64
 
 
