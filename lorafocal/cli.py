@@ -29,7 +29,7 @@ app = typer.Typer(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 BaseOption = Annotated[
     str | None,
-    typer.Option("--base", metavar="MODEL", help="Where the base is, if not where the adapter says."),
+    typer.Option("--base", metavar="MODEL", help="An adapter's base, if not where it says; a model's reference."),
 ]
 
 
@@ -105,6 +105,9 @@ def merge(
         typer.Option("--pairs", metavar="FILE", help="Held-out pairs of the gate; the run's own if absent."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Output dtype: bfloat16 or float32.")] = "bfloat16",
+    gate_dtype: Annotated[
+        str, typer.Option("--gate-dtype", help="What the gate computes in; bfloat16 halves its memory.")
+    ] = "float32",
     max_drift: Annotated[
         float | None, typer.Option("--max-drift", help="Share of the learned effect that the merge may lose.")
     ] = None,
@@ -114,7 +117,8 @@ def merge(
     from lorafocal.release.merge import merge_adapter
 
     limits: dict[str, Any] = {} if max_drift is None else {"max_drift": max_drift}
-    _print_report(merge_adapter(adapter, out, base=base, pairs=pairs, dtype=dtype, **limits), as_json)
+    report = merge_adapter(adapter, out, base=base, pairs=pairs, dtype=dtype, gate_dtype=gate_dtype, **limits)
+    _print_report(report, as_json)
 
 
 def _resume_command() -> str:

@@ -195,15 +195,30 @@ def test_score_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_merge_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "release.merge", "merge_adapter", Report())
-    given = ["--base", "b", "--pairs", "p", "--dtype", "float32", "--max-drift", "0.2", "--json"]
+    given = [
+        "--base",
+        "b",
+        "--pairs",
+        "p",
+        "--dtype",
+        "float32",
+        "--max-drift",
+        "0.2",
+        "--gate-dtype",
+        "bfloat16",
+        "--json",
+    ]
     assert call(monkeypatch, "merge", "adapter", "--out", "merged", *given) == 0
     assert call(monkeypatch, "merge", "adapter", "--out", "merged") == 0
     assert calls == [
         (
             (Path("adapter"), Path("merged")),
-            {"base": "b", "pairs": Path("p"), "dtype": "float32", "max_drift": 0.2},
+            {"base": "b", "pairs": Path("p"), "dtype": "float32", "gate_dtype": "bfloat16", "max_drift": 0.2},
         ),
-        ((Path("adapter"), Path("merged")), {"base": None, "pairs": None, "dtype": "bfloat16"}),
+        (
+            (Path("adapter"), Path("merged")),
+            {"base": None, "pairs": None, "dtype": "bfloat16", "gate_dtype": "float32"},
+        ),
     ]
     assert capsys.readouterr().out.endswith("a table\n")
 
@@ -216,7 +231,9 @@ def test_the_real_functions_take_what_the_command_gives() -> None:
     from lorafocal.release.merge import merge_adapter
 
     inspect.signature(score_file).bind("adapter", Path("p"), base=None, beta=None, out=None)
-    inspect.signature(merge_adapter).bind(Path("a"), Path("o"), base=None, pairs=None, dtype="x", max_drift=0.1)
+    inspect.signature(merge_adapter).bind(
+        Path("a"), Path("o"), base=None, pairs=None, dtype="x", gate_dtype="y", max_drift=0.1
+    )
 
 
 def test_a_wrong_config_is_one_message_and_code_2(file: Path) -> None:

@@ -34,7 +34,7 @@ VALUES: dict[str, Any] = {
     "training": {"pairs_per_step": 64, "learning_rate": 1e-4, "eval_strategy": "steps"},
 }
 # Keys that speak to somebody else than the trainer or LoRA: which model is loaded, which files are read.
-READ_BY_THE_RUN = {"model.name", "model.revision", "model.shape", "data.train", "data.eval"}
+READ_BY_THE_RUN = {"model.name", "model.dtype", "model.revision", "model.shape", "data.train", "data.eval"}
 FOCALPO_FIELDS = {
     "objective", "beta", "gamma", "pairs_per_step", "max_length", "truncation", "layout", "tokens_per_pack",
     "identity_probe", "allow_dropout", "reference",
