@@ -34,6 +34,8 @@ from lorafocal.objectives import PairLogps, PairLosses
 from lorafocal.sampler import shuffled
 from tests.tiny import VOCABULARY, disturb, lora, relative_difference, tiny_base
 
+pytestmark = pytest.mark.newest  # taps the log-probs inside TRL's step, which earlier releases compute elsewhere
+
 PAIRS, PAIRS_PER_STEP, SEED, BETA = 76, 8, 3, 0.1  # the tenth and last step is short: 4 pairs
 STEPS = -(-PAIRS // PAIRS_PER_STEP)
 SIDES = ("prompt", "chosen", "rejected")

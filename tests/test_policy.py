@@ -175,8 +175,8 @@ def test_the_head_sees_completions_only_and_a_chunk_at_a_time(layout, monkeypatc
             for tensor in torch.utils._pytree.tree_leaves(out):
                 if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (97,):
                     largest = max(largest, tensor.numel() // 97)
-            if function is torch.ops.aten.logsumexp.default:
-                scored += out.numel()
+            if function is torch.ops.aten.mm.default and out.shape[1] == 97:
+                scored += out.shape[0]
             return out
 
     with Watch():

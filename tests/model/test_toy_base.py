@@ -80,7 +80,7 @@ def test_an_interrupted_training_leaves_no_folder(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         toy_base(tmp_path, recipe=recipe, on_step=stop)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "publish", stop)
+        patch.setattr(module.LlamaForCausalLM, "save_pretrained", stop)
         with pytest.raises(KeyboardInterrupt):
             toy_base(tmp_path, recipe=recipe)
     assert list(tmp_path.iterdir()) == []
@@ -94,15 +94,16 @@ def test_a_leftover_of_a_killed_process_is_not_used(tmp_path: Path) -> None:
     assert toy_base(tmp_path, recipe=recipe) != leftover
 
 
-def test_the_second_of_two_processes_takes_the_firsts_folder(tmp_path: Path) -> None:
-    first, second = tmp_path / "base", tmp_path / ".unfinished"
-    for folder, content in ((first, "first"), (second, "second")):
-        folder.mkdir()
-        (folder / "config.json").write_text(content)
-    module.publish(second, first)
-    assert (first / "config.json").read_text() == "first"
-    with pytest.raises(OSError, match="No such file"):
-        module.publish(tmp_path / "absent", tmp_path / "new")
+def test_two_processes_at_once_leave_one_whole_base(tmp_path: Path) -> None:
+    recipe, others = replace(TINY, steps=2), []
+
+    def meanwhile(*_: object) -> None:
+        others.append(toy_base(tmp_path, recipe=recipe))
+
+    folder = toy_base(tmp_path, recipe=recipe, on_step=meanwhile)
+    assert set(others) == {folder} == set(tmp_path.iterdir())
+    alone = toy_base(tmp_path / "alone", recipe=recipe)
+    assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in weights(alone).items())
 
 
 def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
