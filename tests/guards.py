@@ -82,6 +82,7 @@ GUARDS: list[Guard] = [
     # configs
     Guard("F18", "lorafocal.yaml12:parse_yaml", lambda _: lambda text, **_: __import__("yaml").safe_load(text), "tests/test_yaml12.py::test_floats_without_a_point_are_numbers"),
     Guard("F6", "lorafocal.training_fields:forced_values", lambda _: dict, "tests/test_training_fields.py::test_the_filter_that_hides_nan_is_off"),
+    Guard("F6 12", "lorafocal.training_fields:forced_values", lambda original: lambda: {k: v for k, v in original().items() if k != "logging_nan_inf_filter"}, "tests/test_arguments.py::test_the_filter_that_hides_nan_is_off_and_cannot_be_turned_on"),
     Guard("12", "lorafocal.training_fields:_field_problem", lambda _: lambda *a: None, "tests/test_training_fields.py::test_half_precision_is_refused_with_the_reason"),
     Guard("14", "lorafocal.bounds:check_dropout", lambda _: lambda *a, **k: None, "tests/test_config.py::test_dropout_needs_permission"),
     Guard("32", "lorafocal.config:_training_problems", lambda _: lambda *a: (), "tests/test_config.py::test_unknown_keys_are_answered_with_the_nearest"),

@@ -22,6 +22,7 @@ def test_defaults_are_a_usable_run(tmp_path):
 @pytest.mark.row("F6", "12")
 def test_the_filter_that_hides_nan_is_off_and_cannot_be_turned_on(tmp_path):
     assert config(tmp_path).logging_nan_inf_filter is False
+    assert config(tmp_path, logging_nan_inf_filter=True).logging_nan_inf_filter is False  # transformers' default
 
 
 @pytest.mark.row("12", "15", "32")
