@@ -96,15 +96,17 @@ class _FrozenHeadLogps(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             logits = transform(logits)
-            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+            slope = transform.slope(logits) if gradient is not None else 1.0
             picked = logits.gather(-1, labels[at, None])
-            logps[at] = (picked - normaliser).squeeze(-1)
+            top = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(top).exp_()  # softmax times `total`, in the logits' own memory
+            total = weights.sum(-1, keepdim=True)
+            logps[at] = (picked - top - total.log()).squeeze(-1)
             if gradient is not None:
-                slope = transform.slope(logits)
-                minus_residual = logits.sub_(normaliser).exp_()  # softmax, in the logits' own memory
-                minus_residual.scatter_add_(-1, labels[at, None], -torch.ones_like(picked))
-                minus_residual *= slope
-                gradient[at] = -(minus_residual.to(wide_weight.dtype) @ wide_weight)
+                weights.scatter_add_(-1, labels[at, None], -total)  # -total times (onehot - softmax)
+                if isinstance(slope, Tensor):
+                    weights, slope = weights.mul_(slope), 1.0
+                gradient[at] = (weights.to(wide_weight.dtype) @ wide_weight) * (slope / -total)
         ctx.save_for_backward(gradient)
         return logps
 
