@@ -201,8 +201,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Every file, then every folder from the leaves up, forced to disk."""
+    """Every file, then every folder from the leaves up, forced to disk; files as readable as the user's others.
+
+    safetensors writes files that only their owner can read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
     for path in _files(folder):
+        path.chmod(0o666 & ~umask)
         _sync(path)
     for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         _sync(path)

@@ -56,7 +56,7 @@ from lorafocal.sampler import StepSampler
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-FILLER = TokenizedPair("filler", [0], [0], [0])  # keeps a rank with fewer packs in step; its weight is 0
+FILLER = TokenizedPair("\0filler", [0], [0], [0])  # keeps a rank with fewer packs in step; its weight is 0
 
 # transformers counts a step as one sample of batch size 1, estimates FLOPs of unpacked text, and averages the loss
 # over the steps since the last resume.
@@ -107,6 +107,9 @@ class FocalPOTrainer(Trainer):
             for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
             if rows is not None
         }
+        for name, part in self.data.items():
+            for reason, count in part.drops.items():
+                logger.warning("%s: %d pairs dropped: %s", name, count, reason)
         if processing_class is not None:
             check_vocabulary(policy, processing_class)
         prepare_policy(policy, layout=args.layout)

@@ -7,6 +7,7 @@ one flag on a list made once. PEFT's stays the twin in the tests.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -89,7 +90,10 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     targets = config.target_modules
     config.target_modules = set(resolve_targets(model, ALL_LINEAR if targets is None else targets))
     config.task_type = "CAUSAL_LM"
-    return widen_adapters(get_peft_model(model, config))
+    with warnings.catch_warnings():  # PEFT asks transformers under a name that is going away
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        policy = get_peft_model(model, config)
+    return widen_adapters(policy)
 
 
 def widen_adapters(model: PeftModel) -> PeftModel:

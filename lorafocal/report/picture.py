@@ -54,6 +54,7 @@ def training_lines(path: Path) -> list[dict[str, float]]:
 def _panel(axes: Axes, logs: Mapping[str, list[dict[str, float]]], keys: tuple[str, ...]) -> None:
     for number, (label, lines) in enumerate(logs.items()):
         steps = [line["step"] for line in lines]
+        width = 1.2 + 1.8 * (len(logs) - 1 - number)  # equal curves stay visible behind one another
         for key, style in zip(keys, ("-", "--"), strict=False):
             shown = label if style == "-" else None
-            axes.plot(steps, [line[key] for line in lines], style, color=f"C{number}", label=shown, linewidth=1.4)
+            axes.plot(steps, [line[key] for line in lines], style, color=f"C{number}", label=shown, linewidth=width)
