@@ -175,6 +175,7 @@ def main() -> None:
     label = given.label or ("own data" if given.data else "synthetic")
     pairs = (given.steps + given.warmup) * PAIRS_PER_STEP
     others = TRL_GRID if given.grid else [TRL_DEFAULT]
+    columns = environment_columns(given.threads)  # now: the commit may have moved on by the end
     with tempfile.TemporaryDirectory() as folder:
         inputs = {"folder": folder, "max_length": given.max_length}
         data = str(given.data.resolve()) if given.data else None
@@ -193,7 +194,6 @@ def main() -> None:
     for settings, runs in zip(others, measured, strict=True):
         rows += rows_of(settings, runs)
     data_columns = {"data": label, "max_length": given.max_length, "pairs": given.steps * PAIRS_PER_STEP}
-    columns = environment_columns(given.threads)
     ordered = [columns | {k: r[k] for k in ("implementation", "settings")} | data_columns | r for r in rows]
     append(ordered)
     print()
