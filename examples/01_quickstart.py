@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lorafocal.config import load_config
 from lorafocal.data.toy import is_right, right_answer, toy_preferences, toy_prompts
+from lorafocal.errors import InputError
 from lorafocal.evaluate.generate import judge, paired_interval, sample_answers, share
 from lorafocal.evaluate.score import score_file
 from lorafocal.model.load import load_base, load_tokenizer
@@ -35,6 +36,8 @@ CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SEEDS = (1, 2, 3)
 TRAINING_PAIRS, HELD_OUT = 3840, 600
 MARKER = "quickstart.json"
+RUNS = [f"{objective}-{seed}" for objective in ("focalpo", "dpo") for seed in SEEDS]
+OURS = ("data", "merged", "quickstart.png", *RUNS)
 
 
 def main(out: Path, overrides: list[str]) -> None:
@@ -81,6 +84,11 @@ def main(out: Path, overrides: list[str]) -> None:
 
     print(f"\n{HELD_OUT} held-out questions, one sampled answer each (95% intervals):\n")
     print("\n".join(table))
+    print(
+        "\nA row is one training run; -1, -2, -3 are seeds. FocalPO and DPO agree here because margins stay small: this"
+        "\nshows that training works, not that one loss is better. Reward accuracy alone can mislead as well:"
+        "\ndocs/reading-a-run.md has both stories."
+    )
     print(f"\nThe first three questions that are answered otherwise now:\n\n{'':<20}{'right':<14}{'base':<14}FocalPO")
     changed = (row for row in zip(prompts, answers["base"], answers["focalpo-1"], strict=True) if row[1] != row[2])
     for prompt, was, became in itertools.islice(changed, 3):
@@ -89,6 +97,8 @@ def main(out: Path, overrides: list[str]) -> None:
     print(f"\nadapter        {out / 'focalpo-1' / 'adapter'}")
     print(f"merged model   {out / 'merged'}")
     print(f"picture        {picture}")
+    print(f"base           {base}")
+    print(f"next           .venv/bin/lorafocal train {out / 'focalpo-1' / 'config.yaml'} name=again training.seed=4")
     print(f"all of it took {time.perf_counter() - start:.0f} s")
 
 
@@ -105,7 +115,11 @@ def train_one(base: Path, out: Path, objective: str, seed: int, more: list[str])
     ]
     if objective == "dpo":
         overrides.append("objective.gamma=null")
-    summary = train(load_config(CONFIG, overrides + more), runs_dir=out)
+    number = RUNS.index(f"{objective}-{seed}") + 1
+    print(f"     run {number} of {len(RUNS)}: {objective}, seed {seed}", flush=True)
+    summary = train(load_config(CONFIG, overrides + more), runs_dir=out, quiet=number > 1)
+    if summary.interrupted_by is not None:
+        raise SystemExit("stopped; the quickstart starts over when it is called again")
     return summary.folder
 
 
@@ -119,11 +133,17 @@ def change(before: list[bool], after: list[bool]) -> str:
 
 
 def make_room(out: Path) -> None:
-    """Replace an earlier quickstart, and nothing else."""
+    """Replace what an earlier quickstart left, and nothing else."""
     if out.exists() and not (out / MARKER).exists():
-        raise SystemExit(f"{out} exists and is not a quickstart's folder: give another by --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+        raise SystemExit(
+            f"{out} exists and is not a quickstart's folder: move it away, or call"
+            " .venv/bin/python examples/01_quickstart.py --out DIR"
+        )
+    for name in OURS:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text("{}\n")
 
 
@@ -132,4 +152,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where everything goes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the config's")
     given = parser.parse_args()
-    main(given.out, given.overrides)
+    try:
+        main(given.out, given.overrides)
+    except InputError as error:
+        raise SystemExit(f"quickstart: {error}") from None

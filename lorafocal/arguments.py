@@ -17,6 +17,10 @@ from lorafocal.training_fields import check_training_fields, classify, forced_va
 class FocalPOConfig(TrainingArguments):
     """Arguments of `FocalPOTrainer`: ours below, beside those of `TrainingArguments`.
 
+    objective ("focalpo" or "dpo"), beta, gamma; pairs_per_step, the one batch size, over all processes; max_length and
+    truncation; layout and tokens_per_pack, which change memory and speed and never the result; reference and
+    identity_probe; allow_dropout.
+
     Each inherited field is supported, set by us, or refused with its reason (`lorafocal.training_fields`).
     Raises InputError listing every field that cannot be honoured.
     """

@@ -86,7 +86,7 @@ def _origin(lineage: Lineage) -> str:
         ("base revision", base.revision or "none (a local folder)"),
         ("base weights, sha256", base.sha256),
     ]
-    rows += [(f"adapter {parent['adapter']}, sha256", parent["sha256"]) for parent in lineage.parents]
+    rows += [(f"adapter folder `{parent['adapter']}`, sha256", parent["sha256"]) for parent in lineage.parents]
     if lineage.objective is None:
         rows.append(("training", "not recorded: the adapter was made by another tool"))
     else:

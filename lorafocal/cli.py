@@ -66,6 +66,7 @@ def train(
     from lorafocal.config import load_config
 
     checked = load_config(config, overrides or [])
+    _no_loading_bars()
     for warning in checked.warnings():
         typer.echo(f"warning: {warning}", err=True)
 
@@ -92,6 +93,7 @@ def score(
     """Log-probs, rewards and margins of each pair, computed by the code that trains."""
     from lorafocal.evaluate.score import score_file
 
+    _no_loading_bars()
     _print_report(score_file(target, pairs, base=base, beta=beta, out=out), as_json)
 
 
@@ -109,16 +111,26 @@ def merge(
         str, typer.Option("--gate-dtype", help="What the gate computes in; bfloat16 halves its memory.")
     ] = "float32",
     max_drift: Annotated[
-        float | None, typer.Option("--max-drift", help="Share of the learned effect that the merge may lose.")
+        float | None, typer.Option("--max-drift", help="Share of the learned effect that may be lost [0.1].")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge an adapter into its base, and publish the result only if it answers as the adapter does."""
     from lorafocal.release.merge import merge_adapter
 
+    _no_loading_bars()
     limits: dict[str, Any] = {} if max_drift is None else {"max_drift": max_drift}
     report = merge_adapter(adapter, out, base=base, pairs=pairs, dtype=dtype, gate_dtype=gate_dtype, **limits)
     _print_report(report, as_json)
+    if not as_json:
+        typer.echo(f"merged model          {out}")
+
+
+def _no_loading_bars() -> None:
+    """transformers draws a bar a file it loads; downloads keep theirs."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _resume_command() -> str:

@@ -177,7 +177,7 @@ class ProgressLine(TrainerCallback):
             peak_gib=peak_gib(),
         )
         if self._in_place:
-            self.stream.write(_CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1])
+            self.stream.write(_CLEAR_LINE + fitted(line, shutil.get_terminal_size().columns - 1))
             self.stream.flush()
         else:
             self._print(line)
@@ -185,6 +185,13 @@ class ProgressLine(TrainerCallback):
     def _print(self, line: str) -> None:
         self.stream.write(f"{_CLEAR_LINE if self._in_place else ''}{line}\n")
         self.stream.flush()
+
+
+def fitted(line: str, columns: int) -> str:
+    """The line without its last fields where it is wider than the terminal: a number is never cut in two."""
+    while len(line) > columns and " · " in line:
+        line = line.rpartition(" · ")[0]
+    return line[:columns]
 
 
 def status_line(

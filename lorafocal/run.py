@@ -66,6 +66,7 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     if not resume:
         _refuse_taken(folder)
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
+    _check_files(config)
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     data = _read_data(config, tokenizer, say)
     manifest = _manifest(config, tokenizer, data)
@@ -78,6 +79,8 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
         "trainable_tensors": sorted(trainer.adapter),
     }
     say(f"adapter: {adapter['trainable_parameters']:,} parameters on {', '.join(adapter['targets'])}")
+    if "eval" not in data:
+        say("no data.eval: nothing is evaluated, and a merge will need held-out pairs by --pairs")
     if trainer.args.should_save:
         _write_run_files(folder, config, manifest, data)
     stop = StopOnSignal()
@@ -90,6 +93,15 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     held_out = _held_out_metrics(trainer)
     trainer.save_model(str(folder / ADAPTER_DIR))
     return RunSummary(folder, state.global_step, state.max_steps, held_out)
+
+
+def _check_files(config: Config) -> None:
+    """The data files first: they cost nothing to look for, and a model may have to be fetched."""
+    for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if path is not None and not Path(path).is_file():
+            raise InputError(
+                f"{key}: {path} does not exist; it names a .jsonl, .json or .parquet file of preference rows"
+            )
 
 
 def _refuse_taken(folder: Path) -> None:

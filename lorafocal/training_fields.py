@@ -310,7 +310,8 @@ def _field_problem(name: str, value: Any) -> str | None:
     if annotation is None:
         return f"the installed transformers does not have this field{_nearest(name)}"
     if not accepts(annotation, value):
-        return f"found {shown} ({type(value).__name__}); it must be of type {annotation}"
+        example = ", such as 5.0e-6" if annotation == "float" else ""
+        return f"found {shown} ({type(value).__name__}); it must be of type {annotation}{example}"
     if rule.choices and value not in rule.choices:
         return f"found {shown}; it must be one of {', '.join(rule.choices)}"
     return None

@@ -220,7 +220,7 @@ def test_merge_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             {"base": None, "pairs": None, "dtype": "bfloat16", "gate_dtype": "float32"},
         ),
     ]
-    assert capsys.readouterr().out.endswith("a table\n")
+    assert capsys.readouterr().out.endswith("a table\nmerged model          merged\n")
 
 
 def test_the_real_functions_take_what_the_command_gives() -> None:

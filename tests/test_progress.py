@@ -21,6 +21,7 @@ from lorafocal.progress import (
     StepClock,
     clock_text,
     evaluation_line,
+    fitted,
     metrics_line,
     peak_gib,
     status_line,
@@ -296,3 +297,10 @@ def test_in_a_real_training_loop(tmp_path: Path) -> None:
         *("step 1/4", "step 2/4", "evaluation at step 2/4", "step 3/4", "step 4/4", "evaluation at step 4/4")
     ]
     assert "ETA 0:00" in lines[-2]
+
+
+def test_a_narrow_terminal_loses_whole_fields() -> None:
+    line = "step 1/2 · 12.3 pairs/s · 0.6 GiB"
+    assert fitted(line, 80) == line
+    assert fitted(line, 30) == "step 1/2 · 12.3 pairs/s"
+    assert fitted(line, 5) == "step "

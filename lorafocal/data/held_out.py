@@ -48,7 +48,7 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     InputError for a file that is missing, malformed, leaves no pair, or has ids outside the vocabulary.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist. Name a file of held-out pairs with --pairs FILE.")
+        raise InputError(f"{path} does not exist; pairs are a file of preference rows, or the held_out.jsonl of a run.")
     if _holds_token_ids(path):
         pairs = read_held_out(path)
     else:

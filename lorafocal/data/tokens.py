@@ -172,7 +172,8 @@ def nothing_left(data: TokenizedData, max_length: int) -> InputError:
         f"{count} {reason} (such as {data.examples[reason][0]}): {REMEDIES[reason]}"
         for reason, count in data.drops.items()
     )
-    return InputError(f"every pair was dropped, max_length being {max_length} tokens. {reasons}")
+    limit = f", max_length being {max_length} tokens" if "overlong" in data.drops else ""
+    return InputError(f"every pair was dropped{limit}. {reasons}")
 
 
 # ---- faults

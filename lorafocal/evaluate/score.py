@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lorafocal.bounds import check_beta
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.data.tokens import TokenizedPair
@@ -186,6 +187,8 @@ def score_file(
 
     Raises InputError for anything missing or unfit, before any weights are loaded where that can be known.
     """
+    if beta is not None:
+        check_beta(beta)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
     score = _score_adapter if (Path(target) / CONFIG_FILE).is_file() else _score_model

@@ -90,10 +90,14 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     targets = config.target_modules
     config.target_modules = set(resolve_targets(model, ALL_LINEAR if targets is None else targets))
     config.task_type = "CAUSAL_LM"
-    with warnings.catch_warnings():  # PEFT asks transformers under a name that is going away
+    return widen_adapters(wrap(model, config))
+
+
+def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """PEFT's own `get_peft_model`, without its warning about a name of transformers that is going away."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        policy = get_peft_model(model, config)
-    return widen_adapters(policy)
+        return get_peft_model(model, config)
 
 
 def widen_adapters(model: PeftModel) -> PeftModel:

@@ -25,8 +25,22 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def check_place(name: str) -> None:
+    """Refuse what can only be a folder and is none, or is a run's folder: nothing is asked of a hub for it.
+
+    Raises InputError.
+    """
+    folder = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not folder.exists():
+        raise InputError(f"{name}: there is no such folder, and a hub id has the form owner/model")
+    if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(f"{name} is a run folder; its adapter is {folder / 'adapter'}")
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or local folder. Raises InputError where there is none."""
+    check_place(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
@@ -46,6 +60,7 @@ def load_base(
             f"model.dtype: {dtype!r} is not supported; choose {' or '.join(DTYPES)}"
             " (float16 overflows in preference losses: use bfloat16)"
         )
+    check_place(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         if getattr(config, "quantization_config", None) is not None:

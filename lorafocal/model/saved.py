@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,8 +18,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lorafocal.errors import InputError
 from lorafocal.lineage import Lineage, lineage_of
-from lorafocal.model.adapters import widen_adapters
-from lorafocal.model.load import base_fingerprint, load_base
+from lorafocal.model.adapters import widen_adapters, wrap
+from lorafocal.model.load import base_fingerprint, check_place, load_base
 from lorafocal.yaml12 import parse_yaml
 
 CONFIG_FILE = "adapter_config.json"
@@ -92,7 +92,7 @@ def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
     base = load_base(saved.base, revision=saved.revision, dtype=saved.dtype)
     cast_parameters(base, getattr(torch, dtype))
     try:
-        policy = widen_adapters(get_peft_model(base, replace(saved.config, base_model_name_or_path=None)))
+        policy = widen_adapters(wrap(base, replace(saved.config, base_model_name_or_path=None)))
     except ValueError as error:
         raise InputError(f"{saved.folder}: the adapter does not fit {saved.base}: {error}") from error
     _check_places(saved.folder, policy)
@@ -170,19 +170,24 @@ def _find_base(
         return run["model"]["name"], run["model"].get("revision")
     if lineage is not None and "/" in lineage.base.name:
         return lineage.base.name, recorded_revision
-    if config.base_model_name_or_path:
-        return config.base_model_name_or_path, config.revision
-    raise InputError(f"{folder} does not record a base that can be loaded from here. Say --base NAME_OR_FOLDER.")
+    recorded = config.base_model_name_or_path
+    if recorded and ("/" in recorded or Path(recorded).is_dir()):
+        return recorded, config.revision
+    raise InputError(
+        f"{folder} was trained on a local base, {recorded or 'not named'}, whose place is not recorded. Say where it is"
+        " with --base FOLDER."
+    )
 
 
 def read_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a hub id or folder; InputError where there is none."""
+    check_place(name)
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"no model can be read from {name} ({reason}). For a base, say where it is with --base."
+            f"no model can be read from {name} ({reason}). A base that lies elsewhere is named with --base."
         ) from error
 
 

@@ -182,16 +182,16 @@ def measure_survival(layer: str, weight: Tensor, delta: Tensor, stored: Tensor) 
 
 
 def survival_table(survival: Sequence[LayerSurvival], dtype: str) -> str:
-    """Worst, median and best layer, one a line."""
+    """The layers that keep least and most, and the median, one a line."""
     worst, best = _worst(survival), max(survival, key=lambda layer: layer.kept)
     median = statistics.median(layer.kept for layer in survival)
     error = statistics.median(layer.error for layer in survival)
     return "\n".join(
         [
             f"share of the learned change that {dtype} keeps, {len(survival)} layers",
-            f"  worst   {worst.kept:8.2%}  rounding {worst.error:.2g} of the change  ({worst.layer})",
+            f"  least   {worst.kept:8.2%}  rounding {worst.error:.2g} of the change  ({worst.layer})",
             f"  median  {median:8.2%}  rounding {error:.2g} of the change",
-            f"  best    {best.kept:8.2%}  rounding {best.error:.2g} of the change  ({best.layer})",
+            f"  most    {best.kept:8.2%}  rounding {best.error:.2g} of the change  ({best.layer})",
         ]
     )
 

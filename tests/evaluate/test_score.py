@@ -187,8 +187,12 @@ def test_a_broken_line_is_named(run: SavedRun, tmp_path: Path, line: str, named:
 
 
 def test_input_that_cannot_be_scored_is_refused(run: SavedRun, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--pairs FILE"):
+    with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
         score_file(run.adapter, tmp_path / "nowhere.jsonl")
+    with pytest.raises(InputError, match="beta"):
+        score_file(run.adapter, run.folder / "held_out.jsonl", beta=0.0)
+    with pytest.raises(InputError, match="its adapter is"):
+        score_file(make_run_folder(tmp_path), run.folder / "held_out.jsonl")
     with pytest.raises(InputError, match="missing"):
         score_file(run.adapter, run.folder / "held_out.jsonl", out=tmp_path / "missing" / "scores.jsonl")
     foreign = tmp_path / "foreign.jsonl"
@@ -197,3 +201,10 @@ def test_input_that_cannot_be_scored_is_refused(run: SavedRun, tmp_path: Path) -
         score_file(run.adapter, foreign)
     with pytest.raises(InputError, match="no_model"):
         score_file(tmp_path / "no_model", run.folder / "held_out.jsonl")
+
+
+def make_run_folder(tmp_path: Path) -> Path:
+    """What somebody names who means the adapter inside it."""
+    (tmp_path / "a-run").mkdir()
+    (tmp_path / "a-run" / "manifest.json").write_text("{}")
+    return tmp_path / "a-run"

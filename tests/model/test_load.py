@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lorafocal.errors import InputError
+from lorafocal.model import load as load_module
 from lorafocal.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
 from tests.tiny import SIZES, tiny_base
 
@@ -96,3 +97,12 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
 
     with pytest.raises(InputError, match="98 tokens"):
         check_vocabulary(tiny_base(), Long(range(98)))
+
+
+@pytest.mark.parametrize("name", ["./no/such", "/nowhere/base", "runs/wrong/adapter", "~/base"])
+def test_a_place_that_is_none_is_said_without_asking_a_hub(name, monkeypatch):
+    monkeypatch.setattr(load_module.AutoConfig, "from_pretrained", lambda *a, **k: pytest.fail("asked"))
+    monkeypatch.setattr(load_module.AutoTokenizer, "from_pretrained", lambda *a, **k: pytest.fail("asked"))
+    for load in (load_base, load_tokenizer):
+        with pytest.raises(InputError, match="no such folder"):
+            load(name)

@@ -276,7 +276,7 @@ def test_lineage_and_report_lie_beside_the_weights(run: SavedRun, tmp_path: Path
     assert after.parents[0]["adapter"] == "adapter"
     assert json.loads((tmp_path / "out" / "merge.json").read_text()) == json.loads(json.dumps(report.as_dict()))
     assert report.gate.table() in (tmp_path / "out" / "README.md").read_text()
-    assert "worst" in report.table()
+    assert "least" in report.table()
 
 
 def test_requests_that_make_no_sense_are_refused_first(run: SavedRun, tmp_path: Path) -> None:
