@@ -17,7 +17,9 @@ _TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -> str:
     """Card of a LoRA adapter; `results` are measured numbers to print, e.g. held-out metrics by name."""
     name = lineage.base.name
-    base = f'"{name}"' if lineage.base.revision is None else f'"{name}", revision="{lineage.base.revision}"'
+    base = f'"{name}", revision="{lineage.base.revision}"' if lineage.base.revision else f'"{name}"'
+    if "/" not in name:
+        base = '"FOLDER_OF_THE_BASE"'  # a local base: its name is known, its place is nobody's business
     return (
         "\n\n".join(
             [

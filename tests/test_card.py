@@ -81,7 +81,7 @@ def test_the_adapter_s_card_names_base_objective_and_numbers() -> None:
 def test_a_local_base_is_not_passed_off_as_a_hub_id() -> None:
     card = adapter_card(LOCAL)
     assert "base_model" not in front_matter(card)
-    assert 'from_pretrained("tiny")' in card
+    assert 'from_pretrained("FOLDER_OF_THE_BASE")' in card
 
 
 def test_dpo_without_gamma_has_a_card() -> None:
