@@ -28,6 +28,8 @@ from lorafocal.release.merge import merge_adapter
 from tests.saved_run import SavedRun, save_run
 from tests.tiny import lora, trainer
 
+pytestmark = pytest.mark.slow  # whole models are written and loaded again
+
 FILES = {
     "README.md", "lorafocal.json", "merge.json", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
