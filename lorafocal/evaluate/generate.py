@@ -108,11 +108,6 @@ def judge(prompts: Sequence[Prompt], answers: Sequence[str], rule: Callable[[Pro
     return [rule(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def right_share(prompts: Sequence[Prompt], answers: Sequence[str], rule: Callable[[Prompt, str], bool]) -> Share:
-    """The share of answers that the rule calls right, with its Wilson interval."""
-    return share(judge(prompts, answers, rule))
-
-
 def share(verdicts: Sequence[bool]) -> Share:
     """A share with Wilson's 95% score interval (1927), which also holds near 0 and 1."""
     total = len(verdicts)

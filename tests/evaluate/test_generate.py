@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorafocal.data.toy import is_right, right_answer, toy_prompts, toy_tokenizer
 from lorafocal.errors import InputError
-from lorafocal.evaluate.generate import judge, paired_interval, prompt_ids, right_share, sample_answers, share
+from lorafocal.evaluate.generate import judge, paired_interval, prompt_ids, sample_answers, share
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_rule_decides_the_share() -> None:
     prompts = toy_prompts(4, seed=0)
     answers = [right_answer(prompt[-1]["content"]) for prompt in prompts[:3]] + ["9 9"]
     assert judge(prompts, answers, is_right) == [True, True, True, False]
-    assert right_share(prompts, answers, is_right).value == 0.75
+    assert share(judge(prompts, answers, is_right)).value == 0.75
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (3, 10), (335, 500), (10, 10)])
