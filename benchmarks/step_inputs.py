@@ -52,7 +52,7 @@ def lora_config() -> LoraConfig:
 
 def prepare(folder: Path, data: Path | None, *, pairs: int, max_length: int) -> dict[str, float]:
     """Write the inputs; returns figures of the chosen pairs' lengths in tokens."""
-    preferences = read_preferences(data) if data else synthetic_preferences(2 * pairs)
+    preferences = read_preferences(data).pairs if data else synthetic_preferences(2 * pairs)
     tokenizer = trained_tokenizer(preferences)
     kept = tokenize_preferences(preferences, tokenizer, max_length=max_length).pairs
     if len(kept) < pairs:

@@ -128,7 +128,7 @@ def _read_data(
     for name, path in (("train", config.data.train), ("eval", config.data.eval)):
         if path is None:
             continue
-        preferences = read_preferences(Path(path))
+        preferences = read_preferences(Path(path)).pairs
         data[name] = tokenize_preferences(
             preferences, tokenizer, max_length=config.data.max_length, truncation=config.data.truncation
         )

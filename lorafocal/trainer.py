@@ -418,6 +418,6 @@ def _tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None,
     if tokenizer is None:
         raise InputError("processing_class is missing: give the base's tokenizer")
     preferences = (
-        rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name)
+        rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name).pairs
     )
     return tokenize_preferences(preferences, tokenizer, max_length=args.max_length, truncation=args.truncation)

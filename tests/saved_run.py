@@ -72,7 +72,7 @@ def plant_adapter(model: PreTrainedModel, *, std: float, **settings: object) -> 
 
 
 def held_out_pairs(count: int = 12) -> list[TokenizedPair]:
-    rows = preferences_from_rows(toy_preferences(count, seed=3, held_out=True), "toy")
+    rows = preferences_from_rows(toy_preferences(count, seed=3, held_out=True), "toy").pairs
     return tokenize_preferences(rows, toy_tokenizer(), max_length=64).pairs
 
 

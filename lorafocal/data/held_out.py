@@ -52,7 +52,7 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     if _holds_token_ids(path):
         pairs = read_held_out(path)
     else:
-        pairs = tokenize_preferences(read_preferences(path), tokenizer, max_length=max_length).pairs
+        pairs = tokenize_preferences(read_preferences(path).pairs, tokenizer, max_length=max_length).pairs
     vocabulary = len(tokenizer)
     for pair in pairs:
         highest = max(max(getattr(pair, side)) for side in _SIDES)

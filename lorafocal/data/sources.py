@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 from pyarrow import parquet
@@ -19,6 +19,7 @@ from lorafocal.errors import InputError
 
 Messages = list[dict[str, str]]
 NumberedRow = tuple[int, Any]
+OnBadRow = Literal["error", "drop"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -36,6 +37,36 @@ class Preference:
     id: str
     score_chosen: float | None = None
     score_rejected: float | None = None
+    place: str = ""  # where it was read: "pairs.jsonl, row 3"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that was left out: where (key included), a short name of the fault, and what is wrong with the way out."""
+
+    place: str
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """What was read: pairs in the order of the rows, the rows left out, and the names of the forms recognised."""
+
+    pairs: list[Preference]
+    bad_rows: list[BadRow]
+    form: str
+
+
+class RowFault(InputError):
+    """One row that cannot be read; refused as it is, or kept as the `BadRow` it carries."""
+
+    def __init__(self, bad_row: BadRow) -> None:
+        super().__init__(str(bad_row))
+        self.bad_row = bad_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +80,25 @@ class Place:
     def at(self, key: str) -> Place:
         return Place(self.source, self.row, f"{self.key}{key}")
 
-    def error(self, problem: str) -> InputError:
-        key = f", key `{self.key}`" if self.key else ""
-        return InputError(f"{self.source}, row {self.row}{key}: {problem}")
+    def __str__(self) -> str:
+        return f"{self.source}, row {self.row}" + (f", key `{self.key}`" if self.key else "")
+
+    def error(self, problem: str, reason: str = "unreadable_row") -> RowFault:
+        return RowFault(BadRow(str(self), reason, problem))
 
 
-def read_preferences(path: Path) -> list[Preference]:
+def read_preferences(
+    path: Path,
+    *,
+    form: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Preferences:
     """Preferences of a `.jsonl`, `.json` (one list) or `.parquet` file.
 
     Rows count from 1; in JSONL a row is a line, and blank lines are skipped. An id is the row's own `id` or
-    `"<file name>:<row>"`. Raises InputError naming file, row and key for whatever cannot be read.
+    `"<file name>:<row>"`. `columns` maps our key to the file's. A row that cannot be read is an InputError naming
+    file, row and key, or is left out and kept in `bad_rows` under `on_bad_row="drop"`.
     """
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
@@ -66,28 +106,54 @@ def read_preferences(path: Path) -> list[Preference]:
         raise InputError(f"{path.name}: preference files end in {', '.join(READERS)}; convert the file or rename it")
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
-    return collect(reader(path), path.name)
+    return collect(reader(path), path.name, form, columns or {}, on_bad_row)
 
 
-def preferences_from_rows(rows: Iterable[Mapping[str, Any]], source: str) -> list[Preference]:
+def preferences_from_rows(
+    rows: Iterable[Mapping[str, Any]],
+    source: str,
+    *,
+    form: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Preferences:
     """Preferences of a `datasets.Dataset` or other mappings; `source` stands for the file's name."""
-    return collect(enumerate(rows, start=1), source)
+    return collect(enumerate(rows, start=1), source, form, columns or {}, on_bad_row)
 
 
-def collect(rows: Iterable[NumberedRow], source: str) -> list[Preference]:
+def collect(
+    rows: Iterable[NumberedRow], source: str, form: str | None, columns: Mapping[str, str], on_bad_row: OnBadRow
+) -> Preferences:
     """All rows as preferences; refuses none at all and the same id twice."""
-    preferences: list[Preference] = []
+    if form not in (None, "explicit"):
+        raise InputError(f"{source}: the form {form!r} is not known; use explicit")
+    pairs: list[Preference] = []
+    bad_rows: list[BadRow] = []
     row_of_id: dict[str, int] = {}
     for number, row in rows:
         place = Place(source, number)
-        preference = read_row(row, place)
-        earlier = row_of_id.setdefault(preference.id, number)
-        if earlier != number:
-            raise place.at("id").error(f"{preference.id!r} is already the id of row {earlier}; ids must differ")
-        preferences.append(preference)
-    if not preferences:
-        raise InputError(f"{source}: it holds no rows; give at least one preference")
-    return preferences
+        try:
+            preference = read_row(renamed(row, columns), place)
+            earlier = row_of_id.setdefault(preference.id, number)
+            if earlier != number:
+                raise place.at("id").error(f"{preference.id!r} is already the id of row {earlier}; ids must differ")
+        except RowFault as fault:
+            if on_bad_row == "error":
+                raise
+            bad_rows.append(fault.bad_row)
+        else:
+            pairs.append(preference)
+    if not pairs:
+        why = f"no row can be read, such as {bad_rows[0]}" if bad_rows else "it holds no rows"
+        raise InputError(f"{source}: {why}; give at least one preference")
+    return Preferences(pairs, bad_rows, "explicit")
+
+
+def renamed(row: Any, columns: Mapping[str, str]) -> Any:
+    """The row with our keys in place of its own."""
+    if not columns or not isinstance(row, Mapping):
+        return row
+    return {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
 
 
 # ---- files
@@ -179,10 +245,10 @@ def read_row(row: Any, place: Place) -> Preference:
         raise missing_key(present, place)
     prompt, chosen, rejected = form(row, place)
     scores = [read_score(row.get(key), place.at(key)) for key in ("score_chosen", "score_rejected")]
-    return Preference(prompt, chosen, rejected, read_id(row.get("id"), place), *scores)
+    return Preference(prompt, chosen, rejected, read_id(row.get("id"), place), *scores, place=str(place))
 
 
-def missing_key(present: set[str], place: Place) -> InputError:
+def missing_key(present: set[str], place: Place) -> RowFault:
     """What to say about a row of no known form."""
     found = f"the row has {', '.join(sorted(map(str, present))) or 'nothing'}"
     if {"chosen", "rejected"} <= present:

@@ -36,17 +36,17 @@ def write(rows: list[dict[str, Any]], path: Path) -> Path:
 def test_every_file_kind_gives_the_same_preferences(tmp_path: Path, suffix: str, form: dict[str, Any]) -> None:
     rows = [form | {"id": "a", "score_chosen": 2, "score_rejected": 0.5, "source": "unused"}, form]
     path = write(rows, tmp_path / f"pairs{suffix}")
-    first, second = read_preferences(path)
-    assert first == Preference(**form, id="a", score_chosen=2.0, score_rejected=0.5)
-    assert second == Preference(**form, id=f"pairs{suffix}:2")
-    assert list(preferences_from_rows(rows, path.name)) == [first, second]
+    first, second = read_preferences(path).pairs
+    assert first == Preference(**form, id="a", score_chosen=2.0, score_rejected=0.5, place=f"pairs{suffix}, row 1")
+    assert second == Preference(**form, id=f"pairs{suffix}:2", place=f"pairs{suffix}, row 2")
+    assert preferences_from_rows(rows, path.name).pairs == [first, second]
 
 
 def test_a_datasets_table_is_read_like_a_list() -> None:
     rows = [CHAT | {"id": None}, CHAT | {"id": 7}]
     table = datasets.Dataset.from_list(rows)
     assert preferences_from_rows(table, "hub") == preferences_from_rows(rows, "hub")
-    assert [preference.id for preference in preferences_from_rows(table, "hub")] == ["hub:1", "7"]
+    assert [preference.id for preference in preferences_from_rows(table, "hub").pairs] == ["hub:1", "7"]
 
 
 def test_jsonl_rows_are_lines(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_jsonl_rows_are_lines(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     text = json.dumps(PLAIN) + "\n\n" + json.dumps(odd, ensure_ascii=False)
     path.write_text(text, encoding="utf-8-sig")
-    assert [preference.id for preference in read_preferences(path)] == ["pairs.jsonl:1", "pairs.jsonl:3"]
-    assert read_preferences(path)[1].chosen == odd["chosen"]
+    assert [preference.id for preference in read_preferences(path).pairs] == ["pairs.jsonl:1", "pairs.jsonl:3"]
+    assert read_preferences(path).pairs[1].chosen == odd["chosen"]
 
 
 def without(key: str) -> dict[str, Any]:

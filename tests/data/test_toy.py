@@ -83,7 +83,7 @@ def test_preferences_are_rows_of_the_usual_form() -> None:
     for row in rows:
         assert is_right(row["prompt"], row["chosen"][0]["content"])
         assert not is_right(row["prompt"], row["rejected"][0]["content"])
-    data = tokenize_preferences(preferences_from_rows(rows, "toy"), toy_tokenizer(), max_length=32)
+    data = tokenize_preferences(preferences_from_rows(rows, "toy").pairs, toy_tokenizer(), max_length=32)
     assert len(data.pairs) == 200
     assert data.seam_merges == 0
 
