@@ -20,8 +20,8 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.checkpoint import latest_complete
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
-from lorafocal.data.sources import read_preferences
-from lorafocal.data.tokens import TokenizedData, tokenize_preferences
+from lorafocal.data.prepare import prepare_data
+from lorafocal.data.tokens import TokenizedData
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.model.load import base_fingerprint, load_base, load_tokenizer
@@ -97,11 +97,10 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
 
 def _check_files(config: Config) -> None:
     """The data files first: they cost nothing to look for, and a model may have to be fetched."""
-    for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if path is not None and not Path(path).is_file():
-            raise InputError(
-                f"{key}: {path} does not exist; it names a .jsonl, .json or .parquet file of preference rows"
-            )
+    for name in ("train", "eval"):
+        for source in config.data.sources(name):
+            if not Path(source.path).is_file():
+                raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 
 def _refuse_taken(folder: Path) -> None:
@@ -125,15 +124,10 @@ def _read_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> dict[str, TokenizedData]:
     data = {}
-    for name, path in (("train", config.data.train), ("eval", config.data.eval)):
-        if path is None:
-            continue
-        preferences = read_preferences(Path(path)).pairs
-        data[name] = tokenize_preferences(
-            preferences, tokenizer, max_length=config.data.max_length, truncation=config.data.truncation
-        )
-        dropped = ", ".join(f"{count} {reason}" for reason, count in data[name].drops.items()) or "none"
-        say(f"{name}: {len(data[name].pairs)} pairs; dropped: {dropped}")
+    for name, part in prepare_data(config.data, tokenizer).items():
+        data[name] = part.tokens
+        dropped = ", ".join(f"{count} {reason}" for reason, count in part.tokens.drops.items()) or "none"
+        say(f"{name}: {len(part.tokens.pairs)} pairs; dropped: {dropped}")
     return data
 
 

@@ -25,7 +25,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 
 # What stands directly in the package, and on which floor. A module imports from its floor or from lower ones.
 FLOORS = {
-    0: "errors config yaml12 training_fields bounds metrics publish tensor_files objectives ops",
+    0: "errors config schema yaml12 training_fields bounds metrics publish tensor_files objectives ops",
     1: "data model lineage card",
     2: "policy reference probes",
     3: "arguments trainer sampler checkpoint health interrupt resume progress run",
@@ -35,7 +35,7 @@ FLOORS = {
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 
 # These answer before the heavy libraries are loaded: `lorafocal --help`, and a config's errors.
-LIGHT_FILES = "errors config yaml12 training_fields bounds cli __init__ __main__".split()
+LIGHT_FILES = "errors config schema yaml12 training_fields bounds cli __init__ __main__".split()
 HEAVY_LIBRARIES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "matplotlib", "pandas"}
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "joblib", "dill", "cloudpickle", "shelve"}

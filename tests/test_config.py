@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +36,15 @@ VALUES: dict[str, Any] = {
     "training": {"pairs_per_step": 64, "learning_rate": 1e-4, "eval_strategy": "steps"},
 }
 # Keys that speak to somebody else than the trainer or LoRA: which model is loaded, which files are read.
-READ_BY_THE_RUN = {"model.name", "model.dtype", "model.revision", "model.shape", "data.train", "data.eval"}
+SOURCE_KEYS = ("path", "weight", "form", "columns", "revision", "split")
+READ_BY_THE_RUN = {
+    "model.name", "model.dtype", "model.revision", "model.shape", "data.train", "data.eval",
+    "data.held_out", "data.form", "data.columns", "data.revision", "data.split", "data.on_bad_row", "data.cache",
+    *(f"data.{name}.{key}" for name in ("train", "eval") for key in SOURCE_KEYS),
+}  # fmt: skip
 FOCALPO_FIELDS = {
-    "objective", "beta", "gamma", "pairs_per_step", "max_length", "truncation", "layout", "tokens_per_pack",
-    "identity_probe", "allow_dropout", "reference",
+    "objective", "beta", "gamma", "pairs_per_step", "max_length", "max_prompt_length", "truncation",
+    "chat_template_kwargs", "layout", "tokens_per_pack", "identity_probe", "allow_dropout", "reference",
 }  # fmt: skip
 # A value other than the one in VALUES or the default, where the annotation does not give it.
 OTHER_VALUES = {
@@ -53,6 +60,13 @@ OTHER_VALUES = {
     "data.train": "another.jsonl",
     "data.eval": "another.jsonl",
     "data.max_length": "77",
+    "data.form": "sharegpt",
+    "data.columns": "{prompt: question}",
+    "data.revision": "0123456789abcdef0123456789abcdef01234567",
+    "data.split": "test",
+    "data.chat_template_kwargs": "{enable_thinking: false}",
+    "data.on_bad_row": "error",
+    "data.cache": "false",
     "objective.beta": "0.3",
     "objective.gamma": "0.07",
     "reference.identity_probe": "false",
@@ -64,10 +78,28 @@ OTHER_VALUES = {
     "packing.layout": "padded",
     "packing.tokens": "77",
 }
-# Keys that need a second key beside them, or have only one legal value so far (any other is refused).
-TOGETHER = {"adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"]}
-TOGETHER["objective.name"] = ["objective.name=dpo"]
-ONE_VALUE = {"data.truncation", "reference.kind"}
+ANOTHER_SOURCE = {
+    "path": "another.jsonl", "weight": 0.5, "form": "sharegpt", "columns": {"prompt": "question"},
+    "revision": "0123456789abcdef0123456789abcdef01234567", "split": "test",
+}  # fmt: skip
+# Keys that need a second key beside them.
+TOGETHER = {
+    "adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"],
+    "adapter.start_from": ["adapter={start_from: runs/sft/adapter}"],
+    "objective.name": ["objective.name=dpo"],
+    "data.held_out": ["data={train: train.jsonl, held_out: 0.1}"],
+    "data.truncation": ["data.truncation=keep_start"],
+    "data.max_prompt_length": ["data.truncation=recipe", "data.max_prompt_length=512"],
+    "reference.kind": ["reference.kind=frozen_copy"],
+    "reference.model": ["reference={kind: separate_model, model: another}"],
+    "reference.revision": [
+        "reference={kind: separate_model, model: another, revision: 0123456789abcdef0123456789abcdef01234567}"
+    ],
+}
+for name, key in itertools.product(("train", "eval"), SOURCE_KEYS):
+    source = {"path": f"{name}.jsonl"} | {key: ANOTHER_SOURCE[key]}
+    TOGETHER[f"data.{name}.{key}"] = [f"data.{name}={json.dumps(source)}"]
+CHOICES = ("data.truncation", "data.on_bad_row", "reference.kind", "objective.name", "packing.layout")
 
 
 def changed(*path_and_value: Any) -> dict[str, Any]:
@@ -111,7 +143,7 @@ def override_for(key: str) -> list[str]:
 
 
 @pytest.mark.row("32")
-@pytest.mark.parametrize("key", sorted(set(known_keys()) - ONE_VALUE))
+@pytest.mark.parametrize("key", sorted(known_keys()))
 def test_every_key_changes_the_run(key: str, file: Path) -> None:
     before, after = load_config(file), load_config(file, override_for(key))
     assert before.sha() != after.sha()
@@ -120,8 +152,8 @@ def test_every_key_changes_the_run(key: str, file: Path) -> None:
 
 
 @pytest.mark.row("32")
-@pytest.mark.parametrize("key", sorted(ONE_VALUE))
-def test_a_key_with_one_value_refuses_others(key: str, file: Path) -> None:
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_key_with_choices_refuses_others(key: str, file: Path) -> None:
     with pytest.raises(InputError, match=f"{key}: found 'another'"):
         load_config(file, [f"{key}=another"])
 
@@ -319,7 +351,7 @@ def test_warmup_is_said_once() -> None:
 
 def test_evaluation_needs_data() -> None:
     values = changed("data", {"train": "train.jsonl"})
-    assert "data.eval names no file" in mistakes(values)
+    assert "neither data.eval nor data.held_out" in mistakes(values)
     values["training"] = {"pairs_per_step": 64}
     check_config(values)
 
@@ -369,3 +401,42 @@ def test_a_config_cannot_be_changed(file: Path) -> None:
     config = load_config(file)
     with pytest.raises(ValueError, match="frozen"):
         config.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "told"),
+    [
+        ("data", {"train": "a.jsonl", "eval": "b.jsonl", "held_out": 9}, "data.held_out: data.eval names held-out"),
+        ("data", {"train": "a.jsonl", "held_out": 1.5}, "data.held_out: found 1.5; allowed: a number of pairs"),
+        ("data", {"train": [], "eval": "b.jsonl"}, "data.train: found an empty list"),
+        ("data", {"train": [{"path": "a", "wieght": 2}]}, "data.train.0.wieght: unknown key; did you mean data.train"),
+        ("data", {"train": "a.jsonl", "truncation": "recipe"}, "data.max_prompt_length: missing"),
+        ("data", {"train": "a.jsonl", "max_prompt_length": 9}, "data.max_prompt_length: only truncation: recipe"),
+        ("adapter", {"start_from": "runs/sft/adapter", "r": 8}, "adapter.start_from: the adapter brings its own r"),
+        ("adapter", {"alpha": 8}, "adapter.r: missing"),
+        ("objective", {"name": "sft", "beta": 0.1}, "objective.beta: sft has none"),
+        ("objective", {"name": "dpo"}, "objective.beta: missing"),
+        ("reference", {"kind": "separate_model"}, "reference.model: missing"),
+        ("reference", {"kind": "frozen_copy", "model": "m"}, "reference.model: only kind: separate_model"),
+        ("reference", None, "reference: missing"),
+    ],
+)
+def test_what_does_not_fit_together_is_told_at_its_key(section: str, value: Any, told: str) -> None:
+    assert told in mistakes({**VALUES, section: value})
+
+
+def test_supervised_tuning_needs_no_reference_and_takes_none() -> None:
+    values = {**VALUES, "objective": {"name": "sft"}}
+    assert "reference: sft compares with no reference" in mistakes(values)
+    del values["reference"]
+    assert "reference" not in training_arguments(check_config(values))
+
+
+def test_sources_take_the_keys_of_their_section_unless_they_have_their_own() -> None:
+    data = {"train": ["a.jsonl", {"path": "b.csv", "form": "explicit"}], "eval": "c.jsonl", "form": "sharegpt"}
+    config = check_config({**VALUES, "data": data})
+    assert [source.form for source in config.data.sources("train")] == ["sharegpt", "explicit"]
+    assert [(source.path, source.form) for source in config.data.sources("eval")] == [("c.jsonl", "sharegpt")]
+    assert (
+        check_config({**VALUES, "data": {"train": "a.jsonl", "eval": "a.jsonl"}}).data.sources("train")[0].form is None
+    )

@@ -169,7 +169,7 @@ def test_there_must_be_a_run_to_resume(root: Path, tmp_path: Path) -> None:
     [
         ({"data__train": "nowhere.jsonl"}, r"nowhere\.jsonl"),
         ({"data__eval": "nowhere.jsonl"}, r"nowhere\.jsonl"),
-        ({"data__train": "{tmp}/broken.jsonl"}, r"broken\.jsonl.*2"),
+        ({"data__train": "{tmp}/broken.jsonl", "data__on_bad_row": "error"}, r"broken\.jsonl.*2"),
         ({"data__max_length": 2}, "max_length"),
         ({"model__name": "{tmp}/no-model"}, "no-model"),
         ({"model__shape": {"model_type": "llama", "hidden_size": 64}}, "hidden_size is 32, the config file states 64"),

@@ -1,0 +1,334 @@
+"""The closed, frozen schema of a run: which keys a config may have, their types, and what fits together.
+
+Sections are pydantic models; `lorafocal.config` reads files into them and words their mistakes. Imports neither torch
+nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from lorafocal.bounds import check_beta, check_dropout, check_gamma
+from lorafocal.training_fields import RULES, check_training_fields, installed_fields
+
+RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Revision = Annotated[str | None, Field(pattern=r"^[0-9a-f]{40}$")]
+Text = Annotated[str, Field(min_length=1)]
+
+WORDED = "worded"
+"""Type of a mistake whose message is already what a person reads."""
+
+
+def _no_half_precision(value: Any) -> Any:
+    if value in ("float16", "fp16", "half"):
+        raise ValueError(f"found {value!r}; {RULES['fp16'].reason}")
+    return value
+
+
+def _target_modules(value: Any) -> Any:
+    if value == "all-linear":
+        return value
+    if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
+        return value
+    raise ValueError(f"found {value!r}; allowed: all-linear, or a list of module names such as [q_proj, v_proj]")
+
+
+def _architecture(value: Any) -> Any:
+    if value is not None and not (isinstance(value, dict) and isinstance(value.get("model_type"), str)):
+        raise ValueError(f"found {value!r}; allowed: the model's transformers config values, model_type among them")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """One source or several, each a name or a mapping, to a list of mappings."""
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise ValueError("found an empty list; name at least one file or hub id")
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in listed]
+
+
+def _pairs_or_share(value: Any) -> Any:
+    if value is None or (type(value) is int and value >= 1) or (type(value) is float and 0 < value < 1):
+        return value
+    raise ValueError(f"found {value!r}; allowed: a number of pairs such as 200, or a share such as 0.05")
+
+
+class Section(BaseModel):
+    """What all sections have in common: unknown keys are mistakes, types are strict, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Model(Section):
+    """Which base model, and in which precision it computes."""
+
+    name: Text
+    revision: Revision = None
+    dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_no_half_precision)]
+    shape: Annotated[dict[str, Any] | None, BeforeValidator(_architecture)] = None
+
+
+class Adapter(Section):
+    """The LoRA adapter that is trained: a fresh one (`r`, `alpha`), or an existing one (`start_from`)."""
+
+    r: Annotated[int | None, Field(ge=1)] = None
+    alpha: Annotated[int | None, Field(ge=1)] = None
+    targets: Annotated[Any, BeforeValidator(_target_modules)] = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    allow_dropout: bool = False
+    start_from: Annotated[str | None, Field(min_length=1)] = None
+
+    @model_validator(mode="after")
+    def _fresh_or_continued(self) -> Adapter:
+        given = self.model_fields_set & {"r", "alpha", "targets", "dropout"}
+        if self.start_from is not None and any(getattr(self, key) != _default(Adapter, key) for key in given):
+            raise _mistake("start_from", f"the adapter brings its own {', '.join(sorted(given))}; remove these here")
+        missing = [key for key in ("r", "alpha") if getattr(self, key) is None]
+        if self.start_from is None and missing:
+            raise _mistakes((key, "missing; it has no default (to continue an adapter: start_from)") for key in missing)
+        check_dropout(self.dropout, allowed=self.allow_dropout)
+        return self
+
+
+class Source(Section):
+    """One file of preference rows, or one data set of the hub; `weight` 2 takes every pair twice, 0.5 half of them."""
+
+    path: Text
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    form: str | None = None
+    columns: dict[str, str] = {}
+    revision: Revision = None
+    split: str | None = None
+
+
+Sources = Annotated[list[Source], BeforeValidator(_listed)]
+
+
+class Data(Section):
+    """Where preference rows come from, how they are read, and how long a sequence may be.
+
+    `form`, `columns`, `revision` and `split` hold for every source that does not say its own.
+    """
+
+    train: Sources
+    eval: Sources | None = None
+    held_out: Annotated[int | float | None, BeforeValidator(_pairs_or_share)] = None
+    form: str | None = None
+    columns: dict[str, str] = {}
+    revision: Revision = None
+    split: str | None = None
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    max_prompt_length: Annotated[int | None, Field(ge=1)] = None
+    truncation: Literal["drop", "keep_start", "cut_prompt_left", "recipe"] = "drop"
+    chat_template_kwargs: dict[str, Any] = {}
+    on_bad_row: Literal["drop", "error"] = "drop"
+    cache: bool = True
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> Data:
+        problems = []
+        if self.eval is not None and self.held_out is not None:
+            problems.append(("held_out", "data.eval names held-out pairs already; remove one of the two"))
+        if self.truncation == "recipe" and self.max_prompt_length is None:
+            problems.append(("max_prompt_length", "missing; truncation: recipe cuts prompts to it"))
+        if self.truncation != "recipe" and self.max_prompt_length is not None:
+            problems.append(("max_prompt_length", "only truncation: recipe uses it; set that, or remove this key"))
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            problems.append(("max_prompt_length", f"must leave room for an answer below max_length {self.max_length}"))
+        if problems:
+            raise _mistakes(problems)
+        return self
+
+    def sources(self, name: Literal["train", "eval"]) -> list[Source]:
+        """The sources of `train` or `eval`, with the section's own form, columns, revision and split filled in."""
+        shared = {key: getattr(self, key) for key in ("form", "columns", "revision", "split") if getattr(self, key)}
+        sources: list[Source] = getattr(self, name) or []
+        return [
+            source.model_copy(update={k: v for k, v in shared.items() if not getattr(source, k)}) for source in sources
+        ]
+
+
+class Objective(Section):
+    """The loss and its parameters; gamma (0.05 if absent) belongs to focalpo only, sft has none of them."""
+
+    name: Literal["focalpo", "dpo", "sft"]
+    beta: float | None = None
+    gamma: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paper_gamma(cls, section: Any) -> Any:
+        if isinstance(section, dict) and section.get("name") == "focalpo":
+            return {"gamma": 0.05, **section}
+        return section
+
+    @model_validator(mode="after")
+    def _values_make_sense(self) -> Objective:
+        given = [key for key in ("beta", "gamma") if getattr(self, key) is not None]
+        if self.name == "sft":
+            if given:
+                raise _mistakes((key, "sft has none and would ignore it; remove it, or set it null") for key in given)
+            return self
+        if self.beta is None:
+            raise _mistake("beta", "missing; it has no default")
+        check_beta(self.beta)
+        if self.name == "focalpo":
+            check_gamma(self.gamma)  # type: ignore[arg-type]  # an explicit null is refused there
+        elif self.gamma is not None:
+            raise ValueError(
+                f"gamma is {self.gamma}, but dpo has no gamma and would ignore it; remove it, or set it null"
+            )
+        return self
+
+
+class Reference(Section):
+    """What the policy is compared with; no default, because a wrong reference trains without complaint.
+
+    `identity_probe` left out means on, except for a separate model, which may deliberately be another one.
+    """
+
+    kind: Literal["disabled_adapter", "frozen_copy", "separate_model"]
+    model: Annotated[str | None, Field(min_length=1)] = None
+    revision: Revision = None
+    identity_probe: bool | None = None
+
+    @model_validator(mode="after")
+    def _model_fits_kind(self) -> Reference:
+        if self.kind == "separate_model" and self.model is None:
+            raise _mistake("model", "missing; kind: separate_model needs the hub id or folder of that model")
+        stray = [key for key in ("model", "revision") if getattr(self, key) is not None]
+        if self.kind != "separate_model" and stray:
+            raise _mistakes((key, f"only kind: separate_model has one; {self.kind} is the base's own") for key in stray)
+        return self
+
+
+class Training(BaseModel):
+    """Our own keys, and beside them the supported fields of `TrainingArguments` under their own names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    pairs_per_step: Annotated[int, Field(ge=1)]
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    activation_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0)] = 42
+    data_seed: Annotated[int, Field(ge=0)] = 42
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _only_fields_we_honour(cls, section: Any, handler: Any) -> Any:
+        problems: list[Any] = []
+        result = None
+        try:
+            result = handler(section)
+        except ValidationError as error:
+            problems += error.errors()
+        if isinstance(section, dict):
+            problems += _training_problems({k: v for k, v in section.items() if k not in cls.model_fields}, section)
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, [_line_error(problem) for problem in problems])
+        return result
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The `TrainingArguments` fields that were given, beside our own keys."""
+        return dict(self.model_extra or {})
+
+
+class Packing(Section):
+    """How pairs are laid out for the model: changes memory and speed, never the result.
+
+    `auto` packs where the model's probes allow it, and says why where they do not.
+    """
+
+    layout: Literal["auto", "packed", "padded"] = "packed"
+    tokens: Annotated[int, Field(ge=1)] = 2048
+
+
+class Config(Section):
+    """One training run."""
+
+    name: RunName
+    model: Model
+    adapter: Adapter
+    data: Data
+    objective: Objective
+    reference: Reference | None = None
+    training: Training
+    packing: Packing = Packing()
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Config:
+        problems = []
+        strategy = self.training.fields.get("eval_strategy", "no")
+        has_held_out = self.data.eval is not None or self.data.held_out is not None
+        if not has_held_out and (strategy != "no" or self.training.fields.get("eval_on_start")):
+            problems.append(
+                (
+                    "training",
+                    "asks for evaluation, but neither data.eval nor data.held_out gives held-out pairs; add one, or"
+                    " remove eval_strategy",
+                )
+            )
+        if self.objective.name == "sft" and self.reference is not None:
+            problems.append(("reference", "sft compares with no reference and would ignore it; remove the section"))
+        if self.objective.name != "sft" and self.reference is None:
+            problems.append(("reference", "missing; it has no default"))
+        if problems:
+            raise _mistakes(problems)
+        return self
+
+    def sha(self) -> str:
+        """sha256 (hex) of the resolved values; equal for two files that describe the same run."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def warnings(self) -> list[str]:
+        """What is legal here but deserves a word before the run starts."""
+        risky = check_gamma(self.objective.gamma) if self.objective.gamma is not None else None
+        return [f"objective.gamma: {risky}"] if risky else []
+
+
+def _default(section: type[BaseModel], key: str) -> Any:
+    return section.model_fields[key].default
+
+
+def _training_problems(fields: dict[str, Any], section: dict[str, Any]) -> Iterable[Any]:
+    """What is wrong with the fields under `training`, as `_line_error` takes it."""
+    passed = {}
+    for name, value in fields.items():
+        rule = RULES.get(name)
+        if rule is not None and rule.config_key:
+            yield name, f"found {value!r}; in a config this is said by the key {rule.config_key}"
+        elif rule is None and name not in installed_fields():
+            yield {"type": "extra_forbidden", "loc": (name,), "msg": "unknown key", "input": value}
+        else:
+            passed[name] = value
+    for message in check_training_fields(passed):
+        name, _, text = message.partition(": ")
+        yield name, text
+    if "warmup_steps" in fields and "warmup_ratio" in section:
+        yield "warmup_steps", "warmup_ratio is given too; remove one of the two"
+
+
+def _mistake(key: str, message: str) -> ValidationError:
+    """One mistake at `key` inside the section whose validator raises it."""
+    return _mistakes([(key, message)])
+
+
+def _mistakes(problems: Iterable[tuple[str, str]]) -> ValidationError:
+    return ValidationError.from_exception_data("config", [_line_error(problem) for problem in problems])
+
+
+def _line_error(problem: Any) -> InitErrorDetails:
+    """One line of a pydantic error: either ours, a (key, message), or pydantic's own details passed on."""
+    if isinstance(problem, tuple):
+        key, message = problem
+        worded = PydanticCustomError(WORDED, "{message}", {"message": message})
+        return {"type": worded, "loc": (key,), "input": None}
+    kept = PydanticCustomError(problem["type"], "{message}", {"message": problem["msg"]})
+    return {"type": kept, "loc": problem["loc"], "input": problem["input"]}
