@@ -11,18 +11,39 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorafocal.data.packing import Pack
+from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm, install_head, scoring
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 
 
 def prepare_policy(model: nn.Module, *, layout: str = "packed") -> None:
-    """Install the log-prob head and, for packs, the shared-prefix attention; weights and saved files stay."""
+    """Install the log-prob head and the attention of `layout`; weights and saved files stay.
+
+    The low-level step: `probes.choose_layout` also proves that the model computes what the layout assumes.
+    Raises InputError where the model has no exchangeable attention.
+    """
     install_head(model)
+    base = causal_lm(model)
     if layout == "packed":
-        causal_lm(model).set_attn_implementation(SHARED_PREFIX_ATTENTION)
+        _set_attention(base, SHARED_PREFIX_ATTENTION)
+    elif base.config._attn_implementation == SHARED_PREFIX_ATTENTION:
+        _set_attention(base, own_attention(base))
+
+
+def own_attention(base: PreTrainedModel) -> str:
+    """transformers' own attention for this model: "sdpa" drops soft-caps and sinks, so models with them have none."""
+    return "sdpa" if base._supports_sdpa else "eager"
+
+
+def _set_attention(base: PreTrainedModel, name: str) -> None:
+    """Raises InputError where the model goes on with the attention that it had."""
+    base.set_attn_implementation(name)
+    if base.config._attn_implementation != name:
+        raise InputError(f"{type(base).__name__} does not let its attention be exchanged")
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -56,12 +77,14 @@ def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
 
 
 @contextmanager
-def plain_attention(model: nn.Module, name: str = "sdpa") -> Iterator[None]:
+def plain_attention(model: nn.Module) -> Iterator[None]:
     """Within, the model runs on transformers' own attention: for `generate()` and for ordinary batches."""
     base = causal_lm(model)
-    before = base.config._attn_implementation
-    base.set_attn_implementation(name)
+    if base.config._attn_implementation != SHARED_PREFIX_ATTENTION:
+        yield
+        return
+    _set_attention(base, own_attention(base))
     try:
         yield
     finally:
-        base.set_attn_implementation(before)
+        _set_attention(base, SHARED_PREFIX_ATTENTION)

@@ -1,25 +1,25 @@
-"""Proves, on a few made-up pairs, that this model really computes what packs assume, before it is trained.
+"""Proves, on a few made-up pairs, that this model really computes what a layout assumes, before it is trained.
 
 Some architectures never call the attention interface, mix tokens by other means, or change logits after the head:
-with them a pack would be silently wrong. They are refused by name.
+with them a pack would be silently wrong. They train padded, or are refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lorafocal.data.packing import Pack, share_prefixes
+from lorafocal.data.packing import Pack, pad_sequences, share_prefixes
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
-from lorafocal.policy import compute_dtype, plain_attention, token_logps
+from lorafocal.policy import compute_dtype, plain_attention, prepare_policy, token_logps
 
 WAY_OUT = "Set `packing.layout: padded`, or use another architecture (Llama and Mistral are known to train packed)"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -27,6 +27,38 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Largest difference of a token's log-prob between a pack and one-at-a-time scoring that rounding explains, in nats.
 # bf16 keeps 8 bits: hidden states of deep models differ by some 1e-2 relative between kernels.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutChoice:
+    """The layout a model trains in, and why packs were passed over ("" where they were not)."""
+
+    layout: str
+    reason: str = ""
+
+
+def choose_layout(model: nn.Module, layout: str) -> LayoutChoice:
+    """Prepare `model` for `layout` ("auto", "packed" or "padded") and prove that it computes what that assumes.
+
+    "auto" is packed where the probes pass, else padded with the reason. Raises InputError naming what failed.
+    """
+    reason = ""
+    if layout != "padded":
+        try:
+            prepare_policy(model, layout="packed")
+            check_packing(model)
+            return LayoutChoice("packed")
+        except InputError as problem:
+            if layout == "packed":
+                raise InputError(f"{problem}. {WAY_OUT}") from problem
+            reason = str(problem)
+    prepare_policy(model, layout="padded")
+    try:
+        check_padding(model)
+    except InputError as problem:
+        before = f"packed: {reason}; padded: " if reason else ""
+        raise InputError(f"{before}{problem}. Use another architecture") from problem
+    return LayoutChoice("padded", reason)
 
 
 @torch.no_grad()
@@ -39,18 +71,31 @@ def check_packing(model: nn.Module) -> None:
     name = type(base).__name__
     check_layer_types(base)
     pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)
-    device = next(model.parameters()).device
-    pack = share_prefixes(pairs).to(device)
+    pack = share_prefixes(pairs).to(next(model.parameters()).device)
     with _counted_attention() as calls:
         packed = token_logps(model, pack)
     layers = base.config.get_text_config().num_hidden_layers
     if calls[0] != layers:
         raise InputError(
             f"{name}: {layers} layers called the attention interface {calls[0]} times, so some layers mix tokens by"
-            f" other means and packs would be wrong. {WAY_OUT}"
+            " other means and packs would be wrong"
         )
     check_neighbours(model, pack, name)
     check_scores(model, pairs, packed, name)
+
+
+@torch.no_grad()
+def check_padding(model: nn.Module) -> None:
+    """Probe neighbours, head and one-at-a-time scores of a policy prepared for padded rows.
+
+    Raises InputError naming what failed.
+    """
+    base = causal_lm(model)
+    name = type(base).__name__
+    pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)
+    pack = pad_sequences(pairs).to(next(model.parameters()).device)
+    check_neighbours(model, pack, name)
+    check_scores(model, pairs, token_logps(model, pack), name)
 
 
 def check_layer_types(base: nn.Module) -> None:
@@ -59,33 +104,37 @@ def check_layer_types(base: nn.Module) -> None:
     other = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if other or getattr(config, "attention_chunk_size", None):
         kinds = ", ".join(sorted(other)) or "chunked attention"
-        raise InputError(f"{type(base).__name__} has layers that packs cannot hold apart ({kinds}). {WAY_OUT}")
+        raise InputError(f"{type(base).__name__} has layers that packs cannot hold apart ({kinds})")
 
 
 def check_neighbours(model: nn.Module, pack: Pack, name: str) -> None:
     """Changing the tokens of a pair in the middle must move the pairs on both sides by exactly 0."""
     middle = pack.num_pairs // 2
-    span = pack.segments.spans[middle]  # type: ignore[union-attr]
     changed = pack.input_ids.clone()
-    changed[0, span.start : span.stop] = changed[0, span.start : span.stop].flip(0).roll(1)
+    if pack.segments is None:
+        rows = [middle, middle + pack.num_pairs]
+        changed[rows] = changed[rows].flip(1).roll(1, dims=1)
+    else:
+        span = pack.segments.spans[middle]
+        changed[0, span.start : span.stop] = changed[0, span.start : span.stop].flip(0).roll(1)
     others = pack.index.sequence % pack.num_pairs != middle
     leaks = token_logps(model, pack) - token_logps(model, replace(pack, input_ids=changed))
     leak = float(leaks[others].abs().max())
     if leak != 0:
-        raise InputError(f"{name}: changing one pair moved another pair's log-probs by {leak:.3g} nats. {WAY_OUT}")
+        raise InputError(f"{name}: changing one pair moved another pair's log-probs by {leak:.3g} nats")
 
 
-def check_scores(model: nn.Module, pairs: list[TokenizedPair], packed: torch.Tensor, name: str) -> None:
-    """Packed scores must equal the model's own logits, one sequence at a time, on transformers' own attention."""
+def check_scores(model: nn.Module, pairs: list[TokenizedPair], logps: torch.Tensor, name: str) -> None:
+    """Scores must equal the model's own logits, one sequence at a time, on transformers' own attention."""
     alone = torch.cat(
         [_alone(model, p.prompt_ids, p.chosen_ids) for p in pairs]
         + [_alone(model, p.prompt_ids, p.rejected_ids) for p in pairs]
     )
-    gap = float((packed - alone).abs().max())
+    gap = float((logps - alone).abs().max())
     if not gap <= TOLERANCE[compute_dtype(model)]:
         raise InputError(
-            f"{name}: log-probs from a pack differ by {gap:.3g} nats a token from the model's own logits: it changes"
-            f" its logits or its attention in a way that packs do not follow. {WAY_OUT}"
+            f"{name}: log-probs differ by {gap:.3g} nats a token from the model's own logits, one sequence at a time:"
+            " it changes its logits or its attention in a way that is not followed here"
         )
 
 

@@ -111,7 +111,7 @@ GUARDS: list[Guard] = [
     Guard("27", "lorafocal.data.packing:pad_sequences", careless.masks_from_ids, "tests/test_policy.py::test_the_pad_token_changes_no_bit_of_loss_or_gradient"),
     Guard("20", "lorafocal.ops.attention:sdpa_shared_prefix_attention", lambda _: careless.leaking_attention, "tests/test_policy.py::test_a_changed_neighbour_moves_the_others_by_exactly_nothing"),
     Guard("20", "lorafocal.probes:check_neighbours", lambda _: lambda *a: None, "tests/test_probes.py::test_a_leak_between_neighbours_is_found"),
-    Guard("F12 20", "lorafocal.trainer:check_packing", lambda _: lambda model: None, "tests/test_trainer.py::test_a_model_that_packs_would_get_wrong_is_refused_before_the_first_step"),
+    Guard("F12 20", "lorafocal.probes:check_packing", lambda _: lambda model: None, "tests/test_trainer.py::test_a_model_that_packs_would_get_wrong_is_refused_before_the_first_step"),
     Guard("F11", "lorafocal.model.head:logit_transform", lambda _: careless.no_transform, "tests/model/test_head.py::test_scaled_and_capped_logits_are_followed_exactly_and_the_model_is_left_as_it_was"),
     Guard("F11 21", "lorafocal.probes:check_scores", lambda _: lambda *a: None, "tests/test_probes.py::test_a_head_that_misses_the_models_transform_is_found"),
     Guard("21", "lorafocal.model.head:install_head", lambda _: careless.any_head, "tests/model/test_head.py::test_a_head_that_is_not_a_plain_linear_layer_is_refused"),

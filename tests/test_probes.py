@@ -22,7 +22,7 @@ from lorafocal.model.head import LogitTransform, install_head
 from lorafocal.ops import attention
 from lorafocal.ops.attention import PairSpan, Segments
 from lorafocal.policy import prepare_policy
-from lorafocal.probes import check_packing
+from lorafocal.probes import LayoutChoice, check_packing, choose_layout
 from tests.tiny import SIZES, tiny_base, tiny_policy
 
 HEADS = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -63,10 +63,21 @@ def test_others_that_call_the_interface_pass_too(config):
     ids=lambda config: config.model_type,
 )
 def test_models_that_packs_would_get_wrong_are_refused_by_name(config):
-    with pytest.raises((InputError, ValueError)) as refusal:
-        check_packing(ready(config))
-    assert isinstance(refusal.value, InputError), refusal.value
-    assert "packing.layout: padded" in str(refusal.value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match=r"packing\.layout: padded"):
+        choose_layout(model, "packed")
+
+
+@pytest.mark.row("F12", "20")
+def test_auto_falls_back_to_padded_rows_with_the_reason():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Lfm2Config(**SIZES, full_attn_idxs=[1])).eval()
+    choice = choose_layout(model, "auto")
+    assert choice.layout == "padded"
+    assert "conv" in choice.reason
+    assert choose_layout(tiny_policy(), "auto") == LayoutChoice("packed", "")
+    assert choose_layout(tiny_policy(), "padded") == LayoutChoice("padded", "")
 
 
 @pytest.mark.row("20")

@@ -19,11 +19,12 @@ from lorafocal.errors import InputError
 from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.model.saved import CONFIG_FILE, open_adapter, read_adapter, read_config, stored_dtype
 from lorafocal.objectives.pairwise import PairLogps, rewards
-from lorafocal.policy import prepare_policy, sequence_logps
+from lorafocal.policy import sequence_logps
+from lorafocal.probes import choose_layout
 from lorafocal.publish import write_atomically
 from lorafocal.reference import DisabledAdapterReference
 
-TOKENS_PER_PACK = 2048  # rows of one forward pass; changes memory and speed, never the numbers
+PACKS = PairCollator()
 MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
 
 
@@ -110,14 +111,14 @@ def pair_logps(
     pairs: Sequence[TokenizedPair],
     *,
     device: torch.device,
-    tokens_per_pack: int = TOKENS_PER_PACK,
+    collator: PairCollator = PACKS,
 ) -> PairLogps:
     """Run `logps` over packs of `pairs`; chosen and rejected, each (B,) fp32 on the CPU, in the order of
     `pairs`."""
     numbered = [replace(pair, id=str(number)) for number, pair in enumerate(pairs)]  # ids of a user may repeat
     chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
     with torch.no_grad():
-        for pack in PairCollator(tokens_per_pack=tokens_per_pack)(numbered).packs:
+        for pack in collator(numbered).packs:
             rows = [int(number) for number in pack.pair_ids]
             answer = logps(pack.to(device))
             chosen[rows], rejected[rows] = answer.chosen.float().cpu(), answer.rejected.float().cpu()
@@ -157,10 +158,10 @@ def score_pairs(
     pairs: Sequence[TokenizedPair],
     *,
     beta: float | None,
-    tokens_per_pack: int = TOKENS_PER_PACK,
+    collator: PairCollator = PACKS,
 ) -> list[PairScore]:
-    """Score `pairs` with a model that `prepare_policy` made ready, in evaluation mode, without gradients."""
-    run = partial(pair_logps, pairs=pairs, device=next(model.parameters()).device, tokens_per_pack=tokens_per_pack)
+    """Score `pairs` with a model made ready for the collator's layout, in evaluation mode, without gradients."""
+    run = partial(pair_logps, pairs=pairs, device=next(model.parameters()).device, collator=collator)
     was_training = model.training
     model.eval()
     try:
@@ -206,9 +207,9 @@ def _score_adapter(
     tokenizer = load_tokenizer(saved.base, saved.revision)
     pairs = load_pairs(path, tokenizer, max_length=saved.max_length or MAX_LENGTH)
     policy = open_adapter(saved, dtype=saved.dtype)
-    prepare_policy(policy)
+    collator = PairCollator(choose_layout(policy, "auto").layout)
     beta = saved.beta if beta is None else beta
-    return beta, score_pairs(policy, DisabledAdapterReference(policy), pairs, beta=beta)
+    return beta, score_pairs(policy, DisabledAdapterReference(policy), pairs, beta=beta, collator=collator)
 
 
 def _score_model(target: str, path: Path, base: str | None, beta: float | None) -> tuple[float | None, list[PairScore]]:
@@ -221,6 +222,6 @@ def _score_model(target: str, path: Path, base: str | None, beta: float | None) 
 
 def _model_logps(name: str, pairs: Sequence[TokenizedPair], dtype: str) -> PairLogps:
     model = load_base(name, dtype=dtype)
-    prepare_policy(model)
+    collator = PairCollator(choose_layout(model, "auto").layout)
     model.eval()
-    return pair_logps(partial(sequence_logps, model), pairs, device=model.device)
+    return pair_logps(partial(sequence_logps, model), pairs, device=model.device, collator=collator)

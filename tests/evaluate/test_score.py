@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.held_out import read_held_out, write_held_out
+from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.data.toy import toy_preferences
 from lorafocal.errors import InputError
@@ -116,7 +117,10 @@ def test_the_pack_size_and_repeated_ids_change_nothing(run: SavedRun) -> None:
     prepare_policy(policy)
     twice = [TokenizedPair("same", p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in run.pairs]
     small, large = (
-        [score.chosen_logps for score in score_pairs(policy, None, twice, beta=None, tokens_per_pack=tokens)]
+        [
+            score.chosen_logps
+            for score in score_pairs(policy, None, twice, beta=None, collator=PairCollator(tokens_per_pack=tokens))
+        ]
         for tokens in (1, 100_000)
     )
     assert small == pytest.approx(large, rel=1e-5)
@@ -158,7 +162,7 @@ def test_answers_come_back_in_the_order_of_the_pairs(run: SavedRun) -> None:
     def count_tokens(pack) -> PairLogps:  # type: ignore[no-untyped-def]
         return PairLogps(*pack.index.lengths.float().split(pack.num_pairs))
 
-    found = pair_logps(count_tokens, run.pairs, device=torch.device("cpu"), tokens_per_pack=40)
+    found = pair_logps(count_tokens, run.pairs, device=torch.device("cpu"), collator=PairCollator(tokens_per_pack=40))
     assert found.chosen.tolist() == [len(pair.chosen_ids) for pair in run.pairs]
     assert found.rejected.tolist() == [len(pair.rejected_ids) for pair in run.pairs]
 
