@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafocal import __version__
+from lorafocal import __version__, launch
 from lorafocal.errors import InputError, UnhealthyRun
 
 app = typer.Typer(
@@ -67,15 +67,19 @@ def train(
 
     checked = load_config(config, overrides or [])
     _no_loading_bars()
-    for warning in checked.warnings():
+    launch.quiet_unless_main()
+    for warning in checked.warnings() if launch.is_main() else []:
         typer.echo(f"warning: {warning}", err=True)
 
     from lorafocal import run
 
     summary = run.train(checked, resume=resume, quiet=quiet, runs_dir=runs)
-    typer.echo(str(summary))
+    if launch.is_main():
+        typer.echo(str(summary))
+        if summary.interrupted_by is not None:
+            typer.echo(f"go on with:\n  {_resume_command()}")
+    launch.meet()  # a launcher stops the others when one has ended, and rank 0 had something to say
     if summary.interrupted_by is not None:
-        typer.echo(f"go on with:\n  {_resume_command()}")
         raise typer.Exit(128 + summary.interrupted_by)
 
 
@@ -134,8 +138,11 @@ def _no_loading_bars() -> None:
 
 
 def _resume_command() -> str:
-    """This command line with --resume."""
-    return shlex.join(["lorafocal", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    """This command line with --resume, under a launcher where there was one."""
+    words = shlex.join([*(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    return (
+        f"lorafocal {words}" if launch.world_size() == 1 else launch.several(words, processes=launch.local_world_size())
+    )
 
 
 def _print_report(report: Any, as_json: bool) -> None:
@@ -144,11 +151,15 @@ def _print_report(report: Any, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script; ends the process with one of the exit codes above."""
+    code = 0
     try:
         app(prog_name="lorafocal")
     except InputError as error:
-        typer.echo(f"lorafocal: {error}", err=True)
-        sys.exit(2)
+        launch.last_words(f"lorafocal: {error}")
+        code = 2
     except UnhealthyRun as error:
-        typer.echo(f"lorafocal: {error}", err=True)
-        sys.exit(1)
+        launch.last_words(f"lorafocal: {error}")
+        code = 1
+    finally:
+        launch.shutdown()
+    sys.exit(code)

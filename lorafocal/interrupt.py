@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM finish the optimiser step, save a checkpoint, and end the run in good order."""
+"""Ctrl-C and SIGTERM finish the optimiser step, save a checkpoint, and end the run in good order.
+
+Several processes may hear a signal at different moments, or one of them alone: they agree at the end of every step.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopOnSignal(TrainerCallback):
-    """Remembers a signal and asks the trainer to save and stop at the end of the step. A second one acts at once."""
+    """Remembers a signal and asks the trainer to save and stop at the end of the step. A second one acts at once.
+
+    `received` is what all processes have agreed on, None while the run goes on.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._heard: signal.Signals | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within, the two signals are ours; the handlers before are restored afterwards."""
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+    def _hear(self, number: int, frame: Any) -> None:
+        if self._heard is not None:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self._heard = signal.Signals(number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.received = agreed(self._heard, args.device)
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 
@@ -44,3 +54,18 @@ class StopOnSignal(TrainerCallback):
         cut_short = state.global_step % len(kwargs["train_dataloader"]) and state.global_step < state.max_steps
         if self.received is not None and cut_short:
             control.should_log = control.should_evaluate = control.should_save = False
+
+
+def agreed(heard: signal.Signals | None, device: torch.device) -> signal.Signals | None:
+    """A signal that any process has heard (the largest number), or None; every process must call."""
+    if not dist.is_initialized():
+        return heard
+    number = torch.tensor(heard or 0, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return signal.Signals(int(number)) if number else None
+
+
+def left_to_the_trainer(worker: int) -> None:
+    """For data workers: launchers send a signal to them too, and a dead worker would end the step half-way."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -44,7 +44,7 @@ WHY_NOT: dict[str, str] = {
 IDENTITY = ("base", "data")
 """Manifest sections beside `config` that must be equal: fingerprints of the base weights and of the data."""
 
-NOTED = ("versions", "threads", "hardware")
+NOTED = ("versions", "processes", "threads", "hardware")
 """Manifest sections whose change is allowed, but ends the promise of equal bits."""
 
 _ABSENT = "(absent)"
@@ -64,7 +64,7 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     """Raises `InputError` naming every forbidden change; returns notes about the allowed ones, to be printed.
 
     Of a manifest these sections are read: `config` (the resolved config), `base` and `data` (fingerprints),
-    `versions`, `threads` and `hardware`. An absent section counts as empty. The run's `name` is part of `config`.
+    `versions`, `processes`, `threads` and `hardware`. An absent section counts as empty. The run's `name` is part of `config`.
     """
     old, new = old_manifest.get("config", {}), new_manifest.get("config", {})
     refused = [_with_reason(line) for line in changes(old, new, MAY_CHANGE)]

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
+from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.checkpoint import latest_complete
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
@@ -59,20 +60,25 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     """Train as `config` says into `runs_dir`/<name>, or go on with that run.
 
     Raises InputError before anything is written where the input is wrong, the folder is taken, or what is resumed
-    would give another result; UnhealthyRun where numbers stop being finite.
+    would give another result; UnhealthyRun where numbers stop being finite. Under a launcher all processes call it
+    alike; rank 0 alone writes and speaks.
     """
-    say = _silent if quiet else _to_stderr
+    launch.check_launch()
+    say = _to_stderr if launch.is_main() and not quiet else _silent
     folder = inside(runs_dir, config.name)
-    if not resume:
-        _refuse_taken(folder)
-    checkpoint = _checkpoint_to_resume(folder, say) if resume else None
+    _check_folder(folder, resume)
     _check_files(config)
+    args = _arguments(config, folder)
+    if note := launch.idle_gpus(torch.cuda.device_count() if args.device.type == "cuda" else 0):
+        say(note)
+    checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    data = _read_data(config, tokenizer, say)
+    with launch.main_process_first():
+        data = _read_data(config, tokenizer, say)
     manifest = _manifest(config, tokenizer, data)
     if resume:
         _check_same_run(folder, manifest, say)
-    trainer = _trainer(config, folder, data, tokenizer, quiet)
+    trainer = _trainer(config, args, data, tokenizer, quiet)
     adapter = manifest["adapter"] = {
         "targets": sorted(trainer.model.peft_config["default"].target_modules),
         "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
@@ -103,17 +109,30 @@ def _check_files(config: Config) -> None:
                 raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 
-def _refuse_taken(folder: Path) -> None:
-    if (folder / MANIFEST_FILE).exists():
+def _check_folder(folder: Path, resume: bool) -> None:
+    taken = (folder / MANIFEST_FILE).exists()
+    if taken and not resume:
         raise InputError(f"{folder} already holds a run: go on with it by --resume, or give another `name`")
+    if resume and not taken:
+        raise InputError(f"{folder} holds no run to resume; start it without --resume")
+
+
+def _arguments(config: Config, folder: Path) -> FocalPOConfig:
+    """The trainer's arguments; making them decides this process's device and joins it to the others."""
+    arguments = training_arguments(config)
+    if config.data.eval is not None or config.data.held_out is not None:
+        arguments.setdefault("eval_strategy", "epoch")
+    args = FocalPOConfig(output_dir=str(folder), **arguments)
+    launch.check_world(args.world_size)
+    return args
 
 
 def _checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint; None where the run was stopped before its first one, and starts over."""
-    if not (folder / MANIFEST_FILE).exists():
-        raise InputError(f"{folder} holds no run to resume; start it without --resume")
-    recover(folder)
-    latest = latest_complete(folder)
+    with launch.main_process_first():
+        if launch.is_main():
+            recover(folder)
+        latest = latest_complete(folder)
     for reason in latest.skipped:
         say(f"warning: {reason}")
     say(f"resuming from {latest.path.name}" if latest.path else "no checkpoint yet: starting from step 0")
@@ -149,6 +168,7 @@ def _manifest(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[
         },
         "seeds": {"adapter": config.training.seed, "order": config.training.data_seed},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "processes": launch.world_size(),
         "threads": torch.get_num_threads(),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
         "may_change_on_resume": MAY_CHANGE,
@@ -174,15 +194,11 @@ def _check_same_run(folder: Path, manifest: Mapping[str, Any], say: Callable[[st
 
 def _trainer(
     config: Config,
-    folder: Path,
+    args: FocalPOConfig,
     data: Mapping[str, TokenizedData],
     tokenizer: PreTrainedTokenizerBase,
     quiet: bool,
 ) -> FocalPOTrainer:
-    arguments = training_arguments(config)
-    if "eval" in data:
-        arguments.setdefault("eval_strategy", "epoch")
-    args = FocalPOConfig(output_dir=str(folder), **arguments)  # decides this process's device, so it comes first
     model = config.model
     return FocalPOTrainer(
         load_base(model.name, revision=model.revision, dtype=model.dtype, shape=model.shape),

@@ -72,7 +72,7 @@ def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, b
     manifest = json.loads((finished.folder / "manifest.json").read_text())
     assert set(manifest) == {
         "format", "config", "config_sha256", "base", "chat_template_sha256", "data", "seeds", "versions", "threads",
-        "hardware", "may_change_on_resume", "adapter",
+        "processes", "hardware", "may_change_on_resume", "adapter",
     }  # fmt: skip
     assert manifest["base"]["name"] == "base"
     assert manifest["data"]["train"]["pairs"] == PAIRS

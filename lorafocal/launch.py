@@ -1,0 +1,172 @@
+"""Several processes under one launcher: which of them speaks, what is refused, who goes first, how they end.
+
+torchrun and `accelerate launch --multi_gpu` say in the environment which process this is. The command line asks before
+anything heavy is loaded, so torch is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lorafocal.errors import InputError
+
+FIRST_SPEAKS_S = 5.0  # how long the other ranks leave it to rank 0 to say what went wrong
+
+# Set by a launcher for each process it starts, beside torchrun's WORLD_SIZE where it starts torchrun.
+_COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+
+# What accelerate's launcher hands on in the environment, the value that asks for nothing, and what it would be.
+_ACCELERATE = {
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed"),
+    "ACCELERATE_USE_FSDP": ("false", "FSDP"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a parallelism config"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision (here the base's dtype decides: `model.dtype`)"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "torch.compile"),
+}
+
+
+def rank() -> int:
+    """Number of this process among all of the launch, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes of the launch; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Processes of the launch on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks."""
+    return rank() == 0
+
+
+def several(arguments: str = "train CONFIG", *, processes: int | str = "N") -> str:
+    """The command that starts lorafocal in several processes of this machine."""
+    return f"torchrun --nproc-per-node {processes} -m lorafocal {arguments}"
+
+
+def check_launch() -> None:
+    """Refuse a launch that starts fewer processes than it was asked for, or settings that nobody here would honour.
+
+    `accelerate launch --num_processes 2` starts one process where it finds no second GPU or is told `--cpu`; it still
+    hands on an address for the processes to meet at. Raises InputError.
+    """
+    way_out = (
+        f"start them by `{several()}`, or by `accelerate launch --multi_gpu --num_processes N -m lorafocal train"
+        " CONFIG` (on CPUs as well)"
+    )
+    if "WORLD_SIZE" not in os.environ:
+        if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
+            raise InputError(
+                "accelerate launch was asked for more than one process and started one, as it does with --cpu, and"
+                f" without --multi_gpu where it sees one device: {way_out}"
+            )
+        for name, launcher in _COUNTS.items():
+            if int(os.environ.get(name, "1")) > 1:
+                raise InputError(
+                    f"{launcher} started {os.environ[name]} processes that do not know of each other ({name} is set,"
+                    f" WORLD_SIZE is not); each would train alone, into the same folder: {way_out}"
+                )
+    asked = [
+        what
+        for name, (nothing, what) in _ACCELERATE.items()
+        if os.environ.get(name, nothing).lower() not in (nothing, "")
+    ]
+    if asked:
+        raise InputError(
+            f"accelerate's settings ask for {' and '.join(asked)}, which lorafocal does not use: leave it out of"
+            f" `accelerate config`, or start without accelerate: `{several()}`"
+        )
+
+
+def check_world(joined: int) -> None:
+    """Refuse to go on where fewer processes found each other than were launched. Raises InputError."""
+    if joined != world_size():
+        raise InputError(
+            f"{world_size()} processes were launched, but training would run in {joined}: start them by `{several()}`"
+        )
+
+
+def idle_gpus(visible: int) -> str | None:
+    """A line for whoever starts one process where several GPUs are visible; None otherwise."""
+    if world_size() > 1 or visible < 2:
+        return None
+    return f"note: one of {visible} visible GPUs is used; all of them: {several(processes=visible)}"
+
+
+def quiet_unless_main() -> None:
+    """Notes and warnings of libraries come from rank 0 alone; errors from every rank."""
+    if not is_main():
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Rank 0 runs the block, then the others: for work that is found done the second time, such as filling a cache.
+
+    The process group must exist. An error on rank 0 lets the others go on to meet it themselves.
+    """
+    if not is_main():
+        meet()
+    try:
+        yield
+    finally:
+        if is_main():
+            meet()
+
+
+def meet() -> None:
+    """Wait for the other processes, if there are any."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def shutdown() -> None:
+    """Leave the other processes in good order; the caller has let go of the trainer and the wrapped model.
+
+    gloo aborts at random when the interpreter ends with a process group, or with a wrapped model that outlives it.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def last_words(message: str) -> None:
+    """Print why the run ends to stderr, once: what all ranks meet is said by rank 0, what one rank meets by that one.
+
+    The launcher sends SIGTERM to the other ranks when one has ended, so a rank that is not asked to end within
+    `FIRST_SPEAKS_S` is alone with its message.
+    """
+    if is_main():
+        print(message, file=sys.stderr, flush=True)
+    elif not _asked_to_end(within_s=FIRST_SPEAKS_S):
+        print(f"rank {rank()} of {world_size()}: {message}", file=sys.stderr, flush=True)
+
+
+def _asked_to_end(*, within_s: float) -> bool:
+    """Wait for SIGTERM, which no longer ends this process by itself."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    end = time.monotonic() + within_s
+    while not asked and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(asked)
