@@ -28,16 +28,17 @@ from lorafocal.evaluate.score import score_file
 from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.model.saved import open_adapter, read_adapter
 from lorafocal.model.toy_base import toy_base
+from lorafocal.progress import MetricsFile
 from lorafocal.release.merge import merge_adapter
-from lorafocal.report.picture import draw_runs
-from lorafocal.run import train
+from lorafocal.report.write import write_report
+from lorafocal.run import RunSummary, train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SEEDS = (1, 2, 3)
 TRAINING_PAIRS, HELD_OUT = 3840, 600
 MARKER = "quickstart.json"
 RUNS = [f"{objective}-{seed}" for objective in ("focalpo", "dpo") for seed in SEEDS]
-OURS = ("data", "merged", "quickstart.png", *RUNS)
+OURS = ("data", "merged", "report", *RUNS)
 
 
 def main(out: Path, overrides: list[str]) -> None:
@@ -66,9 +67,11 @@ def main(out: Path, overrides: list[str]) -> None:
     for objective in ("focalpo", "dpo"):
         for seed in SEEDS:
             name = f"{objective}-{seed}"
-            adapter = train_one(base, out, objective, seed, overrides) / "adapter"
+            run = train_one(base, out, objective, seed, overrides)
+            adapter = run.folder / "adapter"
             answers[name] = sample(open_adapter(read_adapter(adapter), dtype="float32"), tokenizer, prompts)
             after = judge(prompts, answers[name], is_right)
+            log_right_answers(run, before, after)
             margins = score_file(str(adapter), out / "data" / "held_out.jsonl").margins
             rewards = share([margin > 0 for margin in margins])
             table.append(f"{name:<12}{share(after)!s:<24}{change(before, after):<30}{rewards}")
@@ -77,10 +80,8 @@ def main(out: Path, overrides: list[str]) -> None:
     report = merge_adapter(out / "focalpo-1" / "adapter", out / "merged", dtype="float32")
     print(report.table())
 
-    print("5/5  a picture of the training runs")
-    picture = draw_runs(
-        {label: out / f"{label}-1" / "metrics.jsonl" for label in ("focalpo", "dpo")}, out / "quickstart.png"
-    )
+    print("5/5  the report of the training runs: curves, margins, and what they say in plain words")
+    report = write_report([out / name for name in RUNS], out / "report")
 
     print(f"\n{HELD_OUT} held-out questions, one sampled answer each (95% intervals):\n")
     print("\n".join(table))
@@ -96,14 +97,14 @@ def main(out: Path, overrides: list[str]) -> None:
         print(f"{question:<20}{right_answer(question):<14}{was:<14}{became}")
     print(f"\nadapter        {out / 'focalpo-1' / 'adapter'}")
     print(f"merged model   {out / 'merged'}")
-    print(f"picture        {picture}")
+    print(f"report         {report.page}")
     print(f"base           {base}")
     print(f"next           .venv/bin/lorafocal train {out / 'focalpo-1' / 'config.yaml'} name=again training.seed=4")
     print(f"all of it took {time.perf_counter() - start:.0f} s")
 
 
-def train_one(base: Path, out: Path, objective: str, seed: int, more: list[str]) -> Path:
-    """One run of configs/quickstart.yaml; the run folder."""
+def train_one(base: Path, out: Path, objective: str, seed: int, more: list[str]) -> RunSummary:
+    """One run of configs/quickstart.yaml."""
     overrides = [
         f"name={objective}-{seed}",
         f"model.name={base}",
@@ -120,7 +121,14 @@ def train_one(base: Path, out: Path, objective: str, seed: int, more: list[str])
     summary = train(load_config(CONFIG, overrides + more), runs_dir=out, quiet=number > 1)
     if summary.interrupted_by is not None:
         raise SystemExit("stopped; the quickstart starts over when it is called again")
-    return summary.folder
+    return summary
+
+
+def log_right_answers(run: RunSummary, before: list[bool], after: list[bool]) -> None:
+    """Right answers by rule before and after training, beside the run's other metrics: the report compares them."""
+    log = MetricsFile(run.folder / "metrics.jsonl")
+    for step, answers in ((0, before), (run.steps, after)):
+        log.append(step, {"eval_right_answers": sum(answers) / len(answers)})
 
 
 def sample(model, tokenizer, prompts) -> list[str]:

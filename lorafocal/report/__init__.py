@@ -1,1 +1,1 @@
-"""Pictures of what happened in a run."""
+"""Pages and pictures: what a run did, and what a config's data hold."""

@@ -1,0 +1,234 @@
+"""What is computed from a run's record: displacement, gap, headline numbers, margins and flips of single pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from lorafocal.objectives.focal import focal_weight
+from lorafocal.objectives.pairwise import dpo_weight, rewards
+from lorafocal.report.read import PairTable, RunRecord, Series
+
+HELD_OUT = "eval_"
+RIGHT_ANSWERS = "right_answers"  # how a key ends that counts right answers by a rule
+
+
+class Headline(NamedTuple):
+    """One row of the table of numbers: key in the JSON output, words, and how to print it."""
+
+    key: str
+    words: str
+    format: str
+
+
+HEADLINES = (
+    Headline("steps", "optimiser steps", ",.0f"),
+    Headline("pairs_seen", "pairs seen", ",.0f"),
+    Headline("loss_first", "training loss, first logged (nats)", ".4f"),
+    Headline("loss_last", "training loss, last (nats)", ".4f"),
+    Headline("held_out_loss", "held-out loss (nats)", ".4f"),
+    Headline("gap", "gap: held-out minus training loss (nats)", "+.4f"),
+    Headline("margin", "training margin", "+.3f"),
+    Headline("held_out_margin", "held-out margin", "+.3f"),
+    Headline("accuracy", "training reward accuracy", ".1%"),
+    Headline("held_out_accuracy", "held-out reward accuracy", ".1%"),
+    Headline("ties", "ties, counted as wrong", ".1%"),
+    Headline("right_answers_first", "right answers by rule, first", ".1%"),
+    Headline("right_answers_last", "right answers by rule, last", ".1%"),
+    Headline("chosen_displacement", "chosen: policy minus reference (nats)", "+.2f"),
+    Headline("rejected_displacement", "rejected: policy minus reference (nats)", "+.2f"),
+    Headline("chosen_fell_share", "share of chosen that fell", ".1%"),
+    Headline("turned_share", "most pairs past the turning point", ".2%"),
+    Headline("pairs_per_s", "speed (pairs/s)", ",.1f"),
+    Headline("peak_gib", "peak memory (GiB)", ".2f"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Displacement:
+    """How log-probs of answers changed against the reference, nats a completion, at the end of a run."""
+
+    chosen: float
+    rejected: float
+    chosen_fell_share: float | None  # share of pairs; None where it was not measured
+    pairs: Literal["held-out", "training"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """Pairs by the reference's ranking (initially) and the policy's own (finally): right is chosen above rejected."""
+
+    initially_right: bool
+    finally_right: bool
+    pairs: int
+    share: float
+    mean_margin: float | None  # the change since the reference, whose margin is 0; None without pairs
+    focal_weight_share: float | None  # share of FocalPO's gradient weight that falls on these pairs
+    dpo_weight_share: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def displacement_series(record: RunRecord, side: str, prefix: str = "") -> Series:
+    """Mean of policy minus reference log-prob of `side` (chosen or rejected), nats a completion.
+
+    From the logged log-probs of both; in a file without the reference's, from the logged reward, beta times the same.
+    """
+    policy, reference = (
+        dict(zip(*record.series(f"{prefix}logps/{name}"), strict=True)) for name in (side, f"reference_{side}")
+    )
+    steps = [step for step in policy if step in reference]
+    if steps:
+        return Series(steps, [policy[step] - reference[step] for step in steps])
+    logged = record.series(f"{prefix}rewards/{side}")
+    if record.beta is None:
+        return Series([], [])
+    return Series(logged.steps, [reward / record.beta for reward in logged.values])
+
+
+def gap_series(record: RunRecord) -> Series:
+    """Held-out minus training loss (nats), at each evaluation: the training loss is the last one logged by then."""
+    training, held_out = record.series("loss"), record.series(f"{HELD_OUT}loss")
+    pairs = [
+        (step, loss - before)
+        for step, loss in zip(*held_out, strict=True)
+        if (before := at(training, step)) is not None
+    ]
+    return Series([step for step, _ in pairs], [gap for _, gap in pairs])
+
+
+def at(series: Series, step: int) -> float | None:
+    """The last value logged at `step` or before; None where there is none."""
+    before = [value for logged, value in zip(*series, strict=True) if logged <= step]
+    return before[-1] if before else None
+
+
+def last(series: Series) -> float | None:
+    return series.values[-1] if series.values else None
+
+
+def right_answers(record: RunRecord) -> Series:
+    """Share of right answers by a rule, from the first key that names them."""
+    keys = sorted({key for line in record.lines for key in line if key.endswith(RIGHT_ANSWERS)})
+    return record.series(keys[0]) if keys else Series([], [])
+
+
+def turned_share(record: RunRecord) -> Series:
+    """Larger share of pairs past the turning point, of training and held-out, at each step."""
+    both = [record.series(f"{prefix}focal/turned_share") for prefix in ("", HELD_OUT)]
+    steps = sorted({step for series in both for step in series.steps})
+    by_step = [dict(zip(*series, strict=True)) for series in both]
+    return Series(steps, [max(values[step] for values in by_step if step in values) for step in steps])
+
+
+def displacement(record: RunRecord) -> Displacement | None:
+    """At the end of the run: of the last evaluated pairs, else from the log, held-out before training."""
+    if record.tables:
+        table = record.tables[-1]
+        chosen, rejected = (policy - reference for policy, reference in zip(table.policy, table.reference, strict=True))
+        return Displacement(
+            float(chosen.mean()), float(rejected.mean()), float((chosen < 0).double().mean()), "held-out"
+        )
+    sources: tuple[tuple[str, Literal["held-out", "training"]], ...] = ((HELD_OUT, "held-out"), ("", "training"))
+    for prefix, pairs in sources:
+        chosen_mean, rejected_mean = (
+            last(displacement_series(record, side, prefix)) for side in ("chosen", "rejected")
+        )
+        if chosen_mean is not None and rejected_mean is not None:
+            fell = last(record.series(f"{prefix}focal/chosen_fell_share"))
+            return Displacement(chosen_mean, rejected_mean, fell, pairs)
+    return None
+
+
+def headline(record: RunRecord) -> dict[str, float]:
+    """The numbers of HEADLINES that this run has, under their keys."""
+    moved, right = displacement(record), right_answers(record)
+    values = {
+        "steps": max(line["step"] for line in record.lines),
+        "pairs_seen": last(record.series("pairs_seen")),
+        "loss_first": next(iter(record.series("loss").values), None),
+        "loss_last": last(record.series("loss")),
+        "held_out_loss": last(record.series(f"{HELD_OUT}loss")),
+        "gap": last(gap_series(record)),
+        "margin": last(record.series("rewards/margins")),
+        "held_out_margin": last(record.series(f"{HELD_OUT}rewards/margins")),
+        "accuracy": last(record.series("rewards/accuracies")),
+        "held_out_accuracy": last(record.series(f"{HELD_OUT}rewards/accuracies")),
+        "ties": last(record.series("rewards/ties")),
+        "right_answers_first": next(iter(right.values), None),
+        "right_answers_last": last(right),
+        "chosen_displacement": moved.chosen if moved else None,
+        "rejected_displacement": moved.rejected if moved else None,
+        "chosen_fell_share": moved.chosen_fell_share if moved else None,
+        "turned_share": max(turned_share(record).values, default=None),
+        "pairs_per_s": last(record.series("pairs_per_s")),
+        "peak_gib": max(record.series("peak_gib").values, default=None),
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def table_margins(table: PairTable, beta: float) -> Tensor:
+    """The margin of each pair, (B,)."""
+    chosen, rejected = rewards(table.policy, table.reference, beta=beta)
+    return chosen - rejected
+
+
+def first_middle_last(tables: Sequence[PairTable]) -> list[PairTable]:
+    """At most three tables: the first, the one nearest half-way in steps, the last."""
+    if len(tables) < 3:
+        return list(tables)
+    half_way = (tables[0].step + tables[-1].step) / 2
+    return [tables[0], min(tables[1:-1], key=lambda table: abs(table.step - half_way)), tables[-1]]
+
+
+def flips(record: RunRecord) -> list[Flip]:
+    """The four groups of pairs at the last evaluation; empty where no table of pairs or no beta is known."""
+    if not record.tables or record.beta is None:
+        return []
+    table = record.tables[-1]
+    margins = table_margins(table, record.beta)
+    initially, finally_ = (logps.chosen > logps.rejected for logps in (table.reference, table.policy))
+    weights = {"dpo": dpo_weight(margins)}
+    if record.gamma:
+        weights["focal"] = focal_weight(margins, gamma=record.gamma)
+    groups = []
+    for before in (True, False):
+        for after in (True, False):
+            mask = (initially == before) & (finally_ == after)
+            count = int(mask.sum())
+            shares = {name: share_of(weight, mask) for name, weight in weights.items()}
+            mean = float(margins[mask].mean()) if count else None
+            groups.append(
+                Flip(before, after, count, count / len(margins), mean, shares.get("focal"), shares.get("dpo"))
+            )
+    return groups
+
+
+def share_of(weights: Tensor, mask: Tensor) -> float | None:
+    """Share of the total weight under `mask`; None where weights of both signs or none make a share meaningless."""
+    total = float(weights.sum())
+    return float(weights[mask].sum()) / total if total > 0 and float(weights.min()) >= 0 else None
+
+
+def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's values under dotted keys; lists stay whole."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            flat[prefix] = value
+
+    walk("", manifest.get("config", {}))
+    return flat
+
+
+def is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

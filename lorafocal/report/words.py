@@ -1,0 +1,257 @@
+"""What a run's numbers say, in plain words: what was seen, what it usually means, what to do.
+
+Each rule is a pure function of a record that answers a Remark or None; `RULES` names what it looks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorafocal.objectives.focal import turning_point
+from lorafocal.report.numbers import (
+    HELD_OUT,
+    at,
+    displacement,
+    flips,
+    gap_series,
+    is_finite,
+    last,
+    right_answers,
+    turned_share,
+)
+from lorafocal.report.read import RunRecord
+
+FELL_NATS = 1.0  # mean fall of chosen answers worth a word
+RIGHT_FELL = 0.02  # share of right answers; below it a few hundred answers show nothing
+MOVED_MARGIN = 1e-3  # a margin that never exceeded this is as good as none
+MOSTLY_TIES = 0.9
+TIES_HIDE = 0.05  # what leaving ties out would add to the accuracy
+LOSS_ROSE = 0.01  # share of the held-out loss at its best
+WIDE_GAP = 0.1  # share of the held-out loss
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One line in plain words."""
+
+    seen: str
+    means: str
+    do: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def chosen_fell(record: RunRecord) -> Remark | None:
+    """Chosen answers lost more than a nat on average."""
+    moved = displacement(record)
+    if moved is None or not moved.chosen < -FELL_NATS:
+        return None
+    share = "" if moved.chosen_fell_share is None else f"; {moved.chosen_fell_share:.0%} of them fell"
+    return Remark(
+        f"The {moved.pairs} chosen answers became less likely, by {-moved.chosen:.1f} nats on average{share}"
+        f" (rejected answers: {moved.rejected:+.1f} nats).",
+        "The model unlearns the very answers it should give (likelihood displacement)."
+        + (
+            " Rejected answers fell faster, so margins and reward accuracy look fine."
+            if moved.rejected < moved.chosen
+            else ""
+        ),
+        "Judge by answers and not by reward accuracy: a rule, a held-out task, a judge. If they got worse, lower"
+        " training.learning_rate or raise objective.beta, train fewer steps, and look for pairs whose two answers are"
+        " nearly the same.",
+    )
+
+
+def right_answers_fell(record: RunRecord) -> Remark | None:
+    """Right answers by a rule fell while reward accuracy rose."""
+    right = right_answers(record)
+    accuracy = record.series(f"{HELD_OUT}rewards/accuracies")
+    if len(accuracy.values) < 2:
+        accuracy = record.series("rewards/accuracies")
+    if len(right.values) < 2 or len(accuracy.values) < 2:
+        return None
+    before, after = right.values[0], right.values[-1]
+    if not (before - after > RIGHT_FELL and accuracy.values[-1] > accuracy.values[0]):
+        return None
+    return Remark(
+        f"Right answers by rule fell from {before:.1%} to {after:.1%}, while reward accuracy rose from"
+        f" {accuracy.values[0]:.1%} to {accuracy.values[-1]:.1%}.",
+        "The model tells the two given answers apart better and writes worse ones: reward accuracy is not the goal.",
+        "Do not release this adapter. Lower training.learning_rate first, then train fewer steps, and choose the"
+        " settings by the right answers.",
+    )
+
+
+def pairs_turned(record: RunRecord) -> Remark | None:
+    """Some pairs are past FocalPO's turning point."""
+    turned = turned_share(record)
+    seen = [(step, share) for step, share in zip(*turned, strict=True) if share > 0]
+    if not seen:
+        return None
+    step, most = max(seen, key=lambda entry: entry[1])
+    where = f" (margin below {turning_point(record.gamma):.2f})" if record.gamma else ""
+    return Remark(
+        f"Up to {most:.2%} of the pairs (step {step}) were past the turning point{where}, from step {seen[0][0]} on.",
+        "FocalPO's gradient changes its sign there: a step lowers the margin of these pairs, which are misranked"
+        " already, still further.",
+        "Use a smaller objective.gamma (the paper's 0.05 turns at a margin of -20), or a smaller objective.beta; look"
+        " at these pairs, whose labels may be swapped.",
+    )
+
+
+def nothing_moved(record: RunRecord) -> Remark | None:
+    """Policy and reference still answer alike."""
+    margins, ties = record.series("rewards/margins").finite(), record.series("rewards/ties")
+    if not margins.steps or margins.steps[-1] <= 1:  # the first step is measured before anything has moved
+        return None
+    largest = max(abs(margin) for margin in margins.values)
+    tied = last(ties)
+    if not (largest < MOVED_MARGIN or (tied is not None and tied >= MOSTLY_TIES)):
+        return None
+    shown = "" if tied is None else f" and {tied:.0%} of the pairs are exact ties"
+    return Remark(
+        f"After step {margins.steps[-1]} nothing has moved: the largest mean margin so far is {largest:.2g}{shown}.",
+        "Policy and reference give the same log-probs: the learning rate is far too small, or still warming up, or"
+        " the steps do not reach the adapter.",
+        "Look at the learning rate and the gradient norm; LoRA needs a learning rate about ten times that of full"
+        " fine-tuning (5e-6 with beta 0.01 is the nearest published recipe).",
+    )
+
+
+def held_out_rose(record: RunRecord) -> Remark | None:
+    """Held-out loss rises while training loss falls."""
+    held_out, training = record.series(f"{HELD_OUT}loss").finite(), record.series("loss").finite()
+    if len(held_out.values) < 2:
+        return None
+    best, best_step = min(zip(held_out.values, held_out.steps, strict=True))
+    end = held_out.values[-1]
+    then, now = at(training, best_step), last(training)
+    if then is None or now is None or not (end - best > LOSS_ROSE * abs(best) and now < then):
+        return None
+    return Remark(
+        f"Held-out loss was lowest at step {best_step} ({best:.4f}) and rose to {end:.4f}, while training loss fell"
+        f" from {then:.4f} to {now:.4f}.",
+        "The run learns its training pairs by heart.",
+        f"Take the checkpoint nearest step {best_step} (compare by `lorafocal score`), or train fewer epochs or with a"
+        " lower learning rate.",
+    )
+
+
+def fits_training_closer(record: RunRecord) -> Remark | None:
+    """Training loss lies far below held-out loss."""
+    gap, held_out = last(gap_series(record)), last(record.series(f"{HELD_OUT}loss"))
+    if gap is None or held_out is None or not gap > WIDE_GAP * abs(held_out):
+        return None
+    return Remark(
+        f"At the end the training loss is {gap:.4f} nats below the held-out loss ({held_out:.4f}).",
+        "Pairs that were seen before are fitted closer than new ones: several epochs (the loss then falls in a step"
+        " at each epoch's start), or doubles within the training pairs.",
+        "Read the held-out curve, not the training one; train one epoch, and look for doubles with `lorafocal check`.",
+    )
+
+
+def ties_hidden(record: RunRecord) -> Remark | None:
+    """Accuracy would look high with ties left out."""
+    for prefix, pairs in ((HELD_OUT, "held-out"), ("", "training")):
+        accuracy, ties = (last(record.series(f"{prefix}rewards/{key}")) for key in ("accuracies", "ties"))
+        if accuracy is None or ties is None or not ties < 1:
+            continue
+        without = accuracy / (1 - ties)
+        if without - accuracy < TIES_HIDE or ties >= MOSTLY_TIES:
+            return None
+        return Remark(
+            f"{ties:.0%} of the {pairs} pairs are exact ties. Reward accuracy is {accuracy:.0%} because ties count as"
+            f" wrong; with ties left out it would read {without:.0%}.",
+            "A tie is a pair that nothing was learned about. A tool that leaves ties out of the accuracy, or counts"
+            " them as right, shows a higher number for the same model.",
+            "Compare accuracies only where ties are counted alike. Ties after the first steps come from a tiny"
+            " learning rate, or from pairs whose two answers are the same text.",
+        )
+    return None
+
+
+def more_unlearned(record: RunRecord) -> Remark | None:
+    """Clearly more pairs went from right to wrong than from wrong to right."""
+    groups = {(flip.initially_right, flip.finally_right): flip.pairs for flip in flips(record)}
+    lost, won = groups.get((True, False), 0), groups.get((False, True), 0)
+    if lost - won <= 2 * math.sqrt(lost + won):  # within what chance gives
+        return None
+    return Remark(
+        f"By its own log-probs the model now ranks {lost} held-out pairs wrong that the reference ranked right, and"
+        f" only {won} the other way round.",
+        "The margin rewards a change against the reference, not the ranking itself; training undid rankings that were"
+        " right before.",
+        "Look at these pairs in the last file of evaluations/; lower training.learning_rate or raise objective.beta.",
+    )
+
+
+def not_finite(record: RunRecord) -> Remark | None:
+    """The loss or the gradient norm stopped being a finite number."""
+    for key in ("loss", "grad_norm", f"{HELD_OUT}loss"):
+        bad = [step for step, value in zip(*record.series(key), strict=True) if not is_finite(value)]
+        if bad:
+            return Remark(
+                f"{key} was not a finite number at step {bad[0]}.",
+                "A run stops by itself where its loss is not finite and names the pairs; a gradient alone may overflow"
+                " for one step and be clipped.",
+                "Look at the step before it: a spike in the gradient norm asks for a lower learning rate or a smaller"
+                " max_grad_norm.",
+            )
+    return None
+
+
+RULES: Mapping[str, Callable[[RunRecord], Remark | None]] = {
+    "numbers that are not finite": not_finite,
+    "runs that do not move": nothing_moved,
+    "chosen answers that became less likely": chosen_fell,
+    "right answers by rule that fall while reward accuracy rises": right_answers_fell,
+    "pairs past the turning point": pairs_turned,
+    "rankings that training undid": more_unlearned,
+    "held-out loss that rises while training loss falls": held_out_rose,
+    "training loss far below held-out loss": fits_training_closer,
+    "ties that an accuracy hides": ties_hidden,
+}
+
+
+def remarks(record: RunRecord) -> list[Remark]:
+    """What every rule has to say about a run, the gravest first."""
+    return [remark for rule in RULES.values() if (remark := rule(record)) is not None]
+
+
+def comparison_remarks(records: Sequence[RunRecord]) -> list[Remark]:
+    """What keeps runs on one page from being compared number by number."""
+    found = []
+    betas = {record.name: record.beta for record in records if record.beta is not None}
+    if len(set(betas.values())) > 1:
+        found.append(
+            Remark(
+                f"The runs differ in beta ({_listed(betas)}).",
+                "Margins and rewards are beta times a log-ratio, so they are not on one scale.",
+                "Compare accuracies, and the displacement in nats.",
+            )
+        )
+    for words, keys in (("held-out pairs", ("data", "eval", "tokens_sha256")), ("base model", ("base", "sha256"))):
+        values = [_inside(record.manifest, keys) for record in records]
+        if len({value for value in values if value is not None}) > 1:
+            found.append(
+                Remark(
+                    f"The runs do not share their {words}.",
+                    "Their held-out numbers answer different questions.",
+                    "Score the adapters on one file of pairs: `lorafocal score ADAPTER PAIRS`.",
+                )
+            )
+    return found
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
+
+
+def _inside(value: Any, keys: Sequence[str]) -> str | None:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else None
