@@ -7,34 +7,47 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
-from lorafocal.objectives import Objective, build_objective
-from lorafocal.reference import KINDS
+from lorafocal.objectives import Objective, build_objective, entry_of
+from lorafocal.reference import REFERENCES
 from lorafocal.training_fields import check_training_fields, classify, forced_values
+
+_OF_THE_OBJECTIVE = ("beta", "gamma", "reference", "identity_probe")
 
 
 @dataclass
 class FocalPOConfig(TrainingArguments):
     """Arguments of `FocalPOTrainer`: ours below, beside those of `TrainingArguments`.
 
-    objective ("focalpo" or "dpo"), beta, gamma; pairs_per_step, the one batch size, over all processes; max_length and
-    truncation; layout and tokens_per_pack, which change memory and speed and never the result; reference and
-    identity_probe; allow_dropout.
+    objective ("focalpo", "dpo", or "sft" on the chosen answers), beta, gamma; pairs_per_step, the one batch size, over
+    all processes; max_length and truncation; layout and tokens_per_pack, which change memory and speed and never the
+    result; reference and identity_probe; allow_dropout.
 
-    Each inherited field is supported, set by us, or refused with its reason (`lorafocal.training_fields`).
+    beta, gamma, reference and identity_probe are None where the objective has none of them, and get the defaults of
+    the objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
+    reason (`lorafocal.training_fields`).
     Raises InputError listing every field that cannot be honoured.
     """
 
-    objective: str = field(default="focalpo", metadata={"help": "focalpo (Eq. 4 of the paper) or dpo"})
-    beta: float = field(default=0.1, metadata={"help": "scale of the rewards, per nat; the paper trains with 0.01"})
-    gamma: float = field(default=0.05, metadata={"help": "FocalPO's exponent; 0 is DPO"})
+    objective: str = field(default="focalpo", metadata={"help": "focalpo (Eq. 4 of the paper), dpo or sft"})
+    beta: float | None = field(
+        default=None, metadata={"help": "scale of the rewards, per nat (0.1); the paper trains with 0.01"}
+    )
+    gamma: float | None = field(default=None, metadata={"help": "FocalPO's exponent (0.05); 0 is DPO"})
     pairs_per_step: int = field(default=64, metadata={"help": "pairs of one optimiser step, over all processes"})
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and one completion"})
     truncation: str = field(default="drop", metadata={"help": "what happens to a pair over max_length"})
-    layout: str = field(default="packed", metadata={"help": "packed (prompts shared, no padding) or padded"})
+    layout: str = field(
+        default="auto", metadata={"help": "auto, packed (prompts shared, no padding) or padded, which any model can"}
+    )
     tokens_per_pack: int = field(default=2048, metadata={"help": "token rows of one forward: memory, not results"})
-    reference: str = field(default="disabled_adapter", metadata={"help": "which model is the reference"})
-    identity_probe: bool = field(default=True, metadata={"help": "refuse a reference that is not the starting policy"})
+    reference: str | None = field(
+        default=None, metadata={"help": "disabled_adapter (the default), frozen_copy or separate_model"}
+    )
+    identity_probe: bool | None = field(
+        default=None, metadata={"help": "refuse a reference that is not the starting policy; None: by its kind"}
+    )
     allow_dropout: bool = field(default=False, metadata={"help": "keep dropout on; log-probs become noisy"})
 
     learning_rate: float = field(default=5e-6, metadata={"help": "AdamW's; Zephyr's recipe for LoRA"})
@@ -49,9 +62,9 @@ class FocalPOConfig(TrainingArguments):
             setattr(self, name, value)
         if self.pairs_per_step < 1:
             raise InputError(f"pairs_per_step is {self.pairs_per_step}; a step needs at least one pair")
-        if self.reference not in KINDS:
-            raise InputError(f"reference is {self.reference!r}; choose one of {', '.join(KINDS)}")
-        self.build_objective()
+        if self.layout not in ("auto", *LAYOUTS):
+            raise InputError(f"layout is {self.layout!r}; choose one of auto, {', '.join(LAYOUTS)}")
+        self._settle_objective()
         try:
             super().__post_init__()
         except ValueError as error:  # what this machine or these values cannot do, in transformers' words
@@ -62,6 +75,22 @@ class FocalPOConfig(TrainingArguments):
     def build_objective(self) -> Objective:
         """The objective with its checked parameters."""
         return build_objective(self.objective, beta=self.beta, gamma=self.gamma)
+
+    def _settle_objective(self) -> None:
+        """Defaults of what the objective has; refuse what it has not, which would be ignored."""
+        entry = entry_of(self.objective)
+        has = {*entry.parameters} | ({"reference", "identity_probe"} if entry.reference else set())
+        stray = [name for name in _OF_THE_OBJECTIVE if name not in has and getattr(self, name) is not None]
+        if stray:
+            raise InputError(f"{self.objective} has no {' and no '.join(stray)}, which would be ignored: leave it out")
+        for name, value in self.build_objective().parameters.items():
+            setattr(self, name, value)
+        if entry.reference:
+            self.reference = self.reference or "disabled_adapter"
+            if self.reference not in REFERENCES:
+                raise InputError(f"reference is {self.reference!r}; choose one of {', '.join(REFERENCES)}")
+            if self.identity_probe is None:
+                self.identity_probe = REFERENCES[self.reference].starts_as_policy
 
     def _given(self) -> dict[str, Any]:
         """Inherited fields away from their default: what somebody chose."""

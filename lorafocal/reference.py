@@ -1,17 +1,50 @@
-"""The reference policy: one call, chosen explicitly, verified before the first step."""
+"""The reference policy: one call, of a kind chosen explicitly, verified before the first step."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lorafocal.data.packing import Pack
 from lorafocal.errors import InputError
-from lorafocal.model.adapters import AdapterSwitch
+from lorafocal.model.adapters import FROZEN_COPY, AdapterSwitch
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.policy import sequence_logps
 
-KINDS = ("disabled_adapter",)
+
+@dataclass(frozen=True, slots=True)
+class ReferenceKind:
+    """What is known of a kind before it is built."""
+
+    starts_as_policy: bool  # so that the identity probe is on, unless it is switched off
+    remedy: str  # where the probe finds that it does not
+
+
+REFERENCES = {
+    "disabled_adapter": ReferenceKind(
+        True,
+        "The adapter has been trained before, so the base with the adapter off is an older model. Either keep the"
+        " adapter as it is now for the reference (`reference.kind: frozen_copy`), or merge it into its base first"
+        " (`lorafocal merge`) and train a fresh adapter on the result",
+    ),
+    "frozen_copy": ReferenceKind(
+        True, "The copy or the policy was changed after the copy was made. Build the trainer on the finished adapter"
+    ),
+    "separate_model": ReferenceKind(
+        False, "Give the model that the policy starts from, in the same dtype, or use `reference.kind: frozen_copy`"
+    ),
+}
+
+
+class Reference(Protocol):
+    """Answers packs with the log-probs of a policy that never changes."""
+
+    def logps(self, pack: Pack) -> PairLogps:
+        """Log-probs of a pack's B pairs, (B,) each, in nats, without gradients."""
 
 
 class DisabledAdapterReference:
@@ -24,13 +57,79 @@ class DisabledAdapterReference:
 
     @torch.no_grad()
     def logps(self, pack: Pack) -> PairLogps:
-        """Reference log-probs of a pack's B pairs, (B,) each, in nats."""
         with self._switch.off():
             return sequence_logps(self.model, pack)
 
 
+class FrozenCopyReference:
+    """A frozen copy of the adapter as it was at the start, on the same base: for an adapter that is continued."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """`model` is the policy as it is called in training, `model.adapters.add_frozen_copy` done."""
+        self.model = model
+        self._switch = AdapterSwitch(model)
+
+    @torch.no_grad()
+    def logps(self, pack: Pack) -> PairLogps:
+        with self._switch.to(FROZEN_COPY):
+            return sequence_logps(self.model, pack)
+
+
+class SeparateModelReference:
+    """A second model, prepared for the policy's layout: twice the memory, and the only kind that can be any model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def logps(self, pack: Pack) -> PairLogps:
+        return sequence_logps(self.model, pack)
+
+
+def build_reference(kind: str, model: nn.Module, ref_model: nn.Module | None = None) -> Reference:
+    """The reference of `kind` for the policy `model`, as it is called in training; `ref_model` is the separate one.
+
+    Raises InputError for an unknown kind, and where a model is missing or would be ignored.
+    """
+    if kind not in REFERENCES:
+        raise InputError(f"reference is {kind!r}; choose one of {', '.join(REFERENCES)}")
+    check_ref_model(kind, ref_model)
+    if ref_model is not None:
+        return SeparateModelReference(ref_model)
+    return DisabledAdapterReference(model) if kind == "disabled_adapter" else FrozenCopyReference(model)
+
+
+def check_ref_model(kind: str | None, ref_model: object) -> None:
+    """Refuse a second model that would not be used, and a kind whose model is missing."""
+    if ref_model is not None and kind != "separate_model":
+        raise InputError(
+            f"ref_model was given, but the reference is {kind or 'not needed by this objective'}: it would be ignored."
+            " Leave `ref_model` out (the base with its adapter off costs no second model), or set"
+            ' `reference="separate_model"`'
+        )
+    if ref_model is None and kind == "separate_model":
+        raise InputError(
+            'reference is "separate_model", but no model was given: pass `ref_model`'
+            ' (in a config: `reference.model`), or use "disabled_adapter" or "frozen_copy"'
+        )
+
+
+def check_same_reference(saved: Mapping[str, str | None], now: Mapping[str, str | None]) -> None:
+    """Refuse to resume under another reference than the checkpoint's: its kind, and the digest of a frozen copy."""
+    if saved["kind"] != now["kind"]:
+        raise InputError(f"the checkpoint was trained with reference {saved['kind']}, this run has {now['kind']}")
+    if saved["sha256"] != now["sha256"]:
+        raise InputError(
+            "the frozen copy is not the one that this run began with (sha256 of its tensors"
+            f" {saved['sha256']}, now {now['sha256']}): resume with the adapter that the run started from, not with"
+            " one from a checkpoint; the checkpoint brings the trained weights back by itself"
+        )
+
+
 @torch.no_grad()
-def check_identity(policy: PairLogps, reference: PairLogps, pair_ids: tuple[str, ...]) -> None:
+def check_identity(
+    policy: PairLogps, reference: PairLogps, pair_ids: tuple[str, ...], *, kind: str = "disabled_adapter"
+) -> None:
     """The identity probe: before the first step, policy and reference must be the same model.
 
     A live reference in the same pack differs by exactly 0. Raises InputError with the remedies otherwise.
@@ -42,8 +141,7 @@ def check_identity(policy: PairLogps, reference: PairLogps, pair_ids: tuple[str,
     if gaps[worst] != 0 or not torch.isfinite(gaps).all():
         raise InputError(
             "the reference is not the policy's starting point: before the first step their log-probs differ by"
-            f" {float(gaps[worst]):.4g} nats on pair {pair_ids[worst]!r}, and must differ by exactly 0. The adapter has"
-            " been trained before, so the base with the adapter off is an older model. Either merge that adapter into"
-            " its base (`lorafocal merge`) and train a fresh adapter on the result, or start from a fresh adapter on"
-            " this base. If the older model is deliberately the reference, set `reference.identity_probe: false`"
+            f" {float(gaps[worst]):.4g} nats on pair {pair_ids[worst]!r}, and must differ by exactly 0."
+            f" {REFERENCES[kind].remedy}. If another model is deliberately the reference, set"
+            " `reference.identity_probe: false`"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file.name} cannot be read ({error}). {WAY_OUT}") from error
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal sha256 over names, dtypes, shapes and bits, whatever the device and the order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_saved(file: Path, expected: Mapping[str, Tensor], *, trained: bool = False) -> None:

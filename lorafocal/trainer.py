@@ -7,7 +7,7 @@ forward and backward. The loss is the sum over pairs divided by the pairs of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,31 +27,34 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.assembly import (
+    NumberedPairs,
+    Rows,
+    assemble_policy,
+    assemble_ref_model,
+    choose_common_layout,
+    tokenized,
+)
+from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
 from lorafocal.checkpoint import latest_complete, load_state, rotate, save_state
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
-from lorafocal.data.sources import Preference, preferences_from_rows
-from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
+from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
+from lorafocal.evaluations import evaluation_file, write_evaluation
 from lorafocal.health import HealthCheck
 from lorafocal.lineage import BaseIdentity, Lineage
-from lorafocal.metrics import PairMetrics, pair_values
-from lorafocal.model.adapters import (
-    attach_lora,
-    check_lora_config,
-    check_trainable,
-    switch_dropout_off,
-    widen_adapters,
-)
+from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
+from lorafocal.model.adapters import add_frozen_copy, check_trainable
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.save import save_adapter
-from lorafocal.objectives import mean_loss
-from lorafocal.policy import prepare_policy, sequence_logps
-from lorafocal.probes import check_packing
+from lorafocal.objectives import PairLogps, mean_loss
+from lorafocal.policy import sequence_logps
 from lorafocal.progress import MetricsFile, ProgressLine
 from lorafocal.publish import check_name, published, recover, why_incomplete
-from lorafocal.reference import DisabledAdapterReference, check_identity
+from lorafocal.reference import Reference, build_reference, check_identity, check_ref_model, check_same_reference
 from lorafocal.sampler import StepSampler
+from lorafocal.tensor_files import tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +65,16 @@ FILLER = TokenizedPair("\0filler", [0], [0], [0])  # keeps a rank with fewer pac
 # over the steps since the last resume.
 _MISCOUNTED = ("train_samples_per_second", "total_flos", "eval_steps_per_second", "train_loss")
 
-Rows = Iterable[Any]
-
 
 class FocalPOTrainer(Trainer):
-    """Trains LoRA adapters with FocalPO or DPO; the base with its adapters off is the reference.
+    """Trains LoRA adapters with FocalPO or DPO, or on the chosen answers alone (`objective="sft"`).
 
     `train_dataset` and `eval_dataset` hold TRL preference rows (`prompt`, `chosen`, `rejected`; a `datasets.Dataset`
     or a list of dicts). Give `peft_config` for a fresh adapter, or a `PeftModel` with a trainable one. `model` may be
     a name or folder, loaded in bfloat16.
+
+    `args.reference` says what the policy is compared with: "disabled_adapter" (the base), "frozen_copy" (the adapter
+    as it is given: to continue one that is already trained), or "separate_model" (`ref_model`, a model or its name).
 
     Raises InputError for anything the caller can put right, before the first step.
     """
@@ -81,7 +85,7 @@ class FocalPOTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        ref_model: None = None,
+        ref_model: str | PreTrainedModel | PeftModel | None = None,
         args: FocalPOConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -90,20 +94,19 @@ class FocalPOTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
-        if ref_model is not None:
-            raise InputError(
-                "ref_model: the reference is the base with its adapter switched off; a second model is not supported."
-                " Leave `ref_model` out"
-            )
         args = args or FocalPOConfig(output_dir="focalpo_output")
+        check_ref_model(args.reference, ref_model)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_base(model)
-        policy = _policy(model, peft_config, args)
+        policy = assemble_policy(model, peft_config, args)
         self.objective = args.build_objective()
         self.adapter = check_trainable(policy)
+        self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy, args.device)
+        copies = add_frozen_copy(policy) if args.reference == "frozen_copy" else None
+        self.reference_identity = {"kind": args.reference, "sha256": copies and tensors_sha256(copies)}
         self.data = {
-            name: _tokenized(rows, name, processing_class, args)
+            name: tokenized(rows, name, processing_class, args)
             for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
             if rows is not None
         }
@@ -112,35 +115,42 @@ class FocalPOTrainer(Trainer):
                 logger.warning("%s: %d pairs dropped: %s", name, count, reason)
         if processing_class is not None:
             check_vocabulary(policy, processing_class)
-        prepare_policy(policy, layout=args.layout)
         super().__init__(
             model=policy,
             args=args,
-            data_collator=PairCollator(args.layout, args.tokens_per_pack),
+            data_collator=PairCollator(),  # until the layout is chosen, on the model's own device
             train_dataset=self._pairs("train_dataset"),
             eval_dataset=self._pairs("eval_dataset"),
             processing_class=processing_class,
             optimizers=optimizers,
         )
-        if args.layout == "packed":
-            check_packing(self.model)
+        self.data_collator = self._collator()
         self.remove_callback(PrinterCallback)
         output = Path(args.output_dir)
         self.health = HealthCheck(self.adapter, self._pairs("train_dataset") or [], output)
-        own = (self.health, _SetEpoch(self), _OwnIntervals(), MetricsFile(output / "metrics.jsonl"))
+        files = (MetricsFile(output / "metrics.jsonl"), ForgetLaterEvaluations(output))
+        own = (self.health, SetEpoch(self), OwnIntervals(), *files)
         for callback in (*own, *callbacks):
             self.add_callback(callback)
         if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
             self.add_callback(ProgressLine())
-        self.metrics = PairMetrics()
+        self.metrics = PairMetrics(metric_keys(self.objective))
         self.pairs_seen = 0
-        self._reference: DisabledAdapterReference | None = None
+        self._reference: tuple[nn.Module, Reference] | None = None
         self._base: BaseIdentity | None = None
 
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
         return self.data[name].pairs if name in self.data else None
 
     # ---- data -------------------------------------------------------------------------------------------------
+
+    def _collator(self) -> PairCollator:
+        """Packs as the models can compute them, of the answers that the objective looks at."""
+        models = [self.model.eval(), *filter(None, [self.ref_model])]  # each step sets its own mode again
+        choice = choose_common_layout(models, self.args.layout)
+        if choice.reason and self.is_world_process_zero():
+            logger.warning("training padded, each prompt twice: %s", choice.reason)
+        return PairCollator(choice.layout, self.args.tokens_per_pack, rejected=self.objective.entry.rejected)
 
     def get_train_dataloader(self) -> DataLoader:
         """Plain and unprepared: accelerate's loader repeats pairs on ragged data."""
@@ -153,13 +163,13 @@ class FocalPOTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Held-out pairs in their own order."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            pairs = _tokenized(eval_dataset, "eval_dataset", self.processing_class, self.args).pairs
-        else:
+        if eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str):
             pairs = self.eval_dataset
+        else:
+            pairs = tokenized(eval_dataset, "eval_dataset", self.processing_class, self.args).pairs
         if pairs is None:
             raise InputError("eval_dataset is missing: there is nothing to evaluate on")
-        return self._loader(pairs, self._sampler(pairs, None))
+        return self._loader(NumberedPairs(pairs), self._sampler(pairs, None))
 
     def _sampler(self, pairs: Sequence[TokenizedPair], seed: int | None) -> StepSampler:
         return StepSampler(
@@ -216,16 +226,20 @@ class FocalPOTrainer(Trainer):
     def _pack_loss(self, model: nn.Module, pack: Pack, step_pairs: int) -> Tensor:
         """This pack's share of the step's mean loss."""
         pack = pack.to(self.args.device, non_blocking=True)
-        reference = self._reference_of(model).logps(pack)
-        policy = sequence_logps(model, pack)
-        losses = self.objective(policy, reference)
+        policy, reference = self._logps(model, pack)
+        losses = self.objective(policy, reference, pack.index.lengths)
         if pack.pair_ids == (FILLER.id,):
             return losses.losses.sum() * 0.0
         self.health.see_pack(losses.losses, pack.pair_ids, self.state.global_step)
         if self.state.global_step == 0 and self.args.identity_probe:
-            check_identity(policy, reference, pack.pair_ids)
-        self.metrics.add(pair_values(losses, policy, gamma=self.objective.gamma))
+            check_identity(policy, reference, pack.pair_ids, kind=self.args.reference)
+        self.metrics.add(pair_values(self.objective, losses, policy, reference))
         return mean_loss(losses.losses, step_pairs)
+
+    def _logps(self, model: nn.Module, pack: Pack) -> tuple[PairLogps, PairLogps | None]:
+        """Log-probs of a pack under the policy and, where the objective needs one, under the reference."""
+        reference = self._reference_of(model).logps(pack) if self.objective.entry.reference else None
+        return sequence_logps(model, pack), reference
 
     def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
         """Packs of this rank, filled up to the longest rank's, and the pairs of the step over all ranks."""
@@ -236,10 +250,11 @@ class FocalPOTrainer(Trainer):
         missing = int(gathered[:, 1].max()) - len(batch.packs)
         return batch.packs + self.data_collator([FILLER]).packs * missing, int(gathered[:, 0].sum())
 
-    def _reference_of(self, model: nn.Module) -> DisabledAdapterReference:
-        if self._reference is None or self._reference.model is not model:
-            self._reference = DisabledAdapterReference(model)
-        return self._reference
+    def _reference_of(self, model: nn.Module) -> Reference:
+        """The reference of the policy as it is called: an engine wraps it when training begins."""
+        if self._reference is None or self._reference[0] is not model:
+            self._reference = model, build_reference(self.args.reference, model, self.ref_model)
+        return self._reference[1]
 
     # ---- evaluation and logging -------------------------------------------------------------------------------
 
@@ -252,20 +267,28 @@ class FocalPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Means over pairs of all ranks, however they were batched."""
+        """Means over pairs of all ranks, however they were batched; the held-out pairs' own table is written."""
         model = self.model_wrapped
         model.eval()
-        metrics = PairMetrics()
+        pairs = dataloader.dataset.pairs  # type: ignore[attr-defined]
+        metrics, table = PairMetrics(self.metrics.keys), PairTable(len(pairs), self.args.device)
         for batch in dataloader:
             for pack in self._in_step(batch)[0]:
                 pack = pack.to(self.args.device, non_blocking=True)
-                policy = sequence_logps(model, pack)
-                losses = self.objective(policy, self._reference_of(model).logps(pack))
-                if pack.pair_ids != (FILLER.id,):
-                    metrics.add(pair_values(losses, policy, gamma=self.objective.gamma))
+                policy, reference = self._logps(model, pack)
+                if pack.pair_ids == (FILLER.id,):
+                    continue
+                losses = self.objective(policy, reference, pack.index.lengths)
+                metrics.add(pair_values(self.objective, losses, policy, reference))
+                if reference is not None:
+                    table.add([int(place) for place in pack.pair_ids], policy, reference)
+        if pairs is self.eval_dataset and self.objective.entry.reference:
+            rows = table.rows([pair.id for pair in pairs])
+            if self.is_world_process_zero():
+                write_evaluation(evaluation_file(Path(self.args.output_dir), self.state.global_step), rows)
         means = metrics.means(self.args.device)
         named = {f"{metric_key_prefix}_{key}": value for key, value in means.items()}
-        return EvalLoopOutput(None, None, named, len(dataloader.dataset))  # type: ignore[arg-type]
+        return EvalLoopOutput(None, None, named, len(pairs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs carry means over every pair since the last one, and the pairs seen so far."""
@@ -312,7 +335,11 @@ class FocalPOTrainer(Trainer):
                     parameters=self.adapter,
                     optimizer=self._plain_optimizer(),
                     scheduler=self.lr_scheduler,
-                    extra={"metrics": sums, "pairs_seen": self.pairs_seen},
+                    extra={
+                        "metrics": sums,
+                        "pairs_seen": self.pairs_seen,
+                        "reference": self.reference_identity,
+                    },
                 )
                 self.state.save_to_json(str(folder / STATE_FILE))
             if self.args.save_total_limit:
@@ -331,6 +358,7 @@ class FocalPOTrainer(Trainer):
             optimizer=self._plain_optimizer(),
             scheduler=self.lr_scheduler,
         )
+        check_same_reference(extra["reference"], self.reference_identity)
         if self.is_world_process_zero():
             self.metrics.load(extra["metrics"])
         self.pairs_seen = extra["pairs_seen"]
@@ -368,56 +396,5 @@ class FocalPOTrainer(Trainer):
         if self._base is None:
             revision = getattr(config, "_commit_hash", None)
             self._base = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
-        objective = {"name": self.objective.name, "beta": self.objective.beta, "gamma": self.objective.gamma}
+        objective = {"name": self.objective.name, **self.objective.parameters}
         return Lineage(self._base, objective, self.state.global_step, self.pairs_seen, reference=self.args.reference)
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch, from the step count: `set_epoch` does not reach a plain loader's batch sampler."""
-
-    def __init__(self, trainer: FocalPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.sampler.epoch = state.global_step // len(self._trainer.sampler)
-
-
-class _OwnIntervals(TrainerCallback):
-    """How often to log, evaluate and save is said by the arguments: a checkpoint's state would bring back its own."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.compute_steps(args, state.max_steps)
-
-
-def _policy(model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, args: FocalPOConfig) -> PeftModel:
-    """The model with exactly one checked adapter in fp32, dropout off unless allowed."""
-    if peft_config is not None:
-        check_lora_config(peft_config, allow_dropout=args.allow_dropout)
-        set_seed(args.seed)  # the adapter's initialisation depends on `seed` alone
-        policy = attach_lora(model, peft_config)
-    elif isinstance(model, PeftModel):
-        for config in model.peft_config.values():
-            check_lora_config(config, allow_dropout=True)  # dropout is switched off below
-        policy = widen_adapters(model)
-    else:
-        raise InputError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`")
-    if len(policy.peft_config) > 1:
-        raise InputError(
-            f"the model carries {len(policy.peft_config)} adapters ({', '.join(policy.peft_config)}): give one"
-        )
-    if not args.allow_dropout and (count := switch_dropout_off(policy)):
-        logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
-    return policy
-
-
-def _tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig) -> TokenizedData:
-    """Preference rows, `Preference`s or already tokenised pairs, to pairs."""
-    rows = list(rows)
-    if rows and all(isinstance(row, TokenizedPair) for row in rows):
-        return TokenizedData(rows, {}, {})
-    if tokenizer is None:
-        raise InputError("processing_class is missing: give the base's tokenizer")
-    preferences = (
-        rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name).pairs
-    )
-    return tokenize_preferences(preferences, tokenizer, max_length=args.max_length, truncation=args.truncation)

@@ -62,10 +62,10 @@ def _repeating_pairs(sampler: Any) -> Iterator[list[int]]:
 GUARDS: list[Guard] = [
     # order of pairs, steps of several packs, several processes
     Guard("F1", "lorafocal.sampler:StepSampler.__iter__", lambda _: _repeating_pairs, "tests/test_sampler.py::test_over_all_ranks_every_pair_of_an_epoch_is_seen_exactly_once"),
-    Guard("F2", "lorafocal.trainer:_SetEpoch.on_epoch_begin", lambda _: lambda *a, **k: None, "tests/test_packs_of_a_step.py::test_every_epoch_trains_each_pair_once_in_another_order"),
+    Guard("F2", "lorafocal.callbacks:SetEpoch.on_epoch_begin", lambda _: lambda *a, **k: None, "tests/test_packs_of_a_step.py::test_every_epoch_trains_each_pair_once_in_another_order"),
     Guard("F3", "accelerate.state:GradientState._set_sync_gradients", lambda _: lambda *a: None, "tests/test_packs_of_a_step.py::test_engines_are_told_of_the_last_backward_and_the_optimiser_steps_once"),
     Guard("F3", "accelerate:Accelerator.no_sync", lambda _: lambda *a: contextlib.nullcontext(), "tests/engine/test_data_parallel.py::test_gradients_are_exchanged_once_and_the_optimiser_steps_once_a_step"),
-    Guard("57", "lorafocal.trainer:set_seed", lambda _: lambda seed: None, "tests/test_run.py::test_a_run_of_the_same_config_gives_the_same_adapter"),
+    Guard("57", "lorafocal.assembly:set_seed", lambda _: lambda seed: None, "tests/test_run.py::test_a_run_of_the_same_config_gives_the_same_adapter"),
     # what is trained, and whether it learns
     Guard("2 3", "lorafocal.model.adapters:check_trainable", lambda _: lambda model: {n: p for n, p in model.named_parameters() if "lora_" in n}, "tests/test_trainer.py::test_a_frozen_adapter_is_refused"),
     Guard("2", "lorafocal.health:HealthCheck.on_optimizer_step", lambda _: lambda *a, **k: None, "tests/test_run.py::test_a_rate_that_moves_nothing_stops_the_run"),
@@ -98,7 +98,7 @@ GUARDS: list[Guard] = [
     Guard("39", "lorafocal.health:HealthCheck.on_pre_optimizer_step", lambda _: lambda *a, **k: None, "tests/test_trainer.py::test_missing_gradients_stop_the_first_step"),
     # numbers
     Guard("11", "lorafocal.objectives.focal:focal_loss", lambda _: careless.naive_focal_loss, "tests/objectives/test_focal.py::test_value_and_gradient_stay_finite_and_accurate_at_extreme_margins"),
-    Guard("11", "lorafocal.objectives.pairwise:_widen", lambda _: lambda logps: logps, "tests/objectives/test_focal.py::test_the_objective_computes_in_fp32_whatever_the_dtype_of_the_log_probs"),
+    Guard("11", "lorafocal.objectives.pairwise:widen", lambda _: lambda logps: logps, "tests/objectives/test_focal.py::test_the_objective_computes_in_fp32_whatever_the_dtype_of_the_log_probs"),
     Guard("64", "lorafocal.objectives.focal:focal_loss", lambda _: careless.detached_focal_loss, "tests/objectives/test_focal.py::test_the_gradient_is_the_closed_form_of_the_papers_equation_6"),
     Guard("64", "lorafocal.objectives.focal:focalpo", lambda _: careless.focalpo_with_epsilon, "tests/objectives/test_focal.py::test_gamma_zero_is_dpo_bit_for_bit_in_value_and_gradient"),
     Guard("15", "lorafocal.objectives:mean_loss", lambda _: lambda losses, num_pairs: losses.mean(), "tests/test_trainer.py::test_the_budget_of_a_pack_changes_no_gradient_and_no_metric"),

@@ -15,7 +15,7 @@ def config(folder, **settings) -> FocalPOConfig:
 def test_defaults_are_a_usable_run(tmp_path):
     args = config(tmp_path)
     assert (args.objective, args.beta, args.gamma) == ("focalpo", 0.1, 0.05)
-    assert (args.layout, args.reference, args.num_train_epochs) == ("packed", "disabled_adapter", 1)
+    assert (args.layout, args.reference, args.num_train_epochs) == ("auto", "disabled_adapter", 1)
     assert args.n_gpu <= 1
 
 
@@ -59,9 +59,29 @@ def test_all_refusals_come_at_once(tmp_path):
         ({"beta": 0.0}, "beta"),
         ({"objective": "simpo"}, "objective"),
         ({"pairs_per_step": 0}, "pairs_per_step"),
-        ({"reference": "separate_model"}, "reference"),
+        ({"reference": "second_model"}, "disabled_adapter, frozen_copy, separate_model"),
+        ({"layout": "loose"}, "auto, packed, padded"),
+        ({"objective": "dpo", "gamma": 0.1}, "dpo has no gamma"),
+        ({"objective": "sft", "beta": 0.1, "reference": "frozen_copy"}, "sft has no beta and no reference"),
+        ({"objective": "sft", "identity_probe": False}, "sft has no identity_probe"),
     ],
 )
 def test_our_own_fields_are_checked(tmp_path, settings, words):
     with pytest.raises(InputError, match=words):
         config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "settled"),
+    [
+        ({}, (0.1, 0.05, "disabled_adapter", True)),
+        ({"objective": "dpo", "beta": 0.3}, (0.3, None, "disabled_adapter", True)),
+        ({"objective": "sft"}, (None, None, None, None)),
+        ({"reference": "frozen_copy"}, (0.1, 0.05, "frozen_copy", True)),
+        ({"reference": "separate_model"}, (0.1, 0.05, "separate_model", False)),
+        ({"reference": "separate_model", "identity_probe": True}, (0.1, 0.05, "separate_model", True)),
+    ],
+)
+def test_what_is_left_out_is_settled_by_objective_and_reference(tmp_path, settings, settled):
+    args = config(tmp_path, **settings)
+    assert (args.beta, args.gamma, args.reference, args.identity_probe) == settled

@@ -55,6 +55,7 @@ def test_the_run_folder_holds_exactly_these_files(finished: RunSummary) -> None:
     assert files == (
         {"config.yaml", "manifest.json", "metrics.jsonl", "held_out.jsonl"}
         | {f"adapter/{name}" for name in adapter}
+        | {f"evaluations/step-{step}.jsonl" for step in (3, 6, 9)}
         | {f"checkpoint-{STEPS}/{name}" for name in state}
         | {f"checkpoint-{STEPS}/adapter/{name}" for name in adapter}
     )
@@ -95,7 +96,8 @@ def test_metrics_are_one_line_a_logged_step_under_trls_names(finished: RunSummar
     keys = {
         "loss", "grad_norm", "learning_rate", "epoch", "step", "pairs_seen", "rewards/chosen", "rewards/rejected",
         "rewards/margins", "rewards/accuracies", "rewards/ties", "logps/chosen", "logps/rejected",
-        "focal/weight_mean", "focal/ratio_to_dpo", "focal/turned_share",
+        "logps/reference_chosen", "logps/reference_rejected", "focal/chosen_fell_share", "focal/weight_mean",
+        "focal/ratio_to_dpo", "focal/turned_share",
     }  # fmt: skip
     assert all(set(line) == keys for line in lines)
     assert [line["step"] for line in metric_lines(finished.folder, key="eval_loss")] == [3, 6, 9]

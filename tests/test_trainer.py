@@ -85,7 +85,7 @@ def test_an_adapter_away_from_its_start_is_refused_with_both_remedies(tmp_path):
     with pytest.raises(InputError, match="not the policy's starting point") as refusal:
         run.train()
     assert "lorafocal merge" in str(refusal.value)
-    assert "fresh adapter" in str(refusal.value)
+    assert "reference.kind: frozen_copy" in str(refusal.value)
 
 
 def test_it_trains_where_the_other_reference_is_deliberate(tmp_path):
@@ -136,22 +136,24 @@ def test_an_adapter_that_changes_more_than_it_can_switch_off_is_refused(tmp_path
 
 
 @pytest.mark.row("F12", "20")
-def test_a_model_that_packs_would_get_wrong_is_refused_before_the_first_step(tmp_path):
-    """Falcon never calls the attention interface. Padded, it trains."""
+def test_a_model_that_packs_would_get_wrong_trains_padded_or_is_refused_before_the_first_step(tmp_path, caplog):
+    """Falcon never calls the attention interface."""
 
     def falcon():
         sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
         return FalconForCausalLM(FalconConfig(**sizes, alibi=False)).requires_grad_(False)
 
     with pytest.raises(InputError, match=r"FalconForCausalLM.*packing\.layout: padded"):
-        trainer(tmp_path, pairs(4), model=falcon(), peft_config=lora())
-    run = trainer(tmp_path, pairs(4), model=falcon(), peft_config=lora(), layout="padded", max_steps=1)
+        trainer(tmp_path, pairs(4), model=falcon(), peft_config=lora(), layout="packed")
+    run = trainer(tmp_path, pairs(4), model=falcon(), peft_config=lora(), max_steps=1)
+    assert run.data_collator.layout == "padded"
+    assert "training padded, each prompt twice: FalconForCausalLM" in caplog.text
     run.train()
     assert run.state.log_history[0]["loss"] == pytest.approx(identity_loss(0.05), abs=1e-6)
 
 
 @pytest.mark.row("7")
-def test_one_model_is_loaded_and_a_second_one_is_refused(tmp_path, monkeypatch):
+def test_one_model_is_loaded_and_a_second_one_that_would_be_ignored_is_refused(tmp_path, monkeypatch):
     tiny_base().save_pretrained(tmp_path / "base")
     loads = []
     original = load.AutoModelForCausalLM.from_pretrained
@@ -161,7 +163,7 @@ def test_one_model_is_loaded_and_a_second_one_is_refused(tmp_path, monkeypatch):
     base = load.load_base(str(tmp_path / "base"), dtype="float32")
     trainer(tmp_path / "run", pairs(8), model=base, peft_config=lora(), max_steps=1).train()
     assert len(loads) == 1
-    with pytest.raises(InputError, match="ref_model"):
+    with pytest.raises(InputError, match='reference="separate_model"'):
         FocalPOTrainer(base, ref_model=tiny_base())
 
 

@@ -82,7 +82,10 @@ class StepBatch:
 
 
 def share_prefixes(pairs: Sequence[TokenizedPair]) -> Pack:
-    """One row `[prompt | chosen | rejected]` a pair, no padding; the rejected answer's positions restart."""
+    """One row `[prompt | chosen | rejected]` a pair, no padding; the rejected answer's positions restart.
+
+    A pair without a rejected answer is the row `[prompt | chosen]`.
+    """
     input_ids: list[int] = []
     position_ids: list[int] = []
     spans: list[PairSpan] = []
@@ -95,7 +98,7 @@ def share_prefixes(pairs: Sequence[TokenizedPair]) -> Pack:
         position_ids += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
         last_of_prompt = span.start + prompt - 1  # predicts the first token of both answers
         chosen_rows.append([*range(last_of_prompt, last_of_prompt + chosen)])
-        rejected_rows.append([last_of_prompt, *range(span.answers, span.stop - 1)])
+        rejected_rows.append([last_of_prompt, *range(span.answers, span.stop - 1)][:rejected])
         spans.append(span)
     return Pack(
         torch.tensor([input_ids]),
@@ -107,24 +110,26 @@ def share_prefixes(pairs: Sequence[TokenizedPair]) -> Pack:
 
 
 def pad_sequences(pairs: Sequence[TokenizedPair], *, pad_token_id: int = 0) -> Pack:
-    """The slow twin: 2B right-padded rows, prompts twice; which token pads makes no difference."""
+    """The slow twin: 2B right-padded rows, prompts twice; which token pads makes no difference.
+
+    An answer without tokens gets no row.
+    """
     sides = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    sequences = [[*pair.prompt_ids, *ids] for pair, ids in zip([*pairs, *pairs], sides, strict=True)]
-    width = max(map(len, sequences))
-    input_ids = torch.full((len(sequences), width), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    rows = []
-    for row, (sequence, completion) in enumerate(zip(sequences, sides, strict=True)):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[row, : len(sequence)] = 1
-        first = row * width + len(sequence) - len(completion) - 1
-        rows.append([*range(first, first + len(completion))])
+    width = max(pair.longest for pair in pairs)
+    sequences: list[list[int]] = []
+    rows: list[list[int]] = []
+    for pair, completion in zip([*pairs, *pairs], sides, strict=True):
+        last_of_prompt = len(sequences) * width + len(pair.prompt_ids) - 1
+        rows.append([*range(last_of_prompt, last_of_prompt + len(completion))])
+        if completion:
+            sequences.append([*pair.prompt_ids, *completion])
+    columns = torch.arange(width)
     return Pack(
-        input_ids,
-        torch.arange(width).expand_as(input_ids).contiguous(),
+        torch.tensor([ids + [pad_token_id] * (width - len(ids)) for ids in sequences]),
+        columns.expand(len(sequences), width).contiguous(),
         _index(rows, pairs),
         tuple(pair.id for pair in pairs),
-        attention_mask=attention_mask,
+        attention_mask=(columns < torch.tensor([[len(ids)] for ids in sequences])).long(),
     )
 
 
@@ -174,12 +179,14 @@ LAYOUTS = ("packed", "padded")
 class PairCollator:
     """Pairs of one optimiser step to packs of at most `tokens_per_pack` token rows.
 
-    The budget changes memory and speed, never the result.
+    The budget changes memory and speed, never the result. Without `rejected`, rejected answers are not in the packs:
+    for objectives of the chosen one alone.
     """
 
     layout: str = "packed"
     tokens_per_pack: int = 2048
     pad_token_id: int = 0
+    rejected: bool = True
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -188,21 +195,21 @@ class PairCollator:
             raise InputError(f"packing.tokens: {self.tokens_per_pack} is not a positive number of tokens")
 
     def __call__(self, pairs: Iterable[TokenizedPair]) -> StepBatch:
-        pairs = list(pairs)
+        pairs = list(pairs) if self.rejected else [replace(pair, rejected_ids=[]) for pair in pairs]
         if not pairs:
             return StepBatch(())
         if self.layout == "packed":
             bins = fill_bins([pair.shared_length for pair in pairs], self.tokens_per_pack)
             return StepBatch(tuple(share_prefixes([pairs[i] for i in members]) for members in bins))
-        bins = _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack)
+        bins = _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack, rows=1 + self.rejected)
         return StepBatch(tuple(pad_sequences([pairs[i] for i in m], pad_token_id=self.pad_token_id) for m in bins))
 
 
-def _padded_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Neighbours in length together, while two padded rows a pair stay within the budget."""
+def _padded_bins(lengths: Sequence[int], budget: int, *, rows: int) -> list[list[int]]:
+    """Neighbours in length together, while `rows` padded rows a pair stay within the budget."""
     bins: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if bins and 2 * (len(bins[-1]) + 1) * lengths[item] <= budget:
+        if bins and rows * (len(bins[-1]) + 1) * lengths[item] <= budget:
             bins[-1].append(item)
         else:
             bins.append([item])

@@ -1,15 +1,17 @@
-"""LoRA adapters through PEFT: where they go, what is trainable, and our own switch.
+"""LoRA adapters through PEFT: where they go, what is trainable, a frozen copy, and our own switch.
 
-PEFT's `disable_adapter()` costs 50 ms a use at 224 layers and un-freezes parameters that the user froze; ours flips
-one flag on a list made once. PEFT's stays the twin in the tests.
+PEFT's `disable_adapter()` costs 50 ms a use at 224 layers and un-freezes parameters that the user froze, and its
+`set_adapter()` freezes one adapter and un-freezes the other; ours flips one attribute on a list made once. PEFT's stay
+the twins in the tests.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,6 +24,14 @@ from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 
 ALL_LINEAR = "all-linear"
+FROZEN_COPY = "reference"  # the adapter beside the policy's own that is never trained and never saved
+
+_REMEDIES = {
+    "bias": 'use bias="none"',
+    "init_lora_weights": "use init_lora_weights=True; an adapter already trained from such a start is converted by"
+    " PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)`",
+    "modules_to_save": "leave it out; modules that must change are trained into the base before preferences",
+}
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -71,8 +81,8 @@ def check_lora_config(config: LoraConfig, *, allow_dropout: bool = False) -> Non
     for name in (name for name, bad in refused.items() if bad):
         raise InputError(
             f"adapter: `{name}={getattr(config, name)!r}` is not supported: with it, switching the adapter off may"
-            " not give back the starting policy, so the reference would be wrong. Use plain LoRA"
-            ' (bias="none", init_lora_weights=True, no modules_to_save)'
+            " not give back the starting policy, so the reference would be wrong. Use plain LoRA: "
+            + _REMEDIES.get(name, "leave it at its default")
         )
     check_dropout(config.lora_dropout, allowed=allow_dropout)
 
@@ -108,14 +118,43 @@ def widen_adapters(model: PeftModel) -> PeftModel:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors of every adapter layer, by full parameter name."""
+    """The tensors of every adapter layer but those of a frozen copy, by full parameter name."""
     owned = {
         id(parameter)
         for layer in adapter_layers(model)
         for name, parameter in layer.named_parameters()
-        if not name.startswith(("base_layer.", "original_module."))
+        if not name.startswith(("base_layer.", "original_module.")) and FROZEN_COPY not in name.split(".")
     }
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
+
+
+def add_frozen_copy(policy: PeftModel) -> dict[str, nn.Parameter]:
+    """Put a frozen copy of the policy's adapter beside it, on the same base; its tensors by full parameter name.
+
+    The policy's adapter stays the active one and as trainable as it was.
+    """
+    name = policy.active_adapter
+    if name == FROZEN_COPY:
+        raise InputError(f"the adapter is named {name!r}, which is the name of its frozen copy: load it under another")
+    originals = adapter_parameters(policy)
+    trainable = {path: parameter.requires_grad for path, parameter in originals.items()}
+    config = copy.deepcopy(policy.peft_config[name])
+    config.inference_mode = False  # PEFT would freeze the active adapter with it
+    policy.add_adapter(FROZEN_COPY, config)
+    parameters, copies = dict(policy.named_parameters()), {}
+    for path, original in originals.items():
+        before, _, after = path.rpartition(f".{name}")
+        twin = f"{before}.{FROZEN_COPY}{after}"
+        copies[twin] = parameters[twin]
+        copies[twin].data = original.detach().clone()
+        original.requires_grad_(trainable[path])
+    freeze(copies)
+    return copies
+
+
+def freeze(parameters: Mapping[str, nn.Parameter]) -> None:
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
 
 
 def check_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -147,24 +186,31 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class AdapterSwitch:
-    """Switches a model's adapters off and on again, and touches nothing else."""
+    """Switches a model's adapters off, or to another one, and back again, and touches nothing else."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = adapter_layers(model)
         if not self._layers:
-            raise InputError("the model has no adapter, so there is nothing to switch off for a reference")
+            raise InputError("the model has no adapter, so there is nothing to switch for a reference")
+
+    def off(self) -> AbstractContextManager[None]:
+        """Within, the model computes as its base alone."""
+        return self._set("_disable_adapters", True)
+
+    def to(self, adapter: str) -> AbstractContextManager[None]:
+        """Within, the model computes with `adapter` in place of the active one."""
+        return self._set("_active_adapter", [adapter])
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Within, the model computes as its base alone."""
-        before = [layer._disable_adapters for layer in self._layers]
+    def _set(self, attribute: str, value: object) -> Iterator[None]:
+        before = [getattr(layer, attribute) for layer in self._layers]
         for layer in self._layers:
-            layer._disable_adapters = True  # type: ignore[assignment]
+            setattr(layer, attribute, value)
         try:
             yield
         finally:
-            for layer, disabled in zip(self._layers, before, strict=True):
-                layer._disable_adapters = disabled
+            for layer, old in zip(self._layers, before, strict=True):
+                setattr(layer, attribute, old)
 
 
 def switch_dropout_off(model: nn.Module) -> int:

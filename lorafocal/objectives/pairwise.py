@@ -18,7 +18,7 @@ class PairLogps(NamedTuple):
 
 
 class PairLosses(NamedTuple):
-    """Per-pair results of an objective; rewards are detached."""
+    """Per-pair results of an objective; rewards are detached, and (0,) where an objective has none."""
 
     losses: Tensor  # (B,)
     chosen_rewards: Tensor  # (B,) beta * logratio
@@ -35,8 +35,8 @@ def rewards(policy: PairLogps, reference: PairLogps, *, beta: float) -> tuple[Te
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 5 without the partition term, which cancels in margins.
     """
-    chosen = beta * (_widen(policy.chosen) - _widen(reference.chosen))
-    rejected = beta * (_widen(policy.rejected) - _widen(reference.rejected))
+    chosen = beta * (widen(policy.chosen) - widen(reference.chosen))
+    rejected = beta * (widen(policy.rejected) - widen(reference.rejected))
     return chosen, rejected
 
 
@@ -66,6 +66,6 @@ def dpo_weight(margin: Tensor) -> Tensor:
     return torch.sigmoid(-margin)
 
 
-def _widen(logps: Tensor) -> Tensor:
-    """At least fp32: bf16 is 2 nats coarse at 300 nats."""
+def widen(logps: Tensor) -> Tensor:
+    """Log-probs in at least fp32: bf16 is 2 nats coarse at 300 nats."""
     return logps.to(torch.promote_types(logps.dtype, torch.float32))

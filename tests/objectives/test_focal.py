@@ -140,7 +140,7 @@ def test_rewards_are_beta_times_logratio_and_detached():
 
 
 def test_the_registry_names_and_checks():
-    assert set(OBJECTIVES) == {"focalpo", "dpo"}
+    assert set(OBJECTIVES) == {"focalpo", "dpo", "sft"}
     assert build_objective("dpo", beta=0.1, gamma=0.05).gamma == 0.0
     with pytest.raises(InputError, match=r"1\.4427"):
         build_objective("focalpo", beta=0.1, gamma=1.5)

@@ -1,0 +1,115 @@
+"""What `FocalPOTrainer` is given, checked and put together: policy, reference model, layout, pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.data.sources import Preference, preferences_from_rows
+from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
+from lorafocal.errors import InputError
+from lorafocal.model.adapters import attach_lora, check_lora_config, freeze, switch_dropout_off, widen_adapters
+from lorafocal.model.head import causal_lm
+from lorafocal.model.load import load_base
+from lorafocal.probes import LayoutChoice, choose_layout
+
+logger = logging.getLogger(__name__)
+
+Rows = Iterable[Any]
+
+
+def assemble_policy(
+    model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, args: FocalPOConfig
+) -> PeftModel:
+    """The model with exactly one checked adapter in fp32, dropout off unless allowed."""
+    if peft_config is not None:
+        check_lora_config(peft_config, allow_dropout=args.allow_dropout)
+        set_seed(args.seed)  # the adapter's initialisation depends on `seed` alone
+        policy = attach_lora(model, peft_config)
+    elif isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            check_lora_config(config, allow_dropout=True)  # dropout is switched off below
+        policy = widen_adapters(model)
+    else:
+        raise InputError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`")
+    if len(policy.peft_config) > 1:
+        raise InputError(
+            f"the model carries {len(policy.peft_config)} adapters ({', '.join(policy.peft_config)}), and one is"
+            " trained: load it with that one alone, and merge what else it needs into its base first"
+            " (`lorafocal merge`)"
+        )
+    if not args.allow_dropout and (count := switch_dropout_off(policy)):
+        logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
+    return policy
+
+
+def assemble_ref_model(
+    ref_model: str | PreTrainedModel | PeftModel, policy: PeftModel, device: torch.device
+) -> PreTrainedModel | PeftModel:
+    """The separate reference on `device`: frozen, dropout off, in evaluation mode for good.
+
+    Raises InputError where it is the policy's own base, or speaks of another vocabulary.
+    """
+    model = load_base(ref_model) if isinstance(ref_model, str) else ref_model
+    base = causal_lm(model)
+    if base is causal_lm(policy):
+        raise InputError(
+            "ref_model is the policy's own base, with the policy's adapter in its layers: leave `ref_model` out and use"
+            ' `reference="disabled_adapter"`, which is that base with the adapter off and costs no second model'
+        )
+    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (causal_lm(policy), base))
+    if ours != theirs:
+        raise InputError(
+            f"ref_model has {theirs} embeddings, the policy {ours}: they do not share a tokenizer, so the same token"
+            " ids mean other text. Give a reference of the same family"
+        )
+    switch_dropout_off(model)
+    freeze(dict(model.named_parameters()))
+    return model.to(device).eval()
+
+
+def choose_common_layout(models: Sequence[nn.Module], layout: str) -> LayoutChoice:
+    """One layout for policy and reference: packed where all of them can, each prepared for it."""
+    choices = [choose_layout(model, layout) for model in models]
+    padded = next((choice for choice in choices if choice.layout == "padded"), None)
+    if padded is None:
+        return choices[0]
+    for model, choice in zip(models, choices, strict=True):
+        if choice.layout != padded.layout:
+            choose_layout(model, padded.layout)
+    return padded
+
+
+def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig) -> TokenizedData:
+    """Preference rows, `Preference`s or already tokenised pairs, to pairs."""
+    rows = list(rows)
+    if rows and all(isinstance(row, TokenizedPair) for row in rows):
+        return TokenizedData(rows, {}, {})
+    if tokenizer is None:
+        raise InputError("processing_class is missing: give the base's tokenizer")
+    preferences = (
+        rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name).pairs
+    )
+    return tokenize_preferences(preferences, tokenizer, max_length=args.max_length, truncation=args.truncation)
+
+
+class NumberedPairs(Dataset[TokenizedPair]):
+    """Pairs whose ids are their places in `pairs`: ids of a user may repeat."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int) -> TokenizedPair:
+        return replace(self.pairs[place], id=str(place))

@@ -1,0 +1,38 @@
+"""Small duties of a training run at its start and at the start of an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from lorafocal.evaluations import drop_later
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch, from the step count: `set_epoch` does not reach a plain loader's batch sampler."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.sampler.epoch = state.global_step // len(self._trainer.sampler)
+
+
+class OwnIntervals(TrainerCallback):
+    """How often to log, evaluate and save is said by the arguments: a checkpoint's state would bring back its own."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
+class ForgetLaterEvaluations(TrainerCallback):
+    """Where training starts or resumes at step n, evaluations of later steps are those of weights that are gone."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            drop_later(self._run, state.global_step)
