@@ -1,27 +1,31 @@
-"""Rows of files to `Preference`: a mistake in the data is found here, and named by file, row and key.
-
-A file extension is one function in `READERS`; a form of row is one function in `FORMS`.
-"""
+"""Rows to `Preference`s: files (data/readers.py) and other rows, in the forms of data/forms.py."""
 
 from __future__ import annotations
 
-import json
+import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
+from lorafocal.data.forms import FORMS, Form, Row, form_named, read_sides, recognise, refuse_columns, with_system
+from lorafocal.data.messages import Messages, kind, read_text
+from lorafocal.data.places import BadRow, OnBadRow, Place, RowFault, leave_out, nothing_left
+from lorafocal.data.readers import NumberedRow, read_rows
 from lorafocal.errors import InputError
 
-Messages = list[dict[str, str]]
-NumberedRow = tuple[int, Any]
-OnBadRow = Literal["error", "drop"]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
+# What data sets call a judge's scores; the first pair of keys is ours.
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+OPTIONAL_KEYS = ("id", *SCORES[0], "system")
+FIRST_ROWS = 100  # where the columns that a config names must show up
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +45,6 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that was left out: where (key included), a short name of the fault, and what is wrong with the way out."""
-
-    place: str
-    reason: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.message}"
-
-
-@dataclass(frozen=True, slots=True)
 class Preferences:
     """What was read: pairs in the order of the rows, the rows left out, and the names of the forms recognised."""
 
@@ -61,30 +53,24 @@ class Preferences:
     form: str
 
 
-class RowFault(InputError):
-    """One row that cannot be read; refused as it is, or kept as the `BadRow` it carries."""
-
-    def __init__(self, bad_row: BadRow) -> None:
-        super().__init__(str(bad_row))
-        self.bad_row = bad_row
-
-
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a value stands, for messages: `pairs.jsonl, row 3, key chosen`."""
+class Reading:
+    """How rows are read: the form that was stated (else each row's own), columns of other names, what ends it."""
 
-    source: str
-    row: int
-    key: str = ""
+    form: Form | None
+    columns: Mapping[str, str]  # our key -> the source's
+    on_bad_row: OnBadRow
 
-    def at(self, key: str) -> Place:
-        return Place(self.source, self.row, f"{self.key}{key}")
-
-    def __str__(self) -> str:
-        return f"{self.source}, row {self.row}" + (f", key `{self.key}`" if self.key else "")
-
-    def error(self, problem: str, reason: str = "unreadable_row") -> RowFault:
-        return RowFault(BadRow(str(self), reason, problem))
+    @classmethod
+    def of(cls, form: str | None, columns: Mapping[str, str] | None, on_bad_row: OnBadRow) -> Reading:
+        """Raises InputError for a form, a key or a way with bad rows that is not known."""
+        known = dict.fromkeys([*(key for known_form in FORMS.values() for key in known_form.keys), *OPTIONAL_KEYS])
+        for key in columns or {}:
+            if key not in known:
+                raise InputError(f"columns: {key!r} is no key of ours; {nearest(key, known)}")
+        if on_bad_row not in ("error", "drop"):
+            raise InputError(f"on_bad_row is {on_bad_row!r}; use error or drop")
+        return cls(form_named(form) if form is not None else None, columns or {}, on_bad_row)
 
 
 def read_preferences(
@@ -94,23 +80,20 @@ def read_preferences(
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
 ) -> Preferences:
-    """Preferences of a `.jsonl`, `.json` (one list) or `.parquet` file.
+    """Preferences of a .jsonl, .json (one list), .csv or .parquet file; all but the last may end in .gz too.
 
-    Rows count from 1; in JSONL a row is a line, and blank lines are skipped. An id is the row's own `id` or
-    `"<file name>:<row>"`. `columns` maps our key to the file's. A row that cannot be read is an InputError naming
-    file, row and key, or is left out and kept in `bad_rows` under `on_bad_row="drop"`.
+    Rows count from 1; in JSONL a row is a line, and blank lines are skipped; in CSV it is a record below the header.
+    An id is the row's own `id` or `"<file name>:<row>"`. `form` names one of `FORMS`, by default each row's own is
+    recognised; `columns` maps a key of the form to the file's column. A row that cannot be read is an InputError
+    naming file, row and key, or is left out and kept in `bad_rows` under `on_bad_row="drop"`. A file that cannot be
+    read, or gives no pair, is an InputError.
     """
     path = Path(path)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"{path.name}: preference files end in {', '.join(READERS)}; convert the file or rename it")
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    return collect(reader(path), path.name, form, columns or {}, on_bad_row)
+    return collect(read_rows(path), path.name, Reading.of(form, columns, on_bad_row))
 
 
 def preferences_from_rows(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Any],
     source: str,
     *,
     form: str | None = None,
@@ -118,236 +101,116 @@ def preferences_from_rows(
     on_bad_row: OnBadRow = "error",
 ) -> Preferences:
     """Preferences of a `datasets.Dataset` or other mappings; `source` stands for the file's name."""
-    return collect(enumerate(rows, start=1), source, form, columns or {}, on_bad_row)
+    return collect(enumerate(rows, start=1), source, Reading.of(form, columns, on_bad_row))
 
 
-def collect(
-    rows: Iterable[NumberedRow], source: str, form: str | None, columns: Mapping[str, str], on_bad_row: OnBadRow
-) -> Preferences:
+def collect(rows: Iterable[NumberedRow], source: str, reading: Reading) -> Preferences:
     """All rows as preferences; refuses none at all and the same id twice."""
-    if form not in (None, "explicit"):
-        raise InputError(f"{source}: the form {form!r} is not known; use explicit")
+    rows = iter(rows)
+    first = list(islice(rows, FIRST_ROWS))
+    check_columns([row for _, row in first if isinstance(row, Mapping)], source, reading)
     pairs: list[Preference] = []
     bad_rows: list[BadRow] = []
+    forms: Counter[str] = Counter()
     row_of_id: dict[str, int] = {}
-    for number, row in rows:
+    for number, values in chain(first, rows):
         place = Place(source, number)
         try:
-            preference = read_row(renamed(row, columns), place)
+            preference, form = read_row(values, place, reading)
             earlier = row_of_id.setdefault(preference.id, number)
             if earlier != number:
-                raise place.at("id").error(f"{preference.id!r} is already the id of row {earlier}; ids must differ")
+                message = f"{preference.id!r} is already the id of row {earlier}; ids must differ, or leave them out"
+                raise place.at("id").fault("repeated_id", message)
         except RowFault as fault:
-            if on_bad_row == "error":
-                raise
-            bad_rows.append(fault.bad_row)
+            leave_out(fault, bad_rows, reading.on_bad_row)
         else:
             pairs.append(preference)
+            forms[form] += 1
     if not pairs:
-        why = f"no row can be read, such as {bad_rows[0]}" if bad_rows else "it holds no rows"
-        raise InputError(f"{source}: {why}; give at least one preference")
-    return Preferences(pairs, bad_rows, "explicit")
+        raise nothing_left(source, bad_rows)
+    return Preferences(pairs, bad_rows, ", ".join(name for name, _ in forms.most_common()))
 
 
-def renamed(row: Any, columns: Mapping[str, str]) -> Any:
-    """The row with our keys in place of its own."""
-    if not columns or not isinstance(row, Mapping):
-        return row
-    return {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
-
-
-# ---- files
-
-
-def read_jsonl(path: Path) -> Iterator[NumberedRow]:
-    """One JSON object a line, split at line feeds only: JSON strings may hold other separators."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, decode_json(line, f"{path.name}, row {number}")
-
-
-def read_json(path: Path) -> Iterator[NumberedRow]:
-    """One JSON list of objects."""
-    rows = decode_json(path.read_bytes(), path.name) if path.stat().st_size else []
-    if not isinstance(rows, list):
-        raise InputError(f"{path.name}: a .json file holds one list of rows, not {kind(rows)}; use .jsonl for lines")
-    yield from enumerate(rows, start=1)
-
-
-def decode_json(text: bytes, where: str) -> Any:
-    """The JSON value of UTF-8 bytes (a byte order mark is skipped)."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
+def check_columns(rows: list[Mapping[str, Any]], source: str, reading: Reading) -> None:
+    """The columns that were named are there, and some column is one of a form."""
+    found = dict.fromkeys(key for row in rows for key in row if isinstance(key, str))
+    for ours, theirs in reading.columns.items():
+        if rows and theirs not in found:
+            raise InputError(
+                f"{source}: columns: {{{ours}: {theirs}}} names a column that no row has; {nearest(theirs, found)}"
+            )
+    known = {key for form in FORMS.values() for key in form.keys} | {*reading.columns.values()}
+    if found and not found.keys() & known:
         raise InputError(
-            f"{where}: not valid JSON ({error.msg} at line {error.lineno}, column {error.colno}); repair or remove it"
-        ) from error
-    except RecursionError as error:
-        raise InputError(f"{where}: the JSON is nested too deeply to be a row; repair or remove it") from error
-
-
-def read_parquet(path: Path) -> Iterator[NumberedRow]:
-    """Rows of a Parquet file, batch by batch."""
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path.name}: not a readable Parquet file after row {number}; write it again") from error
-
-
-READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".parquet": read_parquet,
-}
-
-
-# ---- forms of a row
-
-
-def read_explicit(row: Mapping[str, Any], place: Place) -> tuple[str | Messages, str | Messages, str | Messages]:
-    """TRL's preference form with an explicit prompt: three strings or three lists of messages."""
-    kinds = {key: kind(row[key]) for key in ("prompt", "chosen", "rejected")}
-    for key, found in kinds.items():
-        if found not in ("a string", "a list"):
-            raise place.at(key).error(f"expected a string or a list of messages, found {found}")
-    if len(set(kinds.values())) > 1:
-        found = ", ".join(f"{key} is {what}" for key, what in kinds.items())
-        raise place.error(f"strings and message lists are mixed ({found}); give all three in the same form")
-    if kinds["prompt"] == "a string":
-        prompt, chosen, rejected = (read_text(row[key], place.at(key)) for key in kinds)
-        return prompt, chosen, rejected
-    return (
-        read_prompt_messages(row["prompt"], place.at("prompt")),
-        read_completion_messages(row["chosen"], place.at("chosen")),
-        read_completion_messages(row["rejected"], place.at("rejected")),
-    )
-
-
-Form = Callable[[Mapping[str, Any], Place], tuple[str | Messages, str | Messages, str | Messages]]
-FORMS: dict[tuple[str, ...], Form] = {("prompt", "chosen", "rejected"): read_explicit}  # the first whose keys are there
-
-
-def read_row(row: Any, place: Place) -> Preference:
-    """One row of any known form."""
-    if not isinstance(row, Mapping):
-        raise place.error(f"a row is an object with the keys prompt, chosen and rejected, not {kind(row)}")
-    present = {key for key, value in row.items() if value is not None}
-    form = next((form for keys, form in FORMS.items() if present.issuperset(keys)), None)
-    if form is None:
-        raise missing_key(present, place)
-    prompt, chosen, rejected = form(row, place)
-    scores = [read_score(row.get(key), place.at(key)) for key in ("score_chosen", "score_rejected")]
-    return Preference(prompt, chosen, rejected, read_id(row.get("id"), place), *scores, place=str(place))
-
-
-def missing_key(present: set[str], place: Place) -> RowFault:
-    """What to say about a row of no known form."""
-    found = f"the row has {', '.join(sorted(map(str, present))) or 'nothing'}"
-    if {"chosen", "rejected"} <= present:
-        return place.at("prompt").error(
-            f"missing ({found}). Prompts repeated inside chosen and rejected are not read yet: add a "
-            "`prompt` column with what both answers share, and leave only the answers in chosen and rejected"
+            f"{source}: no row has a key of a known form; found {', '.join(map(repr, islice(found, 8)))}. Say which is "
+            "which with columns: {prompt: ..., chosen: ..., rejected: ...}; a CSV needs a header, with commas"
         )
-    missing = next(key for key in ("chosen", "rejected", "prompt") if key not in present)
-    return place.at(missing).error(f"missing ({found}); a row needs prompt, chosen and rejected")
 
 
-def read_prompt_messages(messages: Any, place: Place) -> Messages:
-    """A conversation that waits for the assistant."""
-    read = read_messages(messages, place)
-    if read[-1]["role"] == "assistant":
-        raise place.error("the last message is the assistant's; a prompt ends before the answer that was judged")
-    if not read[-1]["content"]:
-        raise place.at(f"[{len(read) - 1}].content").error("empty; a prompt needs text")
-    return read
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Which names are known, the nearest first."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3)
+    return (f"did you mean {' or '.join(near)}? " if near else "") + f"known: {', '.join(known[:20])}"
 
 
-def read_completion_messages(messages: Any, place: Place) -> Messages:
-    """Exactly one assistant message, with text."""
-    read = read_messages(messages, place)
-    if len(read) > 1:
-        raise place.error(
-            f"{len(read)} messages; an answer is one assistant message: move the earlier ones, which both "
-            "answers share, into prompt"
+# ---- one row
+
+
+def read_row(values: Any, place: Place, reading: Reading) -> tuple[Preference, str]:
+    """One row, and the name of its form. Raises RowFault."""
+    if isinstance(values, RowFault):
+        raise values
+    if not isinstance(values, Mapping):
+        message = (
+            f"a row is an object with keys such as prompt, chosen and rejected, not {kind(values)}; write it as one"
         )
-    if read[0]["role"] != "assistant":
-        raise place.at("[0].role").error(f"{read[0]['role']!r}; the judged message is the assistant's")
-    if not read[0]["content"]:
-        raise place.at("[0].content").error("empty; remove the row or give the answer a text")
-    return read
+        raise place.fault("no_object", message)
+    row = Row({key: value for key, value in renamed(values, reading.columns).items() if value is not None}, place)
+    refuse_columns(row)
+    form = reading.form or recognise(row)
+    prompt, chosen, rejected = with_system(read_sides(row, form), row)
+    preference = Preference(prompt, chosen, rejected, read_id(row), *read_scores(row), place=str(place))
+    return preference, form.name
 
 
-def read_messages(messages: list[Any], place: Place) -> Messages:
-    """Messages with a known role and text; what else a message holds would be lost and is refused."""
-    if not messages:
-        raise place.error("an empty list; give at least one message")
-    read = []
-    for position, message in enumerate(messages):
-        here = place.at(f"[{position}]")
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise here.error('a message is {"role": ..., "content": ...}, found ' + describe_message(message))
-        extra = sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None)
-        if extra:
-            raise here.error(f"messages with {', '.join(extra)} are not read yet; keep only role and content")
-        if message["role"] not in ROLES:
-            raise here.at(".role").error(f"{message['role']!r} is no known role; use one of {', '.join(ROLES)}")
-        content = message["content"]
-        if not isinstance(content, str):
-            raise here.at(".content").error(f"expected a string, found {kind(content)}")
-        read.append({"role": message["role"], "content": valid_unicode(content, here.at(".content"))})
-    return read
+def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """The row with our keys in place of its own."""
+    if not columns:
+        return values
+    others = {key: value for key, value in values.items() if key not in columns.values()}
+    return others | {ours: values.get(theirs) for ours, theirs in columns.items()}
 
 
-def read_text(text: str, place: Place) -> str:
-    """A string that is not empty."""
-    if not text:
-        raise place.error("an empty string; remove the row or give it a text")
-    return valid_unicode(text, place)
-
-
-def valid_unicode(text: str, place: Place) -> str:
-    """The text, if it is UTF-8: a JSON escape can spell half a surrogate pair, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise place.error(f"character {error.start + 1} is half of a surrogate pair; repair the text") from error
-    return text
+def read_scores(row: Row) -> tuple[float | None, float | None]:
+    """A judge's scores under the first pair of names of which one is there."""
+    keys = next((keys for keys in SCORES if not row.values.keys().isdisjoint(keys)), SCORES[0])
+    chosen, rejected = (read_score(row.values.get(key), row.place.at(key)) for key in keys)
+    return chosen, rejected
 
 
 def read_score(score: Any, place: Place) -> float | None:
-    """A finite number, or None where there is none."""
+    """A finite number, which CSV spells as text, or None where there is none."""
     if score is None:
         return None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise place.error(f"expected a finite number, found {score!r}; correct it or leave the key out")
-    return float(score)
+    try:
+        number = math.nan if isinstance(score, bool) or not isinstance(score, int | float | str) else float(score)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        found = repr(score)[:40] if isinstance(score, str | float | bool) else kind(score)
+        raise place.fault("bad_score", f"expected a finite number, found {found}; correct it or leave the key out")
+    return number
 
 
-def read_id(row_id: Any, place: Place) -> str:
-    """The row's own id as text, or its file and row."""
+def read_id(row: Row) -> str:
+    """The row's own id as text, or its source and row."""
+    row_id = row.values.get("id")
     if row_id is None:
-        return f"{place.source}:{place.row}"
+        return f"{row.place.source}:{row.place.row}"
     if isinstance(row_id, bool) or not isinstance(row_id, int | str) or row_id == "":
-        raise place.at("id").error(f"expected a text or a whole number, found {row_id!r}; correct it or leave it out")
-    return str(row_id)
-
-
-def describe_message(message: Any) -> str:
-    """What was found in place of a message."""
-    return f"the keys {', '.join(map(str, message))}" if isinstance(message, Mapping) and message else kind(message)
-
-
-def kind(value: Any) -> str:
-    """A value's type in the words of JSON."""
-    names = {str: "a string", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    if value is None:
-        return "null"
-    return "an object" if isinstance(value, Mapping) else names.get(type(value), type(value).__name__)
+        found = repr(row_id)[:40] if isinstance(row_id, str | float | bool) else kind(row_id)
+        raise row.place.at("id").fault(
+            "bad_id", f"expected a text or a whole number, found {found}; correct it or leave it out"
+        )
+    return read_text(str(row_id), row.place.at("id"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lorafocal.data.sources import READERS, Preference, preferences_from_rows, read_preferences
+from lorafocal.data.sources import BadRow, Preference, preferences_from_rows, read_preferences
 from lorafocal.errors import InputError
 
 USER = {"role": "user", "content": "Add 2 and 2."}
@@ -32,7 +33,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [PLAIN, CHAT], ids=["plain", "conversational"])
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_every_file_kind_gives_the_same_preferences(tmp_path: Path, suffix: str, form: dict[str, Any]) -> None:
     rows = [form | {"id": "a", "score_chosen": 2, "score_rejected": 0.5, "source": "unused"}, form]
     path = write(rows, tmp_path / f"pairs{suffix}")
@@ -75,48 +76,47 @@ WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
     "no rejected": (without("rejected"), "key `rejected`", "a row needs prompt, chosen and rejected"),
     "empty row": ({}, "key `chosen`", "the row has nothing"),
     "a number": (PLAIN | {"chosen": 4}, "key `chosen`", "found a number"),
-    "an object": (
-        PLAIN | {"prompt": USER},
-        "key `prompt`",
-        "list of messages, found an object",
-    ),
+    "an object": (PLAIN | {"prompt": USER}, "key `prompt`", "list of messages, found an object"),
     "mixed": (CHAT | {"prompt": "Add."}, "row 2: ", "prompt is a string, chosen is a list"),
     "empty prompt": (PLAIN | {"prompt": ""}, "key `prompt`", "empty string"),
     "empty answer": (PLAIN | {"rejected": ""}, "key `rejected`", "remove the row"),
     "no messages": (CHAT | {"prompt": []}, "key `prompt`", "at least one message"),
-    "empty message": (message(content=""), "key `chosen[0].content`", "empty"),
+    "empty message": (message(content=""), "key `chosen`", "empty"),
     "empty question": (CHAT | {"prompt": [USER | {"content": ""}]}, "key `prompt[0].content`", "empty"),
     "bare string": (CHAT | {"prompt": ["Add."]}, "key `prompt[0]`", "found a string"),
-    "sharegpt": (
-        CHAT | {"prompt": [{"from": "human", "value": "x"}]},
+    "other spelling": (
+        CHAT | {"prompt": [{"speaker": "human", "text": "x"}]},
         "key `prompt[0]`",
-        "the keys from, value",
+        "the keys speaker, text",
     ),
-    "role": (
-        CHAT | {"prompt": [{"role": "human", "content": "x"}]},
-        "key `prompt[0].role`",
-        "use one of system,",
-    ),
+    "role": (CHAT | {"prompt": [{"role": "human", "content": "x"}]}, "key `prompt[0].role`", "use one of system,"),
+    "numbered role": (CHAT | {"prompt": [{"role": 1, "content": "x"}]}, "key `prompt[0].role`", "'1' is no known role"),
     "content parts": (message(content=[{"type": "text"}]), "key `chosen[0].content`", "found a list"),
     "null content": (message(content=None), "key `chosen[0].content`", "found null"),
-    "tool calls": (message(tool_calls=[1]), "key `chosen[0]`", "keep only role and content"),
-    "user answers": (message(role="user"), "key `chosen[0].role`", "the assistant's"),
+    "tool calls": (message(tool_calls=[1]), "key `chosen[0].tool_calls`", "remove these rows"),
+    "reasoning": (message(thinking="Hm."), "key `chosen[0]`", "keep only role and content"),
+    "user answers": (message(role="user"), "key `chosen`", "the assistant's"),
     "long answer": (CHAT | {"rejected": [USER, BAD]}, "key `rejected`", "move the earlier ones"),
     "answered prompt": (CHAT | {"prompt": [USER, GOOD]}, "key `prompt`", "a prompt ends before"),
     "surrogate": (PLAIN | {"prompt": "ab\ud83d"}, "key `prompt`", "character 3 is half of a surrogate pair"),
-    "infinite score": (
-        PLAIN | {"score_chosen": float("inf")},
-        "key `score_chosen`",
-        "finite number, found inf",
-    ),
-    "text score": (PLAIN | {"score_rejected": "9"}, "key `score_rejected`", "found '9'"),
+    "infinite score": (PLAIN | {"score_chosen": float("inf")}, "key `score_chosen`", "finite number, found inf"),
+    "huge score": (PLAIN | {"score_chosen": 10**400}, "key `score_chosen`", "finite number, found a number"),
+    "text score": (PLAIN | {"score_rejected": "high"}, "key `score_rejected`", "found 'high'"),
     "boolean score": (PLAIN | {"score_rejected": True}, "key `score_rejected`", "found True"),
     "id": (PLAIN | {"id": 1.5}, "key `id`", "whole number, found 1.5"),
+    "half an id": (PLAIN | {"id": "\ud83d"}, "key `id`", "character 1 is half of a surrogate pair"),
+    "image": (CHAT | {"images": ["a.png"]}, "key `images`", "remove these rows"),
     "same id": (PLAIN | {"id": "pairs.jsonl:1"}, "key `id`", "already the id of row 1"),
     "list row": ([1], "row 2: ", "not a list"),
 }
 
 
+WAYS_OUT = re.compile(
+    r"; .*(add|correct|give|keep|leave|move|needs|remove|repair|say|use|write) |prompt needs|ends before"
+)
+
+
+@pytest.mark.row("29")
 @pytest.mark.parametrize("what", WRONG_ROWS)
 def test_a_wrong_row_is_named_with_its_place_and_the_way_out(tmp_path: Path, what: str) -> None:
     row, where, says = WRONG_ROWS[what]
@@ -127,33 +127,36 @@ def test_a_wrong_row_is_named_with_its_place_and_the_way_out(tmp_path: Path, wha
     assert text.startswith("pairs.jsonl, row 2")
     assert where in text
     assert says in text
+    assert WAYS_OUT.search(text)
+
+    dropped = read_preferences(path, on_bad_row="drop")
+    assert [pair.place for pair in dropped.pairs] == ["pairs.jsonl, row 1"]
+    [bad_row] = dropped.bad_rows
+    assert str(bad_row) == text
+    assert bad_row.reason.isidentifier()
 
 
-WRONG_FILES: dict[str, tuple[str, bytes, str]] = {
-    "extension": ("pairs.csv", b"prompt,chosen", "end in .jsonl, .json, .parquet"),
-    "empty lines": ("pairs.jsonl", b"\n\n", "holds no rows"),
-    "empty": ("pairs.json", b"", "holds no rows"),
-    "empty list": ("pairs.json", b"[]", "holds no rows"),
-    "empty parquet": ("pairs.parquet", b"", "not a readable Parquet file"),
-    "not parquet": ("pairs.parquet", b"PAR1 but no more", "not a readable Parquet file"),
-    "cut line": ("pairs.jsonl", json.dumps(PLAIN).encode() + b'\n{"prompt": "x', "row 2: not valid JSON"),
-    "cut list": ("pairs.json", b'[{"prompt": 1}', "not valid JSON"),
-    "latin-1": ("pairs.jsonl", '{"prompt": "é"}'.encode("latin-1"), "row 1: byte 13 is not UTF-8"),
-    "object": ("pairs.json", b'{"data": []}', "one list of rows, not an object"),
-    "deep": ("pairs.jsonl", b"[" * 100_000, "row 1: the JSON is nested too deeply"),
-}
+def test_rows_left_out_are_kept_with_place_reason_and_message(tmp_path: Path) -> None:
+    path = write([without("chosen"), PLAIN, CHAT, PLAIN | {"rejected": ""}], tmp_path / "pairs.jsonl")
+    read = read_preferences(path, on_bad_row="drop")
+    assert [pair.place for pair in read.pairs] == ["pairs.jsonl, row 2", "pairs.jsonl, row 3"]
+    missing, empty = read.bad_rows
+    assert missing == BadRow(
+        "pairs.jsonl, row 1, key `chosen`",
+        "missing_key",
+        "missing (the row has prompt, rejected); a row needs prompt, chosen and rejected",
+    )
+    assert (empty.place, empty.reason) == ("pairs.jsonl, row 4, key `rejected`", "empty_completion")
 
 
-@pytest.mark.parametrize("what", WRONG_FILES)
-def test_a_wrong_file_is_named(tmp_path: Path, what: str) -> None:
-    name, content, says = WRONG_FILES[what]
-    (tmp_path / name).write_bytes(content)
+def test_where_every_row_is_bad_the_reasons_are_given() -> None:
+    rows = [without("chosen"), without("rejected"), PLAIN | {"prompt": ""}]
     with pytest.raises(InputError) as error:
-        read_preferences(tmp_path / name)
-    assert name in str(error.value)
-    assert says in str(error.value)
+        preferences_from_rows(rows, "rows", on_bad_row="drop")
+    assert "none of its 3 rows can be used: 2 missing_key, such as rows, row 1, key `chosen`" in str(error.value)
+    assert "1 empty_prompt, such as rows, row 3" in str(error.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no such file"):
-        read_preferences(tmp_path / "pairs.jsonl")
+def test_a_way_with_bad_rows_that_is_not_known_is_refused() -> None:
+    with pytest.raises(InputError, match="use error or drop"):
+        preferences_from_rows([PLAIN], "rows", on_bad_row="ignore")  # type: ignore[arg-type]

@@ -1,0 +1,231 @@
+"""Files to numbered rows, one function a kind of file; what stands in a row is not looked at here.
+
+A row that cannot be read (too long, not UTF-8, not JSON) is yielded as its `RowFault`, so that the rest of the file is
+still read. A file that cannot be read is an InputError.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from gzip import GzipFile
+from io import BufferedReader
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+from pyarrow import parquet
+
+from lorafocal.data.messages import kind
+from lorafocal.data.places import Place, RowFault
+from lorafocal.errors import InputError
+
+NumberedRow = tuple[int, Any]  # rows count from 1; instead of a row there may be its RowFault
+Reader = Callable[[IO[bytes], str], Iterator[NumberedRow]]
+
+MIB = 2**20
+MAX_LINE_BYTES = 16 * MIB  # a longer line is skipped piece by piece, never held as a whole
+MAX_JSON_BYTES = 1024 * MIB  # a .json file is one value, which has to be held as a whole
+PARQUET_ROWS = 1000
+
+
+def read_rows(path: Path) -> Iterator[NumberedRow]:
+    """Rows of a file of one of the `EXTENSIONS`. Raises InputError for a file that is missing or damaged."""
+    number = 0
+    try:
+        reader, packed = reader_of(path)
+        with path.open("rb") as raw, BufferedReader(GzipFile(fileobj=raw)) if packed else raw as file:
+            for number, row in reader(file, path.name):
+                yield number, row
+    except (OSError, EOFError, zlib.error) as error:  # of the disk, or of a damaged gzip
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path.name}: it cannot be read after row {number} ({why}); write or copy it again"
+        ) from error
+
+
+def reader_of(path: Path) -> tuple[Reader, bool]:
+    """How a file is read, and whether it is packed. Raises InputError for what is no such file."""
+    if path.is_dir():
+        raise InputError(folder_problem(path))
+    extension = extension_of(path)
+    if extension is None:
+        raise InputError(f"{path.name}: preference files end in {', '.join(EXTENSIONS)}; convert the file or rename it")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; check the path")
+    return READERS[extension.removesuffix(".gz")], extension.endswith(".gz")
+
+
+def folder_problem(path: Path) -> str:
+    """Why a folder is no source: code in it is never run."""
+    scripts = sorted(file.name for file in path.glob("*.py"))
+    if scripts:
+        return (
+            f"{path.name} holds {scripts[0]}: loading scripts are never run; export its rows to a file such as .jsonl"
+        )
+    files = sorted(file.name for file in path.iterdir() if extension_of(file))
+    return f"{path.name} is a folder; name its files one by one" + (f": {', '.join(files[:5])}" if files else "")
+
+
+def extension_of(path: Path) -> str | None:
+    """The known extension that a path ends in, whatever its case."""
+    return next((extension for extension in EXTENSIONS if path.name.lower().endswith(extension)), None)
+
+
+# ---- JSON
+
+
+def read_jsonl(file: IO[bytes], name: str) -> Iterator[NumberedRow]:
+    """One JSON value a line, split at line feeds only, as JSON strings may hold other separators; blank lines count."""
+    for number, line in bounded_lines(file):
+        place = Place(name, number)
+        if line is None:
+            yield number, place.fault("too_long", f"a line of more than {MAX_LINE_BYTES:,} bytes; remove or shorten it")
+        elif line.strip():
+            try:
+                yield number, decode_json(line)
+            except ValueError as error:
+                reason = "not_utf8" if isinstance(error, UnicodeDecodeError) else "not_json"
+                yield number, place.fault(reason, json_problem(error))
+
+
+def bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with their numbers; None for one over the limit, of which one piece at a time was read."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield number, line
+            continue
+        del line
+        while (piece := file.readline(MIB)) and not piece.endswith(b"\n"):
+            pass
+        yield number, None
+
+
+def read_json(file: IO[bytes], name: str) -> Iterator[NumberedRow]:
+    """One JSON list of rows."""
+    pieces = iter(lambda: file.read(MIB), b"")  # in pieces: one large read would reserve all of the limit
+    text = b"".join(islice(pieces, MAX_JSON_BYTES // MIB + 1))
+    if len(text) > MAX_JSON_BYTES:
+        raise InputError(
+            f"{name}: more than {MAX_JSON_BYTES:,} bytes in one JSON value; write one row a line as .jsonl"
+        )
+    try:
+        rows = decode_json(text) if text.strip() else []
+    except ValueError as error:
+        raise InputError(f"{name}: {json_problem(error)}") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{name}: a .json file holds one list of rows, not {kind(rows)}; one row a line is .jsonl")
+    yield from enumerate(rows, start=1)
+
+
+def decode_json(text: bytes) -> Any:
+    """The JSON value of UTF-8 bytes (a byte order mark is skipped). Raises ValueError."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply to be a row") from error
+
+
+def json_problem(error: ValueError) -> str:
+    """What is wrong with JSON text, with the way out."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg} at line {error.lineno}, column {error.colno}); repair or remove it"
+    return f"not valid JSON ({error}); repair or remove it"
+
+
+# ---- CSV
+
+
+def read_csv(file: IO[bytes], name: str) -> Iterator[NumberedRow]:
+    """Records below a header line, of text alone; an empty cell is a missing value.
+
+    After broken quotes nothing that follows can be trusted, so they are a fault of the file.
+    """
+    csv.field_size_limit(
+        max(csv.field_size_limit(), MAX_LINE_BYTES)
+    )  # of the process; the default refuses long answers
+    records = csv.reader(csv_lines(file, name), strict=True)
+    header: list[str] = []
+    number = -1
+    try:
+        for cells in records:
+            if not cells:
+                continue
+            number += 1
+            if number == 0:
+                header = csv_header(cells, name)
+            else:
+                yield number, csv_row(header, cells, Place(name, number))
+    except csv.Error as error:
+        where = f"{name}: line {records.line_num}, after row {max(number, 0)}"
+        raise InputError(f"{where}: not valid CSV ({error}); repair the quotes there") from error
+
+
+def csv_lines(file: IO[bytes], name: str) -> Iterator[str]:
+    """Decoded lines; bytes that are not UTF-8 stay visible as escapes, for `csv_row` to find."""
+    for number, line in bounded_lines(file):
+        if line is None:
+            raise InputError(f"{name}: line {number} has more than {MAX_LINE_BYTES:,} bytes; remove or shorten it")
+        yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+
+
+def csv_header(cells: list[str], name: str) -> list[str]:
+    """The names of the columns, each once."""
+    header = [cell.strip() for cell in cells]
+    twice = [column for column, count in Counter(header).items() if count > 1]
+    if twice:
+        raise InputError(f"{name}: the header names {twice[0]!r} twice; the first line gives each column its own name")
+    return header
+
+
+def csv_row(header: list[str], cells: list[str], place: Place) -> dict[str, str | None] | RowFault:
+    """One record as an object."""
+    if len(cells) != len(header):
+        return place.fault("wrong_width", f"{len(cells)} cells where the header names {len(header)}; quote its commas")
+    for column, cell in zip(header, cells, strict=True):
+        if not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell):
+            return place.at(column).fault("not_utf8", "bytes that are not UTF-8; save the file as UTF-8")
+    return {column: cell or None for column, cell in zip(header, cells, strict=True)}
+
+
+# ---- Parquet
+
+
+def read_parquet(file: IO[bytes], name: str) -> Iterator[NumberedRow]:
+    """Rows of a Parquet file, batch by batch."""
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+                for row in batch_rows(batch):
+                    number += 1
+                    if row is None:
+                        yield number, Place(name, number).fault("not_utf8", "text that is not UTF-8; write it again")
+                    else:
+                        yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{name}: not a readable Parquet file after row {number}; write it again") from error
+
+
+def batch_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch; None for one with text that is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
+
+
+READERS: dict[str, Reader] = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
+EXTENSIONS = (*READERS, *(f"{extension}.gz" for extension in READERS if extension != ".parquet"))
