@@ -6,8 +6,10 @@ The *wrapped* model is called, through its public arguments only, so the hooks o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +32,29 @@ def prepare_policy(model: nn.Module, *, layout: str = "packed") -> None:
     base = causal_lm(model)
     if layout == "packed":
         _set_attention(base, SHARED_PREFIX_ATTENTION)
-    elif base.config._attn_implementation == SHARED_PREFIX_ATTENTION:
+    elif _attention(base) in (SHARED_PREFIX_ATTENTION, "sdpa"):
         _set_attention(base, own_attention(base))
 
 
 def own_attention(base: PreTrainedModel) -> str:
-    """transformers' own attention for this model: "sdpa" drops soft-caps and sinks, so models with them have none."""
-    return "sdpa" if base._supports_sdpa else "eager"
+    """transformers' own attention that is right for this model: SDPA would silently drop soft-caps and sinks."""
+    capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if base._supports_sdpa and not capped else "eager"
+
+
+def _attention(base: PreTrainedModel) -> str:
+    return base.config.get_text_config()._attn_implementation  # type: ignore[no-any-return]
 
 
 def _set_attention(base: PreTrainedModel, name: str) -> None:
-    """Raises InputError where the model goes on with the attention that it had."""
-    base.set_attn_implementation(name)
-    if base.config._attn_implementation != name:
+    """Exchange the attention of the text part; other parts, such as an image encoder, keep theirs.
+
+    Raises InputError where the model goes on with the attention that it had.
+    """
+    config = base.config
+    text = [key for key in config.sub_configs if getattr(config, key, None) is config.get_text_config()]
+    base.set_attn_implementation({"": name} | dict.fromkeys(text, name))
+    if _attention(base) != name:
         raise InputError(f"{type(base).__name__} does not let its attention be exchanged")
 
 
@@ -53,20 +65,42 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 def token_logps(model: nn.Module, pack: Pack) -> Tensor:
     """Log-probability of each completion token in nats, (N,), in the order of `pack.index`."""
-    index, packed = pack.index, pack.segments is not None
-    arguments: dict[str, object] = (
-        {"logits_to_keep": index.positions, "segments": pack.segments}
-        if packed
-        else {"attention_mask": pack.attention_mask}
-    )
-    device = pack.input_ids.device
-    dtype = compute_dtype(model)
+    index, device, dtype = pack.index, pack.input_ids.device, compute_dtype(model)
+    arguments = _arguments(model, pack)
+    rows = None if "logits_to_keep" in arguments else index.positions
     with (
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
-        scoring(model, index.labels, rows=None if packed else index.positions),
+        scoring(model, index.labels, rows=rows),
     ):
-        output = model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, **arguments)
+        output = model(**arguments)
     return output.logits.reshape(-1)
+
+
+def _arguments(model: nn.Module, pack: Pack) -> dict[str, object]:
+    """What the model is called with: of a pack, everything that its forward names, and the segments in any case."""
+    named = forward_parameters(type(causal_lm(model)))
+    arguments: dict[str, object] = {"use_cache": False, "position_ids": pack.position_ids}
+    if pack.segments is None:
+        arguments["attention_mask"] = pack.attention_mask
+    else:
+        arguments["logits_to_keep"] = pack.index.positions
+    arguments = {name: value for name, value in arguments.items() if name in named}
+    if pack.segments is not None:
+        arguments["segments"] = pack.segments
+    return {"input_ids": pack.input_ids, **arguments}
+
+
+@cache
+def takes_segments(model_class: type[nn.Module]) -> bool:
+    """Whether a model's forward takes arguments that it does not name, to hand them down."""
+    parameters = inspect.signature(model_class.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+@cache
+def forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
+    """Names that a model's forward takes: some (Falcon, BLOOM, MPT) have no positions, some (Mamba) keep all logits."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
@@ -80,7 +114,7 @@ def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Within, the model runs on transformers' own attention: for `generate()` and for ordinary batches."""
     base = causal_lm(model)
-    if base.config._attn_implementation != SHARED_PREFIX_ATTENTION:
+    if _attention(base) != SHARED_PREFIX_ATTENTION:
         yield
         return
     _set_attention(base, own_attention(base))

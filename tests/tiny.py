@@ -36,12 +36,16 @@ CONFIGS = {
 def tiny_base(kind: str = "llama", dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
     """A random two-layer base, always the same one, larger weights than usual so that differences show."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**more))
+    return enlarged(AutoModelForCausalLM.from_config(CONFIGS[kind](**more))).to(dtype).requires_grad_(False)
+
+
+def enlarged(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with matrices four times as large, so that what tokens do to each other shows."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(4)
-    return model.to(dtype).requires_grad_(False)
+    return model
 
 
 def lora(**more: Any) -> LoraConfig:
@@ -57,11 +61,11 @@ def tiny_policy(
 
 
 def disturb(policy: PeftModel, scale: float = 0.05) -> PeftModel:
-    """Give every lora_B reproducible non-zero values."""
+    """Give every lora_B reproducible non-zero values, but those of a frozen copy."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name and ".reference." not in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return policy
 
@@ -84,8 +88,8 @@ def pairs(count: int, *, longest: int = 12, seed: int = 1) -> list[TokenizedPair
 def trainer(
     folder: Path, train: list[TokenizedPair], held_out: list[TokenizedPair] | None = None, **settings: Any
 ) -> FocalPOTrainer:
-    """A trainer on a tiny Llama; settings are FocalPOConfig's, beside `model` and `peft_config`."""
-    model = settings.pop("model", None)
+    """A trainer on a tiny Llama; settings are FocalPOConfig's, beside `model`, `ref_model` and `peft_config`."""
+    model, ref_model = settings.pop("model", None), settings.pop("ref_model", None)
     peft_config = settings.pop("peft_config", None if model is not None else lora())
     defaults = {
         "pairs_per_step": 8,
@@ -98,6 +102,7 @@ def trainer(
     }
     return FocalPOTrainer(
         tiny_base() if model is None else model,
+        ref_model,
         args=FocalPOConfig(output_dir=str(folder), **(defaults | settings)),
         train_dataset=train,
         eval_dataset=held_out,

@@ -43,13 +43,28 @@ def install_head(model: nn.Module) -> LogProbHead:
     return head  # type: ignore[return-value]
 
 
-def logit_transform(base: PreTrainedModel) -> LogitTransform:
-    """What `base` does to its logits after the head, as far as its config tells; `probes.check_head` verifies it."""
+# What architectures call their transform of the logits after the head, and the value at which it does nothing.
+_NEUTRAL: dict[str, float | None] = {
+    "logit_scale": 1.0,  # Cohere: a factor
+    "lm_head_multiplier": 1.0,  # Falcon-H1: a factor
+    "logits_scaling": 1.0,  # Granite: a divisor
+    "final_logit_softcapping": None,  # Gemma
+}
+
+
+def _transforms(base: PreTrainedModel) -> dict[str, object]:
+    """The names of `_NEUTRAL` that `base` has a value for, and the object it reads each from."""
     config = base.config.get_text_config()
-    scale = getattr(base, "logit_scale", None)
-    if scale is None:
-        scale = 1 / getattr(config, "logits_scaling", 1.0)
-    return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
+    owners = {"logit_scale": base, "lm_head_multiplier": base.base_model}
+    found = {name: owners.get(name, config) for name in _NEUTRAL}
+    return {name: owner for name, owner in found.items() if getattr(owner, name, None) is not None}
+
+
+def logit_transform(base: PreTrainedModel) -> LogitTransform:
+    """What `base` does to its logits after the head, as far as is known; `probes.check_scores` verifies it."""
+    value = {name: float(getattr(owner, name)) for name, owner in _transforms(base).items()}
+    scale = value.get("logit_scale", 1.0) * value.get("lm_head_multiplier", 1.0) / value.get("logits_scaling", 1.0)
+    return LogitTransform(scale, value.get("final_logit_softcapping"))
 
 
 @contextmanager
@@ -57,16 +72,9 @@ def scoring(model: nn.Module, labels: Tensor, rows: Tensor | None = None) -> Ite
     """Within, the model's `logits` are (1, N) log-probs of `labels`; `rows` picks hidden rows where the model can't."""
     base = causal_lm(model)
     head = base.get_output_embeddings()
-    config = base.config.get_text_config()
+    neutral = [(owner, name, _NEUTRAL[name]) for name, owner in _transforms(base).items()]
     with ExitStack() as restore:
-        for owner, name, neutral in (
-            (base, "logit_scale", 1.0),
-            (config, "logits_scaling", 1.0),
-            (config, "final_logit_softcapping", None),
-            (head, "labels", labels),
-            (head, "rows", rows),
-        ):
-            if hasattr(owner, name):
-                restore.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, neutral)
+        for owner, name, value in (*neutral, (head, "labels", labels), (head, "rows", rows)):
+            restore.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         yield

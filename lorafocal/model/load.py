@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -52,8 +56,8 @@ def load_base(
 ) -> PreTrainedModel:
     """A frozen base in train mode on the local device (the GPU of this rank where there is one).
 
-    Raises InputError for an unknown dtype (fp16 among them), a base that is missing, quantised, needs remote code or
-    has other values than `shape` (a config's `model.shape`) states.
+    Raises InputError for an unknown dtype (fp16 among them), a base that is missing, quantised, no causal model, needs
+    remote code or has other values than `shape` (a config's `model.shape`) states.
     """
     if dtype not in DTYPES:
         raise InputError(
@@ -68,13 +72,9 @@ def load_base(
                 f"model.name: {name} is quantised, which this version cannot train; use its float original"
             )
         check_shape(config, shape or {})
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            config=config,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            attn_implementation="sdpa",
+        # Its attention is transformers' default: SDPA, or eager where a model has none (Gemma-2).
+        model = _door(config, name).from_pretrained(
+            name, revision=revision, config=config, dtype=DTYPES[dtype], use_safetensors=True
         )
     except InputError:
         raise
@@ -83,6 +83,21 @@ def load_base(
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.to(local_device()).train()
+
+
+def _door(config: PreTrainedConfig, name: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The loader of causal models, or that of image-text models, whose text part is one.
+
+    Raises InputError for any other kind of model.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise InputError(
+        f"model.name: {name} is of the type {config.model_type!r}, which does not continue text: use a causal language"
+        " model"
+    )
 
 
 def local_device() -> torch.device:

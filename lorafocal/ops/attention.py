@@ -6,8 +6,9 @@ chosen answer. That is plain causal attention over two segments a pair:
     queries [prompt | chosen]  on keys [prompt | chosen]
     queries [rejected]         on keys [prompt | rejected]   (gathered; masks aligned at the bottom right)
 
-`shared_prefix_attention_plain` is the definition, with the whole (T, T) mask. On a CPU, and in fp32,
-each segment is one SDPA call; on a GPU in half precision all of them are one variable-length FlashAttention call.
+`shared_prefix_attention_plain` is the definition, with the whole (T, T) mask. On a CPU, and in fp32, each segment is
+one SDPA call (a plain softmax where a model caps its scores or has sinks, which SDPA knows nothing of); on a GPU in
+half precision all of them are one variable-length FlashAttention call.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Segments:
 
     spans: tuple[PairSpan, ...]
     key_index: Tensor  # (K,) int64: rows of the keys, segment after segment
-    query_bounds: Tensor  # (2B + 1,) int32: cumulative query lengths
-    key_bounds: Tensor  # (2B + 1,) int32: cumulative key lengths
+    query_bounds: Tensor  # (S + 1,) int32: cumulative query lengths of the S segments, two a pair
+    key_bounds: Tensor  # (S + 1,) int32: cumulative key lengths
     longest_query: int
     longest_key: int
 
@@ -67,10 +68,13 @@ class Segments:
         key_lengths: list[int] = []
         for span in spans:
             keys += range(span.start, span.answers)
-            keys += range(span.start, span.start + span.prompt)
-            keys += range(span.answers, span.stop)
-            query_lengths += [span.prompt + span.chosen, span.rejected]
-            key_lengths += [span.prompt + span.chosen, span.prompt + span.rejected]
+            query_lengths.append(span.prompt + span.chosen)
+            key_lengths.append(span.prompt + span.chosen)
+            if span.rejected:  # a lone answer has no second segment
+                keys += range(span.start, span.start + span.prompt)
+                keys += range(span.answers, span.stop)
+                query_lengths.append(span.rejected)
+                key_lengths.append(span.prompt + span.rejected)
         return cls(
             spans,
             torch.tensor(keys, dtype=torch.int64),
@@ -124,13 +128,42 @@ def shared_prefix_attention_plain(
     *,
     scaling: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (H,)
 ) -> Tensor:
     """The definition: softmax over the visible keys, (1, H, T, D)."""
+    seen = visible(segments.spans, window, query.device)
+    return _softmax_attention(query, key, value, seen, scaling=scaling, softcap=softcap, sinks=sinks)
+
+
+def _softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention written out, in fp32 or wider, to the input's dtype.
+
+    `softcap` bends scores before they are masked (Gemma-2); a head's sink is a score without a value, which takes its
+    share of the weight (gpt-oss).
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(-1, -2)) * scaling
-    hidden = ~visible(segments.spans, window, query.device)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+    keys, values = (tensor.to(wide).repeat_interleave(groups, 1) for tensor in (key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.to(wide) @ keys.transpose(-1, -2)) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            sink = sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(-1)[..., : seen.shape[-1]]
+        return (weights @ values).to(query.dtype)
 
 
 def sdpa_shared_prefix_attention(
@@ -141,12 +174,18 @@ def sdpa_shared_prefix_attention(
     *,
     scaling: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """The same with one SDPA call a segment."""
+    """The same with one SDPA call a segment, or one softmax where SDPA would drop a cap or sinks."""
     grouped = query.shape[1] != key.shape[1]
     outputs = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> None:
+        if softcap is not None or sinks is not None:
+            seen = causal_mask(q.shape[2], k.shape[2], window, q.device)
+            outputs.append(_softmax_attention(q, k, v, seen, scaling=scaling, softcap=softcap, sinks=sinks))
+            return
         square = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
         mask = None if square else causal_mask(q.shape[2], k.shape[2], window, q.device)
         outputs.append(
@@ -159,11 +198,12 @@ def sdpa_shared_prefix_attention(
     for number, span in enumerate(segments.spans):
         first, rejected = 2 * number, 2 * number + 1
         attend(queries[first], keys[first], values[first])
-        attend(
-            queries[rejected],
-            torch.cat((keys[first][:, :, : span.prompt], keys[rejected]), dim=2),
-            torch.cat((values[first][:, :, : span.prompt], values[rejected]), dim=2),
-        )
+        if span.rejected:
+            attend(
+                queries[rejected],
+                torch.cat((keys[first][:, :, : span.prompt], keys[rejected]), dim=2),
+                torch.cat((values[first][:, :, : span.prompt], values[rejected]), dim=2),
+            )
     return torch.cat(outputs, dim=2)
 
 
@@ -175,9 +215,17 @@ def varlen_shared_prefix_attention(
     *,
     scaling: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     kernel: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """The same with one variable-length FlashAttention call; `kernel` has the signature of torch's `varlen_attn`."""
+    """The same with one variable-length FlashAttention call; `kernel` has the signature of torch's `varlen_attn`.
+
+    Raises InputError for a soft-cap or sinks, which that kernel has not.
+    """
+    for name, asked in (("soft-capped scores", softcap), ("attention sinks", sinks)):
+        if asked is not None:
+            raise InputError(f"the model has {name}, which packs on a GPU do not support: set `packing.layout: padded`")
     kernel = kernel or _torch_varlen_kernel()
     accepted = _parameters(kernel)
     options: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)}
@@ -251,20 +299,20 @@ def shared_prefix_attention(
     """
     if segments is None:
         raise InputError(
-            f"attention {SHARED_PREFIX_ATTENTION!r} was called without `segments`: this model does not hand its"
-            " arguments to the attention function, or was called outside a pack; for generation use"
-            " `lorafocal.policy.plain_attention`, for training set `packing.layout: padded`"
+            f"{type(module).__name__} was called without `segments`, the bounds of a pack: either the model does not"
+            " hand its arguments to its attention (set `packing.layout: padded`), or it was called outside a pack (for"
+            " generation use `lorafocal.policy.plain_attention`)"
         )
-    for name, value_given in (("softcap", softcap), ("s_aux", s_aux), ("dropout", dropout or None)):
-        if value_given is not None:
+    for name, asked in (("dropout", dropout or None), ("attention_mask", attention_mask)):
+        if asked is not None:
             raise InputError(
-                f"{type(module).__name__} asks its attention for `{name}`, which packs do not support;"
-                " set `packing.layout: padded`"
+                f"{type(module).__name__} asks its attention for `{name}`, which packs do not support: set"
+                " `packing.layout: padded`"
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     attend = varlen_shared_prefix_attention if flash else sdpa_shared_prefix_attention
-    output = attend(query, key, value, segments, scaling=scaling, window=sliding_window)
+    output = attend(query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
     return output.transpose(1, 2), None
 
 

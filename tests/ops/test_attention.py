@@ -64,28 +64,82 @@ def tensors(total: int, heads: int = 4, kv_heads: int = 2, dim: int = 6):
     ]
 
 
-SIZES = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4)
+# An answer may be missing: a plain SFT step has no rejected ones.
+SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4)
+
+
+def value_and_gradients(path, segments, kv_heads=2, **more):
+    total = segments.spans[-1].stop
+    leaves = tensors(total, kv_heads=kv_heads)
+    upstream = torch.randn(1, 4, total, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    out = path(*leaves, segments, scaling=SCALING, **more)
+    out.backward(upstream)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def assert_alike(ours, definition):
+    for a, b in zip(ours, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 @settings(max_examples=30, derandomize=True, deadline=None)
 @given(SIZES, st.sampled_from([None, 1, 3, 50]), st.sampled_from([2, 4]))
 def test_every_path_equals_the_definition_in_value_and_gradient(sizes, window, kv_heads):
     segments = Segments.of(spans(*sizes))
-    total = segments.spans[-1].stop
-    upstream = torch.randn(1, 4, total, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    results = []
-    for path, more in (
-        (shared_prefix_attention_plain, {}),
-        (sdpa_shared_prefix_attention, {}),
-        (varlen_shared_prefix_attention, {"kernel": varlen_stand_in}),
-    ):
-        leaves = tensors(total, kv_heads=kv_heads)
-        out = path(*leaves, segments, scaling=SCALING, window=window, **more)
-        out.backward(upstream)
-        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    for other in results[1:]:
-        for ours, definition in zip(other, results[0], strict=True):
-            torch.testing.assert_close(ours, definition, rtol=1e-11, atol=1e-12)
+    more = {"kv_heads": kv_heads, "window": window}
+    definition = value_and_gradients(shared_prefix_attention_plain, segments, **more)
+    assert_alike(value_and_gradients(sdpa_shared_prefix_attention, segments, **more), definition)
+    flash = value_and_gradients(varlen_shared_prefix_attention, segments, kernel=varlen_stand_in, **more)
+    assert_alike(flash, definition)
+
+
+@pytest.mark.row("F15")
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(SIZES, st.sampled_from([None, 3]), st.sampled_from([None, 0.7]), st.booleans())
+def test_caps_and_sinks_equal_the_definition_in_value_and_gradient(sizes, window, softcap, with_sinks):
+    segments = Segments.of(spans(*sizes))
+    sinks = torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64) if with_sinks else None
+    more = {"window": window, "softcap": softcap, "sinks": sinks}
+    definition = value_and_gradients(shared_prefix_attention_plain, segments, **more)
+    assert_alike(value_and_gradients(sdpa_shared_prefix_attention, segments, **more), definition)
+
+
+@pytest.mark.row("F15")
+@pytest.mark.parametrize("asked", ["softcap", "sinks"])
+def test_caps_and_sinks_are_those_of_the_models_that_have_them(asked):
+    """One segment against the attention functions of Gemma-2 and gpt-oss themselves."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss
+
+    module = nn.Identity()
+    module.num_key_value_groups, module.sinks = 2, torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    theirs, more = (gemma2, {"softcap": 0.7}) if asked == "softcap" else (gpt_oss, {})
+    q, k, v = tensors(6)
+    mask = torch.full((6, 6), -1e9, dtype=torch.float64).triu(1)[None, None]
+    wanted, _ = theirs(module, q, k, v, mask, scaling=SCALING, **more)
+    segments = Segments.of(spans((6, 0, 0)))
+    given = more if asked == "softcap" else {"sinks": module.sinks}
+    ours = shared_prefix_attention_plain(q, k, v, segments, scaling=SCALING, **given)
+    torch.testing.assert_close(ours.transpose(1, 2), wanted, rtol=1e-6, atol=1e-6)
+    registered = {"softcap": 0.7} if asked == "softcap" else {"s_aux": module.sinks}
+    through, _ = shared_prefix_attention(module, q, k, v, None, scaling=SCALING, segments=segments, **registered)
+    torch.testing.assert_close(through, ours.transpose(1, 2))
+
+
+def test_a_capped_softmax_stays_in_fp32_under_autocast():
+    q, k, v = (x.detach().float() for x in tensors(20))
+    segments = Segments.of(spans((6, 8, 6)))
+    wanted = sdpa_shared_prefix_attention(q, k, v, segments, scaling=SCALING, softcap=5.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = sdpa_shared_prefix_attention(q, k, v, segments, scaling=SCALING, softcap=5.0)
+    assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("asked", [{"softcap": 30.0}, {"sinks": torch.zeros(4)}])
+def test_the_kernel_of_a_gpu_refuses_caps_and_sinks(asked):
+    segments = Segments.of(spans((1, 1, 1)))
+    with pytest.raises(InputError, match=r"GPU.*packing\.layout: padded"):
+        varlen_shared_prefix_attention(*tensors(3), segments, scaling=1.0, kernel=varlen_stand_in, **asked)
 
 
 def test_the_stand_in_has_the_kernels_exact_signature():
@@ -150,6 +204,14 @@ def test_bounds_of_a_pack():
     assert (segments.longest_query, segments.longest_key) == (4, 4)
 
 
+def test_bounds_of_a_pack_without_some_answers():
+    """An answer of no tokens is no segment, so the kernel never sees an empty query."""
+    segments = Segments.of(spans((2, 1, 0), (1, 0, 2)))
+    assert segments.query_bounds.tolist() == [0, 3, 4, 6]
+    assert segments.key_bounds.tolist() == [0, 3, 4, 7]
+    assert segments.key_index.tolist() == [0, 1, 2, 3, 3, 4, 5]
+
+
 @pytest.mark.row("F12", "20")
 def test_a_call_without_bounds_is_refused_by_name():
     """A stock call would attend across pairs; the registered function says so instead."""
@@ -158,11 +220,14 @@ def test_a_call_without_bounds_is_refused_by_name():
         shared_prefix_attention(nn.Identity(), q, k, v, None)
 
 
-@pytest.mark.parametrize("asked", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
-def test_what_packs_cannot_do_is_refused_by_name(asked):
+def test_what_packs_cannot_do_is_refused_by_name():
+    """Dropout, and a mask that the model has made by itself."""
     q, k, v = tensors(3)
-    with pytest.raises(InputError, match=next(iter(asked))):
-        shared_prefix_attention(nn.Identity(), q, k, v, None, segments=Segments.of(spans((1, 1, 1))), **asked)
+    segments = Segments.of(spans((1, 1, 1)))
+    with pytest.raises(InputError, match="dropout"):
+        shared_prefix_attention(nn.Identity(), q, k, v, None, segments=segments, dropout=0.1)
+    with pytest.raises(InputError, match="attention_mask"):
+        shared_prefix_attention(nn.Identity(), q, k, v, torch.zeros(1, 1, 3, 3), segments=segments)
 
 
 @pytest.mark.gpu
