@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorafocal import launch
 from lorafocal.data.held_out import write_held_out
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import UnhealthyRun
@@ -73,7 +74,8 @@ class HealthCheck(TrainerCallback):
         return list(torch._foreach_norm([parameter.detach() for parameter in self._parameters.values()]))
 
     def _stop(self, what: str, pair_ids: list[str], step: int) -> None:
-        replay = self._folder / f"nonfinite-step-{step + 1}.jsonl"
+        who = "" if launch.world_size() == 1 else f"-rank-{launch.rank()}"
+        replay = self._folder / f"nonfinite-step-{step + 1}{who}.jsonl"
         write_held_out(replay, [self._pairs[pair] for pair in pair_ids if pair in self._pairs])
         shown = ", ".join(pair_ids[:5]) + (f" and {len(pair_ids) - 5} more" if len(pair_ids) > 5 else "")
         raise UnhealthyRun(

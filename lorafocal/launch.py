@@ -57,7 +57,7 @@ def is_main() -> bool:
 
 def several(arguments: str = "train CONFIG", *, processes: int | str = "N") -> str:
     """The command that starts lorafocal in several processes of this machine."""
-    return f"torchrun --nproc-per-node {processes} -m lorafocal {arguments}"
+    return f"torchrun --standalone --nproc-per-node {processes} -m lorafocal {arguments}"
 
 
 def check_launch() -> None:

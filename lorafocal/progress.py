@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,6 +63,18 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             self.append(state.global_step, logs)
+
+
+class LossWithEvaluation(TrainerCallback):
+    """Logs the training loss with every evaluation too, so that the two stand side by side whatever the intervals.
+
+    Held-out loss minus training loss is the gap that shows pairs being learned by heart from the second epoch on.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_evaluate
+
+    on_epoch_end = on_step_end
 
 
 class StepClock:
@@ -132,7 +144,7 @@ class ProgressLine(TrainerCallback):
             if self._shown(state):
                 self._draw(args, state)
         elif logs and "eval_loss" in logs and self._shown(state):
-            self._print(evaluation_line(state.global_step, state.max_steps, logs))
+            self._print(evaluation_line(state.global_step, state.max_steps, logs, gap=loss_gap(state.log_history)))
         self.clock.resume(self.now())
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -221,10 +233,31 @@ def status_line(
     return " · ".join(parts)
 
 
-def evaluation_line(step: int, steps: int, logs: Mapping[str, Any]) -> str:
-    """`evaluation at step 50/100 · loss 0.6010 · margin +0.41 · acc 78%` from the `eval_` keys of `logs`."""
+def evaluation_line(step: int, steps: int, logs: Mapping[str, Any], *, gap: float | None = None) -> str:
+    """`evaluation at step 50/100 · loss 0.6010 · margin +0.41 · acc 78% · gap +0.012` from the `eval_` keys of `logs`.
+
+    `gap` is `loss_gap`'s.
+    """
     keys = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")
-    return " · ".join([f"evaluation at step {step}/{steps}", *_quality(*(logs.get(key) for key in keys))])
+    parts = [f"evaluation at step {step}/{steps}", *_quality(*(logs.get(key) for key in keys))]
+    return " · ".join(parts if gap is None else [*parts, f"gap {gap:+.3f}"])
+
+
+def loss_gap(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Held-out loss of the last evaluation minus the mean training loss of the pairs since the one before.
+
+    `history` holds the logged lines of a run in order, as the trainer or `metrics.jsonl` keeps them, up to the
+    evaluation in question. None where there is none, or no training loss was logged between the two.
+    """
+    held_out, loss_sum, pairs, seen = None, 0.0, 0, 0
+    for line in history:
+        if "pairs_seen" in line:
+            if held_out is not None:
+                held_out, loss_sum, pairs = None, 0.0, 0
+            new, seen = line["pairs_seen"] - seen, line["pairs_seen"]
+            loss_sum, pairs = loss_sum + line["loss"] * new, pairs + new
+        held_out = line.get("eval_loss", held_out)
+    return held_out - loss_sum / pairs if held_out is not None and pairs else None
 
 
 def clock_text(seconds: float) -> str:

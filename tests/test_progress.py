@@ -16,16 +16,19 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafocal.progress import (
+    LossWithEvaluation,
     MetricsFile,
     ProgressLine,
     StepClock,
     clock_text,
     evaluation_line,
     fitted,
+    loss_gap,
     metrics_line,
     peak_gib,
     status_line,
 )
+from tests.tiny import pairs, trainer
 
 CONTROL = TrainerControl()
 TRAIN_LOGS = {"loss": 0.6123, "rewards/margins": 0.41, "rewards/accuracies": 0.78, "learning_rate": 2e-4}
@@ -92,6 +95,35 @@ def test_evaluation_line() -> None:
         "eval_runtime": 3.0,
     }
     assert evaluation_line(50, 100, logs) == "evaluation at step 50/100 · loss 0.6010 · margin +0.41 · acc 78%"
+
+
+def test_the_gap_is_held_out_loss_minus_the_mean_over_pairs_since_the_last_evaluation() -> None:
+    """Weighted by pairs, whatever the logging interval; a second evaluation starts anew."""
+    first = [{"loss": 0.7, "pairs_seen": 30}, {"loss": 0.5, "pairs_seen": 40}, {"eval_loss": 0.66}]
+    assert loss_gap(first) == pytest.approx(0.66 - (30 * 0.7 + 10 * 0.5) / 40)
+    second = [*first, {"loss": 0.3, "pairs_seen": 50}, {"eval_loss": 0.68}]
+    assert loss_gap(second) == pytest.approx(0.68 - 0.3)
+    assert loss_gap([*second, {"eval_loss": 0.68}]) == pytest.approx(0.68 - 0.3)  # evaluated again at the end
+    assert loss_gap([]) is loss_gap([{"eval_loss": 0.7}]) is loss_gap(first[:2]) is None
+    assert evaluation_line(3, 9, {"eval_loss": 0.66}, gap=0.0123) == "evaluation at step 3/9 · loss 0.6600 · gap +0.012"
+
+
+@pytest.mark.row("18")
+def test_pairs_learned_by_heart_show_as_a_gap_that_grows_over_epochs(tmp_path: Path) -> None:
+    """Each evaluation has a training loss logged beside it, of every pair since the one before."""
+    stream = io.StringIO()
+    settings = {"num_train_epochs": 3, "max_steps": -1, "logging_steps": 50, "eval_strategy": "epoch"}
+    made = trainer(tmp_path, pairs(20), pairs(20, seed=2), **settings)
+    for callback in (LossWithEvaluation(), ProgressLine(stream)):
+        made.add_callback(callback)
+    made.train()
+    lines = [line for line in made.state.log_history if "loss" in line or "eval_loss" in line]
+    assert [("loss" in line, line["step"]) for line in lines] == [(n % 2 == 0, 3 * (n // 2 + 1)) for n in range(6)]
+    assert [line["pairs_seen"] for line in lines[::2]] == [20, 40, 60]
+    gaps = [loss_gap(lines[: 2 * epoch]) for epoch in (1, 2, 3)]
+    assert gaps == [lines[n + 1]["eval_loss"] - lines[n]["loss"] for n in (0, 2, 4)]
+    assert abs(gaps[0]) < gaps[1] < gaps[2]
+    assert stream.getvalue().count(" · gap +") >= 2
 
 
 def test_peak_memory_is_that_of_a_process_with_torch() -> None:

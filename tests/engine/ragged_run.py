@@ -1,33 +1,47 @@
-"""A run whose steps are uneven over two processes, and what each of them saw: started by torchrun, or called alone."""
+"""Runs whose steps are uneven over two processes, and what each of them saw: started by torchrun, or called alone."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 
+from lorafocal import launch
+from lorafocal.errors import InputError
+from lorafocal.interrupt import StopOnSignal
 from lorafocal.trainer import FILLER, FocalPOTrainer
 from tests.tiny import pairs, tiny_policy, trainer
 
-PAIRS, PAIRS_PER_STEP, EPOCHS, HELD_OUT = 16, 5, 2, 6  # the last step of an epoch has one pair: a rank has none
-STEPS = 8
-STOP_AT = 3  # between two logs, which come every second step
+PAIRS, PAIRS_PER_STEP, EPOCHS, HELD_OUT = 17, 8, 2, 7  # the last step of an epoch has one pair: a rank has none
+STEPS = 6
+HANGS_S = 20  # ranks that wait for each other for so long will wait for ever
+
+# Which rank hears SIGTERM in which step; everything stops after step 2, between two logs.
+INTERRUPTIONS: dict[str, dict[int, int]] = {"the other rank": {1: 2}, "both ranks": {0: 2, 1: 2}}
+RESUMED = "the other rank"
 
 
 class Record(TrainerCallback):
-    """Pairs, backwards, gradient reductions and optimiser steps of this process, step by step."""
+    """Pairs, losses, backwards, gradients, reductions and optimiser steps of this process, step by step."""
 
     def __init__(self, made: FocalPOTrainer) -> None:
         self.trainer = made
         self.steps: list[dict[str, Any]] = []
+        self.gradients: dict[str, torch.Tensor] = {}
         self.engine = ""
         made._pack_loss = self._watch(made._pack_loss)  # type: ignore[method-assign]
+        made.health.see_pack = self._see  # type: ignore[method-assign]
 
     def _watch(self, pack_loss: Callable[..., Any]) -> Callable[..., Any]:
         def watched(model: Any, pack: Any, step_pairs: int) -> Any:
@@ -39,6 +53,9 @@ class Record(TrainerCallback):
 
         return watched
 
+    def _see(self, losses: torch.Tensor, pair_ids: tuple[str, ...], step: int) -> None:
+        self.steps[-1]["losses"] |= zip(pair_ids, losses.tolist(), strict=True)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.engine = type(self.trainer.model_wrapped).__name__
         if self.engine == "DistributedDataParallel":
@@ -49,32 +66,40 @@ class Record(TrainerCallback):
         return allreduce_hook(None, bucket)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps.append({"ids": [], "packs": 0, "flags": [], "reductions": 0, "optimizer_steps": 0})
+        self.steps.append({"ids": [], "losses": {}, "packs": 0, "flags": [], "reductions": 0, "optimizer_steps": 0})
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients as the optimiser meets them (clipping is off)."""
+        step = len(self.steps)
+        self.gradients |= {f"{step}/{name}": p.grad.clone() for name, p in self.trainer.adapter.items()}
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps[-1]["optimizer_steps"] += 1
 
 
-class StopAt(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == STOP_AT:
-            control.should_save = control.should_training_stop = True
+class Hear(TrainerCallback):
+    """SIGTERM, while the given step is computed."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def make(folder: Path) -> FocalPOTrainer:
-    return trainer(
-        folder,
-        pairs(PAIRS),
-        pairs(HELD_OUT, seed=2),
-        model=tiny_policy(dtype=torch.float64, trained=False),
-        pairs_per_step=PAIRS_PER_STEP,
-        num_train_epochs=EPOCHS,
-        max_steps=-1,
-        logging_steps=2,
-        tokens_per_pack=40,
-        eval_strategy="epoch",
-        lr_scheduler_type="cosine",
-    )
+def make(folder: Path, dtype: torch.dtype = torch.float64, **settings: Any) -> FocalPOTrainer:
+    defaults = {
+        "pairs_per_step": PAIRS_PER_STEP,
+        "num_train_epochs": EPOCHS,
+        "max_steps": -1,
+        "logging_steps": 3,
+        "tokens_per_pack": 40,
+        "eval_strategy": "epoch",
+        "lr_scheduler_type": "cosine",
+    }
+    model = tiny_policy(dtype=dtype, trained=False)
+    return trainer(folder, pairs(PAIRS), pairs(HELD_OUT, seed=2), model=model, **(defaults | settings))
 
 
 def ragged_run(folder: Path) -> dict[str, Any]:
@@ -92,19 +117,62 @@ def ragged_run(folder: Path) -> dict[str, Any]:
     }
 
 
+def gradients_in_float32(folder: Path) -> None:
+    """`gradients.safetensors`: of every adapter tensor at every step of an epoch, at weights that hardly move."""
+    settings = {"num_train_epochs": 1, "learning_rate": 1e-6, "max_grad_norm": 0.0, "eval_strategy": "no"}
+    made = make(folder, torch.float32, **settings)
+    seen = Record(made)
+    made.add_callback(seen)
+    made.train()
+    if launch.is_main():
+        save_file(seen.gradients, folder / "gradients.safetensors")
+
+
+def interrupted_run(folder: Path, hear: Mapping[int, int]) -> dict[str, Any]:
+    """The same run, stopped by a signal that some ranks hear."""
+    made = make(folder)
+    stop = StopOnSignal()
+    made.add_callback(stop)
+    if launch.rank() in hear:
+        made.add_callback(Hear(hear[launch.rank()]))
+    with stop.watching():
+        made.train()
+    left = sorted(path.name for path in folder.glob("checkpoint-*"))
+    return {"stopped_at": made.state.global_step, "signal": int(stop.received or 0), "checkpoints": left}
+
+
 def resumed_run(folder: Path) -> dict[str, Any]:
-    """The same run, stopped after a step between two logs and resumed."""
-    first = make(folder)
-    first.add_callback(StopAt())
-    first.train()
-    second = make(folder)
-    second.train(resume_from_checkpoint=True)
-    second.save_model()
-    return {"logs": second.state.log_history[:-1]}
+    made = make(folder)
+    made.train(resume_from_checkpoint=True)
+    made.save_model()
+    return {"logs": made.state.log_history[:-1]}
+
+
+def first_and_others(folder: Path) -> list[str]:
+    """What this rank finds on disk in a block that rank 0 runs first, and in one in which rank 0 fails."""
+    found = []
+    for name in ("done", "failed"):
+        try:
+            with launch.main_process_first():
+                found += [path.name for path in folder.glob(f"{name}-by-*")]
+                (folder / f"{name}-by-{launch.rank()}").touch()
+                if name == "failed":
+                    raise InputError("wrong input")
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def main(root: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
+    result = ragged_run(root / "whole")
+    gradients_in_float32(root / "float32")
+    result["interrupted"] = {name: interrupted_run(root / name, hear) for name, hear in INTERRUPTIONS.items()}
+    result["resumed"] = resumed_run(root / RESUMED)
+    result["first"] = first_and_others(root)
+    (root / f"rank-{launch.rank()}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    result = ragged_run(root / "whole") | {"resumed": resumed_run(root / "resumed")}
-    rank = torch.distributed.get_rank()
-    (root / f"rank-{rank}.json").write_text(json.dumps(result))
+    main(Path(sys.argv[1]))
+    launch.shutdown()
