@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +132,14 @@ def read_sides(row: Row, form: Form) -> Sides:
     return form.read(row)
 
 
+def some_names(names: Iterable[object]) -> str:
+    """The first of the names in order, each cut where it is long."""
+    return ", ".join(name[:40] for name in sorted(map(str, names))[:20])
+
+
 def missing_key(row: Row, form: Form) -> RowFault:
     """Which key a row lacks to be of a form."""
-    found = f"the row has {', '.join(sorted(map(str, row.values))) or 'nothing'}"
+    found = f"the row has {some_names(row.values) or 'nothing'}"
     missing = next((key for key in form.keys if key not in row.values), "prompt")
     other = next((name for name in OTHER_NAMES_OF_A_PROMPT if name in row.values), None)
     hint = f"a row needs {', '.join(form.keys[:-1])} and {form.keys[-1]}" if form.keys else "give it a key"

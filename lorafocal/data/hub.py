@@ -15,7 +15,7 @@ from lorafocal.data.readers import EXTENSIONS, extension_of
 from lorafocal.data.sources import Preferences, preferences_from_rows, read_preferences
 from lorafocal.errors import InputError
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 REVISION = re.compile(r"[0-9a-f]{40}")
 
 

@@ -51,7 +51,7 @@ def read_message(message: Any, place: Place) -> dict[str, str]:
     spelling = next((spelling for spelling in SPELLINGS if is_spelled(message, spelling)), None)
     if spelling is None:
         refuse_extra(message, SPELLINGS[0][:2], place)
-        raise no_message(f"the keys {', '.join(map(str, message)) or '(none)'}", place)
+        raise no_message(f"the keys {', '.join(str(key)[:40] for key in message) or '(none)'}", place)
     role_key, text_key, roles = spelling
     if len(message) > 2:
         refuse_extra(message, (role_key, text_key), place)

@@ -114,7 +114,7 @@ def held_out_pairs(size: int | float, total: int) -> int:
         raise InputError(f"held_out is {size!r}; a share is between 0 and 1, a number of pairs is whole")
     if isinstance(size, int) and not 0 < size < total:
         raise InputError(f"held_out is {size}; there are {total} pairs: give 1 to {total - 1}, or a share such as 0.05")
-    return size if isinstance(size, int) else max(1, round(size * total))
+    return size if isinstance(size, int) else min(max(1, round(size * total)), total - 1)
 
 
 def draw(seed: int, name: str) -> bytes:

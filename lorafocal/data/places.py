@@ -28,8 +28,13 @@ class RowFault(InputError):
     """One row that cannot be used: it ends the run, or is kept as the `BadRow` it carries."""
 
     def __init__(self, place: object, reason: str, message: str) -> None:
-        self.bad_row = BadRow(str(place), reason, message)
+        self.bad_row = BadRow(printable(str(place)), reason, printable(message))
         super().__init__(str(self.bad_row))
+
+
+def printable(text: str) -> str:
+    """The text of a message, without what a terminal or UTF-8 would stumble over: names of keys come from the data."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Place(NamedTuple):

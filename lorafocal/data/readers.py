@@ -182,7 +182,9 @@ def csv_header(cells: list[str], name: str) -> list[str]:
     header = [cell.strip() for cell in cells]
     twice = [column for column, count in Counter(header).items() if count > 1]
     if twice:
-        raise InputError(f"{name}: the header names {twice[0]!r} twice; the first line gives each column its own name")
+        raise InputError(
+            f"{name}: the header names {twice[0][:40]!r} twice; the first line gives each column its own name"
+        )
     return header
 
 

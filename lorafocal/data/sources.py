@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafocal.data.forms import FORMS, Form, Row, form_named, read_sides, recognise, refuse_columns, with_system
 from lorafocal.data.messages import Messages, kind, read_text
-from lorafocal.data.places import BadRow, OnBadRow, Place, RowFault, leave_out, nothing_left
+from lorafocal.data.places import BadRow, OnBadRow, Place, RowFault, leave_out, nothing_left, printable
 from lorafocal.data.readers import NumberedRow, read_rows
 from lorafocal.errors import InputError
 
@@ -151,7 +151,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Which names are known, the nearest first."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3)
-    return (f"did you mean {' or '.join(near)}? " if near else "") + f"known: {', '.join(known[:20])}"
+    return printable((f"did you mean {' or '.join(near)}? " if near else "") + f"known: {', '.join(known[:20])}")
 
 
 # ---- one row
