@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -75,20 +75,11 @@ class Flip:
 
 
 def displacement_series(record: RunRecord, side: str, prefix: str = "") -> Series:
-    """Mean of policy minus reference log-prob of `side` (chosen or rejected), nats a completion.
-
-    From the logged log-probs of both; in a file without the reference's, from the logged reward, beta times the same.
-    """
-    policy, reference = (
-        dict(zip(*record.series(f"{prefix}logps/{name}"), strict=True)) for name in (side, f"reference_{side}")
-    )
-    steps = [step for step in policy if step in reference]
-    if steps:
-        return Series(steps, [policy[step] - reference[step] for step in steps])
-    logged = record.series(f"{prefix}rewards/{side}")
-    if record.beta is None:
-        return Series([], [])
-    return Series(logged.steps, [reward / record.beta for reward in logged.values])
+    """Mean of policy minus reference log-prob of `side` (chosen or rejected), nats a completion."""
+    policy, reference = (record.series(f"{prefix}logps/{key}") for key in (side, f"reference_{side}"))
+    values = dict(zip(*reference, strict=True))
+    both = [(step, value - values[step]) for step, value in zip(*policy, strict=True) if step in values]
+    return Series([step for step, _ in both], [moved for _, moved in both])
 
 
 def gap_series(record: RunRecord) -> Series:
@@ -217,17 +208,15 @@ def share_of(weights: Tensor, mask: Tensor) -> float | None:
 
 def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The config's values under dotted keys; lists stay whole."""
-    flat: dict[str, Any] = {}
+    return dict(_flat("", manifest.get("config", {})))
 
-    def walk(prefix: str, value: Any) -> None:
+
+def _flat(prefix: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
         if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+            yield from _flat(f"{prefix}{key}.", value)
         else:
-            flat[prefix] = value
-
-    walk("", manifest.get("config", {}))
-    return flat
+            yield f"{prefix}{key}", value
 
 
 def is_finite(value: float | None) -> bool:

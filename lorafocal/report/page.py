@@ -188,11 +188,20 @@ def _settings(records: Sequence[RunRecord]) -> str:
 def _data(records: Sequence[RunRecord]) -> str:
     rows = []
     for record in records:
-        for part, entry in _mapping(record.manifest.get("data")).items():
-            drops = _mapping(_mapping(entry).get("drops"))
-            dropped = ", ".join(f"{reason}: {count}" for reason, count in drops.items()) or "none"
-            rows.append([record.name, str(part), _value(_mapping(entry).get("pairs")), dropped])
-    return html.table(["run", "part", "pairs", "dropped"], rows, numbers=False) if rows else ""
+        for part, found in _mapping(record.manifest.get("data")).items():
+            entry = _mapping(found)
+            left_out = ", ".join(f"{reason}: {count}" for reason, count in _mapping(entry.get("left_out")).items())
+            rows.append([record.name, str(part), _sources(entry), _value(entry.get("pairs")), left_out or "none"])
+    return html.table(["run", "part", "from", "pairs used", "left out"], rows, numbers=False) if rows else ""
+
+
+def _sources(entry: Mapping[str, Any]) -> str:
+    listed = entry.get("sources")
+    sources = [_mapping(source) for source in listed] if isinstance(listed, list) else []
+    return "; ".join(
+        f"{_value(source.get('name'))} ({_value(source.get('form'))}, {_value(source.get('pairs'))} pairs)"
+        for source in sources
+    )
 
 
 def _versions(records: Sequence[RunRecord]) -> str:

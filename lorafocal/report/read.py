@@ -134,7 +134,8 @@ def _metrics_line(row: bytes, place: str) -> dict[str, float]:
     step = line.get("step") if isinstance(line, dict) else None
     if not _is_number(step) or not (0 <= step < _MOST_STEPS and step == int(step)):
         raise InputError(f"{place} is not a line of a run: it has no `step`, a whole number; remove that line")
-    return {key: _number(value) for key, value in line.items() if value is None or _is_number(value)}
+    numbers = {key: value for key, value in line.items() if value is None or _is_number(value)}
+    return {key: _number(value) for key, value in numbers.items()}
 
 
 def _read_manifest(folder: Path, notes: list[str]) -> Mapping[str, Any]:
@@ -164,8 +165,9 @@ def _objective(folder: Path, manifest: Mapping[str, Any]) -> tuple[float | None,
     if not isinstance(objective, Mapping):
         return None, None
     beta, gamma = objective.get("beta"), objective.get("gamma") or 0.0
-    known = _is_number(beta) and _is_number(gamma) and 0 < beta < math.inf and 0 <= gamma < math.inf
-    return (float(beta), float(gamma)) if known else (None, None)
+    if _is_number(beta) and _is_number(gamma) and 0 < beta < math.inf and 0 <= gamma < math.inf:
+        return float(beta), float(gamma)
+    return None, None
 
 
 def _read_tables(folder: Path, notes: list[str]) -> list[PairTable]:
@@ -194,7 +196,7 @@ def _table(step: int, rows: Sequence[EvaluatedPair]) -> PairTable:
 
 def _number(value: float | None) -> float:
     """A logged number; null, and what does not fit a float, as NaN."""
-    return float(value) if value is not None and abs(value) < sys.float_info.max else math.nan
+    return math.nan if value is None or not abs(value) < sys.float_info.max else float(value)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

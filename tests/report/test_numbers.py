@@ -1,0 +1,135 @@
+"""Numbers of a run against their closed forms."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafocal.objectives.focal import focal_weight
+from lorafocal.objectives.pairwise import PairLogps, dpo_weight
+from lorafocal.report.numbers import (
+    displacement,
+    displacement_series,
+    first_middle_last,
+    flips,
+    gap_series,
+    headline,
+    right_answers,
+    settings,
+    table_margins,
+    turned_share,
+)
+from lorafocal.report.read import PairTable, RunRecord, read_run
+from tests.written_run import BETA, GAMMA, evaluation_line, pairs, training_line, write_run
+
+
+def record_of(*lines: dict[str, float], tables: tuple[PairTable, ...] = (), gamma: float = GAMMA) -> RunRecord:
+    return RunRecord("a", lines, tables, {}, BETA, gamma)
+
+
+@pytest.mark.row("17")
+def test_displacement_is_policy_minus_reference_of_either_side() -> None:
+    record = record_of(training_line(1, logps__chosen=-13.5), evaluation_line(1, logps__chosen=-14.0))
+    assert displacement_series(record, "chosen") == ([1], [-3.5])
+    assert displacement_series(record, "chosen", "eval_").values == [-4.0]
+    assert displacement_series(record, "rejected").values == [pytest.approx(-0.8)]
+    moved = displacement(record)
+    assert moved is not None
+    assert (moved.chosen, moved.pairs, moved.chosen_fell_share) == (-4.0, "held-out", 0.2)
+
+
+@pytest.mark.row("17")
+def test_displacement_of_the_last_evaluated_pairs_counts_those_that_fell(tmp_path: Path) -> None:
+    rows = pairs(chosen=[-4.0, -2.0, 1.0, 0.0], rejected=[-1.0] * 4, references=[1.0] * 4)
+    moved = displacement(read_run(write_run(tmp_path / "a", tables={1: pairs(), 9: rows}), "a"))
+    assert moved is not None
+    assert moved.chosen == pytest.approx(-1.25)
+    assert moved.rejected == pytest.approx(-1.0)
+    assert moved.chosen_fell_share == 0.5
+
+
+def test_without_reference_log_probs_nothing_is_made_up() -> None:
+    assert displacement(record_of({"loss": 1.0, "logps/chosen": -3.0, "step": 1})) is None
+
+
+@pytest.mark.row("18")
+def test_the_gap_takes_the_training_loss_logged_by_then() -> None:
+    """Doubles over epochs: the training loss drops at step 4, the held-out loss does not follow."""
+    training = [training_line(step, loss=loss) for step, loss in ((1, 0.7), (3, 0.6), (4, 0.2), (6, 0.1))]
+    held_out = [evaluation_line(step, loss=0.65) for step in (0, 3, 5, 6)]
+    gap = gap_series(record_of(*training, *held_out))
+    assert gap.steps == [3, 5, 6]
+    assert gap.values == pytest.approx([0.05, 0.45, 0.55])
+    assert headline(record_of(*training, *held_out))["gap"] == pytest.approx(0.55)
+
+
+def test_margins_are_beta_times_the_difference_of_log_ratios() -> None:
+    policy, reference = (PairLogps(*map(torch.tensor, logps)) for logps in (([-8.0], [-15.0]), ([-10.0], [-12.0])))
+    table = PairTable(1, policy, reference)
+    assert table_margins(table, BETA).item() == pytest.approx(BETA * ((-8 + 10) - (-15 + 12)))
+
+
+def flip_record(tmp_path: Path, gamma: float = GAMMA) -> RunRecord:
+    """right-right twice, right-wrong, wrong-right, wrong-wrong, and a tie of the reference that stays one."""
+    rows = pairs(chosen=[1, 2, -5, 5, 1, 0], rejected=[0, 0, 0, 0, 0, 0], references=[1, 1, 1, -1, -9, 0])
+    folder = write_run(tmp_path / "a", tables={1: pairs(), 9: rows}, config={"objective.gamma": gamma})
+    return read_run(folder, "a")
+
+
+def test_flips_are_counted_by_the_reference_and_the_policys_own_ranking(tmp_path: Path) -> None:
+    groups = {(flip.initially_right, flip.finally_right): flip for flip in flips(flip_record(tmp_path))}
+    counts = {key: flip.pairs for key, flip in groups.items()}
+    assert counts == {(True, True): 2, (True, False): 1, (False, True): 1, (False, False): 2}
+    assert sum(flip.share for flip in groups.values()) == pytest.approx(1.0)
+    assert groups[True, True].mean_margin == pytest.approx(BETA * 1.5)
+    assert groups[True, False].mean_margin == pytest.approx(BETA * -5)
+    margins = BETA * torch.tensor([1.0, 2.0, -5.0, 5.0, 1.0, 0.0], dtype=torch.float64)
+    for name, weight in (("focal", focal_weight(margins, gamma=GAMMA)), ("dpo", dpo_weight(margins))):
+        expected = float(weight[2] / weight.sum())
+        assert getattr(groups[True, False], f"{name}_weight_share") == pytest.approx(expected)
+
+
+def test_a_dpo_run_has_no_focal_weights(tmp_path: Path) -> None:
+    assert {flip.focal_weight_share for flip in flips(flip_record(tmp_path, gamma=0.0))} == {None}
+
+
+def test_weights_of_both_signs_have_no_shares(tmp_path: Path) -> None:
+    rows = pairs(chosen=[-300.0, 1.0], rejected=[0.0, 0.0], references=[1.0, 1.0])  # margin -30: turned
+    record = read_run(write_run(tmp_path / "a", tables={1: rows}), "a")
+    assert {flip.focal_weight_share for flip in flips(record)} == {None}
+    assert all(flip.dpo_weight_share is not None for flip in flips(record))
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"), [([5], [5]), ([1, 9], [1, 9]), ([0, 1, 2, 60, 100], [0, 60, 100]), ([0, 10, 20], [0, 10, 20])]
+)
+def test_three_evaluations_are_shown(steps: list[int], shown: list[int]) -> None:
+    none = PairLogps(torch.zeros(1), torch.zeros(1))
+    assert [table.step for table in first_middle_last([PairTable(step, none, none) for step in steps])] == shown
+
+
+def test_the_headline_leaves_out_what_was_not_logged() -> None:
+    assert headline(record_of({"loss": 0.5, "step": 3})) == {"steps": 3, "loss_first": 0.5, "loss_last": 0.5}
+    values = headline(record_of(training_line(1), training_line(4, loss=math.nan)))
+    assert math.isnan(values["loss_last"])
+    assert values["peak_gib"] == 1.5
+
+
+def test_right_answers_and_turned_shares_are_found_under_either_prefix() -> None:
+    record = record_of(
+        training_line(1, focal__turned_share=0.1), evaluation_line(1, focal__turned_share=0.3), training_line(2)
+    )
+    assert turned_share(record) == ([1, 2], [0.3, 0.0])
+    assert right_answers(record) == ([], [])
+    assert right_answers(record_of({"right_answers": 0.5, "step": 0})).values == [0.5]
+
+
+def test_settings_are_flat_and_lists_stay_whole() -> None:
+    config = {"name": "a", "data": {"train": [{"path": "x"}], "columns": {}}, "model": {"shape": {"layers": 2}}}
+    assert settings({"config": config}) == {
+        "name": "a", "data.train": [{"path": "x"}], "data.columns": {}, "model.shape.layers": 2,
+    }  # fmt: skip
+    assert settings({}) == {}

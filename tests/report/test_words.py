@@ -1,0 +1,177 @@
+"""Each rule speaks on a run where it must and is silent on one where it must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafocal.report import words
+from lorafocal.report.read import RunRecord, read_run
+from lorafocal.report.words import RULES, comparison_remarks, remarks
+from tests.written_run import BETA, GAMMA, evaluation_line, pairs, training_line, write_run
+
+
+def record_of(*lines: dict[str, Any], name: str = "a", beta: float = BETA, **manifest: Any) -> RunRecord:
+    return RunRecord(name, lines, (), manifest, beta, GAMMA)
+
+
+QUIET = (training_line(1), evaluation_line(1), training_line(10), evaluation_line(10))
+
+
+def test_a_quiet_run_gets_no_remark(tmp_path: Path) -> None:
+    assert remarks(record_of(*QUIET)) == []
+    assert remarks(read_run(write_run(tmp_path / "a"), "a")) == []
+
+
+@pytest.mark.row("17")
+@pytest.mark.parametrize("source", ["table", "held out", "training"])
+def test_chosen_answers_that_fall_more_than_a_nat_get_a_line(tmp_path: Path, source: str) -> None:
+    if source == "table":
+        rows = pairs(chosen=[-3.0, -2.0, 0.5], rejected=[-9.0] * 3, references=[1.0] * 3)
+        record = read_run(write_run(tmp_path / "a", tables={10: rows}), "a")
+    elif source == "held out":
+        record = record_of(*QUIET, evaluation_line(20, logps__chosen=-11.5, focal__chosen_fell_share=2 / 3))
+    else:
+        record = record_of(training_line(5, logps__chosen=-11.5, focal__chosen_fell_share=2 / 3))
+    [remark] = remarks(record)
+    assert "by 1.5 nats on average; 67% of them fell" in remark.seen
+    assert ("training" if source == "training" else "held-out") in remark.seen
+    assert "displacement" in remark.means
+    assert "learning_rate" in remark.do
+
+
+@pytest.mark.row("17")
+def test_chosen_answers_that_fall_less_than_a_nat_get_none(tmp_path: Path) -> None:
+    rows = pairs(chosen=[-0.9, -0.9], rejected=[-9.0, -9.0])
+    assert words.chosen_fell(read_run(write_run(tmp_path / "a", tables={10: rows}), "a")) is None
+
+
+def test_what_is_said_of_rejected_answers_holds() -> None:
+    faster = words.chosen_fell(record_of(training_line(5, logps__chosen=-11.5, logps__rejected=-19.0)))
+    slower = words.chosen_fell(record_of(training_line(5, logps__chosen=-11.5, logps__rejected=-12.0)))
+    assert faster is not None
+    assert slower is not None
+    assert "fell faster" in faster.means
+    assert "fell faster" not in slower.means
+
+
+def right(before: float, after: float, accuracy: tuple[float, float] = (0.5, 0.9)) -> RunRecord:
+    evaluations = [evaluation_line(s, rewards__accuracies=a) for s, a in zip((1, 10), accuracy, strict=True)]
+    answers = [{"eval_right_answers": share, "step": step} for step, share in ((0, before), (10, after))]
+    return record_of(*QUIET, *evaluations, *answers)
+
+
+def test_right_answers_that_fall_while_accuracy_rises_get_a_line() -> None:
+    [remark] = remarks(right(0.55, 0.31))
+    assert "fell from 55.0% to 31.0%" in remark.seen
+    assert "rose from 50.0% to 90.0%" in remark.seen
+
+
+@pytest.mark.parametrize(
+    "record", [right(0.55, 0.7), right(0.55, 0.54), right(0.55, 0.31, (0.9, 0.5)), record_of(*QUIET)]
+)
+def test_right_answers_that_rise_or_accuracy_that_falls_get_none(record: RunRecord) -> None:
+    assert words.right_answers_fell(record) is None
+
+
+def test_pairs_past_the_turning_point_get_a_line() -> None:
+    record = record_of(
+        *QUIET, training_line(20, focal__turned_share=0.01), training_line(30, focal__turned_share=0.005)
+    )
+    [remark] = remarks(record)
+    assert "Up to 1.00% of the pairs (step 20)" in remark.seen
+    assert "margin below -20.00" in remark.seen
+    assert words.pairs_turned(record_of(*QUIET)) is None
+
+
+@pytest.mark.parametrize("changes", [{"rewards__margins": 1e-5}, {"rewards__ties": 0.95}])
+def test_a_run_that_does_not_move_gets_a_line(changes: dict[str, float]) -> None:
+    [remark] = remarks(record_of(training_line(1, **changes), training_line(10, **changes)))
+    assert "nothing has moved" in remark.seen
+
+
+def test_before_the_first_step_nothing_can_have_moved() -> None:
+    assert words.nothing_moved(record_of(training_line(1, rewards__margins=0.0, rewards__ties=1.0))) is None
+    assert words.nothing_moved(record_of({"loss": 2.0, "step": 40})) is None  # sft has no margin
+
+
+def losses(training: list[float], held_out: list[float]) -> RunRecord:
+    lines = [training_line(step, loss=loss) for step, loss in enumerate(training, start=1)]
+    return record_of(*lines, *[evaluation_line(step, loss=loss) for step, loss in enumerate(held_out, start=1)])
+
+
+def test_held_out_loss_that_rises_while_training_loss_falls_gets_a_line() -> None:
+    remark = words.held_out_rose(losses([0.69, 0.62, 0.58], [0.68, 0.6, 0.63]))
+    assert remark is not None
+    assert "lowest at step 2 (0.6000) and rose to 0.6300" in remark.seen
+    assert "from 0.6200 to 0.5800" in remark.seen
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        losses([0.69, 0.62, 0.58], [0.68, 0.6, 0.601]),
+        losses([0.69, 0.62, 0.66], [0.68, 0.6, 0.63]),
+        losses([0.69, 0.62, 0.58], [0.68, 0.6, 0.59]),
+        losses([0.6], [0.6]),
+    ],
+)
+def test_held_out_loss_that_follows_gets_none(record: RunRecord) -> None:
+    assert words.held_out_rose(record) is None
+
+
+@pytest.mark.row("18")
+def test_training_loss_far_below_held_out_loss_gets_a_line() -> None:
+    """The step-shaped drop of a second epoch: seen pairs are fitted, held-out ones are not."""
+    remark = words.fits_training_closer(losses([0.69, 0.65, 0.64, 0.4], [0.69, 0.65, 0.64, 0.64]))
+    assert remark is not None
+    assert "0.2400 nats below the held-out loss (0.6400)" in remark.seen
+    assert words.fits_training_closer(losses([0.69, 0.65, 0.62], [0.69, 0.65, 0.64])) is None
+
+
+def test_ties_that_an_accuracy_hides_get_a_line() -> None:
+    [remark] = remarks(record_of(*QUIET, evaluation_line(20, rewards__ties=0.5, rewards__accuracies=0.45)))
+    assert "50% of the held-out pairs are exact ties" in remark.seen
+    assert "is 45%" in remark.seen
+    assert "would read 90%" in remark.seen
+    assert words.ties_hidden(record_of(*QUIET, evaluation_line(20, rewards__ties=0.01))) is None
+    assert words.ties_hidden(record_of(*QUIET, evaluation_line(20, rewards__ties=1.0, rewards__accuracies=0.0))) is None
+
+
+def ranked(tmp_path: Path, lost: int, won: int) -> RunRecord:
+    rows = pairs([-5.0] * lost + [5.0] * won, [0.0] * (lost + won), [1.0] * lost + [-1.0] * won)
+    return read_run(write_run(tmp_path / f"{lost}-{won}", tables={10: rows}), "a")
+
+
+def test_rankings_that_training_undid_get_a_line(tmp_path: Path) -> None:
+    remark = words.more_unlearned(ranked(tmp_path, lost=20, won=4))
+    assert remark is not None
+    assert "ranks 20 held-out pairs wrong" in remark.seen
+    for lost, won in ((4, 20), (6, 4), (0, 3)):
+        assert words.more_unlearned(ranked(tmp_path, lost, won)) is None
+
+
+def test_numbers_that_are_not_finite_get_a_line() -> None:
+    [remark] = remarks(record_of(*QUIET, training_line(20, grad_norm=float("nan"))))
+    assert remark.seen == "grad_norm was not a finite number at step 20."
+
+
+def test_every_rule_says_what_it_looks_for() -> None:
+    assert {rule.__name__ for rule in RULES.values()} == {
+        "not_finite", "nothing_moved", "chosen_fell", "right_answers_fell", "pairs_turned", "more_unlearned",
+        "held_out_rose", "fits_training_closer", "ties_hidden",
+    }  # fmt: skip
+
+
+def test_runs_that_cannot_be_compared_are_told() -> None:
+    manifest = {"data": {"eval": {"tokens_sha256": "x"}}, "base": {"sha256": "b"}}
+    other = {"data": {"eval": {"tokens_sha256": "y"}}, "base": {"sha256": "c"}}
+    one = record_of(*QUIET, **manifest)
+    assert comparison_remarks([one, record_of(*QUIET, name="b", **manifest), record_of(*QUIET, name="c")]) == []
+    found = " ".join(
+        remark.seen for remark in comparison_remarks([one, record_of(*QUIET, name="b", beta=0.5, **other)])
+    )
+    for part in ("beta (a 0.1, b 0.5)", "held-out pairs", "base model"):
+        assert part in found
