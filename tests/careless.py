@@ -178,3 +178,27 @@ def all_rows_at_once(hidden: Any, weight: Any, labels: Any, bias: Any = None, *t
     from lorafocal.ops.logps import token_logps_plain
 
     return token_logps_plain(hidden, weight, labels, bias, *transform)
+
+
+def all_pairs(preferences: Any, *_: Any, **__: Any) -> Any:
+    """Row 30: rows taken as they come."""
+    return preferences
+
+
+def split_between_pairs(preferences: Any, size: Any, *, seed: int) -> Any:
+    """Row 30: the last pairs held out, whatever else their prompts are in."""
+    from lorafocal.data.mixture import held_out_pairs
+
+    cut = len(preferences.pairs) - held_out_pairs(size, len(preferences.pairs))
+    train, held_out = preferences.pairs[:cut], preferences.pairs[cut:]
+    return replace(preferences, pairs=train), replace(preferences, pairs=held_out, bad_rows=[])
+
+
+def any_revision(pattern: Any) -> Any:
+    """Row S5: a branch or a tag is a revision, too."""
+    return type("AnyText", (), {"fullmatch": staticmethod(lambda text: text)})
+
+
+def whole_lines(file: Any) -> Any:
+    """Row S17: a file's lines, however long."""
+    return enumerate(file, start=1)

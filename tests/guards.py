@@ -35,7 +35,7 @@ ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 P0_ROWS = (
     "F1 F2 F3 F6 F11 F12 F13 F18 1 2 3 4 6 11 12 13 14 15 19 20 21 23 24 25 27 36 39 41 43 45 47 53 54 55 56 64"
 ).split()
-OTHER_ROWS = "F9 F14 F19 7 8 10 22 32 51 52 57 63".split()
+OTHER_ROWS = "F9 F14 F19 7 8 10 22 32 51 52 57 63 29 30 S5 S17".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,16 @@ GUARDS: list[Guard] = [
     Guard("F11", "lorafocal.model.head:logit_transform", lambda _: careless.no_transform, "tests/model/test_head.py::test_scaled_and_capped_logits_are_followed_exactly_and_the_model_is_left_as_it_was"),
     Guard("F11 21", "lorafocal.probes:check_scores", lambda _: lambda *a: None, "tests/test_probes.py::test_a_head_that_misses_the_models_transform_is_found"),
     Guard("21", "lorafocal.model.head:install_head", lambda _: careless.any_head, "tests/model/test_head.py::test_a_head_that_is_not_a_plain_linear_layer_is_refused"),
+    # rows
+    Guard("29", "lorafocal.data.forms:OTHER_NAMES_OF_A_PROMPT", lambda _: (), "tests/data/test_forms.py::test_what_a_form_cannot_say_is_refused_by_name"),
+    Guard("29", "lorafocal.data.forms:refuse_columns", lambda _: lambda row: None, "tests/data/test_forms.py::test_what_a_form_cannot_say_is_refused_by_name"),
+    Guard("30", "lorafocal.data.hygiene:drop_equal_answers", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
+    Guard("30", "lorafocal.data.hygiene:drop_duplicates", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
+    Guard("30", "lorafocal.data.hygiene:drop_contradictions", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
+    Guard("30", "lorafocal.data.hygiene:drop_overlap", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_training_pairs_with_a_held_out_prompt_go"),
+    Guard("30", "lorafocal.data.mixture:split_held_out", lambda _: careless.split_between_pairs, "tests/data/test_mixture.py::test_whole_prompts_are_held_out"),
+    Guard("S5", "lorafocal.data.hub:REVISION", careless.any_revision, "tests/data/test_hub.py::test_a_hub_id_without_a_commit_is_refused"),
+    Guard("S17", "lorafocal.data.readers:bounded_lines", lambda _: careless.whole_lines, "tests/data/test_readers.py::test_a_line_over_the_limit_is_skipped_without_being_held"),
     # tokens
     Guard("23", "lorafocal.data.tokens:encode", lambda _: careless.encode_with_special_tokens, "tests/data/test_tokens.py::test_a_conversation_is_what_its_template_writes"),
     Guard("23", "lorafocal.data.tokens:check_one_bos", lambda _: lambda *a: None, "tests/data/test_tokens.py::test_a_doubled_bos_is_refused"),
