@@ -17,7 +17,14 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
 from lorafocal.errors import InputError
-from lorafocal.model.adapters import attach_lora, check_lora_config, freeze, switch_dropout_off, widen_adapters
+from lorafocal.model.adapters import (
+    FROZEN_COPY,
+    attach_lora,
+    check_lora_config,
+    freeze,
+    switch_dropout_off,
+    widen_adapters,
+)
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import load_base
 from lorafocal.probes import LayoutChoice, choose_layout
@@ -47,6 +54,8 @@ def assemble_policy(
             " trained: load it with that one alone, and merge what else it needs into its base first"
             " (`lorafocal merge`)"
         )
+    if policy.active_adapter == FROZEN_COPY:
+        raise InputError(f"the adapter is named {FROZEN_COPY!r}, the name of a frozen copy: load it under another name")
     if not args.allow_dropout and (count := switch_dropout_off(policy)):
         logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
     return policy

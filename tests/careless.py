@@ -180,6 +180,56 @@ def all_rows_at_once(hidden: Any, weight: Any, labels: Any, bias: Any = None, *t
     return token_logps_plain(hidden, weight, labels, bias, *transform)
 
 
+def switched_by_peft(switch: Any, adapter: str) -> Any:
+    """F17: PEFT's own switch, which freezes the policy's adapter and un-freezes the copy, and back."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def switched() -> Any:
+        for layer in switch._layers:
+            layer.set_adapter(adapter)
+        yield
+        for layer in switch._layers:
+            layer.set_adapter("default", inference_mode=True)
+
+    return switched()
+
+
+def copy_that_is_the_adapter_itself(original: Any) -> Any:
+    """F17: the copy's tensors share their memory with the policy's, so they are trained along."""
+
+    def add_frozen_copy(policy: Any) -> Any:
+        copies = original(policy)
+        own = dict(policy.named_parameters())
+        for name, parameter in copies.items():
+            parameter.data = own[name.replace(".reference.", ".default.")].data
+        return copies
+
+    return add_frozen_copy
+
+
+def every_adapter_saved(policy: Any, folder: Any, *_: Any, **__: Any) -> None:
+    """Row 8: PEFT saves every adapter that the model carries."""
+    policy.save_pretrained(folder)
+
+
+def mean_of_means(metrics: Any, values: Any) -> None:
+    """Row 16: batches weigh the same, however many pairs they hold; an empty one gives NaN."""
+    mean = values.mean(0)
+    metrics._sums = mean if metrics._sums is None else metrics._sums + mean
+    metrics.num_pairs += 1
+
+
+def table_that_keeps_logits(original: Any) -> Any:
+    """Row 38: what evaluation computed is kept until its end, as loops that gather predictions do."""
+
+    def add(table: Any, places: Any, policy: Any, reference: Any) -> None:
+        table.kept = [*getattr(table, "kept", []), policy.chosen.new_zeros(len(places), 10, 97)]
+        original(table, places, policy, reference)
+
+    return add
+
+
 def all_pairs(preferences: Any, *_: Any, **__: Any) -> Any:
     """Row 30: rows taken as they come."""
     return preferences
@@ -202,3 +252,13 @@ def any_revision(pattern: Any) -> Any:
 def whole_lines(file: Any) -> Any:
     """Row S17: a file's lines, however long."""
     return enumerate(file, start=1)
+
+
+def unproven_layout(model: Any, layout: str) -> Any:
+    """F12: every model is taken to call the attention that was registered."""
+    from lorafocal.policy import prepare_policy
+    from lorafocal.probes import LayoutChoice
+
+    layout = "packed" if layout == "auto" else layout
+    prepare_policy(model, layout=layout)
+    return LayoutChoice(layout)

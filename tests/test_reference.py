@@ -1,4 +1,4 @@
-"""The disabled-adapter reference and its identity probe."""
+"""The three kinds of reference, and the identity probe."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import torch
 
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
+from lorafocal.model.adapters import add_frozen_copy, check_trainable
 from lorafocal.objectives import PairLogps
 from lorafocal.policy import prepare_policy, sequence_logps
-from lorafocal.reference import DisabledAdapterReference, check_identity
-from tests.tiny import pairs, tiny_base, tiny_policy
+from lorafocal.reference import (
+    REFERENCES,
+    DisabledAdapterReference,
+    FrozenCopyReference,
+    build_reference,
+    check_identity,
+)
+from tests.tiny import disturb, pairs, tiny_base, tiny_policy
 
 
 @pytest.mark.row("1")
@@ -40,10 +47,102 @@ def test_the_reference_is_the_base_whatever_the_adapter_learned():
 
 @pytest.mark.row("1")
 @pytest.mark.parametrize("gap", [1e-7, -3.0, float("nan")])
-def test_the_probe_names_the_pair_and_the_remedies(gap):
+@pytest.mark.parametrize(
+    ("kind", "remedies"),
+    [("disabled_adapter", ("reference.kind: frozen_copy", "lorafocal merge")), ("separate_model", ("same dtype",))],
+)
+def test_the_probe_names_the_pair_and_the_remedies(kind, remedies, gap):
     reference = PairLogps(torch.zeros(3), torch.zeros(3))
     policy = PairLogps(torch.zeros(3), torch.tensor([0.0, gap, 0.0]))
     with pytest.raises(InputError, match="'b'") as refusal:
-        check_identity(policy, reference, ("a", "b", "c"))
-    for remedy in ("lorafocal merge", "fresh adapter", "identity_probe: false"):
+        check_identity(policy, reference, ("a", "b", "c"), kind=kind)
+    for remedy in (*remedies, "identity_probe: false"):
         assert remedy in str(refusal.value)
+    assert REFERENCES["frozen_copy"].starts_as_policy
+
+
+@pytest.mark.row("1")
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_frozen_copy_is_the_adapter_as_it_was_to_the_last_bit(kind, dtype):
+    model = tiny_policy(kind, dtype)
+    add_frozen_copy(model)
+    prepare_policy(model)
+    pack = share_prefixes(pairs(6))
+    reference = FrozenCopyReference(model)
+    at_start = sequence_logps(model, pack)
+    check_identity(at_start, reference.logps(pack), pack.pair_ids, kind="frozen_copy")
+    disturb(model, scale=0.3)
+    assert not torch.equal(sequence_logps(model, pack).chosen, at_start.chosen)
+    assert all(torch.equal(p, r) for p, r in zip(at_start, reference.logps(pack), strict=True))
+    base = DisabledAdapterReference(model).logps(pack)
+    assert not torch.equal(base.chosen, at_start.chosen)
+
+
+def trainable(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.row("F17", "3")
+def test_a_call_of_the_reference_leaves_what_is_trained_and_what_is_active_alone():
+    model = tiny_policy()
+    before = trainable(model)
+    add_frozen_copy(model)
+    prepare_policy(model)
+    pack = share_prefixes(pairs(6))
+    frozen = {name.replace(".default.", ".reference.") for name in before}
+    assert trainable(model) == before == set(check_trainable(model))
+    assert frozen <= dict(model.named_parameters()).keys() - before
+    for reference in (FrozenCopyReference(model), DisabledAdapterReference(model)):
+        for _ in range(3):
+            assert not reference.logps(pack).chosen.requires_grad
+            assert trainable(model) == before
+    assert model.active_adapter == "default"
+    sequence_logps(model, pack).chosen.sum().backward()
+    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == before
+
+
+def test_a_parameter_that_somebody_froze_stays_frozen():
+    model = tiny_policy()
+    name = min(trainable(model))
+    model.get_parameter(name).requires_grad_(False)
+    before = trainable(model)
+    add_frozen_copy(model)
+    assert trainable(model) == before
+
+
+def test_our_switch_computes_what_pefts_set_adapter_does():
+    model = tiny_policy()
+    add_frozen_copy(model)
+    prepare_policy(model)
+    disturb(model, scale=0.3)
+    pack = share_prefixes(pairs(6))
+    ours = FrozenCopyReference(model).logps(pack)
+    model.set_adapter("reference")
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(ours, sequence_logps(model, pack), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_separate_model_answers_for_itself(dtype):
+    model, second = tiny_policy(dtype=dtype), tiny_policy(dtype=dtype)
+    prepare_policy(model)
+    prepare_policy(second)
+    pack = share_prefixes(pairs(6))
+    reference = build_reference("separate_model", model, second)
+    disturb(model, scale=0.3)
+    expected = sequence_logps(second, pack)
+    assert all(torch.equal(a, b) for a, b in zip(reference.logps(pack), expected, strict=True))
+    assert not reference.logps(pack).chosen.requires_grad
+
+
+@pytest.mark.row("7")
+def test_kinds_and_models_that_do_not_go_together_are_refused_with_the_way_out():
+    model = tiny_policy()
+    with pytest.raises(InputError, match="disabled_adapter, frozen_copy, separate_model"):
+        build_reference("base", model)
+    with pytest.raises(InputError, match=r'Leave `ref_model` out .* or set `reference="separate_model"`'):
+        build_reference("frozen_copy", model, tiny_base())
+    with pytest.raises(InputError, match=r'pass `ref_model`.*"disabled_adapter" or "frozen_copy"'):
+        build_reference("separate_model", model)

@@ -134,8 +134,6 @@ def add_frozen_copy(policy: PeftModel) -> dict[str, nn.Parameter]:
     The policy's adapter stays the active one and as trainable as it was.
     """
     name = policy.active_adapter
-    if name == FROZEN_COPY:
-        raise InputError(f"the adapter is named {name!r}, which is the name of its frozen copy: load it under another")
     originals = adapter_parameters(policy)
     trainable = {path: parameter.requires_grad for path, parameter in originals.items()}
     config = copy.deepcopy(policy.peft_config[name])

@@ -36,6 +36,7 @@ def save_adapter(
     )
     try:
         policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+        _flatten(folder, name)
     finally:
         config.base_model_name_or_path = stated
     expected = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
@@ -44,6 +45,15 @@ def save_adapter(
     if lineage is not None:
         lineage.write(folder)
         (folder / CARD_FILE).write_text(adapter_card(lineage, results), encoding="utf-8")
+
+
+def _flatten(folder: Path, adapter: str) -> None:
+    """PEFT puts an adapter of another name than "default" into a folder of that name."""
+    inner = folder / adapter
+    if inner.is_dir():
+        for file in inner.iterdir():
+            file.replace(folder / file.name)
+        inner.rmdir()
 
 
 def _public_name(base: str | None) -> str | None:
