@@ -132,7 +132,7 @@ RULES: dict[str, FieldRule] = {
         "no", "it measures one tensor of the batch, and a batch here is a list of packs"
     ),
     "disable_tqdm": _set(True, "the progress line is our own; --quiet silences it"),
-    "report_to": _supported(),
+    "report_to": _supported(),  # which loggers: LOGGERS
     "run_name": _supported(config_key="name"),
     "project": _supported(),
     "trackio_space_id": _supported(),
@@ -216,6 +216,16 @@ RULES: dict[str, FieldRule] = {
     "do_train": _refused(False, f"{_SCRIPT}; a run trains"),
     "do_eval": _refused(False, f"{_SCRIPT}; use eval_strategy"),
     "do_predict": _refused(False, f"{_SCRIPT}; use `lorafocal score`"),
+}
+
+# What `report_to` may name, beside none, and the packages (one is enough) that must be installed for it.
+LOGGERS: dict[str, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",),
+    "swanlab": ("swanlab",),
 }
 
 # A field without effect unless another one has a certain value: (other field, the value needed, its default).
@@ -314,6 +324,21 @@ def _field_problem(name: str, value: Any) -> str | None:
         return f"found {shown} ({type(value).__name__}); it must be of type {annotation}{example}"
     if rule.choices and value not in rule.choices:
         return f"found {shown}; it must be one of {', '.join(rule.choices)}"
+    return _logger_problem(value) if name == "report_to" else None
+
+
+def _logger_problem(value: str | list[str] | None) -> str | None:
+    """Loggers nobody knows, and those whose package is missing: said before a model is loaded."""
+    names = [value] if isinstance(value, str) else value or []
+    for name in names:
+        if name == "none" and len(names) == 1:
+            continue
+        if name not in LOGGERS:
+            also = "; name each one: all would mean whatever is installed" if name == "all" else ""
+            return f"found {name!r}; it must be none, or of {', '.join(LOGGERS)}{also}"
+        packages = LOGGERS[name]
+        if not any(importlib.util.find_spec(package) for package in packages):
+            return f"{name} is not installed: pip install {packages[0]}, or remove it; metrics.jsonl is always written"
     return None
 
 
