@@ -7,7 +7,7 @@ The *wrapped* model is called, through its public arguments only, so the hooks o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -43,7 +43,7 @@ def own_attention(base: PreTrainedModel) -> str:
 
 
 def _attention(base: PreTrainedModel) -> str:
-    return base.config.get_text_config()._attn_implementation  # type: ignore[no-any-return]
+    return base.config.get_text_config()._attn_implementation
 
 
 def _set_attention(base: PreTrainedModel, name: str) -> None:
@@ -78,7 +78,7 @@ def token_logps(model: nn.Module, pack: Pack) -> Tensor:
 
 def _arguments(model: nn.Module, pack: Pack) -> dict[str, object]:
     """What the model is called with: of a pack, everything that its forward names, and the segments in any case."""
-    named = forward_parameters(type(causal_lm(model)))
+    named = _forward_parameters(type(causal_lm(model)).forward)
     arguments: dict[str, object] = {"use_cache": False, "position_ids": pack.position_ids}
     if pack.segments is None:
         arguments["attention_mask"] = pack.attention_mask
@@ -90,17 +90,16 @@ def _arguments(model: nn.Module, pack: Pack) -> dict[str, object]:
     return {"input_ids": pack.input_ids, **arguments}
 
 
-@cache
-def takes_segments(model_class: type[nn.Module]) -> bool:
-    """Whether a model's forward takes arguments that it does not name, to hand them down."""
-    parameters = inspect.signature(model_class.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+def takes_segments(base: PreTrainedModel) -> bool:
+    """Whether the model's forward takes arguments that it does not name, to hand them down."""
+    kinds = (parameter.kind for parameter in _forward_parameters(type(base).forward).values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 @cache
-def forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
-    """Names that a model's forward takes: some (Falcon, BLOOM, MPT) have no positions, some (Mamba) keep all logits."""
-    return frozenset(inspect.signature(model_class.forward).parameters)
+def _forward_parameters(forward: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """What a forward takes: some (Falcon, BLOOM, MPT) name no positions, some (Mamba) always keep all logits."""
+    return inspect.signature(forward).parameters
 
 
 def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:

@@ -21,7 +21,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.policy import compute_dtype, plain_attention, prepare_policy, takes_segments, token_logps
 
-WAY_OUT = "Set `packing.layout: padded`, or use another architecture (Llama and Mistral are known to train packed)"
+WAY_OUT = "Set `packing.layout: padded`, or use an architecture that trains packed (docs/architectures.md)"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 # Largest difference of a token's log-prob between a pack and one-at-a-time scoring that rounding explains, in nats.
@@ -73,7 +73,7 @@ def check_packing(model: nn.Module) -> None:
     base = causal_lm(model)
     name = type(base).__name__
     check_layer_types(base)
-    if not takes_segments(type(base)):
+    if not takes_segments(base):
         raise InputError(f"{name} hands no further arguments to its attention, so a pack's bounds cannot reach it")
     pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)
     pack = share_prefixes(pairs).to(next(model.parameters()).device)
@@ -161,8 +161,8 @@ def check_scores(model: nn.Module, pairs: list[TokenizedPair], logps: torch.Tens
     gap = float((logps - alone).abs().max())
     if not gap <= TOLERANCE[compute_dtype(model)]:
         raise InputError(
-            f"{name}: log-probs differ by {gap:.3g} nats a token from the model's own logits, one sequence at a time:"
-            " it changes its logits or its attention in a way that is not followed here"
+            f"{name}: log-probs are {gap:.3g} nats a token away from the model's own logits, one sequence at a time, so"
+            " it does something to its logits or its attention that is not followed here"
         )
 
 
@@ -185,7 +185,7 @@ def _probe_pairs(vocabulary: int) -> list[TokenizedPair]:
         return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
     lengths = ((9, 7, 12), (5, 11, 6), (1, 1, 1))
-    return [TokenizedPair(f"probe-{i}", *map(tokens, sizes)) for i, sizes in enumerate(lengths)]
+    return [TokenizedPair(f"probe-{i}", tokens(p), tokens(c), tokens(r)) for i, (p, c, r) in enumerate(lengths)]
 
 
 @contextmanager

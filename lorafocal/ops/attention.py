@@ -225,7 +225,7 @@ def varlen_shared_prefix_attention(
     """
     for name, asked in (("soft-capped scores", softcap), ("attention sinks", sinks)):
         if asked is not None:
-            raise InputError(f"the model has {name}, which packs on a GPU do not support: set `packing.layout: padded`")
+            raise InputError(f"the model has {name}, which packs on a GPU do not support")
     kernel = kernel or _torch_varlen_kernel()
     accepted = _parameters(kernel)
     options: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)}
@@ -299,16 +299,12 @@ def shared_prefix_attention(
     """
     if segments is None:
         raise InputError(
-            f"{type(module).__name__} was called without `segments`, the bounds of a pack: either the model does not"
-            " hand its arguments to its attention (set `packing.layout: padded`), or it was called outside a pack (for"
-            " generation use `lorafocal.policy.plain_attention`)"
+            f"{type(module).__name__} was called without `segments`, the bounds of a pack: score through"
+            " `lorafocal.policy`, generate inside its `plain_attention`, or set `packing.layout: padded`"
         )
-    for name, asked in (("dropout", dropout or None), ("attention_mask", attention_mask)):
+    for asked, what in ((dropout or None, "has attention dropout"), (attention_mask, "makes a mask of its own")):
         if asked is not None:
-            raise InputError(
-                f"{type(module).__name__} asks its attention for `{name}`, which packs do not support: set"
-                " `packing.layout: padded`"
-            )
+            raise InputError(f"{type(module).__name__} {what}, which packs do not support")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     attend = varlen_shared_prefix_attention if flash else sdpa_shared_prefix_attention

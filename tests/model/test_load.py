@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lorafocal.errors import InputError
 from lorafocal.model import load as load_module
 from lorafocal.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from lorafocal.probes import LayoutChoice, choose_layout
+from tests.model.families import random_model
 from tests.tiny import SIZES, tiny_base
 
 
@@ -55,6 +58,21 @@ def test_a_folder_without_tokenizer_is_refused(saved):
         load_tokenizer(str(saved))
 
 
+@pytest.mark.row("F15")
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "gemma3", "llava"])
+def test_bases_without_sdpa_and_image_text_bases_load(family, tmp_path):
+    random_model(family, torch.float32).save_pretrained(tmp_path / "base")
+    model = load_base(str(tmp_path / "base"), dtype="float32")
+    assert choose_layout(model, "auto") == LayoutChoice("packed", "")
+
+
+def test_a_model_that_does_not_continue_text_is_refused_by_type(tmp_path):
+    config = T5Config(vocab_size=97, d_model=32, d_ff=64, num_layers=1, num_heads=4)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(InputError, match=r"'t5'.*causal language model"):
+        load_base(str(tmp_path / "t5"))
+
+
 def test_pickled_weights_are_not_read(saved):
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
@@ -91,11 +109,13 @@ def _single(folder):
     return folder / "single"
 
 
+@pytest.mark.row("46")
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
     class Long(list):
         pass
 
-    with pytest.raises(InputError, match="98 tokens"):
+    check_vocabulary(tiny_base(), Long(range(97)))
+    with pytest.raises(InputError, match=r"98 tokens.* Resize and train the base's embeddings before"):
         check_vocabulary(tiny_base(), Long(range(98)))
 
 

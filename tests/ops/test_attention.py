@@ -138,7 +138,7 @@ def test_a_capped_softmax_stays_in_fp32_under_autocast():
 @pytest.mark.parametrize("asked", [{"softcap": 30.0}, {"sinks": torch.zeros(4)}])
 def test_the_kernel_of_a_gpu_refuses_caps_and_sinks(asked):
     segments = Segments.of(spans((1, 1, 1)))
-    with pytest.raises(InputError, match=r"GPU.*packing\.layout: padded"):
+    with pytest.raises(InputError, match="packs on a GPU"):
         varlen_shared_prefix_attention(*tensors(3), segments, scaling=1.0, kernel=varlen_stand_in, **asked)
 
 
@@ -226,7 +226,7 @@ def test_what_packs_cannot_do_is_refused_by_name():
     segments = Segments.of(spans((1, 1, 1)))
     with pytest.raises(InputError, match="dropout"):
         shared_prefix_attention(nn.Identity(), q, k, v, None, segments=segments, dropout=0.1)
-    with pytest.raises(InputError, match="attention_mask"):
+    with pytest.raises(InputError, match="mask of its own"):
         shared_prefix_attention(nn.Identity(), q, k, v, torch.zeros(1, 1, 3, 3), segments=segments)
 
 
