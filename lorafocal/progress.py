@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from lorafocal.publish import write_atomically
 
@@ -72,9 +73,10 @@ class LossWithEvaluation(TrainerCallback):
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log = control.should_log or control.should_evaluate
-
-    on_epoch_end = on_step_end
+        """Before the step's checkpoint is written, which keeps what is not logged yet; an epoch ends only after it."""
+        ends_epoch = not state.global_step % len(kwargs["train_dataloader"]) or state.global_step == state.max_steps
+        if control.should_evaluate or (ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH):
+            control.should_log = True
 
 
 class StepClock:
