@@ -18,8 +18,11 @@ from lorafocal.compat import trl
 from lorafocal.compat.trl import focalpo_config
 from lorafocal.compat.trl_fields import FATES, Given, fate_of, translate
 from lorafocal.compat.trl_yaml import _NO_EFFECT, _PLACES, _REFUSED, PARTS, Options, config_from_trl, yaml_from_trl
+from lorafocal.run import train
+from lorafocal.training_fields import LOGGERS
 from tests.test_parity_trl import Trace, rows, theirs, trained, word_tokenizer
 from tests.tiny import disturb, lora, relative_difference, tiny_base
+from tests.toy_run import metric_lines, write_inputs
 
 FIELDS = [spec.name for spec in fields(DPOConfig)]
 OF_KIND = {
@@ -63,6 +66,11 @@ def other(name: str, value: Any) -> Any:
 def outcome(config: FocalPOConfig) -> dict[str, str]:
     """What decides a run: all values, as text; machinery that holds addresses left out."""
     return {name: repr(value) for name, value in vars(config).items() if name not in ("distributed_state", "_n_gpu")}
+
+
+@pytest.fixture(autouse=True)
+def every_logger_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOGGERS, "tensorboard", ("torch",))
 
 
 # ---- DPOConfig
@@ -327,3 +335,15 @@ def test_the_base_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         focalpo_config(dpo_config())
     assert "load the base in float32" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_translated_file_trains(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    minimal = MINIMAL.replace("someone/model", str(inputs / "base"))
+    more = "bf16: false\nlearning_rate: 1e-2\nmax_steps: 3\nlogging_steps: 1\nsave_strategy: 'no'\nuse_cpu: true\n"
+    options = Options(data=str(inputs / "train.jsonl"), eval_data=str(inputs / "eval.jsonl"))
+    (tmp_path / "run.yaml").write_text(yaml_from_trl(written(tmp_path, more, minimal), options))
+    summary = train(load_config(tmp_path / "run.yaml"), runs_dir=tmp_path / "runs", quiet=True)
+    assert summary.steps == 3
+    assert metric_lines(summary.folder)[-1]["rewards/margins"] > 0
