@@ -167,10 +167,19 @@ def encode_with_special_tokens(tokenizer: Any, texts: Any) -> dict[str, list[int
 def eos_after_everything(original: Any) -> Any:
     """Row 24: an EOS after what a template wrote too, which ends the turn by itself."""
 
-    def pair_texts(preference: Any, habits: Any) -> Any:
-        return replace(original(preference, habits), ids_after=(habits.tokenizer.eos_token_id,))
+    def chat_texts(*given: Any) -> Any:
+        *_, renderer = given
+        return replace(original(*given), ids_after=(renderer.tokenizer.eos_token_id,))
 
-    return pair_texts
+    return chat_texts
+
+
+def key_of_the_rows(preferences: Any, tokenizer: Any, options: Any) -> str:
+    """Row 31: the rows and the length; a changed template, tokenizer or rule is answered with the old tokens."""
+    import hashlib
+
+    rows = [(row.prompt, row.chosen, row.rejected, row.id, row.score_chosen) for row in preferences]
+    return hashlib.sha256(repr((rows, options["max_length"])).encode()).hexdigest()
 
 
 def all_rows_at_once(hidden: Any, weight: Any, labels: Any, bias: Any = None, *transform: Any, **_: Any) -> Any:

@@ -1,31 +1,25 @@
-"""Preferences to token ids: the same prompt ids on both sides, and every dropped pair with a named reason.
-
-Conversations. The prompt is rendered with the generation prompt, both full conversations are rendered, and a
-completion is what a full rendering adds to the prompt's. Nothing is added to what the template writes: no
-BOS, no EOS. One thing is taken away: blank text after the token that ends the turn (some templates write a
-line feed there), because generation stops at that token and never writes it. A template that does not end the
-assistant's turn with a special token is refused, since a model tuned on it would not learn to stop.
-
-Plain text. The prompt gets a BOS where the tokenizer normally adds one, the completion exactly one EOS.
+"""Texts to token ids: the same prompt ids on both sides, and every dropped pair with a named reason.
 
 The seam. Prompt ids are those of the prompt alone, as in generation. A completion is the rest of the joint
 tokenisation where that begins with the prompt ids, and is tokenised alone where a merge crosses the seam;
-such pairs are counted.
+such pairs are counted. No merge crosses a special token, so both are compared from the prompt's last one on.
 
-Control tokens. Text that spells a special token would become that token, so the pair is dropped: data must
-not be able to end a turn or to forge one.
+Control tokens. Text that spells one would become that token, so the pair is dropped: data must not be able
+to end a turn or to forge one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lorafocal.data.sources import Messages, Preference
+from lorafocal.data.sources import Preference
+from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation, preference_texts
+from lorafocal.data.truncation import TRUNCATIONS, Limits, check_limits, why_too_long
 from lorafocal.errors import InputError
 
 CHUNK = 1000  # pairs tokenised at a time: a whole data set of tokenizer outputs would not fit in memory
@@ -34,21 +28,29 @@ EXAMPLES_PER_REASON = 5
 REMEDIES = {
     "control_tokens": "their text spells special tokens of this tokenizer: remove these, and give text that "
     "was rendered with a chat template as message lists instead",
+    "undecodable_text": "their text holds half of a surrogate pair, which no tokenizer reads: repair the text",
+    "template_refuses": "the chat template refuses these conversations: change their roles or their order",
+    "text_left_out": "the chat template leaves out text of these conversations: change the roles of their "
+    "messages, or use a chat template that writes them",
     "empty_prompt": "their prompts have no tokens: give them text",
     "empty_completion": "one of their answers is blank: remove these rows",
-    "identical_completions": "both answers have the same tokens, which teaches nothing: remove these rows",
+    "identical_completions": "both answers have the same tokens (after truncation, if they were cut), which "
+    "teaches nothing: remove these rows",
+    "prompt_fills_length": "their prompts leave no token of max_length to an answer: raise max_length",
     "overlong": "prompt and answer are longer than max_length tokens: raise max_length",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """Token ids of one pair; P, C and R tokens, each at least one."""
+    """Token ids of one pair; P, C and R tokens, each at least one. Scores are a judge's, where the data has them."""
 
     id: str
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    score_chosen: float | None = None
+    score_rejected: float | None = None
 
     @property
     def shared_length(self) -> int:
@@ -63,63 +65,67 @@ class TokenizedPair:
 
 @dataclass(slots=True)
 class TokenizedData:
-    """Kept pairs in the order of the data; dropped ones by reason, with up to five ids for each.
+    """Kept pairs in the order of the data; dropped ones by reason.
 
-    `seam_merges` counts kept and dropped pairs with a completion whose joint tokenisation with the prompt
-    would have changed the prompt's tokens.
+    For each reason `examples` holds up to five places, and `details` what was found at the first of them, where
+    there is something to say. `seam_merges` counts kept and dropped pairs with a completion whose joint
+    tokenisation with the prompt would have changed the prompt's tokens; `cut` counts kept pairs that lost tokens.
     """
 
     pairs: list[TokenizedPair] = field(default_factory=list)
     drops: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     seam_merges: int = 0
+    cut: int = 0
+    details: dict[str, str] = field(default_factory=dict)
 
-    def drop(self, pair_id: str, reason: str) -> None:
+    def drop(self, place: str, fault: Fault) -> None:
         """Count one dropped pair."""
-        self.drops[reason] = self.drops.get(reason, 0) + 1
-        ids = self.examples.setdefault(reason, [])
-        if len(ids) < EXAMPLES_PER_REASON:
-            ids.append(pair_id)
+        self.drops[fault.reason] = self.drops.get(fault.reason, 0) + 1
+        places = self.examples.setdefault(fault.reason, [])
+        if len(places) < EXAMPLES_PER_REASON:
+            places.append(place)
+        if len(places) == 1 and fault.detail:
+            self.details[fault.reason] = fault.detail
 
 
 @dataclass(frozen=True, slots=True)
-class PairTexts:
-    """Three strings to tokenise, with what a template wrote, and the ids that plain text gets added."""
-
-    id: str
-    prompt: str
-    chosen: str
-    rejected: str
-    ids_before: tuple[int, ...] = ()
-    ids_after: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerHabits:
-    """What is asked of a tokenizer once for all rows."""
+class Encoder:
+    """A tokenizer, with what is asked of it once for all rows."""
 
     tokenizer: PreTrainedTokenizerBase
-    special: tuple[str, ...]  # texts of all special tokens, longest first
-    forged: re.Pattern[str] | None  # what spells one of them
+    renderer: Renderer
     bos: tuple[int, ...]  # what the tokenizer normally writes before plain text: one BOS or nothing
+    walls: re.Pattern[str] | None  # special tokens that text is split at before anything else
+    control_ids: frozenset[int]  # but that of unknown text
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerHabits:
-        """The habits of a tokenizer; special tokens are the named ones and those added as special."""
-        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special = tuple(sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True))
-        forged = re.compile("|".join(map(re.escape, special))) if special else None
+    def of(cls, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Encoder:
+        """The habits of a tokenizer. Leaves its backend without truncation and padding, as every call does."""
+        if getattr(tokenizer, "split_special_tokens", False):
+            raise InputError(
+                "the tokenizer has split_special_tokens on: a turn would not end with its token; switch it off"
+            )
         first_id = next(iter(tokenizer("a")["input_ids"]), None)
         bos = (first_id,) if first_id is not None and first_id == tokenizer.bos_token_id else ()
-        return cls(tokenizer, special, forged, bos)
+        renderer = Renderer(tokenizer, options)
+        added = tokenizer.added_tokens_decoder.values()
+        plain = {token.content for token in added if token.special and not (token.normalized or token.single_word)}
+        walls = [re.escape(text) for text in renderer.control_tokens if text in plain]
+        ids = {tokenizer.convert_tokens_to_ids(text) for text in renderer.control_tokens} - {tokenizer.unk_token_id}
+        return cls(tokenizer, renderer, bos, re.compile("|".join(walls)) if walls else None, frozenset(ids))
 
+    def tail_of(self, prompt: str) -> str:
+        """The prompt from its last special token on, that included."""
+        start = 0
+        for match in self.walls.finditer(prompt) if self.walls else ():
+            start = match.start()
+        return prompt[start:]
 
-def drop_overlong(pair: TokenizedPair, max_length: int) -> TokenizedPair | None:
-    """Leave out a pair of which either sequence is longer than `max_length` tokens."""
-    return pair if pair.longest <= max_length else None
-
-
-TRUNCATIONS: dict[str, Callable[[TokenizedPair, int], TokenizedPair | None]] = {"drop": drop_overlong}
+    def forges(self, text: str, ids: list[int]) -> bool:
+        """Whether there are more control tokens than the text spells: a normalizer read them into something else."""
+        written = len(self.renderer.forged.findall(text)) if self.renderer.forged else 0
+        return sum(map(self.control_ids.__contains__, ids)) > written
 
 
 def tokenize_preferences(
@@ -128,36 +134,41 @@ def tokenize_preferences(
     *,
     max_length: int,
     truncation: str = "drop",
+    max_prompt_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenizedData:
     """All preferences as token ids; `max_length` is in tokens of the prompt plus one completion.
 
-    A pair is dropped for the first of these reasons that holds: `control_tokens`, `empty_completion`,
-    `empty_prompt`, `identical_completions`, `overlong`. Raises InputError for an unknown truncation, a
-    tokenizer without what the data needs (chat template, EOS), a template that fails, does not keep its
-    prompt or does not end the turn, and when no pair is left.
+    `truncation` is one of `TRUNCATIONS`, `max_prompt_length` belongs to `recipe` alone, and
+    `chat_template_kwargs` are given to every rendering. A pair is dropped for the first reason that holds, in
+    the order of `REMEDIES`. Raises InputError for settings that would have no effect, a tokenizer without what
+    the data needs (chat template, EOS), a template that does not keep its prompt or does not end the turn, and
+    when no pair is left.
     """
-    if truncation not in TRUNCATIONS:
-        raise InputError(f"truncation {truncation!r} is not known; use one of {', '.join(TRUNCATIONS)}")
-    if max_length < 2:
-        raise InputError(f"max_length is at least 2 tokens (one of the prompt, one of the answer), not {max_length}")
-    habits = TokenizerHabits.of(tokenizer)
+    check_limits(truncation, max_length, max_prompt_length)
     preferences = list(preferences)
+    options = dict(chat_template_kwargs or {})
+    if options and not any(is_conversation(preference) for preference in preferences):
+        raise InputError("chat_template_kwargs are given, but all rows are plain strings; leave them out")
+    encoder = Encoder.of(tokenizer, options)
+    limits = Limits(max_length, max_prompt_length, tokenizer.bos_token_id)
     data = TokenizedData()
     for start in range(0, len(preferences), CHUNK):
-        sound = []
-        for preference in preferences[start : start + CHUNK]:
-            reason = text_fault(preference, habits)
-            if reason:
-                data.drop(preference.id, reason)
-            else:
-                sound.append(preference)
-        for pair, merged in tokenize_chunk(sound, habits):
+        chunk = preferences[start : start + CHUNK]
+        for preference, tokenized in zip(chunk, tokenize_chunk(chunk, encoder), strict=True):
+            place = preference.place or preference.id
+            if isinstance(tokenized, Fault):
+                data.drop(place, tokenized)
+                continue
+            pair, merged = tokenized
             data.seam_merges += merged
-            kept = TRUNCATIONS[truncation](pair, max_length)
-            reason = ids_fault(pair) or ("" if kept else "overlong")
-            if kept is None or reason:
-                data.drop(pair.id, reason)
+            kept = TRUNCATIONS[truncation](pair, limits) if not (fault := ids_fault(pair)) else None
+            if kept is None:
+                data.drop(place, fault or Fault(why_too_long(pair, truncation, max_length)))
+            elif fault := ids_fault(kept):
+                data.drop(place, fault)
             else:
+                data.cut += kept is not pair
                 data.pairs.append(kept)
     if not data.pairs:
         raise nothing_left(data, max_length)
@@ -169,74 +180,121 @@ def nothing_left(data: TokenizedData, max_length: int) -> InputError:
     if not data.drops:
         return InputError("there are no preferences to tokenize; give at least one")
     reasons = "; ".join(
-        f"{count} {reason} (such as {data.examples[reason][0]}): {REMEDIES[reason]}"
+        f"{count} {reason} (such as {data.examples[reason][0]}"
+        f"{': ' + data.details[reason] if reason in data.details else ''}): {REMEDIES[reason]}"
         for reason, count in data.drops.items()
     )
-    limit = f", max_length being {max_length} tokens" if "overlong" in data.drops else ""
+    limit = f", max_length being {max_length} tokens" if {"overlong", "prompt_fills_length"} & set(data.drops) else ""
     return InputError(f"every pair was dropped{limit}. {reasons}")
 
 
 # ---- faults
 
 
-def text_fault(preference: Preference, habits: TokenizerHabits) -> str:
-    """The reason to drop a preference that its text gives, or an empty string."""
+def text_fault(preference: Preference, renderer: Renderer) -> Fault | None:
+    """The reason to drop a preference that its text gives."""
     sides = [contents(side) for side in (preference.prompt, preference.chosen, preference.rejected)]
-    if habits.forged and any(habits.forged.search(text) for side in sides for text in side):
-        return "control_tokens"
+    for text in (text for side in sides for text in side):
+        if renderer.forged and (found := renderer.forged.search(text)):
+            return Fault("control_tokens", repr(found.group()))
+        if not text.isascii() and _half_surrogate(text):
+            return Fault("undecodable_text")
     if any(not "".join(side).strip() for side in sides[1:]):
-        return "empty_completion"
-    return ""
+        return Fault("empty_completion")
+    return None
 
 
-def contents(side: str | Messages) -> list[str]:
+def contents(side: Any) -> list[str]:
     """The texts of one side."""
     return [side] if isinstance(side, str) else [message["content"] for message in side]
 
 
-def ids_fault(pair: TokenizedPair) -> str:
-    """The reason to drop a pair that its tokens give, or an empty string."""
-    if not pair.chosen_ids or not pair.rejected_ids:
-        return "empty_completion"
+def _half_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def ids_fault(pair: TokenizedPair) -> Fault | None:
+    """The reason to drop a pair that its tokens give."""
     if not pair.prompt_ids:
-        return "empty_prompt"
+        return Fault("empty_prompt")
+    if not pair.chosen_ids or not pair.rejected_ids:
+        return Fault("empty_completion")
     if pair.chosen_ids == pair.rejected_ids:
-        return "identical_completions"
-    return ""
+        return Fault("identical_completions")
+    return None
 
 
 # ---- texts to ids
 
 
-def tokenize_chunk(preferences: Sequence[Preference], habits: TokenizerHabits) -> list[tuple[TokenizedPair, bool]]:
-    """Pairs in order, each with whether a merge would have crossed its seam. Equal texts are encoded once."""
-    texts = [pair_texts(preference, habits) for preference in preferences]
-    alone = encode(habits.tokenizer, (text.prompt for text in texts))
-    joint = encode(
-        habits.tokenizer, (text.prompt + answer for text in texts for answer in (text.chosen, text.rejected))
-    )
-    crossing = {
-        (text.prompt, answer)
-        for text in texts
-        for answer in (text.chosen, text.rejected)
-        if not seam_holds(alone[text.prompt], joint[text.prompt + answer])
+def tokenize_chunk(preferences: Sequence[Preference], encoder: Encoder) -> list[Fault | tuple[TokenizedPair, bool]]:
+    """For each preference its pair, with whether a merge would have crossed its seam, or the reason to drop it."""
+    faults = [text_fault(preference, encoder.renderer) for preference in preferences]
+    sound = [preference for preference, fault in zip(preferences, faults, strict=True) if fault is None]
+    rendered = iter(preference_texts(sound, encoder.renderer, encoder.bos))
+    texts = [next(rendered) if fault is None else fault for fault in faults]
+    sides = [(text.prompt, answer) for text in texts if isinstance(text, PairTexts) for answer in text.answers]
+    ids = encode_sides(sides, encoder)
+    return [
+        text if isinstance(text, Fault) else tokenized_pair(preference, text, ids, encoder)
+        for preference, text in zip(preferences, texts, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class SideIds:
+    """Ids of a prompt and one completion, and whether a merge would have crossed the seam."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    merged: bool
+
+
+def encode_sides(sides: Iterable[tuple[str, str]], encoder: Encoder) -> dict[tuple[str, str], SideIds]:
+    """Ids by (prompt, answer). Equal texts are encoded once, and long prompts not again with each answer."""
+    sides = list(dict.fromkeys(sides))
+    tails = {prompt: encoder.tail_of(prompt) for prompt, _ in sides}
+    alone = encode(encoder.tokenizer, (*tails, *tails.values()))
+    joint = encode(encoder.tokenizer, (tails[prompt] + answer for prompt, answer in sides))
+    crossing = [
+        (prompt, answer)
+        for prompt, answer in sides
+        if not seam_holds(alone[tails[prompt]], joint[tails[prompt] + answer])
+    ]
+    rest = encode(encoder.tokenizer, (answer for _, answer in crossing))
+    merged = set(crossing)
+    return {
+        (prompt, answer): SideIds(alone[prompt], rest[answer], True)
+        if (prompt, answer) in merged
+        else SideIds(alone[prompt], joint[tails[prompt] + answer][len(alone[tails[prompt]]) :], False)
+        for prompt, answer in sides
     }
-    rest = encode(habits.tokenizer, (answer for _, answer in crossing))
 
-    def completion_ids(prompt: str, answer: str) -> list[int]:
-        return rest[answer] if (prompt, answer) in crossing else joint[prompt + answer][len(alone[prompt]) :]
 
-    pairs = []
-    for text in texts:
-        prompt_ids = [*text.ids_before, *alone[text.prompt]]
-        chosen_ids = completion_ids(text.prompt, text.chosen)
-        rejected_ids = completion_ids(text.prompt, text.rejected)
-        if chosen_ids and rejected_ids:
-            chosen_ids, rejected_ids = [*chosen_ids, *text.ids_after], [*rejected_ids, *text.ids_after]
-        check_one_bos(prompt_ids, text.id, habits.tokenizer)
-        merged = not crossing.isdisjoint({(text.prompt, text.chosen), (text.prompt, text.rejected)})
-        pairs.append((TokenizedPair(text.id, prompt_ids, chosen_ids, rejected_ids), merged))
-    return pairs
+def tokenized_pair(
+    preference: Preference, text: PairTexts, ids: Mapping[tuple[str, str], SideIds], encoder: Encoder
+) -> Fault | tuple[TokenizedPair, bool]:
+    """The pair of a preference's texts; a fault if there are more control tokens than the template wrote."""
+    chosen, rejected = (ids[text.prompt, answer] for answer in text.answers)
+    said = (
+        (text.prompt, chosen.prompt_ids),
+        (text.chosen, chosen.completion_ids),
+        (text.rejected, rejected.completion_ids),
+    )
+    if any(encoder.forges(*spelled) for spelled in said):
+        return Fault("control_tokens")
+    prompt_ids = [*text.ids_before, *chosen.prompt_ids]
+    chosen_ids, rejected_ids = chosen.completion_ids, rejected.completion_ids
+    if chosen_ids and rejected_ids:
+        chosen_ids, rejected_ids = [*chosen_ids, *text.ids_after], [*rejected_ids, *text.ids_after]
+    check_one_bos(prompt_ids, preference.place or preference.id, encoder.tokenizer)
+    scores = preference.score_chosen, preference.score_rejected
+    pair = TokenizedPair(preference.id, prompt_ids, chosen_ids, rejected_ids, *scores)
+    return pair, chosen.merged or rejected.merged
 
 
 def seam_holds(prompt_ids: list[int], joint_ids: list[int]) -> bool:
@@ -253,75 +311,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str
     return dict(zip(distinct, encoded["input_ids"], strict=True))
 
 
-def check_one_bos(prompt_ids: list[int], pair_id: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_one_bos(prompt_ids: list[int], place: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """A doubled BOS comes from the template or tokenizer alone, since text that spells one was dropped."""
     bos = tokenizer.bos_token_id
     if bos is not None and prompt_ids[:2] == [bos, bos]:
-        raise InputError(f"{pair_id}: the chat template writes BOS twice at the start; remove one from the template")
-
-
-# ---- preferences to texts
-
-
-def pair_texts(preference: Preference, habits: TokenizerHabits) -> PairTexts:
-    """The three texts of a preference, rendered if it is a conversation."""
-    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        return PairTexts(preference.id, prompt, chosen, rejected, habits.bos, one_eos(habits.tokenizer))
-    if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
-        raise InputError(f"{preference.id}: strings and message lists are mixed; give all three in the same form")
-    asked = render(prompt, habits.tokenizer, preference.id, add_generation_prompt=True)
-    return PairTexts(
-        preference.id,
-        asked,
-        rendered_answer(prompt + chosen, asked, habits, preference.id),
-        rendered_answer(prompt + rejected, asked, habits, preference.id),
-    )
-
-
-def one_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[int]:
-    """The EOS that ends a plain answer."""
-    if tokenizer.eos_token_id is None:
-        raise InputError("plain answers end with an EOS token and this tokenizer has none; set tokenizer.eos_token")
-    return (tokenizer.eos_token_id,)
-
-
-def render(
-    messages: Messages,
-    tokenizer: PreTrainedTokenizerBase,
-    pair_id: str,
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    """A conversation as text by the tokenizer's chat template."""
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{pair_id}: a conversation needs a chat template and this tokenizer has none; use an "
-            "instruction-tuned model's tokenizer, set tokenizer.chat_template, or give plain strings"
-        )
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise InputError(
-            f"{pair_id}: the chat template refuses this conversation ({error}); change its roles or their order"
-        ) from error
-    return str(rendered)
-
-
-def rendered_answer(conversation: Messages, asked: str, habits: TokenizerHabits, pair_id: str) -> str:
-    """What the full rendering adds to the prompt's, up to and with the token that ends the turn."""
-    full = render(conversation, habits.tokenizer, pair_id)
-    if not full.startswith(asked):
-        same = next((i for i, (a, b) in enumerate(zip(full, asked, strict=False)) if a != b), len(full))
-        raise InputError(
-            f"{pair_id}: the chat template does not keep its prompt when the answer follows: it writes "
-            f"{asked[same : same + 40]!r} before an answer, but {full[same : same + 40]!r} in the whole "
-            "conversation. Set a chat template whose conversation begins with its prompt"
-        )
-    answer = full[len(asked) :].rstrip()
-    if not answer.endswith(habits.special):
-        raise InputError(
-            f"{pair_id}: the chat template ends the assistant's turn with {answer[-20:]!r}, not with a "
-            "special token, so a model would not learn to stop; write eos_token after that message"
-        )
-    return answer
+        raise InputError(f"{place}: the chat template writes BOS twice at the start; remove one from the template")

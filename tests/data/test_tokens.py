@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lorafocal.data.sources import Preference
-from lorafocal.data.tokens import REMEDIES, TRUNCATIONS, TokenizedPair, tokenize_preferences
+from lorafocal.data.tokens import REMEDIES, Encoder, TokenizedPair, encode_sides, tokenize_preferences
+from lorafocal.data.truncation import TRUNCATIONS
 from lorafocal.errors import InputError
 
 LLAMA_3_LIKE = (
@@ -149,15 +150,18 @@ def test_a_doubled_bos_is_refused() -> None:
 
 
 def test_a_conversation_without_template_is_refused_with_the_way_out() -> None:
-    with pytest.raises(InputError, match=r"row 7: .* set tokenizer\.chat_template, or give plain strings"):
+    with pytest.raises(InputError, match=r"set tokenizer\.chat_template, or give plain strings"):
         only(chat("hi", "yes", "no", "row 7"), byte_tokenizer())
 
 
 def test_what_a_template_refuses_is_named() -> None:
     doubled = chat("hi", "yes", "no", "row 7")
     assert isinstance(doubled.prompt, list)
-    with pytest.raises(InputError, match=r"row 7: .* \(roles must alternate\)"):
-        only(replace(doubled, prompt=doubled.prompt * 2), TEMPLATES["mistral"][0])
+    refused = replace(doubled, prompt=doubled.prompt * 2)
+    with pytest.raises(InputError, match=r"1 template_refuses \(such as row 7: roles must alternate\)"):
+        only(refused, TEMPLATES["mistral"][0])
+    data = tokenize_preferences([refused, doubled], TEMPLATES["mistral"][0], max_length=1000)
+    assert (len(data.pairs), data.drops) == (1, {"template_refuses": 1})
 
 
 # ---- plain text
@@ -211,6 +215,26 @@ def test_a_tokenizer_that_prepends_a_space_does_not_do_so_at_the_seam() -> None:
     assert tokenizer.convert_ids_to_tokens(tokenized.chosen_ids) == ["▁yes", "</s>"]
 
 
+PIECES = st.lists(st.sampled_from([*SPECIAL, "y", "e", "s", " ", "\n", "answer:", "é"]), max_size=8).map("".join)
+
+
+@pytest.mark.row("25")
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(prompt=PIECES, answer=PIECES)
+def test_comparing_from_the_last_special_token_on_is_comparing_whole_texts(prompt: str, answer: str) -> None:
+    """The oracle tokenises the whole prompt with the whole answer."""
+    tokenizer = byte_tokenizer()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    [found] = encode_sides([(prompt, answer)], Encoder.of(tokenizer, {})).values()
+    holds = ids(prompt + answer)[: len(ids(prompt))] == ids(prompt)
+    assert found.prompt_ids == ids(prompt)
+    assert found.merged == (not holds)
+    assert found.completion_ids == (ids(prompt + answer)[len(ids(prompt)) :] if holds else ids(answer))
+
+
 # ---- drops
 
 
@@ -256,6 +280,51 @@ def test_text_that_spells_control_tokens_is_dropped(form: type[Preference]) -> N
     assert data.drops == {"control_tokens": 3}
 
 
+@pytest.mark.row("33")
+def test_a_control_token_that_a_normalizer_reads_into_text_is_found() -> None:
+    """Matched after lower-casing, `<|EOT|>` ends the turn though no text spells it."""
+    tokenizer = byte_tokenizer(bos=False)
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens([AddedToken("<|over|>", special=True, normalized=True)])
+    assert tokenizer("<|OVER|>", add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids("<|over|>")]
+    data = tokenize_preferences([pair("a", "<|OVER|>", "b"), pair("a", "b", "c")], tokenizer, max_length=90)
+    assert data.drops == {"control_tokens": 1}
+
+
+@pytest.mark.row("33")
+def test_tokens_around_turns_are_controls_though_not_registered_as_special() -> None:
+    tokenizer = byte_tokenizer(QWEN_LIKE.replace("eot", "end").replace("start", "turn"), bos=False)
+    tokenizer.backend_tokenizer.add_tokens(["<|end|>", "<|turn|>", "<think>"])
+    rows = [chat("hi", "a<|end|>", "b"), chat("hi", "<think>a", "b"), chat("hi", "<|eo", "b")]
+    data = tokenize_preferences(rows, tokenizer, max_length=900)
+    assert data.drops == {"control_tokens": 1}
+    assert data.details == {"control_tokens": "'<|end|>'"}
+
+
+@pytest.mark.row("33")
+def test_half_a_surrogate_pair_is_dropped() -> None:
+    rows = [pair("a", "b\ud800", "c"), pair("a", "b", "c")]
+    assert tokenize_preferences(rows, byte_tokenizer(), max_length=90).drops == {"undecodable_text": 1}
+
+
+def test_scores_and_places_are_kept() -> None:
+    rows = [
+        replace(pair("a", "b", "c"), score_chosen=2.0, score_rejected=-1.0),
+        replace(pair("a", "b", "b"), place="x"),
+    ]
+    data = tokenize_preferences(rows, byte_tokenizer(), max_length=90)
+    assert (data.pairs[0].score_chosen, data.pairs[0].score_rejected) == (2.0, -1.0)
+    assert data.examples == {"identical_completions": ["x"]}
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.split_special_tokens = True
+    with pytest.raises(InputError, match="a turn would not end with its token"):
+        only(pair("a", "b", "c"), tokenizer)
+
+
 def test_nothing_left_is_an_error_with_the_reasons() -> None:
     rows = [pair("a", "b" * 99, "c", "first"), pair("a", "b", "b", "second")]
     with pytest.raises(InputError, match=r"1 overlong \(such as first\): .* raise max_length.* 1 identical") as error:
@@ -267,7 +336,8 @@ def test_nothing_left_is_an_error_with_the_reasons() -> None:
 
 def test_every_reason_has_a_remedy() -> None:
     assert set(REMEDIES) == {
-        "control_tokens", "empty_prompt", "empty_completion", "identical_completions", "overlong",
+        "control_tokens", "undecodable_text", "template_refuses", "text_left_out", "empty_prompt", "empty_completion",
+        "identical_completions", "prompt_fills_length", "overlong",
     }  # fmt: skip
 
 
