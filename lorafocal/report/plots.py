@@ -176,8 +176,9 @@ def margins_png(record: RunRecord, colour: str, theme: Theme) -> bytes | None:
         _draw_histogram(axes, step, values, low, high, colour, theme)
     for axes in (top, *below):
         axes.axvline(0, color=theme.soft, linewidth=0.8)
-        if record.gamma and low < turning_point(record.gamma) < high:
-            axes.axvline(turning_point(record.gamma), color=theme.soft, linewidth=1, linestyle=":")
+        if record.gamma and low < (turn := turning_point(record.gamma)) < high:
+            axes.axvline(turn, color=theme.soft, linewidth=1.2, linestyle=":", label=f"turns at {turn:.1f}")
+    _key(top, theme)
     below[-1].set_xlabel("margin of a pair", color=theme.text)
     below[-1].set_xlim(low, high)
     title = f"Margins of held-out pairs: {shortened(record.name, 32)}"
@@ -193,17 +194,10 @@ def _draw_weights(axes: Axes, gamma: float | None, low: float, high: float, them
     if gamma:
         weight = focal_weight(margin, gamma=gamma)
         axes.plot(margin, weight, color=theme.text, linewidth=1.8, label=f"FocalPO, gamma {gamma:g}")
-        turn = turning_point(gamma)
-        if low < turn < high:
-            axes.annotate(
-                f" turns at {turn:.1f}", (turn, 0.98), xycoords=("data", "axes fraction"), color=theme.soft, fontsize=8,
-                va="top",
-            )  # fmt: skip
         axes.set_ylim(min(-0.03, float(weight.min()) - 0.03), 1.05)
     else:
         axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("weight", color=theme.text)
-    axes.legend(fontsize=8, frameon=False, labelcolor=theme.text, loc="upper right")
 
 
 def _draw_histogram(
@@ -216,14 +210,17 @@ def _draw_histogram(
     shares = counts / len(margins)
     axes.stairs(shares.tolist(), edges.tolist(), fill=True, color=colour, alpha=0.85)
     outside = len(margins) - len(inside)
-    words = f"after step {step}\nmean {float(margins.mean()):+.3g}\n{float((margins > 0).double().mean()):.0%} above 0"
-    axes.text(
-        0.985, 0.92, words + (f"\n{outside} of {len(margins)} out of view" if outside else ""),
-        transform=axes.transAxes, ha="right", va="top", fontsize=8, color=theme.text,
-    )  # fmt: skip
+    words = [
+        f"after step {step}",
+        f"mean {float(margins.mean()):+.3g}",
+        f"{float((margins > 0).double().mean()):.0%} above 0",
+    ]
+    if outside:
+        words.append(f"{outside} of {len(margins)} out of view")
+    axes.set_title(" · ".join(words), fontsize=8, loc="left", color=theme.text, pad=3)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.set_ylim(0, 1.25 * max(float(shares.max()), 1e-3))
+    axes.set_ylim(0, 1.08 * max(float(shares.max()), 1e-3))
     axes.set_ylabel("pairs", color=theme.text)
 
 
@@ -248,30 +245,34 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: T
             if not series.steps:
                 continue
             behind = (len(records) - 1 - number) / max(len(records) - 1, 1)
-            style = _style(curve.kind, len(series.steps), 1.4 + 2.2 * behind)  # equal curves stay visible
+            style = _style(curve.kind, len(series.steps), 1 + behind)  # equal curves stay visible
             axes.plot(*series, color=colour, **style)
-            keys[curve.key] = Line2D([], [], color=theme.soft, **_style(curve.kind, _FEW_POINTS, 1.6))
+            keys[curve.key] = Line2D([], [], color=theme.soft, **_style(curve.kind, _FEW_POINTS, 1))
     axes.set_title(panel.title, fontsize=11, loc="left", color=theme.text)
     axes.set_xlabel("optimiser step", color=theme.text)
     axes.set_ylabel(panel.unit, color=theme.text)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    end = max(1.0, *(line["step"] for record in records for line in record.lines))
+    axes.set_xlim(-0.03 * end, 1.03 * end)  # the same steps stand under one another on every panel
     if panel.zero:
         axes.axhline(0, color=theme.soft, linewidth=0.8, zorder=0)
     if panel.percent:
         axes.set_ylim(-0.04, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(keys) > 1:
-        axes.legend(list(keys.values()), list(keys), fontsize=8, frameon=False, labelcolor=theme.text, loc="best")
+        _key(axes, theme, list(keys.values()), list(keys))
 
 
-def _style(kind: str, points: int, width: float) -> dict[str, Any]:
-    marks = {"marker": "o", "markersize": 3.5} if points < _FEW_POINTS else {}
+def _style(kind: str, points: int, scale: float) -> dict[str, Any]:
+    """How a curve of so many points is drawn, `scale` times as thick as the thinnest."""
+    marks = {"marker": "o", "markersize": 3.5 * scale} if points < _FEW_POINTS else {}
+    held_out = {"linestyle": ":", "linewidth": 1.0, "marker": "o", "markersize": 4.5 * scale}
     return {
-        "line": {"linestyle": "-", "linewidth": width, **marks},
-        "dashed": {"linestyle": "--", "linewidth": width, **marks},
-        "dots": {"linestyle": ":", "linewidth": 1.0, "marker": "o", "markersize": 5},
-        "rings": {"linestyle": ":", "linewidth": 1.0, "marker": "o", "markersize": 5, "markerfacecolor": "none"},
-        "diamonds": {"linestyle": "-.", "linewidth": 1.0, "marker": "D", "markersize": 6},
+        "line": {"linestyle": "-", "linewidth": 1.5 * scale, **marks},
+        "dashed": {"linestyle": "--", "linewidth": 1.5 * scale, **marks},
+        "dots": held_out,
+        "rings": {**held_out, "markerfacecolor": "none"},
+        "diamonds": {"linestyle": "-.", "linewidth": 1.0, "marker": "D", "markersize": 5 * scale},
     }[kind]
 
 
@@ -291,6 +292,11 @@ def _dress(axes: Axes, theme: Theme) -> None:
         spine.set_color(theme.grid)
     axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+
+
+def _key(axes: Axes, theme: Theme, *entries: Any) -> None:
+    """What the kinds of line mean, on a ground of its own where curves pass behind."""
+    axes.legend(*entries, fontsize=8, labelcolor=theme.text, facecolor=theme.back, edgecolor="none", framealpha=0.8)
 
 
 def shortened(name: str, limit: int) -> str:
