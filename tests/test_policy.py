@@ -15,6 +15,7 @@ from lorafocal.objectives import build_objective, mean_loss
 from lorafocal.ops import logps
 from lorafocal.policy import plain_attention, prepare_policy, sequence_logps, token_logps
 from lorafocal.reference import DisabledAdapterReference
+from tests.model.families import text_policy
 from tests.tiny import adapter_gradients, pairs, relative_difference, tiny_policy
 
 KINDS = ["llama", "mistral"]
@@ -68,6 +69,26 @@ def test_scores_and_gradients_equal_one_sequence_at_a_time_in_float64(kind, layo
     assert (policy.rejected - rejected).abs().max() < 1e-9
     _, gradients = packed_step(ours, batch, 10_000, layout)
     assert relative_difference(gradients, adapter_gradients(plain)) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_missing_rejected_answer_scores_nothing_and_leaves_the_rest_as_it_is(family, layout):
+    """As in a plain SFT step: no row, no segment, no gradient, for a window, a cap and sinks alike."""
+    whole = pairs(5)
+    some = [replace(pair, rejected_ids=[]) if number % 2 else pair for number, pair in enumerate(whole)]
+    build = share_prefixes if layout == "packed" else pad_sequences
+    gradients, scores = [], []
+    for batch in (whole, some):
+        model = text_policy(family, torch.float32)
+        prepare_policy(model, layout=layout)
+        scores.append(sequence_logps(model, build(batch)))
+        (scores[-1].chosen.sum() + scores[-1].rejected[::2].sum()).backward()
+        gradients.append(adapter_gradients(model))
+    torch.testing.assert_close(scores[1].chosen, scores[0].chosen)
+    torch.testing.assert_close(scores[1].rejected[::2], scores[0].rejected[::2])
+    assert (scores[1].rejected[1::2] == 0).all()
+    assert relative_difference(gradients[1], gradients[0]) < 1e-5
 
 
 @pytest.mark.row("20")
