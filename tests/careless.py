@@ -36,6 +36,11 @@ def stacked_adapter(model: Any, config: Any) -> Any:
     return get_peft_model(model, config)
 
 
+def packs_as_they_come(original: Any) -> Any:
+    """F4: each rank runs the packs it has; one with fewer waits for, or runs into, the others' next exchange."""
+    return lambda trainer, batch: (batch.packs, original(trainer, batch)[1])
+
+
 def naive_focal_loss(margin: Any, *, gamma: float) -> Any:
     """Row 11: the formula as it is printed; the sigmoid underflows and its logarithm is -inf."""
     p = margin.sigmoid()
@@ -113,12 +118,12 @@ def masks_from_ids(original: Any) -> Any:
     return pad_sequences
 
 
-def leaking_attention(query: Any, key: Any, value: Any, segments: Any, *, scaling: float, window: Any = None) -> Any:
+def leaking_attention(query: Any, key: Any, value: Any, segments: Any, **options: Any) -> Any:
     """Row 20: naive packing, causal over the whole row."""
     from lorafocal.ops.attention import PairSpan, Segments, shared_prefix_attention_plain
 
     whole = Segments.of((PairSpan(0, 1, query.shape[2] - 1, 0),))
-    return shared_prefix_attention_plain(query, key, value, whole, scaling=scaling, window=window)
+    return shared_prefix_attention_plain(query, key, value, whole, **options)
 
 
 def any_head(model: Any) -> Any:

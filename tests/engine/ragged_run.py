@@ -25,7 +25,7 @@ from tests.tiny import pairs, tiny_policy, trainer
 
 PAIRS, PAIRS_PER_STEP, EPOCHS, HELD_OUT = 17, 8, 2, 7  # the last step of an epoch has one pair: a rank has none
 STEPS = 6
-HANGS_S = 20  # ranks that wait for each other for so long will wait for ever
+HANGS_S = 15  # ranks that wait for each other for so long will wait for ever
 
 # Which rank hears SIGTERM in which step; everything stops after step 2, between two logs.
 INTERRUPTIONS: dict[str, dict[int, int]] = {"the other rank": {1: 2}, "both ranks": {0: 2, 1: 2}}
