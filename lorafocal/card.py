@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lorafocal.lineage import Lineage
+from lorafocal.objectives import OBJECTIVES
 
 CARD_FILE = "README.md"
 _TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
@@ -34,6 +35,7 @@ def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -
                     f"tokenizer = AutoTokenizer.from_pretrained({base})",
                 ),
                 _limits(
+                    lineage,
                     "The adapter fits this base only; `lorafocal.json` has the digest of its weights.",
                 ),
             ]
@@ -49,7 +51,7 @@ def merged_card(lineage: Lineage, *, dtype: str, gate: str, survival: str, notes
         "\n\n".join(
             [
                 _front_matter(lineage, library="transformers", relation="finetune"),
-                f"# {name}, merged with a preference-tuned LoRA adapter",
+                f"# {name}, merged with a {'preference' if _of_preferences(lineage) else 'fine'}-tuned LoRA adapter",
                 _origin(lineage),
                 f"Weights were merged in float32 and stored in {dtype}.",
                 "## Does it do what the adapter did?",
@@ -61,6 +63,7 @@ def merged_card(lineage: Lineage, *, dtype: str, gate: str, survival: str, notes
                     'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
                 ),
                 _limits(
+                    lineage,
                     *notes,
                     "The numbers above compare this model with its adapter; they do not say how good it is.",
                 ),
@@ -72,13 +75,20 @@ def merged_card(lineage: Lineage, *, dtype: str, gate: str, survival: str, notes
 
 def _front_matter(lineage: Lineage, *, library: str, relation: str) -> str:
     """Metadata that model hubs read. A local base has no hub id, so it is left out rather than made up."""
-    tags = ["lorafocal", "lora", "preference-tuning"]
+    tags = ["lorafocal", "lora", "preference-tuning" if _of_preferences(lineage) else "supervised-fine-tuning"]
     if lineage.objective is not None:
         tags.append(str(lineage.objective["name"]))
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     if "/" in lineage.base.name:
         fields |= {"base_model": lineage.base.name, "base_model_relation": relation}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _of_preferences(lineage: Lineage) -> bool:
+    """Whether any stage compared answers; an objective of unknown name is taken to."""
+    objectives = [lineage.objective, *(stage.objective for stage in lineage.parents)]
+    entries = [OBJECTIVES.get(objective["name"]) for objective in objectives if objective]
+    return not entries or any(entry is None or entry.rejected for entry in entries)
 
 
 def _origin(lineage: Lineage) -> str:
@@ -88,16 +98,20 @@ def _origin(lineage: Lineage) -> str:
         ("base revision", base.revision or "none (a local folder)"),
         ("base weights, sha256", base.sha256),
     ]
-    rows += [(f"adapter folder `{parent['adapter']}`, sha256", parent["sha256"]) for parent in lineage.parents]
+    if lineage.origin is not None:
+        rows.append(("first base", f"{lineage.origin.name}, sha256 {lineage.origin.sha256}"))
+    for number, stage in enumerate(lineage.parents, 1):
+        made_by = "" if stage.objective is None else f"{stage.objective['name']} "
+        rows.append((f"stage {number}: {made_by}adapter `{stage.adapter}`, {stage.how}, sha256", stage.sha256))
     if lineage.objective is None:
         rows.append(("training", "not recorded: the adapter was made by another tool"))
     else:
-        settings = ", ".join(
-            f"{key} {value:g}" for key, value in lineage.objective.items() if isinstance(value, (int, float))
-        )
+        settings = [f"{key} {value:g}" for key, value in lineage.objective.items() if isinstance(value, (int, float))]
+        name = lineage.objective["name"]
+        rows.append(("objective", f"{name} ({', '.join(settings)})" if settings else name))
+        if lineage.reference is not None:
+            rows.append(("reference", lineage.reference))
         rows += [
-            ("objective", f"{lineage.objective['name']} ({settings})"),
-            ("reference", str(lineage.reference)),
             ("optimiser steps", str(lineage.steps)),
             ("pairs seen", str(lineage.pairs_seen)),
         ]
@@ -117,10 +131,10 @@ def _loading(imports: str, body: str) -> str:
     return f"## Loading\n\n```python\n{imports}\n\n{body}\n```"
 
 
-def _limits(*lines: str) -> str:
-    common = (
+def _limits(lineage: Lineage, *lines: str) -> str:
+    preferences = (
         "Preference tuning moves probability between answers like those of its training pairs; it adds no "
-        "knowledge and is no safety measure.",
-        "The licence and the limits of the base apply.",
+        "knowledge and is no safety measure."
     )
+    common = (*[preferences] * _of_preferences(lineage), "The licence and the limits of the base apply.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in (*lines, *common))

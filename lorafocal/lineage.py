@@ -17,20 +17,45 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:
-    """A base model: hub id (or a local folder's last name, never a path), hub revision, digest of its
-    weights."""
+    """A base model: hub id (or a local folder's last name, never a path), hub revision, digest of its weights."""
 
     name: str
     revision: str | None
     sha256: str
 
 
+MERGED, CONTINUED = "merged", "continued"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """An adapter on the way to these weights: its folder's name, digest of its weights file, and what trained it.
+
+    `how` says where it went: "merged" into the base that the next stage was trained on (or into the model that this
+    is), or "continued" by the next stage as its start.
+    """
+
+    adapter: str
+    sha256: str
+    how: str = MERGED
+    objective: Mapping[str, Any] | None = None
+    reference: str | None = None
+    steps: int | None = None
+    pairs_seen: int | None = None
+
+    def __str__(self) -> str:
+        made_by = "an adapter of unknown making" if self.objective is None else f"the {self.objective['name']} adapter"
+        return f"{made_by} {self.adapter!r} (sha256 {self.sha256[:12]}...)"
+
+
 @dataclass(frozen=True, slots=True)
 class Lineage:
     """What made these weights.
 
-    `objective` is `{"name", "beta", "gamma"}`, or None where an adapter of another tool was merged.
-    `parents` names what was folded in: a merged model has its adapter there as `{"adapter", "sha256"}`.
+    `base` is the model that the adapter was trained on, or was merged into. `objective` is its name with its
+    parameters, or None where an adapter of another tool was merged. `parents` are all earlier stages, the oldest
+    first; of a merged model the adapter itself too. `origin` is the model before the first stage, where that is not
+    `base`.
     """
 
     base: BaseIdentity
@@ -38,18 +63,49 @@ class Lineage:
     steps: int
     pairs_seen: int
     reference: str | None = "disabled_adapter"
-    parents: tuple[Mapping[str, Any], ...] = ()
+    parents: tuple[Stage, ...] = ()
+    origin: BaseIdentity | None = None
     lorafocal: str = ""
 
+    @property
+    def start(self) -> Stage | None:
+        """The adapter that this one was continued from."""
+        return self.parents[-1] if self.parents and self.parents[-1].how == CONTINUED else None
+
+    @property
+    def contained(self) -> tuple[Stage, ...]:
+        """The earlier adapters that this one contains: those after the last merge."""
+        last_merge = max((n for n, stage in enumerate(self.parents, 1) if stage.how == MERGED), default=0)
+        return self.parents[last_merge:]
+
+    @property
+    def merged(self) -> tuple[Stage, ...]:
+        """The stages that were merged on the way."""
+        return tuple(stage for stage in self.parents if stage.how == MERGED)
+
+    @property
+    def first_base(self) -> BaseIdentity:
+        """The model before every stage."""
+        return self.origin or self.base
+
+    def stage(self, adapter: str, sha256: str, how: str) -> Stage:
+        """This adapter as a parent of what is made of it."""
+        return Stage(adapter, sha256, how, self.objective, self.reference, self.steps, self.pairs_seen)
+
     def as_dict(self) -> dict[str, Any]:
-        """The JSON object of the file; `format` rises when a reader of the old one would misread the new
-        one."""
+        """The JSON object of the file; `format` rises when a reader of the old one would misread the new one.
+
+        `start` repeats the last parent for people; it is not read.
+        """
         version = self.lorafocal or installed_version()
+        start = self.start
         return {
             "format": FORMAT,
             "lorafocal": version,
             "base": asdict(self.base),
-            "parents": [dict(parent) for parent in self.parents],
+            "origin": None if self.origin is None else asdict(self.origin),
+            "start": None if start is None else {"adapter": start.adapter, "sha256": start.sha256},
+            "parents": [asdict(parent) for parent in self.parents],
             "reference": self.reference,
             "objective": None if self.objective is None else dict(self.objective),
             "steps": self.steps,
@@ -81,7 +137,8 @@ def lineage_of(folder: Path) -> Lineage | None:
             steps=record["steps"],
             pairs_seen=record["pairs_seen"],
             reference=record["reference"],
-            parents=tuple(record["parents"]),
+            parents=tuple(Stage(**parent) for parent in record["parents"]),
+            origin=BaseIdentity(**record["origin"]) if record.get("origin") else None,
             lorafocal=record["lorafocal"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

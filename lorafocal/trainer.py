@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
 from lorafocal.health import HealthCheck
-from lorafocal.lineage import BaseIdentity, Lineage
+from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import add_frozen_copy, check_trainable
+from lorafocal.model.continued import lineage_on, stages_of
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from lorafocal.model.load import check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.save import save_adapter
 from lorafocal.objectives import PairLogps, mean_loss
 from lorafocal.policy import sequence_logps
@@ -102,6 +104,7 @@ class FocalPOTrainer(Trainer):
         policy = assemble_policy(model, peft_config, args)
         self.objective = args.build_objective()
         self.adapter = check_trainable(policy)
+        self._stages = stages_of(policy)
         self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy, args.device)
         copies = add_frozen_copy(policy) if args.reference == "frozen_copy" else None
         self.reference_identity = {"kind": args.reference, "sha256": copies and tensors_sha256(copies)}
@@ -137,7 +140,7 @@ class FocalPOTrainer(Trainer):
         self.metrics = PairMetrics(metric_keys(self.objective))
         self.pairs_seen = 0
         self._reference: tuple[nn.Module, Reference] | None = None
-        self._base: BaseIdentity | None = None
+        self._lineage: Lineage | None = None
 
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
         return self.data[name].pairs if name in self.data else None
@@ -389,12 +392,8 @@ class FocalPOTrainer(Trainer):
 
     def lineage(self) -> Lineage | None:
         """What made the adapter; None for a base that was never loaded from anywhere."""
-        config: Any = causal_lm(self.model).config
-        name = config._name_or_path
-        if not name:
-            return None
-        if self._base is None:
-            revision = getattr(config, "_commit_hash", None)
-            self._base = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
-        objective = {"name": self.objective.name, **self.objective.parameters}
-        return Lineage(self._base, objective, self.state.global_step, self.pairs_seen, reference=self.args.reference)
+        if self._lineage is None:
+            objective = {"name": self.objective.name, **self.objective.parameters}
+            made = {"objective": objective, "reference": self.args.reference, "steps": 0, "pairs_seen": 0}
+            self._lineage = lineage_on(causal_lm(self.model), self._stages, **made)
+        return self._lineage and replace(self._lineage, steps=self.state.global_step, pairs_seen=self.pairs_seen)

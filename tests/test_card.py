@@ -11,7 +11,7 @@ import yaml
 
 from lorafocal.card import adapter_card, merged_card
 from lorafocal.errors import InputError
-from lorafocal.lineage import LINEAGE_FILE, BaseIdentity, Lineage, lineage_of
+from lorafocal.lineage import CONTINUED, LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage, lineage_of
 
 HUB = BaseIdentity("org/model", "0" * 40, "ab" * 32)
 LINEAGE = Lineage(
@@ -34,7 +34,7 @@ def front_matter(card: str) -> dict[str, object]:
     [
         LINEAGE,
         LOCAL,
-        replace(LINEAGE, objective=None, reference=None, parents=({"adapter": "a", "sha256": "b"},)),
+        replace(LINEAGE, objective=None, reference=None, parents=(Stage("a", "b"),)),
     ],
 )
 def test_lineage_reads_back(tmp_path: Path, lineage: Lineage) -> None:
@@ -89,7 +89,7 @@ def test_dpo_without_gamma_has_a_card() -> None:
 
 
 def test_the_merged_card_holds_both_tables_and_the_notes() -> None:
-    lineage = replace(LINEAGE, parents=({"adapter": "adapter", "sha256": "ef" * 32},))
+    lineage = replace(LINEAGE, parents=(Stage("adapter", "ef" * 32),))
     card = merged_card(lineage, dtype="bfloat16", gate="GATE TABLE", survival="SURVIVAL TABLE", notes=("a note",))
     head = front_matter(card)
     assert head["library_name"] == "transformers"
@@ -98,3 +98,44 @@ def test_the_merged_card_holds_both_tables_and_the_notes() -> None:
         assert expected in card
     other_tool = merged_card(replace(lineage, objective=None), dtype="float32", gate="", survival="")
     assert "not recorded" in other_tool
+
+
+SFT = Stage("sft", "12" * 32, CONTINUED, {"name": "sft"}, None, 40, 320)
+MERGE = Stage("first", "34" * 32, MERGED, {"name": "dpo", "beta": 0.1}, "frozen_copy", 7, 56)
+
+
+@pytest.mark.row("5")
+def test_a_chain_of_stages_reads_back_and_says_what_it_was_continued_from(tmp_path: Path) -> None:
+    lineage = replace(LOCAL, parents=(SFT, MERGE, SFT), origin=HUB)
+    lineage.write(tmp_path)
+    assert lineage_of(tmp_path) == lineage
+    assert json.loads((tmp_path / LINEAGE_FILE).read_text())["start"] == {"adapter": "sft", "sha256": "12" * 32}
+    assert (lineage.start, lineage.contained, lineage.merged, lineage.first_base) == (SFT, (SFT,), (MERGE,), HUB)
+    merged = replace(LOCAL, parents=(SFT, MERGE))
+    assert (merged.start, merged.contained, merged.first_base) == (None, (), LOCAL.base)
+    card = adapter_card(lineage)
+    assert "stage 1: sft adapter `sft`, continued, sha256 | " + "12" * 32 in card
+    assert "stage 2: dpo adapter `first`, merged, sha256 | " + "34" * 32 in card
+    assert "first base | org/model" in card
+
+
+def test_a_file_of_the_first_version_is_still_read(tmp_path: Path) -> None:
+    old = {
+        "format": 1, "lorafocal": "0.1", "base": {"name": "b", "revision": None, "sha256": "ab"},
+        "parents": [{"adapter": "adapter", "sha256": "cd"}], "reference": "disabled_adapter",
+        "objective": {"name": "dpo", "beta": 0.1, "gamma": 0.0}, "steps": 3, "pairs_seen": 24,
+    }  # fmt: skip
+    (tmp_path / LINEAGE_FILE).write_text(json.dumps(old))
+    lineage = lineage_of(tmp_path)
+    assert lineage is not None
+    assert lineage.parents == (Stage("adapter", "cd"),)
+    assert "dpo (beta 0.1, gamma 0)" in adapter_card(lineage)
+
+
+def test_a_card_of_sft_claims_no_preferences() -> None:
+    card = adapter_card(replace(LINEAGE, objective={"name": "sft"}, reference=None))
+    assert "supervised-fine-tuning" in front_matter(card)["tags"]  # type: ignore[operator]
+    assert "reference" not in card.lower()
+    assert "preference" not in card.lower()
+    chained = adapter_card(replace(LINEAGE, parents=(SFT,)))
+    assert "preference-tuning" in front_matter(chained)["tags"]  # type: ignore[operator]

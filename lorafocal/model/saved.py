@@ -14,10 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from lorafocal.errors import InputError
-from lorafocal.lineage import Lineage, lineage_of
+from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.adapters import widen_adapters, wrap
 from lorafocal.model.load import base_fingerprint, check_place, load_base
 from lorafocal.yaml12 import parse_yaml
@@ -34,7 +35,7 @@ _PLAIN_LORA_FIELDS = frozenset(
 )
 # These leave the base's weights alone; others (PiSSA, OLoRA, CorDA, LoftQ) train on a changed base.
 _HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
-_MERGE_REMEDY = "Release the adapter as it is, or train a plain LoRA adapter."
+_PLAIN_REMEDY = "Use the adapter as it is, with PEFT; only plain LoRA can be merged or continued here."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
     Raises InputError: not a plain LoRA adapter, base unknown, base quantised (row 41), or base other than the
     one the lineage names by digest (row S13).
     """
-    config = _read_config(folder)
+    config = read_lora_config(folder)
     lineage = lineage_of(folder)
     run = _run_settings(folder.resolve().parent / "config.yaml")
     name, revision = _find_base(folder, base, run, lineage, config)
@@ -91,16 +92,24 @@ def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
     """
     base = load_base(saved.base, revision=saved.revision, dtype=saved.dtype)
     cast_parameters(base, getattr(torch, dtype))
+    return put_on(base, saved.folder, saved.config).eval()
+
+
+def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
+    """The adapter of `folder` on a loaded base, in float32, frozen unless `trainable`; strict both ways (row 53)."""
+    plain = replace(
+        config, base_model_name_or_path=None, inference_mode=not trainable, init_lora_weights=True
+    )  # the values of the start are replaced at once
     try:
-        policy = widen_adapters(wrap(base, replace(saved.config, base_model_name_or_path=None)))
+        policy = widen_adapters(wrap(base, plain))
     except ValueError as error:
-        raise InputError(f"{saved.folder}: the adapter does not fit {saved.base}: {error}") from error
-    _check_places(saved.folder, policy)
-    stored = _read_tensors(saved.folder / WEIGHTS_FILE)
+        raise InputError(f"{folder}: the adapter does not fit {type(base).__name__}: {error}") from error
+    _check_places(folder, policy)
+    stored = _read_tensors(folder / WEIGHTS_FILE)
     expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
-    _check_tensors(saved.folder / WEIGHTS_FILE, stored, expected)
+    _check_tensors(folder / WEIGHTS_FILE, stored, expected)
     set_peft_model_state_dict(policy, stored)
-    return policy.eval()
+    return policy
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -109,7 +118,8 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_lora_config(folder: Path) -> LoraConfig:
+    """The adapter's PEFT configuration. Raises InputError where it is not plain LoRA, by the name of the variant."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise InputError(
@@ -146,7 +156,7 @@ def _check_plain_lora(path: Path, config: LoraConfig) -> None:
         if field.name in _PLAIN_LORA_FIELDS or field.name == "init_lora_weights":
             continue
         if value and value != getattr(default, field.name):
-            raise InputError(f"{path}: {field.name} is {value!r}, which is not plain LoRA. {_MERGE_REMEDY}")
+            raise InputError(f"{path}: {field.name} is {value!r}, which is not plain LoRA. {_PLAIN_REMEDY}")
 
 
 def _run_settings(path: Path) -> dict[str, Any]:
@@ -208,13 +218,41 @@ def _check_base(
         )
     if lineage is None:
         return ("The adapter has no lorafocal.json: whether this is the base it was trained on is not known.",)
-    found = base_fingerprint(name, revision=revision)
-    if found["sha256"] != lineage.base.sha256:
-        raise InputError(
-            f"{folder} was trained on {lineage.base.name} (weights sha256 {lineage.base.sha256}), "
-            f"but {name} has sha256 {found['sha256']}. Give the right one with --base."
-        )
+    check_same_base(folder, lineage, name, revision, remedy="Give it with --base")
     return ()
+
+
+def check_same_base(folder: Path, lineage: Lineage, name: str, revision: str | None, *, remedy: str) -> None:
+    """Refuse a base with other weights than the adapter was trained on, naming the stages that it lacks (rows 5, S13).
+
+    `remedy` says how the right one is given.
+    """
+    found = base_fingerprint(name, revision=revision)
+    if found["sha256"] == lineage.base.sha256:
+        return
+    trained_on = f"{folder} was trained on {lineage.base.name} (weights sha256 {lineage.base.sha256})"
+    given = base_lineage(name, revision)
+    there = {stage.sha256 for stage in given.parents} if given else set()
+    missing = [str(stage) for stage in lineage.merged if stage.sha256 not in there]
+    if missing:
+        raise InputError(
+            f"{trained_on}, which is {lineage.first_base.name} with {', then '.join(map(str, lineage.merged))} merged"
+            f" in, but {name} (sha256 {found['sha256']}) lacks {', '.join(missing)}: merge that first"
+            f" (`lorafocal merge`), in the same dtype as then. {remedy}"
+        )
+    raise InputError(f"{trained_on}, but {name} has sha256 {found['sha256']}. {remedy}")
+
+
+def base_lineage(name: str, revision: str | None = None) -> Lineage | None:
+    """The lineage of a base that is itself a merged model, in a folder or on a hub; None for any other."""
+    file = cached_file(
+        name,
+        LINEAGE_FILE,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if file is None else lineage_of(Path(file).parent)
 
 
 def lora_layers(policy: PeftModel) -> dict[str, LoraLayer]:
@@ -231,7 +269,7 @@ def _check_places(folder: Path, policy: PeftModel) -> None:
     for name, layer in lora_layers(policy).items():
         if id(layer) in outer or not isinstance(layer.get_base_layer(), torch.nn.Linear):
             raise InputError(
-                f"{folder}: the adapter changes {name}, which is not an inner linear layer. {_MERGE_REMEDY}"
+                f"{folder}: the adapter changes {name}, which is not an inner linear layer. {_PLAIN_REMEDY}"
             )
 
 

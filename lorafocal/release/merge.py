@@ -20,21 +20,24 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafocal.card import CARD_FILE, merged_card
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
+from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import MAX_LENGTH, pair_logps
-from lorafocal.lineage import LINEAGE_FILE, BaseIdentity, Lineage
+from lorafocal.lineage import LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage
 from lorafocal.model.load import base_fingerprint, load_base, load_tokenizer
 from lorafocal.model.saved import (
     WEIGHTS_FILE,
     SavedAdapter,
+    base_lineage,
     cast_parameters,
     lora_layers,
     open_adapter,
     read_adapter,
 )
 from lorafocal.objectives.pairwise import PairLogps
-from lorafocal.policy import prepare_policy, sequence_logps
+from lorafocal.policy import sequence_logps
+from lorafocal.probes import choose_layout
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.gate import MAX_DRIFT, GateReport, check, compare
@@ -128,9 +131,9 @@ def merge_adapter(
         saved = read_adapter(adapter, base=base)
         tokenizer = load_tokenizer(saved.base, saved.revision)
         held_out = load_pairs(_pairs_file(adapter, pairs), tokenizer, max_length=saved.max_length or MAX_LENGTH)
-        live, reference = _live_logps(saved, held_out, gate_dtype)
+        live, reference, layout = _live_logps(saved, held_out, gate_dtype)
         survival, tied = _write_model(saved, tokenizer, folder, dtype)
-        merged, served = _reloaded_logps(folder, held_out, dtype, gate_dtype, tied)
+        merged, served = _reloaded_logps(folder, held_out, dtype, gate_dtype, tied, layout)
         gate = compare(
             held_out,
             live=live,
@@ -244,12 +247,12 @@ def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
     return own
 
 
-def _live_logps(saved: SavedAdapter, pairs: Sequence[TokenizedPair], dtype: str) -> tuple[PairLogps, PairLogps]:
-    """Log-probs with the adapter on and off."""
+def _live_logps(saved: SavedAdapter, pairs: Sequence[TokenizedPair], dtype: str) -> tuple[PairLogps, PairLogps, str]:
+    """Log-probs with the adapter on and off, and the layout that the model computes right in."""
     policy = open_adapter(saved, dtype=dtype)
-    prepare_policy(policy)
-    run = partial(pair_logps, pairs=pairs, device=policy.device)
-    return run(partial(sequence_logps, policy)), run(DisabledAdapterReference(policy).logps)
+    layout = choose_layout(policy, "auto").layout
+    run = partial(pair_logps, pairs=pairs, device=policy.device, collator=PairCollator(layout))
+    return run(partial(sequence_logps, policy)), run(DisabledAdapterReference(policy).logps), layout
 
 
 def _write_model(
@@ -269,7 +272,7 @@ def _write_model(
 
 
 def _reloaded_logps(
-    folder: Path, pairs: Sequence[TokenizedPair], dtype: str, gate_dtype: str, tied: bool
+    folder: Path, pairs: Sequence[TokenizedPair], dtype: str, gate_dtype: str, tied: bool, layout: str
 ) -> tuple[PairLogps, PairLogps | None]:
     """Log-probs of the written files in the gate's arithmetic and, where that is finer, in their own."""
     model = load_base(str(folder), dtype=dtype)
@@ -277,9 +280,8 @@ def _reloaded_logps(
         raise InputError(
             "output head and embeddings are tied in the base, but not in the merged model, or the reverse."
         )
-    prepare_policy(model)
-    model.eval()
-    run = partial(pair_logps, partial(sequence_logps, model), pairs, device=model.device)
+    choose_layout(model.eval(), layout)
+    run = partial(pair_logps, partial(sequence_logps, model), pairs, device=model.device, collator=PairCollator(layout))
     served = run() if (dtype, gate_dtype) == ("bfloat16", "float32") else None
     cast_parameters(model, getattr(torch, gate_dtype))
     return run(), served
@@ -290,12 +292,16 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _lineage(saved: SavedAdapter) -> Lineage:
-    """The adapter's lineage, with the adapter itself as parent."""
-    parent = {"adapter": saved.folder.resolve().name, "sha256": sha256(saved.folder / WEIGHTS_FILE)}
+    """The adapter's lineage, with the adapter itself as the last parent."""
+    name, digest = saved.folder.resolve().name, sha256(saved.folder / WEIGHTS_FILE)
     if saved.lineage is not None:
-        return replace(saved.lineage, parents=(*saved.lineage.parents, parent), lorafocal="")
+        parents = (*saved.lineage.parents, saved.lineage.stage(name, digest, MERGED))
+        return replace(saved.lineage, parents=parents, lorafocal="")
     base = BaseIdentity(**base_fingerprint(saved.base, revision=saved.revision))  # type: ignore[arg-type]  # only the revision is None
-    return Lineage(base=base, objective=None, steps=0, pairs_seen=0, reference=None, parents=(parent,))
+    made = base_lineage(saved.base, saved.revision)
+    before, origin = ((), None) if made is None else (made.parents, made.first_base)
+    parents = (*before, Stage(name, digest))
+    return Lineage(base, objective=None, steps=0, pairs_seen=0, reference=None, parents=parents, origin=origin)
 
 
 def _write_papers(folder: Path, lineage: Lineage, report: MergeReport) -> None:

@@ -275,7 +275,7 @@ def test_lineage_and_report_lie_beside_the_weights(run: SavedRun, tmp_path: Path
     assert before is not None
     assert after is not None
     assert after.base == before.base
-    assert after.parents[0]["adapter"] == "adapter"
+    assert after.parents[0].adapter == "adapter"
     assert json.loads((tmp_path / "out" / "merge.json").read_text()) == json.loads(json.dumps(report.as_dict()))
     assert report.gate.table() in (tmp_path / "out" / "README.md").read_text()
     assert "least" in report.table()

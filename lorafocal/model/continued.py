@@ -1,0 +1,76 @@
+"""Go on training a saved adapter: strictly loaded, on the base it was trained on, and what came before remembered."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import PreTrainedModel
+
+from lorafocal.errors import InputError
+from lorafocal.lineage import CONTINUED, BaseIdentity, Lineage, Stage, lineage_of
+from lorafocal.model.load import base_fingerprint
+from lorafocal.model.saved import WEIGHTS_FILE, base_lineage, check_same_base, put_on, read_lora_config
+from lorafocal.publish import sha256
+
+_STAGES = "_lorafocal_stages"  # an attribute of the policy: the adapters that its own contains, the oldest first
+
+
+def continue_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter of `folder` on the loaded `base`, in fp32 and trainable, as `FocalPOTrainer` takes it.
+
+    Raises InputError: not a plain LoRA adapter (by the name of the variant), tensors that are missing, strange, of
+    another shape or not finite, or a base other than the one its `lorafocal.json` names by digest.
+    """
+    config, lineage = read_lora_config(folder), lineage_of(folder)
+    name, revision = place_of(base)
+    if lineage is not None:
+        if name is None:
+            raise InputError(f"{folder} names the base it was trained on, but the base given was loaded from nowhere")
+        check_same_base(folder, lineage, name, revision, remedy="Give it as the base (`model.name` in a config)")
+    policy = put_on(base, folder, config, trainable=True)
+    weights = sha256(folder / WEIGHTS_FILE)
+    stage = Stage(folder.resolve().name, weights, CONTINUED)
+    if lineage is not None:
+        stage = lineage.stage(stage.adapter, weights, CONTINUED)
+    before = lineage.contained if lineage is not None else ()
+    setattr(policy, _STAGES, (*before, stage))
+    return policy
+
+
+def place_of(base: PreTrainedModel) -> tuple[str | None, str | None]:
+    """Hub id or folder that a model was loaded from, and the commit; None for a model from nowhere."""
+    config: Any = base.config
+    return config._name_or_path or None, getattr(config, "_commit_hash", None)
+
+
+def stages_of(policy: PeftModel) -> tuple[Stage, ...]:
+    """The adapters that the policy's own contains before it is trained: none if it is fresh.
+
+    One that was not loaded by `continue_adapter` has the digest that its weights file has, if PEFT wrote it in fp32.
+    """
+    stages: tuple[Stage, ...] | None = getattr(policy, _STAGES, None)
+    if stages is not None:
+        return stages
+    tensors = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
+        return ()
+    data = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, {"format": "pt"})
+    return (Stage(policy.active_adapter, hashlib.sha256(data).hexdigest(), CONTINUED),)
+
+
+def lineage_on(base: PreTrainedModel, stages: tuple[Stage, ...], **training: Any) -> Lineage | None:
+    """The lineage of an adapter on `base` that contains `stages`; `training` is what `Lineage` records of it.
+
+    None for a base that was never loaded from anywhere. Reads the base's weights files for their digest.
+    """
+    name, revision = place_of(base)
+    if name is None:
+        return None
+    identity = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
+    made = base_lineage(name, revision)
+    before, origin = ((), None) if made is None else (made.parents, made.first_base)
+    return Lineage(identity, parents=(*before, *stages), origin=origin, **training)
