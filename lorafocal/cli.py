@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace the file's.")
+]
 BaseOption = Annotated[
     str | None,
     typer.Option("--base", metavar="MODEL", help="An adapter's base, if not where it says; a model's reference."),
@@ -52,10 +55,7 @@ def _options(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace the file's."),
-    ] = None,
+    overrides: OverridesArgument = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress line.")] = False,
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")] = Path(
@@ -66,6 +66,7 @@ def train(
     from lorafocal.config import load_config
 
     checked = load_config(config, overrides or [])
+    launch.check_launch()
     _no_loading_bars()
     launch.quiet_unless_main()
     for warning in checked.warnings() if launch.is_main() else []:
@@ -81,6 +82,32 @@ def train(
     launch.meet()  # a launcher stops the others when one has ended, and rank 0 had something to say
     if summary.interrupted_by is not None:
         raise typer.Exit(128 + summary.interrupted_by)
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
+    overrides: OverridesArgument = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write the findings as one web page.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read and tokenise a run's data as training would, and show what is in them. Needs no weights and no GPU."""
+    from lorafocal.config import load_config
+
+    checked = load_config(config, overrides or [])
+    for warning in checked.warnings():
+        typer.echo(f"warning: {warning}", err=True)
+
+    from lorafocal.report.check import check_data
+
+    report = check_data(checked)
+    if html is not None:
+        from lorafocal.report.check_page import write_check_page
+
+        write_check_page(report, html)
+    _print_report(report, as_json)
 
 
 @app.command()
@@ -128,6 +155,42 @@ def merge(
     _print_report(report, as_json)
     if not as_json:
         typer.echo(f"merged model          {out}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, one or several to compare.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the report; RUN/report for one run.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw runs and say in plain words what happened: one web page, and its pictures."""
+    from lorafocal.report.write import write_report
+
+    _print_report(write_report(runs, out), as_json)
+
+
+@app.command("from-trl")
+def from_trl(
+    file: Annotated[Path, typer.Argument(metavar="TRL_YAML", help="A config of `trl dpo`.")],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Training rows in place of its data set.")
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval-data", metavar="FILE", help="Held-out rows in place of its own.")
+    ] = None,
+    objective: Annotated[str, typer.Option("--objective", help="focalpo or dpo.")] = "focalpo",
+    gamma: Annotated[float | None, typer.Option("--gamma", help="FocalPO's exponent [0.05].")] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="How many it ran on: its batch size was per process.")
+    ] = 1,
+) -> None:
+    """Print a `trl dpo` config as a lorafocal config, each key with where it comes from."""
+    from lorafocal.compat.trl_yaml import Options, yaml_from_trl
+
+    options = Options(objective=objective, gamma=gamma, data=data, eval_data=eval_data, processes=processes)
+    typer.echo(yaml_from_trl(file, options), nl=False)
 
 
 def _no_loading_bars() -> None:

@@ -25,6 +25,8 @@ MAY_CHANGE: dict[str, str] = {
     "training.dataloader_prefetch_factor": "as dataloader_num_workers",
     "training.dataloader_persistent_workers": "as dataloader_num_workers",
     "training.log_level": "display only",
+    "training.log_level_replica": "display only",
+    "data.cache": "what is tokenised again gives the same tokens",
     "training.report_to": "where metrics are sent does not touch the weights",
     "training.run_name": "a label for metric services",
 }
@@ -64,7 +66,8 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     """Raises `InputError` naming every forbidden change; returns notes about the allowed ones, to be printed.
 
     Of a manifest these sections are read: `config` (the resolved config), `base` and `data` (fingerprints),
-    `versions`, `processes`, `threads` and `hardware`. An absent section counts as empty. The run's `name` is part of `config`.
+    `versions`, `processes`, `threads` and `hardware`. An absent section counts as empty. The run's `name` is part of
+    `config`.
     """
     old, new = old_manifest.get("config", {}), new_manifest.get("config", {})
     refused = [_with_reason(line) for line in changes(old, new, MAY_CHANGE)]

@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.checkpoint import latest_complete
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
-from lorafocal.data.prepare import prepare_data
-from lorafocal.data.tokens import TokenizedData
+from lorafocal.data.prepare import Part, check_sources, prepare_data
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.model.load import base_fingerprint, load_base, load_tokenizer
@@ -67,14 +66,16 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     say = _to_stderr if launch.is_main() and not quiet else _silent
     folder = inside(runs_dir, config.name)
     _check_folder(folder, resume)
-    _check_files(config)
+    check_sources(config.data)
     args = _arguments(config, folder)
     if note := launch.idle_gpus(torch.cuda.device_count() if args.device.type == "cuda" else 0):
         say(note)
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     with launch.main_process_first():
-        data = _read_data(config, tokenizer, say)
+        data = prepare_data(config.data, tokenizer)
+    for name, part in data.items():
+        say(f"{name}: {part}")
     manifest = _manifest(config, tokenizer, data)
     if resume:
         _check_same_run(folder, manifest, say)
@@ -86,7 +87,7 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     }
     say(f"adapter: {adapter['trainable_parameters']:,} parameters on {', '.join(adapter['targets'])}")
     if "eval" not in data:
-        say("no data.eval: nothing is evaluated, and a merge will need held-out pairs by --pairs")
+        say("no held-out pairs: nothing is evaluated, and a merge will need some by --pairs (give data.held_out: 0.05)")
     if trainer.args.should_save:
         _write_run_files(folder, config, manifest, data)
     stop = StopOnSignal()
@@ -99,14 +100,6 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     held_out = _held_out_metrics(trainer)
     trainer.save_model(str(folder / ADAPTER_DIR))
     return RunSummary(folder, state.global_step, state.max_steps, held_out)
-
-
-def _check_files(config: Config) -> None:
-    """The data files first: they cost nothing to look for, and a model may have to be fetched."""
-    for name in ("train", "eval"):
-        for source in config.data.sources(name):
-            if not Path(source.path).is_file():
-                raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -139,18 +132,7 @@ def _checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | No
     return latest.path
 
 
-def _read_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
-) -> dict[str, TokenizedData]:
-    data = {}
-    for name, part in prepare_data(config.data, tokenizer).items():
-        data[name] = part.tokens
-        dropped = ", ".join(f"{count} {reason}" for reason, count in part.tokens.drops.items()) or "none"
-        say(f"{name}: {len(part.tokens.pairs)} pairs; dropped: {dropped}")
-    return data
-
-
-def _manifest(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, TokenizedData]) -> dict[str, Any]:
+def _manifest(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Part]) -> dict[str, Any]:
     """What made this run, without any path of this machine but those the config states."""
     return {
         "format": 1,
@@ -160,9 +142,10 @@ def _manifest(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[
         "chat_template_sha256": _sha256(tokenizer.chat_template or ""),
         "data": {
             name: {
-                "pairs": len(part.pairs),
-                "drops": part.drops,
-                "tokens_sha256": _sha256([[p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in part.pairs]),
+                "sources": [asdict(source) for source in part.sources],
+                "pairs": len(part.tokens.pairs),
+                "left_out": {drop.reason: drop.count for drop in part.drops},
+                "tokens_sha256": _sha256([[p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in part.tokens.pairs]),
             }
             for name, part in data.items()
         },
@@ -195,7 +178,7 @@ def _check_same_run(folder: Path, manifest: Mapping[str, Any], say: Callable[[st
 def _trainer(
     config: Config,
     args: FocalPOConfig,
-    data: Mapping[str, TokenizedData],
+    data: Mapping[str, Part],
     tokenizer: PreTrainedTokenizerBase,
     quiet: bool,
 ) -> FocalPOTrainer:
@@ -203,8 +186,8 @@ def _trainer(
     return FocalPOTrainer(
         load_base(model.name, revision=model.revision, dtype=model.dtype, shape=model.shape),
         args=args,
-        train_dataset=data["train"].pairs,
-        eval_dataset=data["eval"].pairs if "eval" in data else None,
+        train_dataset=data["train"].tokens.pairs,
+        eval_dataset=data["eval"].tokens.pairs if "eval" in data else None,
         processing_class=tokenizer,
         peft_config=LoraConfig(**lora_arguments(config)),
         callbacks=[ProgressLine(quiet=quiet)],
@@ -219,12 +202,10 @@ def _held_out_metrics(trainer: FocalPOTrainer) -> Mapping[str, float]:
     return last[-1] if last else trainer.evaluate()
 
 
-def _write_run_files(
-    folder: Path, config: Config, manifest: Mapping[str, Any], data: Mapping[str, TokenizedData]
-) -> None:
+def _write_run_files(folder: Path, config: Config, manifest: Mapping[str, Any], data: Mapping[str, Part]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if "eval" in data:
-        write_held_out(folder / HELD_OUT_FILE, data["eval"].pairs[:GATE_PAIRS])
+        write_held_out(folder / HELD_OUT_FILE, data["eval"].tokens.pairs[:GATE_PAIRS])
     write_atomically(folder / CONFIG_FILE, resolved_yaml(config))
     write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
 

@@ -246,7 +246,7 @@ class Packing(Section):
     `auto` packs where the model's probes allow it, and says why where they do not.
     """
 
-    layout: Literal["auto", "packed", "padded"] = "packed"
+    layout: Literal["auto", "packed", "padded"] = "auto"
     tokens: Annotated[int, Field(ge=1)] = 2048
 
 

@@ -59,6 +59,7 @@ _SHARDED = "sharding is for the full-parameter mode, which does not exist yet; a
 _HALF = "half precision overflows in preference losses (NaN, or loss 0 after a step); use bfloat16 or float32"
 _SCRIPT = "only example scripts of transformers read it"
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
 _SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
@@ -123,8 +124,8 @@ RULES: dict[str, FieldRule] = {
     "logging_first_step": _supported(),
     "logging_dir": _refused(None, "deprecated by transformers; set the environment variable TENSORBOARD_LOGGING_DIR"),
     "log_on_each_node": _supported(),
-    "log_level": _supported(),
-    "log_level_replica": _supported(),
+    "log_level": _supported(*_LOG_LEVELS),
+    "log_level_replica": _supported(*_LOG_LEVELS),
     "logging_nan_inf_filter": _set(
         False, "the filter hides NaN; a non-finite number stops the run and names its pairs"
     ),

@@ -75,6 +75,9 @@ OTHER_VALUES = {
     "training.activation_checkpointing": "true",
     "training.seed": "7",
     "training.data_seed": "7",
+    "training.report_to": "none",
+    "training.log_level": "info",
+    "training.log_level_replica": "info",
     "packing.layout": "padded",
     "packing.tokens": "77",
 }

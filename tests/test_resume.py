@@ -18,6 +18,7 @@ MANIFEST: dict[str, Any] = {
         "objective": {"name": "focalpo", "beta": 0.1, "gamma": 0.05},
         "training": {"pairs_per_step": 64, "max_steps": 100, "logging_steps": 10, "save_steps": 50},
         "packing": {"layout": "packed", "tokens": 8192},
+        "data": {"max_length": 64},
     },
     "base": {"name": "toy", "revision": None, "sha256": "aa"},
     "data": {"train": {"sha256": "bb", "pairs": 64}},

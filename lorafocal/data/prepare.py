@@ -1,37 +1,160 @@
-"""A config's data section to tokenised pairs: read, cleaned, split, mixed, tokenised."""
+"""A config's data section to tokenised pairs: read, cleaned, split, weighted, tokenised."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafocal.data.sources import BadRow, Preference, read_preferences
-from lorafocal.data.tokens import TokenizedData, tokenize_preferences
+from lorafocal.data.cache import cached_tokenization, default_folder
+from lorafocal.data.hub import is_hub_id, read_source
+from lorafocal.data.hygiene import clean, drop_overlap
+from lorafocal.data.mixture import join, split_held_out, weigh
+from lorafocal.data.places import BadRow
+from lorafocal.data.sources import Preference, Preferences
+from lorafocal.data.tokens import EXAMPLES_PER_REASON, REMEDIES, TokenizedData, tokenize_preferences
+from lorafocal.errors import InputError
 from lorafocal.schema import Data, Source
+
+SEED = 0  # of splits and weights: which pairs are held out must not change with the seeds of a run
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSummary:
+    """What one source gave: its name, the forms recognised in it, and how many pairs were read."""
+
+    name: str
+    form: str
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Why some rows are not used: how many, where the first ones are, and what to do."""
+
+    reason: str
+    count: int
+    examples: tuple[str, ...]
+    remedy: str
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.examples) else ""
+        return f"{self.count} {self.reason} ({listed(self.examples)}{more}): {self.remedy}"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """The training or the held-out pairs, from rows to tokens."""
 
+    sources: tuple[SourceSummary, ...]
     preferences: list[Preference]
-    bad_rows: list[BadRow]
+    bad_rows: list[BadRow]  # left out by reading and cleaning; what tokenising drops is in `tokens`
     tokens: TokenizedData
+
+    @property
+    def drops(self) -> tuple[Drop, ...]:
+        """Everything left out, the most frequent reason first."""
+        rows: dict[str, list[BadRow]] = {}
+        for row in self.bad_rows:
+            rows.setdefault(row.reason, []).append(row)
+        read = [
+            Drop(reason, len(bad), tuple(row.place for row in bad[:EXAMPLES_PER_REASON]), bad[0].message)
+            for reason, bad in rows.items()
+        ]
+        tokenized = [
+            Drop(reason, count, tuple(self.tokens.examples[reason]), REMEDIES[reason])
+            for reason, count in self.tokens.drops.items()
+        ]
+        return tuple(sorted(read + tokenized, key=lambda drop: -drop.count))
+
+    def __str__(self) -> str:
+        """For the notes of a run: what was read, what is used, what was left out and why."""
+        read = "; ".join(f"{source.name} ({source.form}, {source.pairs} pairs)" for source in self.sources)
+        lines = [f"{len(self.tokens.pairs)} pairs from {read}", *(f"  left out: {drop}" for drop in self.drops)]
+        return "\n".join(lines)
+
+
+def listed(places: Sequence[str]) -> str:
+    """Places with what they share said once: `pairs.jsonl, row 3, 5, 8`."""
+    starts = {place.rpartition(" ")[0] for place in places}
+    if len(starts) > 1 or not all(place.rpartition(" ")[2].isdigit() for place in places):
+        return "; ".join(places)
+    return f"{starts.pop()} {', '.join(place.rpartition(' ')[2] for place in places)}" if places else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Pairs that were read and cleaned, and what they need to be weighted."""
+
+    sources: tuple[SourceSummary, ...]
+    preferences: Preferences
+    source_of: dict[str, int]
+    weights: list[float]
+
+
+def check_sources(section: Data) -> None:
+    """Look for the files before anything else is loaded: it costs nothing. Raises InputError naming the key."""
+    for name in ("train", "eval"):
+        for source in section.sources(name):
+            if not is_hub_id(source.path) and not Path(source.path).exists():
+                raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 
 def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase) -> dict[str, Part]:
-    """`train`, and `eval` where the section names held-out pairs."""
-    parts = {}
-    for name, sources in (("train", section.sources("train")), ("eval", section.sources("eval"))):
-        if sources:
-            parts[name] = _part(section, sources, tokenizer)
-    return parts
+    """`train`, and `eval` where the section names held-out pairs or asks for some of the training pairs.
+
+    Pairs of all sources are cleaned together; held-out pairs are taken before sources are weighted, and training pairs
+    with a held-out prompt go. Raises InputError for what cannot be read, and for any bad row where
+    `on_bad_row: error` says so.
+    """
+    train = _read(section.sources("train"), section.on_bad_row)
+    held_out = _read(section.sources("eval"), section.on_bad_row) if section.eval else None
+    if section.held_out is not None:
+        rest, taken = split_held_out(train.preferences, section.held_out, seed=SEED)
+        train = _Rows(train.sources, rest, train.source_of, train.weights)
+        held_out = _Rows(train.sources, taken, train.source_of, [1.0] * len(train.weights))
+    elif held_out is not None:
+        apart = drop_overlap(train.preferences, held_out.preferences, on_bad_row=section.on_bad_row)
+        train = _Rows(train.sources, apart, train.source_of, train.weights)
+    rows = {"train": train} | ({} if held_out is None else {"eval": held_out})
+    return {name: _tokenized(section, part, tokenizer) for name, part in rows.items()}
 
 
-def _part(section: Data, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> Part:
-    read = [read_preferences(Path(source.path), on_bad_row=section.on_bad_row) for source in sources]
-    preferences = [preference for one in read for preference in one.pairs]
-    tokens = tokenize_preferences(preferences, tokenizer, max_length=section.max_length, truncation=section.truncation)
-    return Part(preferences, [row for one in read for row in one.bad_rows], tokens)
+def _read(sources: Sequence[Source], on_bad_row: str) -> _Rows:
+    read = [
+        read_source(
+            source.path,
+            form=source.form,
+            columns=source.columns,
+            revision=source.revision,
+            split=source.split,
+            on_bad_row=on_bad_row,
+        )
+        for source in sources
+    ]
+    joined = join(read)
+    summaries = tuple(
+        SourceSummary(source.path if is_hub_id(source.path) else Path(source.path).name, one.form, len(one.pairs))
+        for source, one in zip(sources, read, strict=True)
+    )
+    preferences = clean(joined.preferences, on_bad_row=on_bad_row)
+    return _Rows(summaries, preferences, dict(joined.source_of), [source.weight for source in sources])
+
+
+def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase) -> Part:
+    weighted = weigh(rows.preferences, rows.source_of, rows.weights, seed=SEED)
+    if section.chat_template_kwargs and all(isinstance(pair.prompt, str) for pair in weighted.pairs):
+        raise InputError("data.chat_template_kwargs: these rows are plain text, which no template renders; remove it")
+    options = {
+        "max_length": section.max_length,
+        "max_prompt_length": section.max_prompt_length,
+        "truncation": section.truncation,
+        "chat_template_kwargs": section.chat_template_kwargs or None,
+    }
+    if section.cache:
+        tokens = cached_tokenization(weighted.pairs, tokenizer, folder=default_folder(), **options)
+    else:
+        tokens = tokenize_preferences(weighted.pairs, tokenizer, **options)
+    return Part(rows.sources, weighted.pairs, weighted.bad_rows, tokens)
