@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from lorafocal import launch
 from lorafocal.errors import InputError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -101,8 +102,12 @@ def _door(config: PreTrainedConfig, name: str) -> type[AutoModelForCausalLM] | t
 
 
 def local_device() -> torch.device:
-    """The accelerator of this process, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The accelerator of this process, also before it has joined the others; or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.world_size() == 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", launch.local_rank() % torch.cuda.device_count())  # as accelerate chooses it
 
 
 def check_shape(config: object, shape: Mapping[str, Any]) -> None:
