@@ -144,7 +144,7 @@ class Renderer:
         try:
             return self._call([_in_parts(messages) if as_parts else messages], add_generation_prompt)[0]
         except FAILURES as error:
-            return Fault("template_refuses", str(error))
+            return Fault("template_refuses", "".join(c if c.isprintable() else " " for c in str(error)[:200]))
 
     def _call(self, conversations: Sequence[Any], add_generation_prompt: bool) -> list[str]:
         rendered = self.tokenizer.apply_chat_template(
