@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedModel
 
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.held_out import read_held_out, write_held_out
@@ -102,6 +102,18 @@ def test_the_last_evaluation_of_a_run_is_the_score_of_its_adapter(run: SavedRun,
     assert {"rewards/margins", "rewards/accuracies", "rewards/ties", "logps/chosen"} <= shared.keys()
     assert shared == pytest.approx({key: evaluation[f"eval_{key}"] for key in shared}, abs=1e-5)
     assert abs(shared["rewards/margins"]) > 1e-3
+
+
+@pytest.mark.row("F12")
+def test_a_model_that_packs_would_get_wrong_is_scored_in_rows(run: SavedRun, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(run.base))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = FalconForCausalLM(FalconConfig(vocab_size=len(tokenizer), **sizes, alibi=False)).eval()
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "falcon")
+    report = score_file(tmp_path / "falcon", run.folder / "held_out.jsonl")
+    for pair, score in zip(run.pairs, report.scores, strict=True):
+        assert score.chosen_logps == pytest.approx(plain_logps(model, pair.prompt_ids, pair.chosen_ids), rel=1e-5)
 
 
 def test_rows_and_token_ids_give_the_same_scores(run: SavedRun, tmp_path: Path) -> None:
