@@ -43,8 +43,8 @@ WHY_NOT: dict[str, str] = {
 }
 """Reasons worth printing, for keys likely to be changed; every key not in `MAY_CHANGE` is refused."""
 
-IDENTITY = ("base", "data")
-"""Manifest sections beside `config` that must be equal: fingerprints of the base weights and of the data."""
+IDENTITY = ("base", "reference_model", "data")
+"""Manifest sections beside `config` that must be equal: fingerprints of the models' weights and of the data."""
 
 NOTED = ("versions", "processes", "threads", "hardware")
 """Manifest sections whose change is allowed, but ends the promise of equal bits."""

@@ -24,7 +24,8 @@ from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.model.load import base_fingerprint, load_base, load_tokenizer
+from lorafocal.model.continued import continue_adapter
+from lorafocal.model.load import base_fingerprint, check_place, load_base, load_tokenizer
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
 from lorafocal.resume import MAY_CHANGE, check_resumable
@@ -50,8 +51,9 @@ class RunSummary:
             return f"stopped and saved after step {self.steps} of {self.max_steps}; the same run resumes there"
         lines = [f"{self.steps} steps done; the adapter is in {self.folder / ADAPTER_DIR}"]
         if self.held_out:
-            shown = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
-            lines.append("held out: " + ", ".join(f"{k[5:]} {self.held_out[k]:.4f}" for k in shown))
+            keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+            shown = [f"{key[5:]} {self.held_out[key]:.4g}" for key in keys if key in self.held_out]
+            lines.append("held out: " + ", ".join(shown))
         return "\n".join(lines)
 
 
@@ -66,7 +68,7 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     say = _to_stderr if launch.is_main() and not quiet else _silent
     folder = inside(runs_dir, config.name)
     _check_folder(folder, resume)
-    check_sources(config.data)
+    _check_places(config)
     args = _arguments(config, folder)
     if note := launch.idle_gpus(torch.cuda.device_count() if args.device.type == "cuda" else 0):
         say(note)
@@ -102,6 +104,18 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     return RunSummary(folder, state.global_step, state.max_steps, held_out)
 
 
+def _check_places(config: Config) -> None:
+    """What the config names must be there: it costs nothing to look, and a model may take long to load."""
+    check_sources(config.data)
+    if config.reference is not None and config.reference.model is not None:
+        check_place(config.reference.model)
+    start = config.adapter.start_from
+    if start is not None and not (Path(start) / "adapter_config.json").is_file():
+        raise InputError(
+            f"adapter.start_from: {start} holds no adapter_config.json; it names the adapter folder of a run"
+        )
+
+
 def _check_folder(folder: Path, resume: bool) -> None:
     taken = (folder / MANIFEST_FILE).exists()
     if taken and not resume:
@@ -134,11 +148,15 @@ def _checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | No
 
 def _manifest(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Part]) -> dict[str, Any]:
     """What made this run, without any path of this machine but those the config states."""
+    reference = config.reference
     return {
         "format": 1,
         "config": config.model_dump(mode="json"),
         "config_sha256": config.sha(),
         "base": base_fingerprint(config.model.name, revision=config.model.revision),
+        "reference_model": base_fingerprint(reference.model, revision=reference.revision)
+        if reference is not None and reference.model is not None
+        else None,
         "chat_template_sha256": _sha256(tokenizer.chat_template or ""),
         "data": {
             name: {
@@ -182,14 +200,19 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     quiet: bool,
 ) -> FocalPOTrainer:
-    model = config.model
+    model, start, reference = config.model, config.adapter.start_from, config.reference
+    base = load_base(model.name, revision=model.revision, dtype=model.dtype, shape=model.shape)
+    ref_model = None
+    if reference is not None and reference.model is not None:
+        ref_model = load_base(reference.model, revision=reference.revision, dtype=model.dtype)
     return FocalPOTrainer(
-        load_base(model.name, revision=model.revision, dtype=model.dtype, shape=model.shape),
+        base if start is None else continue_adapter(base, Path(start)),
+        ref_model,
         args=args,
         train_dataset=data["train"].tokens.pairs,
         eval_dataset=data["eval"].tokens.pairs if "eval" in data else None,
         processing_class=tokenizer,
-        peft_config=LoraConfig(**lora_arguments(config)),
+        peft_config=LoraConfig(**lora_arguments(config)) if start is None else None,
         callbacks=[ProgressLine(quiet=quiet)],
     )
 

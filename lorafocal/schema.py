@@ -279,6 +279,15 @@ class Config(Section):
             problems.append(("reference", "sft compares with no reference and would ignore it; remove the section"))
         if self.objective.name != "sft" and self.reference is None:
             problems.append(("reference", "missing; it has no default"))
+        older = self.reference is not None and self.reference.kind == "disabled_adapter"
+        if older and self.adapter.start_from is not None and self.reference.identity_probe is not False:
+            problems.append(
+                (
+                    "reference.kind",
+                    "disabled_adapter is the base without the adapter, but training starts from adapter.start_from; use"
+                    " frozen_copy, or merge that adapter first, or set identity_probe: false if the base is meant",
+                )
+            )
         if problems:
             raise _mistakes(problems)
         return self

@@ -88,7 +88,7 @@ ANOTHER_SOURCE = {
 # Keys that need a second key beside them.
 TOGETHER = {
     "adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"],
-    "adapter.start_from": ["adapter={start_from: runs/sft/adapter}"],
+    "adapter.start_from": ["adapter={start_from: runs/sft/adapter}", "reference.identity_probe=false"],
     "objective.name": ["objective.name=dpo"],
     "data.held_out": ["data={train: train.jsonl, held_out: 0.1}"],
     "data.truncation": ["data.truncation=keep_start"],
@@ -426,6 +426,13 @@ def test_a_config_cannot_be_changed(file: Path) -> None:
 )
 def test_what_does_not_fit_together_is_told_at_its_key(section: str, value: Any, told: str) -> None:
     assert told in mistakes({**VALUES, section: value})
+
+
+def test_a_continued_adapter_does_not_start_at_the_base() -> None:
+    values = {**VALUES, "adapter": {"start_from": "runs/sft/adapter"}}
+    assert "reference.kind: disabled_adapter is the base without the adapter" in mistakes(values)
+    for reference in ({"kind": "frozen_copy"}, {"kind": "disabled_adapter", "identity_probe": False}):
+        assert check_config({**values, "reference": reference}).adapter.start_from == "runs/sft/adapter"
 
 
 def test_supervised_tuning_needs_no_reference_and_takes_none() -> None:

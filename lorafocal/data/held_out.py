@@ -71,7 +71,7 @@ def _holds_token_ids(path: Path) -> bool:
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
         try:
-            first = json.loads(file.readline())
+            first = json.loads(file.readline(2**24))
         except json.JSONDecodeError:
             return False
     return isinstance(first, dict) and "prompt_ids" in first
