@@ -21,8 +21,9 @@ class FocalPOConfig(TrainingArguments):
     """Arguments of `FocalPOTrainer`: ours below, beside those of `TrainingArguments`.
 
     objective ("focalpo", "dpo", or "sft" on the chosen answers), beta, gamma; pairs_per_step, the one batch size, over
-    all processes; max_length and truncation; layout and tokens_per_pack, which change memory and speed and never the
-    result; reference and identity_probe; allow_dropout.
+    all processes; max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
+    they are); layout and tokens_per_pack, which change memory and speed and never the result; reference and
+    identity_probe; allow_dropout.
 
     beta, gamma, reference and identity_probe are None where the objective has none of them, and get the defaults of
     the objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
@@ -37,7 +38,14 @@ class FocalPOConfig(TrainingArguments):
     gamma: float | None = field(default=None, metadata={"help": "FocalPO's exponent (0.05); 0 is DPO"})
     pairs_per_step: int = field(default=64, metadata={"help": "pairs of one optimiser step, over all processes"})
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and one completion"})
-    truncation: str = field(default="drop", metadata={"help": "what happens to a pair over max_length"})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; for truncation=recipe alone"})
+    truncation: str = field(
+        default="drop",
+        metadata={"help": "what happens to a pair over max_length: drop, keep_start, cut_prompt_left or recipe"},
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "given to every rendering of a conversation, as enable_thinking"}
+    )
     layout: str = field(
         default="auto", metadata={"help": "auto, packed (prompts shared, no padding) or padded, which any model can"}
     )

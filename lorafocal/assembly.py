@@ -108,7 +108,14 @@ def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, 
     preferences = (
         rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name).pairs
     )
-    return tokenize_preferences(preferences, tokenizer, max_length=args.max_length, truncation=args.truncation)
+    return tokenize_preferences(
+        preferences,
+        tokenizer,
+        max_length=args.max_length,
+        truncation=args.truncation,
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
 
 
 class NumberedPairs(Dataset[TokenizedPair]):

@@ -86,7 +86,7 @@ class SeparateModelReference:
         return sequence_logps(self.model, pack)
 
 
-def build_reference(kind: str, model: nn.Module, ref_model: nn.Module | None = None) -> Reference:
+def build_reference(kind: str | None, model: nn.Module, ref_model: nn.Module | None = None) -> Reference:
     """The reference of `kind` for the policy `model`, as it is called in training; `ref_model` is the separate one.
 
     Raises InputError for an unknown kind, and where a model is missing or would be ignored.

@@ -107,7 +107,8 @@ class FocalPOTrainer(Trainer):
         self._stages = stages_of(policy)
         self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy, args.device)
         copies = add_frozen_copy(policy) if args.reference == "frozen_copy" else None
-        self.reference_identity = {"kind": args.reference, "sha256": copies and tensors_sha256(copies)}
+        digest = tensors_sha256(copies) if copies else None
+        self.reference_identity: dict[str, str | None] = {"kind": args.reference, "sha256": digest}
         self.data = {
             name: tokenized(rows, name, processing_class, args)
             for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
@@ -234,8 +235,8 @@ class FocalPOTrainer(Trainer):
         if pack.pair_ids == (FILLER.id,):
             return losses.losses.sum() * 0.0
         self.health.see_pack(losses.losses, pack.pair_ids, self.state.global_step)
-        if self.state.global_step == 0 and self.args.identity_probe:
-            check_identity(policy, reference, pack.pair_ids, kind=self.args.reference)
+        if reference is not None and self.state.global_step == 0 and self.args.identity_probe:
+            check_identity(policy, reference, pack.pair_ids, kind=str(self.args.reference))
         self.metrics.add(pair_values(self.objective, losses, policy, reference))
         return mean_loss(losses.losses, step_pairs)
 

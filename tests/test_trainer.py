@@ -11,6 +11,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import FalconConfig, FalconForCausalLM, TrainerCallback
 
+from lorafocal import assembly
+from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.packing import PairCollator
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.model import load
@@ -353,6 +355,15 @@ def test_what_is_missing_is_named(tmp_path):
 def test_rows_need_a_tokenizer(tmp_path):
     with pytest.raises(InputError, match="processing_class"):
         trainer(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+
+
+def test_every_setting_of_tokenisation_reaches_the_rows(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(assembly, "tokenize_preferences", lambda rows, tokenizer, **settings: seen.update(settings))
+    settings = {"max_length": 20, "truncation": "recipe", "max_prompt_length": 8, "chat_template_kwargs": {"think": 1}}
+    args = FocalPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    assembly.tokenized([{"prompt": "a", "chosen": "b", "rejected": "c"}], "train_dataset", object(), args)
+    assert seen == settings
 
 
 def test_resuming_where_there_is_nothing_is_refused(tmp_path):

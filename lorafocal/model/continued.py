@@ -55,7 +55,7 @@ def stages_of(policy: PeftModel) -> tuple[Stage, ...]:
     stages: tuple[Stage, ...] | None = getattr(policy, _STAGES, None)
     if stages is not None:
         return stages
-    tensors = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(policy, adapter_name=policy.active_adapter, save_embedding_layers=False)
     if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
         return ()
     data = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, {"format": "pt"})

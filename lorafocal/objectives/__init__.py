@@ -81,8 +81,9 @@ def build_objective(name: str, *, beta: float | None = None, gamma: float | None
 
     Raises InputError for an unknown name, beta <= 0, or a gamma that learns backwards from the first step.
     """
-    entry, given = entry_of(name), {"beta": beta, "gamma": gamma}
-    parameters = {key: default if given[key] is None else given[key] for key, default in entry.parameters.items()}
+    entry = entry_of(name)
+    given = {key: value for key, value in (("beta", beta), ("gamma", gamma)) if value is not None}
+    parameters = {key: given.get(key, default) for key, default in entry.parameters.items()}
     for key, value in parameters.items():
         _CHECKS[key](value)
     return Objective(name, entry, parameters, partial(entry.loss, **parameters))
