@@ -198,6 +198,11 @@ class Reference(Section):
     revision: Revision = None
     identity_probe: bool | None = None
 
+    @property
+    def must_be_the_base(self) -> bool:
+        """Whether the run is refused unless it starts at the bare base."""
+        return self.kind == "disabled_adapter" and self.identity_probe is not False
+
     @model_validator(mode="after")
     def _model_fits_kind(self) -> Reference:
         if self.kind == "separate_model" and self.model is None:
@@ -264,33 +269,29 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
-        problems = []
-        strategy = self.training.fields.get("eval_strategy", "no")
-        has_held_out = self.data.eval is not None or self.data.held_out is not None
-        if not has_held_out and (strategy != "no" or self.training.fields.get("eval_on_start")):
-            problems.append(
-                (
-                    "training",
-                    "asks for evaluation, but neither data.eval nor data.held_out gives held-out pairs; add one, or"
-                    " remove eval_strategy",
-                )
-            )
-        if self.objective.name == "sft" and self.reference is not None:
-            problems.append(("reference", "sft compares with no reference and would ignore it; remove the section"))
-        if self.objective.name != "sft" and self.reference is None:
-            problems.append(("reference", "missing; it has no default"))
-        older = self.reference is not None and self.reference.kind == "disabled_adapter"
-        if older and self.adapter.start_from is not None and self.reference.identity_probe is not False:
-            problems.append(
-                (
-                    "reference.kind",
-                    "disabled_adapter is the base without the adapter, but training starts from adapter.start_from; use"
-                    " frozen_copy, or merge that adapter first, or set identity_probe: false if the base is meant",
-                )
-            )
-        if problems:
+        if problems := list(self._misfits()):
             raise _mistakes(problems)
         return self
+
+    def _misfits(self) -> Iterable[tuple[str, str]]:
+        """What each section allows, but not beside the others."""
+        evaluates = self.training.fields.get("eval_strategy", "no") != "no" or self.training.fields.get("eval_on_start")
+        if evaluates and self.data.eval is None and self.data.held_out is None:
+            yield (
+                "training",
+                "asks for evaluation, but neither data.eval nor data.held_out gives held-out pairs; add one, or remove"
+                " eval_strategy",
+            )
+        if self.objective.name == "sft" and self.reference is not None:
+            yield "reference", "sft compares with no reference and would ignore it; remove the section"
+        if self.objective.name != "sft" and self.reference is None:
+            yield "reference", "missing; it has no default"
+        if self.adapter.start_from is not None and self.reference is not None and self.reference.must_be_the_base:
+            yield (
+                "reference.kind",
+                "disabled_adapter is the base without the adapter, but training starts from adapter.start_from; use"
+                " frozen_copy, or merge that adapter first, or set identity_probe: false if the base is meant",
+            )
 
     def sha(self) -> str:
         """sha256 (hex) of the resolved values; equal for two files that describe the same run."""

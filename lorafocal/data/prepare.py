@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +13,7 @@ from lorafocal.data.cache import cached_tokenization, default_folder
 from lorafocal.data.hub import is_hub_id, read_source
 from lorafocal.data.hygiene import clean, drop_overlap
 from lorafocal.data.mixture import join, split_held_out, weigh
-from lorafocal.data.places import BadRow
+from lorafocal.data.places import BadRow, OnBadRow
 from lorafocal.data.sources import Preference, Preferences
 from lorafocal.data.tokens import EXAMPLES_PER_REASON, REMEDIES, TokenizedData, tokenize_preferences
 from lorafocal.errors import InputError
@@ -122,7 +123,7 @@ def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     return {name: _tokenized(section, part, tokenizer) for name, part in rows.items()}
 
 
-def _read(sources: Sequence[Source], on_bad_row: str) -> _Rows:
+def _read(sources: Sequence[Source], on_bad_row: OnBadRow) -> _Rows:
     read = [
         read_source(
             source.path,
@@ -147,7 +148,7 @@ def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase) -
     weighted = weigh(rows.preferences, rows.source_of, rows.weights, seed=SEED)
     if section.chat_template_kwargs and all(isinstance(pair.prompt, str) for pair in weighted.pairs):
         raise InputError("data.chat_template_kwargs: these rows are plain text, which no template renders; remove it")
-    options = {
+    options: dict[str, Any] = {
         "max_length": section.max_length,
         "max_prompt_length": section.max_prompt_length,
         "truncation": section.truncation,
