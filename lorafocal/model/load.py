@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import (
@@ -137,6 +137,33 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embeddings: ids from {rows} on would fail."
             " Resize and train the base's embeddings before preference tuning, or use the base's own tokenizer"
         )
+
+
+def check_length(model: PreTrainedModel, longest: int) -> None:
+    """Refuse sequences of `longest` tokens where a model has no positions that far, or other ones for all of a batch.
+
+    Rotations of the kinds "longrope" (Phi-3) and "dynamic" change for every sequence in a batch as soon as one of them
+    passes a length: a pair's score would depend on its neighbours. Raises InputError.
+    """
+    config = model.config.get_text_config()
+    learned = any(name.endswith(("wpe", "embed_positions", "position_embeddings")) for name, _ in model.named_modules())
+    if learned and longest > config.max_position_embeddings:
+        _refuse_length(longest, f"the model has positions for {config.max_position_embeddings}")
+    for rope in _rotations(config):
+        kind = rope.get("rope_type")
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind in ("longrope", "dynamic") and longest > limit:
+            _refuse_length(longest, f"beyond {limit} the model's {kind} rotations change for all pairs of a batch")
+
+
+def _rotations(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
+    """The rope parameters of a config: one set, or one a layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, Mapping)]
+
+
+def _refuse_length(longest: int, why: str) -> NoReturn:
+    raise InputError(f"data.max_length: the longest pair has {longest} tokens, and {why}. Lower `data.max_length`")
 
 
 def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str | None]:

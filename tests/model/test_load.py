@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import Phi3Config, Phi3ForCausalLM, T5Config, T5ForConditionalGeneration
 
+from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
 from lorafocal.model import load as load_module
-from lorafocal.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from lorafocal.model.load import base_fingerprint, check_length, check_vocabulary, load_base, load_tokenizer
+from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.probes import LayoutChoice, choose_layout
 from tests.model.families import random_model
-from tests.tiny import SIZES, tiny_base
+from tests.tiny import SIZES, enlarged, pairs, tiny_base
 
 
 @pytest.fixture
@@ -117,6 +120,35 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
     check_vocabulary(tiny_base(), Long(range(97)))
     with pytest.raises(InputError, match=r"98 tokens.* Resize and train the base's embeddings before"):
         check_vocabulary(tiny_base(), Long(range(98)))
+
+
+def longrope(limit):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "rope_theta": 10000.0}
+    lengths = {"original_max_position_embeddings": limit, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    return enlarged(Phi3ForCausalLM(Phi3Config(**SIZES, **lengths, rope_parameters=rope | lengths))).eval()
+
+
+@pytest.mark.row("20")
+def test_lengths_at_which_a_pair_would_move_its_neighbours_are_refused():
+    """Phi-3's long rotations begin for a whole batch with its longest sequence."""
+    model = longrope(16)
+    choose_layout(longrope(64), "packed")
+    prepare_policy(model)
+    short, long = pairs(3, longest=5)[1], replace(pairs(3)[2], prompt_ids=[7] * 20)
+    alone, beside = (sequence_logps(model, share_prefixes(batch)).rejected[0] for batch in ([short], [short, long]))
+    assert (alone - beside).abs() > 1e-3
+    check_length(model, 16)
+    with pytest.raises(InputError, match=r"17 tokens.*beyond 16 the model's longrope"):
+        check_length(model, 17)
+
+
+def test_lengths_without_positions_are_refused():
+    model = random_model("gpt2", torch.float32)
+    check_length(model, 64)
+    with pytest.raises(InputError, match=r"65 tokens.*positions for 64.*data\.max_length"):
+        check_length(model, 65)
+    check_length(tiny_base(max_position_embeddings=16), 17)  # plain rotations reach on
 
 
 @pytest.mark.parametrize("name", ["./no/such", "/nowhere/base", "runs/wrong/adapter", "~/base"])
