@@ -56,7 +56,7 @@ from lorafocal.progress import MetricsFile, ProgressLine
 from lorafocal.publish import check_name, published, recover, why_incomplete
 from lorafocal.reference import Reference, build_reference, check_identity, check_ref_model, check_same_reference
 from lorafocal.sampler import StepSampler
-from lorafocal.tensor_files import tensors_sha256
+from lorafocal.tensor_files import check_keys, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -362,6 +362,7 @@ class FocalPOTrainer(Trainer):
             optimizer=self._plain_optimizer(),
             scheduler=self.lr_scheduler,
         )
+        check_keys(extra, ("metrics", "pairs_seen", "reference"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
         if self.is_world_process_zero():
             self.metrics.load(extra["metrics"])

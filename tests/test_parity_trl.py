@@ -138,8 +138,8 @@ class Watched(FocalPOTrainer):
 def ours(folder: Path, dtype: torch.dtype, objective: str = "focalpo") -> tuple[Trace, Watched]:
     """FocalPOTrainer at gamma 0, several packs a step."""
     args = FocalPOConfig(
-        output_dir=str(folder / "ours"), objective=objective, beta=BETA, gamma=0.0, pairs_per_step=PAIRS_PER_STEP,
-        tokens_per_pack=90, identity_probe=False, disable_tqdm=True, **OPTIMISER,
+        output_dir=str(folder / "ours"), objective=objective, beta=BETA, gamma=0.0 if objective == "focalpo" else None,
+        pairs_per_step=PAIRS_PER_STEP, tokens_per_pack=90, identity_probe=False, disable_tqdm=True, **OPTIMISER,
     )  # fmt: skip
     trainer = Watched(
         tiny_base(dtype=dtype), args=args, train_dataset=rows(), processing_class=word_tokenizer(), peft_config=lora()
