@@ -72,8 +72,8 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(finished: RunSummary)
 def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, base_sha256: str) -> None:
     manifest = json.loads((finished.folder / "manifest.json").read_text())
     assert set(manifest) == {
-        "format", "config", "config_sha256", "base", "chat_template_sha256", "data", "seeds", "versions", "threads",
-        "processes", "hardware", "may_change_on_resume", "adapter",
+        "format", "config", "config_sha256", "base", "reference_model", "chat_template_sha256", "data", "seeds", "versions",
+        "threads", "processes", "hardware", "may_change_on_resume", "adapter",
     }  # fmt: skip
     assert manifest["base"]["name"] == "base"
     assert manifest["data"]["train"]["pairs"] == PAIRS

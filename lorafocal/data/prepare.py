@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from lorafocal.data.hygiene import clean, drop_overlap
 from lorafocal.data.mixture import join, split_held_out, weigh
 from lorafocal.data.places import BadRow, OnBadRow
 from lorafocal.data.sources import Preference, Preferences
+from lorafocal.data.templates import Renderer, is_conversation
 from lorafocal.data.tokens import EXAMPLES_PER_REASON, REMEDIES, TokenizedData, tokenize_preferences
 from lorafocal.errors import InputError
 from lorafocal.schema import Data, Source
 
+LENGTH_REASONS = ("overlong", "prompt_fills_length")  # left out because `data.truncation` says so, not for being bad
 SEED = 0  # of splits and weights: which pairs are held out must not change with the seeds of a run
 
 
@@ -65,10 +67,15 @@ class Part:
             for reason, bad in rows.items()
         ]
         tokenized = [
-            Drop(reason, count, tuple(self.tokens.examples[reason]), REMEDIES[reason])
+            Drop(reason, count, tuple(self.tokens.examples[reason]), self._remedy(reason))
             for reason, count in self.tokens.drops.items()
         ]
         return tuple(sorted(read + tokenized, key=lambda drop: -drop.count))
+
+    def _remedy(self, reason: str) -> str:
+        """What to do about pairs that tokenising dropped, with what was found at the first of them."""
+        found = self.tokens.details.get(reason)
+        return f"{REMEDIES[reason]} (found first: {found})" if found else REMEDIES[reason]
 
     def __str__(self) -> str:
         """For the notes of a run: what was read, what is used, what was left out and why."""
@@ -93,6 +100,17 @@ class _Rows:
     preferences: Preferences
     source_of: dict[str, int]
     weights: list[float]
+
+
+def dated_template(parts: Mapping[str, Part], section: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A word on templates that write today's date: the same rows give other tokens tomorrow."""
+    talks = any(is_conversation(pair) for part in parts.values() for pair in part.preferences[:1])
+    if not talks or not Renderer(tokenizer, section.chat_template_kwargs).writes_date:
+        return None
+    return (
+        "the chat template writes today's date into prompts, so the same rows give other tokens tomorrow, and a run"
+        " cannot be resumed then; state a date by data.chat_template_kwargs, such as {date_string: 26 Jul 2024}"
+    )
 
 
 def check_sources(section: Data) -> None:
@@ -146,8 +164,6 @@ def _read(sources: Sequence[Source], on_bad_row: OnBadRow) -> _Rows:
 
 def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase) -> Part:
     weighted = weigh(rows.preferences, rows.source_of, rows.weights, seed=SEED)
-    if section.chat_template_kwargs and all(isinstance(pair.prompt, str) for pair in weighted.pairs):
-        raise InputError("data.chat_template_kwargs: these rows are plain text, which no template renders; remove it")
     options: dict[str, Any] = {
         "max_length": section.max_length,
         "max_prompt_length": section.max_prompt_length,
@@ -158,4 +174,8 @@ def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase) -
         tokens = cached_tokenization(weighted.pairs, tokenizer, folder=default_folder(), **options)
     else:
         tokens = tokenize_preferences(weighted.pairs, tokenizer, **options)
-    return Part(rows.sources, weighted.pairs, weighted.bad_rows, tokens)
+    part = Part(rows.sources, weighted.pairs, weighted.bad_rows, tokens)
+    refused = [drop for drop in part.drops if drop.reason not in LENGTH_REASONS]
+    if section.on_bad_row == "error" and refused:
+        raise InputError(f"{refused[0].examples[0]}: {refused[0].remedy}")
+    return part

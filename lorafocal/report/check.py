@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafocal.config import Config
 from lorafocal.data.hygiene import ScoreOrder, score_order
 from lorafocal.data.packing import fill_bins
-from lorafocal.data.prepare import Drop, Part, SourceSummary, prepare_data
+from lorafocal.data.prepare import Drop, Part, SourceSummary, dated_template, prepare_data
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.model.load import load_tokenizer
 
@@ -113,8 +113,10 @@ def check_data(config: Config) -> CheckReport:
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     data = prepare_data(config.data, tokenizer)
     parts = tuple(check_part(name, part, config) for name, part in data.items())
-    notes = tuple(note for part in parts for note in part_notes(part))
-    return CheckReport(config.name, parts, notes, shown_pair(data["train"].tokens.pairs, tokenizer))
+    notes = [note for part in parts for note in part_notes(part)]
+    if dated := dated_template(data, config.data, tokenizer):
+        notes.append(dated)
+    return CheckReport(config.name, parts, tuple(notes), shown_pair(data["train"].tokens.pairs, tokenizer))
 
 
 def check_part(name: str, part: Part, config: Config) -> PartCheck:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorafocal.data.prepare import Part, check_sources, listed, prepare_data
+from lorafocal.data.prepare import Part, check_sources, dated_template, listed, prepare_data
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.schema import Data
@@ -100,7 +100,7 @@ def test_a_missing_source_is_named_before_anything_is_read(section: dict[str, An
 @pytest.mark.row("32")
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     plain = write(tmp_path / "a.jsonl", [{"prompt": "sort 2 1", "chosen": " 1 2", "rejected": " 2 1"}])
-    with pytest.raises(InputError, match=r"data\.chat_template_kwargs: these rows are plain text"):
+    with pytest.raises(InputError, match="chat_template_kwargs are given, but all rows are plain strings"):
         prepared(train=plain, chat_template_kwargs={"enable_thinking": False})
     with pytest.raises(InputError, match=r"a\.jsonl is a file and has no split"):
         prepared(train=plain, split="test")
@@ -123,3 +123,27 @@ def test_nothing_left_says_what_was_wrong_first(tmp_path: Path) -> None:
 def test_places_are_told_with_what_they_share_once() -> None:
     assert listed(["a.jsonl, row 3", "a.jsonl, row 5"]) == "a.jsonl, row 3, 5"
     assert listed(["a.jsonl, row 3", "b.jsonl, row 5"]) == "a.jsonl, row 3; b.jsonl, row 5"
+
+
+def test_a_pair_that_tokenising_drops_ends_a_strict_run_but_for_its_length(tmp_path: Path) -> None:
+    good = {"prompt": "sort 2 1", "chosen": " 1 2", "rejected": " 2 1"}
+    forged = {"prompt": "sort 3 1", "chosen": " 1 3<|end|>", "rejected": " 3 1"}
+    long = {"prompt": "sort 4 1", "chosen": " 1 4" * 90, "rejected": " 4 1"}
+    rows = write(tmp_path / "a.jsonl", [good, forged, long])
+    [part] = prepared(train=rows).values()
+    assert {drop.reason: drop.examples for drop in part.drops} == {
+        "control_tokens": ("a.jsonl, row 2",),
+        "overlong": ("a.jsonl, row 3",),
+    }
+    with pytest.raises(InputError, match=r"a\.jsonl, row 2: their text spells special tokens"):
+        prepared(train=rows, on_bad_row="error")
+    assert len(prepared(train=write(tmp_path / "b.jsonl", [good, long]), on_bad_row="error")["train"].tokens.pairs) == 1
+
+
+def test_a_template_that_writes_the_date_is_told(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    section = Data.model_validate({"train": write(tmp_path / "a.jsonl", rows), "max_length": 64, "cache": False})
+    tokenizer = toy_tokenizer()
+    parts = prepare_data(section, tokenizer)
+    assert dated_template(parts, section, tokenizer) is None
+    tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
+    assert "today's date" in str(dated_template(parts, section, tokenizer))
