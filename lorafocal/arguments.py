@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -9,11 +10,37 @@ from transformers import TrainingArguments
 
 from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
+from lorafocal.launch import check_launch
 from lorafocal.objectives import Objective, build_objective, entry_of
 from lorafocal.reference import REFERENCES
 from lorafocal.training_fields import check_training_fields, classify, forced_values
 
 _OF_THE_OBJECTIVE = ("beta", "gamma", "reference", "identity_probe")
+
+# Words that people bring along from TRL's DPOConfig and DPOTrainer.
+_CONFIG_WORDS_OF_TRL = {
+    "loss_type": "say objective: focalpo, dpo or sft",
+    "truncation_mode": "say truncation",
+    "disable_dropout": "say allow_dropout",
+    "padding_free": "say layout; packed is padding-free",
+    "precompute_ref_log_probs": "leave it out: the reference is computed in each step, by the same weights",
+}
+TRAINER_WORDS_OF_TRL = {
+    "tokenizer": "say processing_class",
+    "beta": "say args=FocalPOConfig(beta=...)",
+    "loss_type": "say args=FocalPOConfig(objective=...)",
+    "max_length": "say args=FocalPOConfig(max_length=...)",
+    "max_prompt_length": "say args=FocalPOConfig(truncation=...)",
+    "data_collator": "leave it out: pairs are packed here",
+    "compute_metrics": "leave it out: evaluation adds up sums over pairs",
+    "quantization_config": "quantised bases are not supported yet",
+}
+
+
+def refuse_unknown(owner: str, names: Iterable[str], hints: Mapping[str, str]) -> None:
+    """Raise InputError for keyword arguments that `owner` does not have, with what to say instead."""
+    if lines := [f"{name}: {hints.get(name, 'no such argument')}" for name in sorted(names)]:
+        raise InputError("\n  ".join([f"{owner} (lorafocal.compat.trl translates a DPOConfig):", *lines]))
 
 
 @dataclass
@@ -62,7 +89,13 @@ class FocalPOConfig(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "the paper trains one"})
     logging_steps: float = field(default=10, metadata={"help": "optimiser steps between log lines"})
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> FocalPOConfig:
+        """Words TypeError's case: a keyword that is no field, such as one of TRL's."""
+        refuse_unknown("FocalPOConfig", kwargs.keys() - {spec.name for spec in fields(cls)}, _CONFIG_WORDS_OF_TRL)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        check_launch()
         errors = check_training_fields(self._given())
         if errors:
             raise InputError("FocalPOConfig: " + "\n".join(errors))

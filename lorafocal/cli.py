@@ -32,7 +32,7 @@ OverridesArgument = Annotated[
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option("--base", metavar="MODEL", help="An adapter's base, if not where it says; a model's reference."),
+    typer.Option("--base", metavar="MODEL", help="An adapter's base, if not where the adapter says."),
 ]
 
 
@@ -115,6 +115,10 @@ def score(
     target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
     pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],
     base: BaseOption = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What rewards are relative to, if not the base."),
+    ] = None,
     beta: Annotated[float | None, typer.Option("--beta", help="Reward scale; the run's own if absent.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.")
@@ -125,7 +129,7 @@ def score(
     from lorafocal.evaluate.score import score_file
 
     _no_loading_bars()
-    _print_report(score_file(target, pairs, base=base, beta=beta, out=out), as_json)
+    _print_report(score_file(target, pairs, base=base, reference=reference, beta=beta, out=out), as_json)
 
 
 @app.command()

@@ -103,6 +103,34 @@ class StepClock:
         return sum(self._steps) / len(self._steps) if self._steps else None
 
 
+class Speed(TrainerCallback):
+    """What the machine does: pairs a second of training, without evaluation and saving, and peak memory."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.clock = StepClock()
+        self._logged: tuple[int, float] | None = None
+
+    def measured(self, pairs_seen: int) -> dict[str, float]:
+        """For a training log: `peak_gib` of this process, and `pairs_per_s` since the log before (none at the first).
+
+        `pairs_seen` counts the pairs of all processes since the run began.
+        """
+        before, self._logged = self._logged, (pairs_seen, self.clock.trained_s)
+        found = {"peak_gib": peak_gib()}
+        if before is not None and self.clock.trained_s > before[1]:
+            found["pairs_per_s"] = (pairs_seen - before[0]) / (self.clock.trained_s - before[1])
+        return found
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.clock.step(self.now())
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.clock.resume(self.now())
+
+    on_train_begin = on_log = on_evaluate = on_save = _resume
+
+
 class ProgressLine(TrainerCallback):
     """One status line: redrawn in place on a terminal, else a plain line a logged event; nothing if `quiet`.
 

@@ -64,7 +64,6 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     would give another result; UnhealthyRun where numbers stop being finite. Under a launcher all processes call it
     alike; rank 0 alone writes and speaks.
     """
-    launch.check_launch()
     say = _to_stderr if launch.is_main() and not quiet else _silent
     folder = inside(runs_dir, config.name)
     _check_folder(folder, resume)

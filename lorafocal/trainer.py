@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from lorafocal.arguments import FocalPOConfig
+from lorafocal.arguments import TRAINER_WORDS_OF_TRL, FocalPOConfig, refuse_unknown
 from lorafocal.assembly import (
     NumberedPairs,
     Rows,
@@ -43,16 +43,18 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
 from lorafocal.health import HealthCheck
+from lorafocal.interrupt import left_to_the_trainer
+from lorafocal.launch import main_process_first
 from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import add_frozen_copy, check_trainable
 from lorafocal.model.continued import lineage_on, stages_of
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import check_vocabulary, load_base, load_tokenizer
+from lorafocal.model.load import check_length, check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.save import save_adapter
 from lorafocal.objectives import PairLogps, mean_loss
 from lorafocal.policy import sequence_logps
-from lorafocal.progress import MetricsFile, ProgressLine
+from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
 from lorafocal.publish import check_name, published, recover, why_incomplete
 from lorafocal.reference import Reference, build_reference, check_identity, check_ref_model, check_same_reference
 from lorafocal.sampler import StepSampler
@@ -95,7 +97,9 @@ class FocalPOTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        **unknown: Any,
     ) -> None:
+        refuse_unknown("FocalPOTrainer", unknown, TRAINER_WORDS_OF_TRL)
         args = args or FocalPOConfig(output_dir="focalpo_output")
         check_ref_model(args.reference, ref_model)
         if isinstance(model, str):
@@ -119,6 +123,7 @@ class FocalPOTrainer(Trainer):
                 logger.warning("%s: %d pairs dropped: %s", name, count, reason)
         if processing_class is not None:
             check_vocabulary(policy, processing_class)
+        check_length(policy, max((pair.longest for part in self.data.values() for pair in part.pairs), default=0))
         super().__init__(
             model=policy,
             args=args,
@@ -133,7 +138,8 @@ class FocalPOTrainer(Trainer):
         output = Path(args.output_dir)
         self.health = HealthCheck(self.adapter, self._pairs("train_dataset") or [], output)
         files = (MetricsFile(output / "metrics.jsonl"), ForgetLaterEvaluations(output))
-        own = (self.health, SetEpoch(self), OwnIntervals(), *files)
+        self.speed = Speed()
+        own = (self.health, SetEpoch(self), OwnIntervals(), LossWithEvaluation(), self.speed, *files)
         for callback in (*own, *callbacks):
             self.add_callback(callback)
         if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
@@ -192,6 +198,7 @@ class FocalPOTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=left_to_the_trainer,
         )
 
     def num_examples(self, dataloader: DataLoader) -> int:
@@ -300,7 +307,7 @@ class FocalPOTrainer(Trainer):
             logs.pop(name, None)
         if "loss" in logs:
             logs |= self.metrics.means(self.args.device)
-            logs["pairs_seen"] = self.pairs_seen
+            logs |= {"pairs_seen": self.pairs_seen, **self.speed.measured(self.pairs_seen)}
             self.metrics.reset()
         super().log(logs, start_time)
 
@@ -312,9 +319,10 @@ class FocalPOTrainer(Trainer):
         Raises InputError where the checkpoint is torn or missing; a torn one is never loaded.
         """
         if resume_from_checkpoint is True:
-            if self.args.should_save:
-                recover(Path(self.args.output_dir))
-            latest = latest_complete(Path(self.args.output_dir))
+            with main_process_first():
+                if self.args.should_save:
+                    recover(Path(self.args.output_dir))
+                latest = latest_complete(Path(self.args.output_dir))
             for skipped in latest.skipped:
                 logger.warning(skipped)
             if latest.path is None:

@@ -36,7 +36,7 @@ FLOORS = {
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 
 # These answer before the heavy libraries are loaded: `lorafocal --help`, and a config's errors.
-LIGHT_FILES = "errors config schema yaml12 training_fields bounds cli __init__ __main__".split()
+LIGHT_FILES = "errors config schema yaml12 training_fields bounds launch cli __init__ __main__".split()
 HEAVY_LIBRARIES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "matplotlib", "pandas"}
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "joblib", "dill", "cloudpickle", "shelve"}

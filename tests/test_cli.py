@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lorafocal import cli
+from lorafocal.config import load_config
 from lorafocal.errors import InputError
 
 CONFIG = """
@@ -174,6 +175,8 @@ def test_score_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             "pairs.jsonl",
             "--base",
             "b",
+            "--reference",
+            "r",
             "--beta",
             "0.2",
             "--out",
@@ -182,14 +185,14 @@ def test_score_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         )
         == 0
     )
-    assert calls == [(("adapter", Path("pairs.jsonl")), {"base": "b", "beta": 0.2, "out": Path("x")})]
+    assert calls == [(("adapter", Path("pairs.jsonl")), {"base": "b", "reference": "r", "beta": 0.2, "out": Path("x")})]
     assert json.loads(capsys.readouterr().out) == {"pairs": 3, "name": "Zoë"}
 
 
 def test_score_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "evaluate.score", "score_file", Report())
     assert call(monkeypatch, "score", "org/model", "pairs.jsonl") == 0
-    assert calls == [(("org/model", Path("pairs.jsonl")), {"base": None, "beta": None, "out": None})]
+    assert calls == [(("org/model", Path("pairs.jsonl")), {"base": None, "reference": None, "beta": None, "out": None})]
     assert capsys.readouterr().out == "a table\n"
 
 
@@ -223,14 +226,57 @@ def test_merge_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().out.endswith("a table\nmerged model          merged\n")
 
 
+def test_check_reads_the_config_and_writes_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: Path
+) -> None:
+    checks = stand_in(monkeypatch, "report.check", "check_data", Report())
+    pages = stand_in(monkeypatch, "report.check_page", "write_check_page", None)
+    assert call(monkeypatch, "check", file, "objective.beta=0.2", "--html", "page.html", "--json") == 0
+    [((config,), _)] = checks
+    assert config.objective.beta == 0.2
+    assert [arguments[1] for arguments, _ in pages] == [Path("page.html")]
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"pairs": 3, "name": "Zoë"}
+    assert "warning: objective.gamma" in said.err
+
+
+def test_report_passes_its_runs_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = stand_in(monkeypatch, "report.write", "write_report", Report())
+    assert call(monkeypatch, "report", "runs/a", "runs/b", "--out", "both") == 0
+    assert calls == [(([Path("runs/a"), Path("runs/b")], Path("both")), {})]
+    assert capsys.readouterr().out == "a table\n"
+
+
+def test_from_trl_prints_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    theirs = tmp_path / "dpo.yaml"
+    theirs.write_text(
+        "model_name_or_path: org/model\ndataset_name: org/pairs\nuse_peft: true\nlora_r: 8\nbeta: 0.3\n"
+        "lora_target_modules: all-linear\noutput_dir: mine\n"
+    )
+    given = ["--data", "pairs.jsonl", "--objective", "dpo", "--processes", "2"]
+    assert call(monkeypatch, "from-trl", theirs, *given) == 0
+    ours = tmp_path / "ours.yaml"
+    ours.write_text(capsys.readouterr().out)
+    config = load_config(ours)
+    assert (config.objective.name, config.objective.beta, config.adapter.r) == ("dpo", 0.3, 8)
+    assert config.data.train[0].path == "pairs.jsonl"
+    assert config.training.pairs_per_step == 16  # 8 a process
+
+
 def test_the_real_functions_take_what_the_command_gives() -> None:
     """The stand-ins above accept anything, so the signatures are compared with the real ones."""
     import inspect
 
     from lorafocal.evaluate.score import score_file
     from lorafocal.release.merge import merge_adapter
+    from lorafocal.report.check import check_data
+    from lorafocal.report.check_page import write_check_page
+    from lorafocal.report.write import write_report
 
-    inspect.signature(score_file).bind("adapter", Path("p"), base=None, beta=None, out=None)
+    inspect.signature(check_data).bind("config")
+    inspect.signature(write_check_page).bind("report", Path("p"))
+    inspect.signature(write_report).bind([Path("a")], None)
+    inspect.signature(score_file).bind("adapter", Path("p"), base=None, reference=None, beta=None, out=None)
     inspect.signature(merge_adapter).bind(
         Path("a"), Path("o"), base=None, pairs=None, dtype="x", gate_dtype="y", max_drift=0.1
     )

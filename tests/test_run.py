@@ -72,8 +72,8 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(finished: RunSummary)
 def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, base_sha256: str) -> None:
     manifest = json.loads((finished.folder / "manifest.json").read_text())
     assert set(manifest) == {
-        "format", "config", "config_sha256", "base", "reference_model", "chat_template_sha256", "data", "seeds", "versions",
-        "threads", "processes", "hardware", "may_change_on_resume", "adapter",
+        "format", "config", "config_sha256", "base", "reference_model", "chat_template_sha256", "data", "seeds",
+        "versions", "threads", "processes", "hardware", "may_change_on_resume", "adapter",
     }  # fmt: skip
     assert manifest["base"]["name"] == "base"
     assert manifest["data"]["train"]["pairs"] == PAIRS
@@ -103,6 +103,14 @@ def test_metrics_are_one_line_a_logged_step_under_trls_names(finished: RunSummar
     assert [line["step"] for line in metric_lines(finished.folder, key="eval_loss")] == [3, 6, 9]
     learned = [line["rewards/margins"] for line in lines]
     assert learned[-1] > learned[1] > 0.0 == learned[0]
+
+
+@pytest.mark.row("63")
+def test_speed_and_memory_are_logged(finished: RunSummary) -> None:
+    lines = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    assert all(line["peak_gib"] > 0 for line in training)
+    assert all(line["pairs_per_s"] > 0 for line in training[1:])  # the first has nothing to be counted from
 
 
 @pytest.mark.row("2")

@@ -14,6 +14,7 @@ from lorafocal.data.toy import right_answer, toy_preferences
 from tests.saved_run import save_base
 
 PAIRS, HELD_OUT, PAIRS_PER_STEP, EPOCHS = 21, 5, 8, 3
+OF_THE_MACHINE = ("pairs_per_s", "peak_gib")
 STEPS = 9  # three an epoch: 8, 8 and 5 pairs
 
 
@@ -56,9 +57,10 @@ def run_config(root: Path, **changes: Any) -> Config:
 
 
 def metric_lines(run: Path, *, key: str = "loss") -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl` that hold `key`: "loss" training, "eval_loss" evaluation."""
+    """The lines of `metrics.jsonl` that hold `key`: "loss" training, "eval_loss" evaluation; without what the machine
+    does, which no two runs share."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if key in line]
+    return [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines if key in line]
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

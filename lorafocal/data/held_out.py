@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.sources import read_preferences
+from lorafocal.data.templates import is_conversation
 from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
 from lorafocal.errors import InputError
 
@@ -28,7 +30,7 @@ def write_held_out(path: Path, pairs: Iterable[TokenizedPair]) -> None:
 def read_held_out(path: Path) -> list[TokenizedPair]:
     """Read what `write_held_out` wrote. Raises InputError naming file and line."""
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -41,10 +43,10 @@ def read_held_out(path: Path) -> list[TokenizedPair]:
     return pairs
 
 
-def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[TokenizedPair]:
+def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, **tokenization: Any) -> list[TokenizedPair]:
     """Pairs of either form: token ids as `write_held_out` leaves them, or preference rows to be tokenised.
 
-    Rows are tokenised as in training and those over `max_length` tokens are left out, as there. Raises
+    Rows are tokenised by `tokenization`, the settings that training gave to `tokenize_preferences`. Raises
     InputError for a file that is missing, malformed, leaves no pair, or has ids outside the vocabulary.
     """
     if not path.is_file():
@@ -52,7 +54,10 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     if _holds_token_ids(path):
         pairs = read_held_out(path)
     else:
-        pairs = tokenize_preferences(read_preferences(path).pairs, tokenizer, max_length=max_length).pairs
+        preferences = read_preferences(path).pairs
+        if not any(map(is_conversation, preferences)):
+            tokenization.pop("chat_template_kwargs", None)  # plain rows beside a run of conversations
+        pairs = tokenize_preferences(preferences, tokenizer, **tokenization).pairs
     vocabulary = len(tokenizer)
     for pair in pairs:
         highest = max(max(getattr(pair, side)) for side in _SIDES)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lorafocal.bounds import check_beta
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
-from lorafocal.model.load import load_base, load_tokenizer
-from lorafocal.model.saved import CONFIG_FILE, open_adapter, read_adapter, read_config, stored_dtype
+from lorafocal.model.head import causal_lm
+from lorafocal.model.load import check_length, load_base, load_tokenizer
+from lorafocal.model.saved import (
+    CONFIG_FILE,
+    MAX_LENGTH,
+    SavedAdapter,
+    open_adapter,
+    read_adapter,
+    read_config,
+    stored_dtype,
+)
 from lorafocal.objectives.pairwise import PairLogps, rewards
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
@@ -25,7 +35,6 @@ from lorafocal.publish import write_atomically
 from lorafocal.reference import DisabledAdapterReference
 
 PACKS = PairCollator()
-MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
 
 
 class Reference(Protocol):
@@ -176,15 +185,17 @@ def score_file(
     pairs: Path,
     *,
     base: str | None = None,
+    reference: str | None = None,
     beta: float | None = None,
     out: Path | None = None,
 ) -> ScoreReport:
     """Score a file of pairs with an adapter folder, or with a model (folder or hub id).
 
-    An adapter's reference is its base with the adapter off; `base` says where that base is, as in a merge. A
-    model has a reference, and so rewards, only where `base` names one; both compute in the dtype it is stored
-    in. `beta` defaults to the run's, and without one there are no rewards. `pairs` holds preference rows or
-    the token ids of a run's `held_out.jsonl`. `out` receives one JSON object a pair.
+    `reference`, an adapter folder or a model, is what rewards are relative to. Without it an adapter that was trained
+    against its base is compared with that, the adapter off; anything else has no rewards. `base` says where an
+    adapter's base is, as in a merge. All compute in the dtype they were trained or stored in. `beta` defaults to the
+    run's, and without one there are no rewards. `pairs` holds preference rows or the token ids of a run's
+    `held_out.jsonl`. `out` receives one JSON object a pair.
 
     Raises InputError for anything missing or unfit, before any weights are loaded where that can be known.
     """
@@ -192,36 +203,60 @@ def score_file(
         check_beta(beta)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
-    score = _score_adapter if (Path(target) / CONFIG_FILE).is_file() else _score_model
-    beta, scores = score(str(target), pairs, base, beta)
-    report = ScoreReport(target=Path(target).name, beta=beta, scores=scores)
+    subject = _subject(str(target), base)
+    compared = None if reference is None else _subject(reference, base if _is_adapter(reference) else None)
+    tokenized = load_pairs(pairs, subject.tokenizer, **subject.tokenization)
+    policy, own = subject.logps(tokenized)
+    against = own if compared is None else compared.logps(tokenized)[0]
+    beta = subject.beta if beta is None else beta
+    report = ScoreReport(Path(target).name, beta, pair_scores(tokenized, policy, against, beta))
     if out is not None:
         report.write(out)
     return report
 
 
-def _score_adapter(
-    target: str, path: Path, base: str | None, beta: float | None
-) -> tuple[float | None, list[PairScore]]:
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What is scored, found but not loaded: an adapter on its base, or a model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokenization: Mapping[str, Any]
+    beta: float | None
+    logps: Callable[[Sequence[TokenizedPair]], tuple[PairLogps, PairLogps | None]]  # its own, and its own reference's
+
+
+def _is_adapter(target: str) -> bool:
+    return (Path(target) / CONFIG_FILE).is_file()
+
+
+def _subject(target: str, base: str | None) -> _Subject:
+    if not _is_adapter(target):
+        if base is not None:
+            raise InputError(f"{target} is a model and has no base; name what it is compared with by --reference")
+        logps = partial(_model_logps, target, dtype=stored_dtype(read_config(target)))
+        return _Subject(load_tokenizer(target), {"max_length": MAX_LENGTH}, None, logps)
     saved = read_adapter(Path(target), base=base)
     tokenizer = load_tokenizer(saved.base, saved.revision)
-    pairs = load_pairs(path, tokenizer, max_length=saved.max_length or MAX_LENGTH)
-    policy = open_adapter(saved, dtype=saved.dtype)
-    collator = PairCollator(choose_layout(policy, "auto").layout)
-    beta = saved.beta if beta is None else beta
-    return beta, score_pairs(policy, DisabledAdapterReference(policy), pairs, beta=beta, collator=collator)
+    return _Subject(tokenizer, saved.tokenization, saved.beta, partial(_adapter_logps, saved))
 
 
-def _score_model(target: str, path: Path, base: str | None, beta: float | None) -> tuple[float | None, list[PairScore]]:
-    dtype = stored_dtype(read_config(target))
-    pairs = load_pairs(path, load_tokenizer(target), max_length=MAX_LENGTH)
-    policy = _model_logps(target, pairs, dtype)
-    reference = None if base is None else _model_logps(base, pairs, dtype)
-    return beta, pair_scores(pairs, policy, reference, beta)
+def _adapter_logps(saved: SavedAdapter, pairs: Sequence[TokenizedPair]) -> tuple[PairLogps, PairLogps | None]:
+    model = open_adapter(saved, dtype=saved.dtype)
+    run = _scorer(model, pairs)
+    trained_against_base = saved.lineage is None or saved.lineage.reference == "disabled_adapter"
+    reference = run(DisabledAdapterReference(model).logps) if trained_against_base else None
+    return run(partial(sequence_logps, model)), reference
 
 
-def _model_logps(name: str, pairs: Sequence[TokenizedPair], dtype: str) -> PairLogps:
-    model = load_base(name, dtype=dtype)
+def _model_logps(name: str, pairs: Sequence[TokenizedPair], *, dtype: str) -> tuple[PairLogps, None]:
+    model = load_base(name, dtype=dtype).eval()
+    return _scorer(model, pairs)(partial(sequence_logps, model)), None
+
+
+def _scorer(
+    model: torch.nn.Module, pairs: Sequence[TokenizedPair]
+) -> Callable[[Callable[[Pack], PairLogps]], PairLogps]:
+    """`pair_logps` of these pairs on this model's device and in a layout it can compute."""
+    check_length(causal_lm(model), max(pair.longest for pair in pairs))
     collator = PairCollator(choose_layout(model, "auto").layout)
-    model.eval()
-    return pair_logps(partial(sequence_logps, model), pairs, device=model.device, collator=collator)
+    return partial(pair_logps, pairs=pairs, device=next(model.parameters()).device, collator=collator)

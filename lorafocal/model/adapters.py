@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lorafocal.bounds import check_dropout
 from lorafocal.errors import InputError
@@ -34,24 +35,26 @@ _REMEDIES = {
 }
 
 
+LINEAR = (nn.Linear, Conv1D)  # GPT-2 writes its linear layers as Conv1D, their weights transposed
+
+
 def linear_names(model: nn.Module) -> list[str]:
-    """Every linear layer of the model but its output head, by full name."""
+    """Every linear layer of the text part but its output head, by full name: an image encoder takes no adapter."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    text = set(model.get_decoder().modules())  # type: ignore[operator]
+    return [name for name, m in model.named_modules() if isinstance(m, LINEAR) and m is not head and m in text]
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Layer-name endings (`q_proj`, `mlp.down_proj`) or "all-linear" to the endings in use, sorted.
 
-    Never the output head or embeddings. Raises InputError for an ending that names no linear layer, with the
-    nearest that do.
+    Full names where an ending is also that of a layer outside the text part. Never the output head or embeddings.
+    Raises InputError for an ending that names no linear layer, with the nearest that do.
     """
     names = linear_names(model)
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    if targets == ALL_LINEAR:
-        return endings
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    unknown = [t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in names)]
+    wanted = endings if targets == ALL_LINEAR else [targets] if isinstance(targets, str) else list(targets)
+    unknown = [target for target in wanted if not _named_by(target, names)]
     if unknown or not wanted:
         hints = [
             f"{t!r} (nearest: {', '.join(difflib.get_close_matches(t, endings, 3, 0) or endings)})" for t in unknown
@@ -60,7 +63,15 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]
             f"adapter.targets: no linear layer is named {', '.join(hints) or 'by an empty list'};"
             f" this model has {', '.join(endings)} (its output head and embeddings take no adapter)"
         )
+    outside = [name for name, _ in model.named_modules() if name not in names]
+    if any(_named_by(target, outside) for target in wanted):
+        return sorted({name for target in wanted for name in _named_by(target, names)})
     return sorted(set(wanted))
+
+
+def _named_by(target: str, names: Sequence[str]) -> list[str]:
+    """The layers that PEFT would take for this target."""
+    return [name for name in names if name == target or name.endswith(f".{target}")]
 
 
 def check_lora_config(config: LoraConfig, *, allow_dropout: bool = False) -> None:
@@ -100,6 +111,7 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     targets = config.target_modules
     config.target_modules = set(resolve_targets(model, ALL_LINEAR if targets is None else targets))
     config.task_type = "CAUSAL_LM"
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     return widen_adapters(wrap(model, config))
 
 

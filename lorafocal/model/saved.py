@@ -19,12 +19,13 @@ from transformers.utils import cached_file
 
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
-from lorafocal.model.adapters import widen_adapters, wrap
+from lorafocal.model.adapters import LINEAR, widen_adapters, wrap
 from lorafocal.model.load import base_fingerprint, check_place, load_base
 from lorafocal.yaml12 import parse_yaml
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
 
 # What plain LoRA and rsLoRA need. Any other field away from its default is a variant whose merge is another
 # formula (DoRA, QALoRA, activated LoRA, ...): a variant of a later PEFT is refused without being listed.
@@ -42,7 +43,8 @@ _PLAIN_REMEDY = "Use the adapter as it is, with PEFT; only plain LoRA can be mer
 class SavedAdapter:
     """An adapter folder whose description was read and found usable; no weights are loaded yet.
 
-    `base`, `revision` and `dtype` say what training saw; `max_length` and `beta` are the run's, where known.
+    `base`, `revision` and `dtype` say what training saw; `tokenization` (settings of `tokenize_preferences`) and
+    `beta` are the run's, where known.
     """
 
     folder: Path
@@ -51,7 +53,7 @@ class SavedAdapter:
     revision: str | None
     dtype: str
     lineage: Lineage | None
-    max_length: int | None
+    tokenization: Mapping[str, Any]
     beta: float | None
     notes: tuple[str, ...]
 
@@ -77,10 +79,15 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
         revision=revision,
         dtype=run.get("model", {}).get("dtype") or stored_dtype(base_config),
         lineage=lineage,
-        max_length=run.get("data", {}).get("max_length"),
+        tokenization={"max_length": MAX_LENGTH} | _tokenization(run.get("data", {})),
         beta=None if lineage is None or lineage.objective is None else lineage.objective.get("beta"),
         notes=_check_base(folder, name, revision, base_config, lineage),
     )
+
+
+def _tokenization(data: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("max_length", "truncation", "max_prompt_length", "chat_template_kwargs")
+    return {key: data[key] for key in keys if data.get(key)}
 
 
 def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
@@ -267,7 +274,7 @@ def _check_places(folder: Path, policy: PeftModel) -> None:
     model = policy.get_base_model()
     outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     for name, layer in lora_layers(policy).items():
-        if id(layer) in outer or not isinstance(layer.get_base_layer(), torch.nn.Linear):
+        if id(layer) in outer or not isinstance(layer.get_base_layer(), LINEAR):
             raise InputError(
                 f"{folder}: the adapter changes {name}, which is not an inner linear layer. {_PLAIN_REMEDY}"
             )

@@ -23,7 +23,7 @@ from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
-from lorafocal.evaluate.score import MAX_LENGTH, pair_logps
+from lorafocal.evaluate.score import pair_logps
 from lorafocal.lineage import LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage
 from lorafocal.model.load import base_fingerprint, load_base, load_tokenizer
 from lorafocal.model.saved import (
@@ -130,7 +130,7 @@ def merge_adapter(
     with _enough_memory(), published(out, record=False) as folder:
         saved = read_adapter(adapter, base=base)
         tokenizer = load_tokenizer(saved.base, saved.revision)
-        held_out = load_pairs(_pairs_file(adapter, pairs), tokenizer, max_length=saved.max_length or MAX_LENGTH)
+        held_out = load_pairs(_pairs_file(adapter, pairs), tokenizer, **saved.tokenization)
         live, reference, layout = _live_logps(saved, held_out, gate_dtype)
         survival, tied = _write_model(saved, tokenizer, folder, dtype)
         merged, served = _reloaded_logps(folder, held_out, dtype, gate_dtype, tied, layout)

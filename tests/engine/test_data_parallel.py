@@ -24,7 +24,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 IN_FLOAT64 = 1e-9  # relative
 IN_FLOAT32 = 1e-6
 PER_EPOCH = STEPS // EPOCHS
-TIMED = {"eval_runtime", "eval_samples_per_second"}
+TIMED = {"eval_runtime", "eval_samples_per_second", "pairs_per_s", "peak_gib"}
 # Shares of pairs: an equal number of pairs on both sides, or they differ by more than rounding.
 COUNTS = {"rewards/accuracies", "rewards/ties", "focal/turned_share", "pairs_seen", "epoch", "step"}
 

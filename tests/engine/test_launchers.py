@@ -27,7 +27,7 @@ EPOCHS, STEPS = 6, 18
 DOCS = launches.REPOSITORY / "docs/several-processes.md"
 TORCHRUN, ACCELERATE, RESUME = re.findall(r"```bash\n(.+)\n```", DOCS.read_text(encoding="utf-8"))
 COUNTS = {"rewards/accuracies", "rewards/ties", "focal/turned_share", "pairs_seen", "epoch", "step"}
-TIMED = ("_runtime", "_per_second")
+TIMED = ("_runtime", "_per_second", "pairs_per_s", "peak_gib")
 
 Ended = tuple[int, str]
 
@@ -36,7 +36,7 @@ Ended = tuple[int, str]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `run.yaml` and what it names; held-out pairs are evaluated every epoch by default."""
     folder = write_inputs(tmp_path_factory.mktemp("launched"))
-    config = run_config(folder, training__num_train_epochs=EPOCHS)
+    config = run_config(folder, training__num_train_epochs=EPOCHS, training__dataloader_num_workers=1)
     (folder / "run.yaml").write_text(resolved_yaml(config))
     return folder
 
@@ -100,7 +100,7 @@ def test_the_metrics_are_those_of_one_process_line_by_line(together: Path, alone
     ours, theirs = (_lines(folder) for folder in (together, alone))
     assert len(ours) == len(theirs)
     for line, expected in zip(ours, theirs, strict=True):
-        assert line.keys() == expected.keys()
+        assert line.keys() - {"pairs_per_s"} == expected.keys() - {"pairs_per_s"}  # none in the first line of a process
         for key, value in expected.items():
             if key.removeprefix("eval_") in COUNTS:
                 assert line[key] == value, key

@@ -1,0 +1,56 @@
+"""What the schema refuses although every key alone would be right, and what its sections fill in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorafocal.config import check_config, training_arguments
+from tests.test_config import VALUES, mistakes
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "told"),
+    [
+        ("data", {"train": "a.jsonl", "eval": "b.jsonl", "held_out": 9}, "data.held_out: data.eval names held-out"),
+        ("data", {"train": "a.jsonl", "held_out": 1.5}, "data.held_out: found 1.5; allowed: a number of pairs"),
+        ("data", {"train": [], "eval": "b.jsonl"}, "data.train: found an empty list"),
+        ("data", {"train": [{"path": "a", "wieght": 2}]}, "data.train.0.wieght: unknown key; did you mean data.train"),
+        ("data", {"train": "a.jsonl", "truncation": "recipe"}, "data.max_prompt_length: missing"),
+        ("data", {"train": "a.jsonl", "max_prompt_length": 9}, "data.max_prompt_length: only truncation: recipe"),
+        ("adapter", {"start_from": "runs/sft/adapter", "r": 8}, "adapter.start_from: the adapter brings its own r"),
+        ("adapter", {"alpha": 8}, "adapter.r: missing"),
+        ("objective", {"name": "sft", "beta": 0.1}, "objective.beta: sft has none"),
+        ("objective", {"name": "dpo"}, "objective.beta: missing"),
+        ("reference", {"kind": "separate_model"}, "reference.model: missing"),
+        ("reference", {"kind": "frozen_copy", "model": "m"}, "reference.model: only kind: separate_model"),
+        ("reference", None, "reference: missing"),
+    ],
+)
+def test_what_does_not_fit_together_is_told_at_its_key(section: str, value: Any, told: str) -> None:
+    assert told in mistakes({**VALUES, section: value})
+
+
+def test_a_continued_adapter_does_not_start_at_the_base() -> None:
+    values = {**VALUES, "adapter": {"start_from": "runs/sft/adapter"}}
+    assert "reference.kind: disabled_adapter is the base without the adapter" in mistakes(values)
+    for reference in ({"kind": "frozen_copy"}, {"kind": "disabled_adapter", "identity_probe": False}):
+        assert check_config({**values, "reference": reference}).adapter.start_from == "runs/sft/adapter"
+
+
+def test_supervised_tuning_needs_no_reference_and_takes_none() -> None:
+    values = {**VALUES, "objective": {"name": "sft"}}
+    assert "reference: sft compares with no reference" in mistakes(values)
+    del values["reference"]
+    assert "reference" not in training_arguments(check_config(values))
+
+
+def test_sources_take_the_keys_of_their_section_unless_they_have_their_own() -> None:
+    data = {"train": ["a.jsonl", {"path": "b.csv", "form": "explicit"}], "eval": "c.jsonl", "form": "sharegpt"}
+    config = check_config({**VALUES, "data": data})
+    assert [source.form for source in config.data.sources("train")] == ["sharegpt", "explicit"]
+    assert [(source.path, source.form) for source in config.data.sources("eval")] == [("c.jsonl", "sharegpt")]
+    assert (
+        check_config({**VALUES, "data": {"train": "a.jsonl", "eval": "a.jsonl"}}).data.sources("train")[0].form is None
+    )
