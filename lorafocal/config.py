@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{file}: found {type(values).__name__}; a config is a mapping of {_names(Config)}")
     for override in overrides:
         _apply(values, override)
-    return check_config(values, source=str(file))
+    return check_config(values, source=f"{file} with {' '.join(overrides)}" if overrides else str(file))
 
 
 def check_config(values: Mapping[str, Any], source: str = "config") -> Config:

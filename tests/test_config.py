@@ -404,3 +404,8 @@ def test_a_config_cannot_be_changed(file: Path) -> None:
     config = load_config(file)
     with pytest.raises(ValueError, match="frozen"):
         config.name = "other"  # type: ignore[misc]
+
+
+def test_a_mistake_in_an_override_is_told_with_the_override(file: Path) -> None:
+    with pytest.raises(InputError, match=r"run\.yaml with adapter\.r=x: 1 mistake\n  adapter\.r: found 'x'"):
+        load_config(file, ["adapter.r=x"])

@@ -79,8 +79,8 @@ class Part:
 
     def __str__(self) -> str:
         """For the notes of a run: what was read, what is used, what was left out and why."""
-        read = "; ".join(f"{source.name} ({source.form}, {source.pairs} pairs)" for source in self.sources)
-        lines = [f"{len(self.tokens.pairs)} pairs from {read}", *(f"  left out: {drop}" for drop in self.drops)]
+        read = "; ".join(f"{source.name} ({source.form}, {source.pairs} read)" for source in self.sources)
+        lines = [f"{len(self.tokens.pairs)} pairs, from {read}", *(f"  left out: {drop}" for drop in self.drops)]
         return "\n".join(lines)
 
 

@@ -110,7 +110,7 @@ def test_what_is_left_out_says_where_and_why(tmp_path: Path, rows: list[dict[str
     bad = [{"prompt": "x"}, *rows[:2], {"prompt": "y"}, rows[0]]
     part = prepared(train=write(tmp_path / "a.jsonl", bad))["train"]
     assert [(drop.reason, drop.count) for drop in part.drops] == [("missing_key", 2), ("duplicate", 1)]
-    assert str(part).splitlines()[0] == "2 pairs from a.jsonl (explicit, 3 pairs)"
+    assert str(part).splitlines()[0] == "2 pairs, from a.jsonl (explicit, 3 read)"
     assert "a.jsonl, row 1" in str(part)
 
 

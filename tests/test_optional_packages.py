@@ -1,0 +1,39 @@
+"""Nothing but the core libraries is needed to train: TRL, unsloth and the like may be missing, old or broken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OPTIONAL = (
+    "trl unsloth bitsandbytes liger_kernel flash_attn flash_attn_interface kernels deepspeed xformers wandb tensorboard"
+    " trackio mlflow sentencepiece torchvision"
+).split()
+
+SCRIPT = """
+import importlib, pkgutil, sys
+for name in sys.argv[2].split(","):
+    sys.modules[name] = None  # an import of it fails, and it counts as not installed
+import lorafocal
+for module in pkgutil.walk_packages(lorafocal.__path__, "lorafocal."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from pathlib import Path
+from tests.tiny import pairs, trainer
+made = trainer(Path(sys.argv[1]), pairs(9), pairs(3), max_steps=2)
+made.train()
+made.save_model()
+print("trained", made.state.global_step)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.row("61")
+def test_every_module_loads_and_a_run_works_without_any_optional_package(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), ",".join(OPTIONAL)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert "trained 2" in done.stdout, done.stderr[-2000:]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
