@@ -19,7 +19,7 @@ for name in sys.argv[2].split(","):
     sys.modules[name] = None  # an import of it fails, and it counts as not installed
 import lorafocal
 for module in pkgutil.walk_packages(lorafocal.__path__, "lorafocal."):
-    if not module.name.endswith("__main__"):
+    if module.name not in ("lorafocal.__main__", "lorafocal.compat.trl_yaml"):  # the latter reads TRL's own defaults
         importlib.import_module(module.name)
 from pathlib import Path
 from tests.tiny import pairs, trainer
