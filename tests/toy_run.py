@@ -59,8 +59,13 @@ def run_config(root: Path, **changes: Any) -> Config:
 def metric_lines(run: Path, *, key: str = "loss") -> list[dict[str, float]]:
     """The lines of `metrics.jsonl` that hold `key`: "loss" training, "eval_loss" evaluation; without what the machine
     does, which no two runs share."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines if key in line]
+    lines = [line for line in all_lines(run) if key in line]
+    return [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines]
+
+
+def all_lines(run: Path) -> list[dict[str, float]]:
+    """`metrics.jsonl` as it is."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,16 @@ def test_a_run_learns_the_chosen_answers_without_any_reference(tmp_path, monkeyp
     run = trainer(tmp_path, pairs(16), pairs(5, seed=3), **settings)
     run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]
-    assert set(logs[0]) == {"loss", "logps/chosen", "grad_norm", "learning_rate", "epoch", "step", "pairs_seen"}
+    assert set(logs[0]) == {
+        "loss",
+        "logps/chosen",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "step",
+        "pairs_seen",
+        "peak_gib",
+    }
     assert logs[-1]["loss"] < logs[0]["loss"]
     evaluated = next(entry for entry in run.state.log_history if "eval_loss" in entry)
     assert {key for key in evaluated if key.startswith("eval_")} - {"eval_runtime", "eval_samples_per_second"} == {

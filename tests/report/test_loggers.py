@@ -14,7 +14,7 @@ from transformers.integrations import integration_utils
 
 from lorafocal import training_fields
 from lorafocal.run import train
-from tests.toy_run import metric_lines, run_config, write_inputs
+from tests.toy_run import all_lines, run_config, write_inputs
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 OF_THE_LOGGER = {"train/global_step"}  # the axis of W&B and trackio
@@ -70,7 +70,7 @@ def test_a_logger_is_told_every_key_and_value_of_the_metrics_file(
 ) -> None:
     folder, written = told
     expected: dict[int, dict[str, float]] = {}
-    for line in metric_lines(folder, key="step"):
+    for line in all_lines(folder):
         kept = {key: value for key, value in line.items() if name == "tensorboard" or key not in ONLY_IN_SUMMARY}
         expected.setdefault(int(line["step"]), {}).update(as_named_by_loggers(kept))
     received = {
