@@ -135,7 +135,7 @@ GUARDS: list[Guard] = [
     Guard("46", "lorafocal.model.load:check_vocabulary", lambda _: lambda *a: None, "tests/model/test_load.py::test_a_tokenizer_larger_than_the_vocabulary_is_refused"),
     Guard("21", "lorafocal.model.head:install_head", lambda _: careless.any_head, "tests/model/test_head.py::test_a_head_that_is_not_a_plain_linear_layer_is_refused"),
     # rows
-    Guard("29", "lorafocal.data.forms:OTHER_NAMES_OF_A_PROMPT", lambda _: (), "tests/data/test_forms.py::test_what_a_form_cannot_say_is_refused_by_name"),
+    Guard("29", "lorafocal.data.forms:other_prompts", lambda _: lambda values: [], "tests/data/test_forms.py::test_what_a_form_cannot_say_is_refused_by_name"),
     Guard("29", "lorafocal.data.forms:refuse_columns", lambda _: lambda row: None, "tests/data/test_forms.py::test_what_a_form_cannot_say_is_refused_by_name"),
     Guard("30", "lorafocal.data.hygiene:drop_equal_answers", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
     Guard("30", "lorafocal.data.hygiene:drop_duplicates", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),

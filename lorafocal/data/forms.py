@@ -8,6 +8,7 @@ A form is a function under `@form(name, *keys)`: the keys that make a row of thi
         return row.text("instruction"), row.text("chosen"), row.text("rejected")
 
 A row belongs to the form with the most keys of which all are there; among equals to the first whose `looks` agrees.
+A null is a column that is known and empty: no form's key, but no leave to look for a prompt elsewhere either.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Side = str | Messages
 Sides = tuple[Side, Side, Side]  # prompt, chosen, rejected
 Conversations = tuple[Messages, Messages, Messages]
 
-# Columns that hold a prompt under another name: where one is there, what two answers begin with is not the prompt.
+# Columns that hold a prompt under another name.
 OTHER_NAMES_OF_A_PROMPT = ("instruction", "question", "query", "input", "context", "messages", "conversation", "turns")
 
 
@@ -37,6 +38,10 @@ class Row:
 
     values: Mapping[str, Any]
     place: Place
+
+    def has(self, form: Form) -> bool:
+        """Whether every key of a form is there."""
+        return all(self.values.get(key) is not None for key in form.keys)
 
     def text(self, key: str) -> str:
         """A string that is not empty."""
@@ -114,9 +119,9 @@ def form_named(name: str) -> Form:
 def recognise(row: Row) -> Form:
     """The form of a row."""
     forms = by_size()
-    found = next((form for form in forms if row.values.keys() >= {*form.keys} and form.looks(row.values)), None)
+    found = next((form for form in forms if row.has(form) and form.looks(row.values)), None)
     if found is None:
-        raise missing_key(row, min(forms, key=lambda form: len({*form.keys} - row.values.keys())))
+        raise missing_key(row, min(forms, key=lambda form: len([*missing_keys(row, form)])))
     return found
 
 
@@ -127,7 +132,7 @@ def by_size() -> list[Form]:
 
 def read_sides(row: Row, form: Form) -> Sides:
     """Prompt, chosen and rejected of a row in a given form."""
-    if not row.values.keys() >= {*form.keys}:
+    if not row.has(form):
         raise missing_key(row, form)
     return form.read(row)
 
@@ -137,15 +142,22 @@ def some_names(names: Iterable[object]) -> str:
     return ", ".join(name[:40] for name in sorted(map(str, names))[:20])
 
 
+def missing_keys(row: Row, form: Form) -> Iterable[str]:
+    return (key for key in form.keys if row.values.get(key) is None)
+
+
 def missing_key(row: Row, form: Form) -> RowFault:
     """Which key a row lacks to be of a form."""
-    found = f"the row has {some_names(row.values) or 'nothing'}"
-    missing = next((key for key in form.keys if key not in row.values), "prompt")
-    other = next((name for name in OTHER_NAMES_OF_A_PROMPT if name in row.values), None)
+    there = [key for key, value in row.values.items() if value is not None]
+    missing = next(iter(missing_keys(row, form)), "prompt")
+    other = next((name for name in other_prompts(row.values) if row.values[name]), None)
     hint = f"a row needs {', '.join(form.keys[:-1])} and {form.keys[-1]}" if form.keys else "give it a key"
     if missing == "prompt" and other:
         hint = f"if it is `{other}`, say so with columns: {{prompt: {other}}}"
-    return row.place.at(missing).fault("missing_key", f"missing ({found}); {hint}")
+        hint += "; if it is what both answers begin with, with form: implicit"
+    elif missing not in form.keys:
+        hint = "its column is empty here: give it a text or remove the row"
+    return row.place.at(missing).fault("missing_key", f"missing (the row has {some_names(there) or 'nothing'}); {hint}")
 
 
 # ---- the forms
@@ -217,9 +229,19 @@ def transcript(row: Row, key: str) -> Messages:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
+NO_PROMPTS = re.compile(r"\w*id|source|dataset|system|tools|.*(chosen|rejected|score|rating|model).*", re.IGNORECASE)
+
+
+def other_prompts(values: Mapping[str, Any]) -> list[str]:
+    """Columns that may well be the prompt, whatever they hold here; then those of any name that hold text."""
+    named = [name for name in ("prompt", *OTHER_NAMES_OF_A_PROMPT) if name in values]
+    texts = (key for key, value in values.items() if isinstance(key, str) and isinstance(value, str))
+    return [*dict.fromkeys([*named, *(key for key in texts if not NO_PROMPTS.fullmatch(key))])]
+
+
 def holds_its_prompt(values: Mapping[str, Any]) -> bool:
-    """Two conversations, or two strings beside no other text that could be the prompt."""
-    return isinstance(values["chosen"], list) or not values.keys() & {*OTHER_NAMES_OF_A_PROMPT}
+    """Two conversations, or two strings beside nothing that could be the prompt: any two answers may begin alike."""
+    return isinstance(values["chosen"], list) or not other_prompts(values)
 
 
 @form("implicit", "chosen", "rejected", looks=holds_its_prompt)

@@ -108,7 +108,8 @@ def collect(rows: Iterable[NumberedRow], source: str, reading: Reading) -> Prefe
     """All rows as preferences; refuses none at all and the same id twice."""
     rows = iter(rows)
     first = list(islice(rows, FIRST_ROWS))
-    check_columns([row for _, row in first if isinstance(row, Mapping)], source, reading)
+    columns = dict.fromkeys(key for _, row in first if isinstance(row, Mapping) for key in row if isinstance(key, str))
+    check_columns(columns, source, reading)
     pairs: list[Preference] = []
     bad_rows: list[BadRow] = []
     forms: Counter[str] = Counter()
@@ -116,7 +117,8 @@ def collect(rows: Iterable[NumberedRow], source: str, reading: Reading) -> Prefe
     for number, values in chain(first, rows):
         place = Place(source, number)
         try:
-            preference, form = read_row(values, place, reading)
+            row = {**columns, **values} if isinstance(values, Mapping) else values  # a line may leave out its nulls
+            preference, form = read_row(row, place, reading)
             earlier = row_of_id.setdefault(preference.id, number)
             if earlier != number:
                 message = f"{preference.id!r} is already the id of row {earlier}; ids must differ, or leave them out"
@@ -131,13 +133,13 @@ def collect(rows: Iterable[NumberedRow], source: str, reading: Reading) -> Prefe
     return Preferences(pairs, bad_rows, ", ".join(name for name, _ in forms.most_common()))
 
 
-def check_columns(rows: list[Mapping[str, Any]], source: str, reading: Reading) -> None:
+def check_columns(found: Mapping[str, None], source: str, reading: Reading) -> None:
     """The columns that were named are there, and some column is one of a form."""
-    found = dict.fromkeys(key for row in rows for key in row if isinstance(key, str))
     for ours, theirs in reading.columns.items():
-        if rows and theirs not in found:
+        if found and theirs not in found:
             raise InputError(
-                f"{source}: columns: {{{ours}: {theirs}}} names a column that no row has; {nearest(theirs, found)}"
+                f"{source}: columns: {{{ours}: {theirs}}} names a column that none of the first {FIRST_ROWS} rows has; "
+                f"{nearest(theirs, found)}"
             )
     known = {key for form in FORMS.values() for key in form.keys} | {*reading.columns.values()}
     if found and not found.keys() & known:
@@ -166,7 +168,7 @@ def read_row(values: Any, place: Place, reading: Reading) -> tuple[Preference, s
             f"a row is an object with keys such as prompt, chosen and rejected, not {kind(values)}; write it as one"
         )
         raise place.fault("no_object", message)
-    row = Row({key: value for key, value in renamed(values, reading.columns).items() if value is not None}, place)
+    row = Row(renamed(values, reading.columns), place)
     refuse_columns(row)
     form = reading.form or recognise(row)
     prompt, chosen, rejected = with_system(read_sides(row, form), row)
@@ -184,7 +186,7 @@ def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[st
 
 def read_scores(row: Row) -> tuple[float | None, float | None]:
     """A judge's scores under the first pair of names of which one is there."""
-    keys = next((keys for keys in SCORES if not row.values.keys().isdisjoint(keys)), SCORES[0])
+    keys = next((keys for keys in SCORES if any(row.values.get(key) is not None for key in keys)), SCORES[0])
     chosen, rejected = (read_score(row.values.get(key), row.place.at(key)) for key in keys)
     return chosen, rejected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +130,22 @@ def test_scores_are_kept_under_any_of_their_names(keys: tuple[str, str]) -> None
         assert (pair.score_chosen, pair.score_rejected) == (2.0, 0.5)
 
 
+def test_an_answers_beginning_is_no_prompt_where_other_rows_have_one() -> None:
+    rows = [PAIR | {"prompt": "Pet?"}, PAIR, *ROWS["hh"]]
+    read = preferences_from_rows(rows, "rows", on_bad_row="drop")
+    assert [pair.place for pair in read.pairs] == ["rows, row 1", "rows, row 3"]
+    assert [(bad_row.place, bad_row.reason) for bad_row in read.bad_rows] == [
+        ("rows, row 2, key `prompt`", "missing_key")
+    ]
+
+
+def test_columns_that_say_where_a_pair_is_from_are_no_prompt() -> None:
+    known = {"id": "a", "prompt_id": "b", "source": "c d", "chosen_model": "e f", "score_chosen": "1", "note": None}
+    pair, found = read_one(PAIR | known)
+    assert (pair.prompt, found) == ("The", "implicit")
+    assert read_one(PAIR | {"Task": "Pet?"}, form="implicit") == (replace(pair, id="rows:1", score_chosen=None), found)
+
+
 def test_mixed_forms_are_recognised_row_by_row() -> None:
     read = preferences_from_rows([*ROWS["hh"], *ROWS["sharegpt"]], "rows")
     assert read.form == "sharegpt, hh"
@@ -161,6 +178,9 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
 REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
     # what two answers begin with is not the prompt where another column is
     "other prompt": (PAIR | {"question": "Pet?"}, "missing_key", "key `prompt`", "columns: {prompt: question}"),
+    "any other text": (PAIR | {"Task": "Pet?"}, "missing_key", "key `prompt`", "columns: {prompt: Task}"),
+    "null prompt": (PAIR | {"prompt": None}, "missing_key", "key `prompt`", "give it a text"),
+    "null question": (PAIR | {"question": None}, "missing_key", "key `prompt`", "give it a text"),
     "no prompt": ({"chosen": "A cat", "rejected": "The dog"}, "no_shared_prompt", "key `prompt`", "add a `prompt`"),
     "equal strings": ({"chosen": "A", "rejected": "A"}, "identical_completions", "rows, row 1:", "remove the row"),
     "string and list": (LIST_PAIR | {"chosen": "4"}, "mixed_types", "rows, row 1:", "in the same form"),
@@ -262,7 +282,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_form_cannot_say_is_refused_by_name(what: str) -> None:
     row, reason, where, says = REFUSED[what]
-    good = ROWS["explicit"][0]
+    good = ROWS["hh"][0]
     read = preferences_from_rows([row, good], "rows", on_bad_row="drop")
     [bad_row] = read.bad_rows
     assert bad_row.reason == reason

@@ -70,8 +70,8 @@ def message(**changes: Any) -> dict[str, Any]:
 
 WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
     # what: (row, where, what the message says)
-    "implicit prompt": (without("prompt"), "key `prompt`", "add a `prompt` column"),
-    "null prompt": (PLAIN | {"prompt": None}, "key `prompt`", "add a `prompt` column"),
+    "no prompt": (without("prompt"), "key `prompt`", "give it a text"),
+    "null prompt": (PLAIN | {"prompt": None}, "key `prompt`", "give it a text"),
     "no chosen": (without("chosen"), "key `chosen`", "missing (the row has prompt, rejected)"),
     "no rejected": (without("rejected"), "key `rejected`", "a row needs prompt, chosen and rejected"),
     "empty row": ({}, "key `chosen`", "the row has nothing"),
