@@ -179,7 +179,8 @@ def ultrafeedback(row: Row) -> Sides:
     if not repeated:
         raise row.place.at("prompt").fault(
             "prompt_mismatch",
-            "not what chosen and rejected begin with, so one of the two is wrong; correct it, or leave prompt out",
+            "not what chosen and rejected begin with, so one of the two is wrong; correct it, or leave prompt out by "
+            "form: implicit",
         )
     return prompt, chosen, rejected
 
@@ -190,6 +191,14 @@ def explicit(row: Row) -> Sides:
     if row.kinds("prompt", "chosen", "rejected") == {"a string"}:
         return row.text("prompt"), row.text("chosen"), row.text("rejected")
     return row.prompt("prompt"), row.answer("chosen"), row.answer("rejected")
+
+
+@form("single_turn", "prompt", "chosen", "rejected", looks=lambda values: False)
+def single_turn(row: Row) -> Sides:
+    """Three strings as one question and two answers. Only where it is stated: they may be meant as plain text."""
+    asked, *answers = (row.text(key) for key in ("prompt", "chosen", "rejected"))
+    chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
+    return [{"role": "user", "content": asked}], chosen, rejected
 
 
 @form("sharegpt", "conversations", "chosen", "rejected")
@@ -206,12 +215,12 @@ def openai(row: Row) -> Sides:
     return asked.prompt("messages"), row.answer("preferred_output"), row.answer("non_preferred_output")
 
 
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+TURN = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
 
 
 def is_transcript(values: Mapping[str, Any]) -> bool:
     texts = [values["chosen"], values["rejected"]]
-    return all(isinstance(text, str) and TURN.match(text) and "\n\nAssistant:" in text for text in texts)
+    return all(isinstance(text, str) and TURN.match(text) and len(TURN.findall(text)) > 1 for text in texts)
 
 
 @form("hh", "chosen", "rejected", looks=is_transcript)
@@ -312,7 +321,9 @@ def with_system(sides: Sides, row: Row) -> Sides:
     message = {"role": "system", "content": read_text(system, place)}
     if isinstance(prompt, str):
         raise place.fault(
-            "system_column", "a system prompt needs a conversation; write the row as messages, or put it into prompt"
+            "system_column",
+            "a system prompt needs a conversation; state form: single_turn to have prompt, chosen and rejected read as "
+            "one, write the row as messages, or put it into prompt",
         )
     if prompt[0]["role"] != "system":
         return [message, *prompt], chosen, rejected

@@ -23,6 +23,7 @@ SCORES = (
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
 )
 OPTIONAL_KEYS = ("id", *SCORES[0], "system")
 FIRST_ROWS = 100  # where the columns that a config names must show up
@@ -170,6 +171,9 @@ def read_row(values: Any, place: Place, reading: Reading) -> tuple[Preference, s
         raise place.fault("no_object", message)
     row = Row(renamed(values, reading.columns), place)
     refuse_columns(row)
+    if reading.columns.get("prompt") == "instruction" and row.values.get("input"):
+        message = "half of what was asked would be lost; join instruction and input in a column, and name that"
+        raise place.at("input").fault("lost_input", message)
     form = reading.form or recognise(row)
     prompt, chosen, rejected = with_system(read_sides(row, form), row)
     preference = Preference(prompt, chosen, rejected, read_id(row), *read_scores(row), place=str(place))

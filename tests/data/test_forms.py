@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trl import extract_prompt, maybe_convert_to_chatml, maybe_extract_prompt
 
 from lorafocal.data.forms import FORMS, Row, Sides, form
-from lorafocal.data.sources import preferences_from_rows
+from lorafocal.data.sources import SCORES, preferences_from_rows
 from lorafocal.errors import InputError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -58,7 +58,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"conversations": turns(*TURNS), "chosen": turns(GOOD)[0], "rejected": turns(BAD)[0], "tools": ""},
         {"conversations": TURNS, "chosen": [GOOD], "rejected": [BAD], "tools": "[]"},
     ],
-    "hh": [{"chosen": f"{TEXT} 4", "rejected": f"{TEXT} 5 "}],
+    "hh": [
+        {"chosen": f"{TEXT} 4", "rejected": f"{TEXT} 5 "},
+        {side: f"{TEXT} {answer}\n".replace("\n", "\r\n") for side, answer in (("chosen", 4), ("rejected", 5))},
+    ],
     "openai": [
         {
             "input": {"messages": TURNS, "tools": [], "parallel_tool_calls": True},
@@ -88,7 +91,23 @@ def test_every_form_says_the_same_pair(name: str, row: dict[str, Any], stated: b
 
 
 def test_every_form_is_tried() -> None:
-    assert set(ROWS) == set(FORMS)
+    assert {*ROWS, "single_turn"} == set(FORMS)
+
+
+def test_strings_become_a_conversation_where_that_is_stated() -> None:
+    row = {"system": "Be brief.", "question": "2 + 2?", "chosen": "4", "rejected": "5"}
+    rows = [row, row | {"system": ""}]
+    first, second = preferences_from_rows(rows, "rows", form="single_turn", columns={"prompt": "question"}).pairs
+    asked = {"role": "user", "content": "2 + 2?"}
+    assert (first.prompt, first.chosen, first.rejected) == ([SYSTEM, asked], [GOOD], [BAD])
+    assert (second.prompt, second.chosen, second.rejected) == ([asked], [GOOD], [BAD])
+
+
+def test_the_input_beside_an_instruction_is_not_lost() -> None:
+    row = {"instruction": "Add.", "input": "2 and 2", "chosen": "4", "rejected": "5"}
+    with pytest.raises(InputError, match=r"key `input`: half .* join"):
+        read_one(row, columns={"prompt": "instruction"})
+    assert read_one(row | {"input": ""}, columns={"prompt": "instruction"})[0].prompt == "Add."
 
 
 @pytest.mark.parametrize(("name", "row"), CASES)
@@ -122,7 +141,7 @@ def test_an_implicit_prompt_in_strings_is_trls(prompt: str, chosen: str, rejecte
 
 @pytest.mark.parametrize(
     "keys",
-    [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating")],
+    SCORES,
 )
 def test_scores_are_kept_under_any_of_their_names(keys: tuple[str, str]) -> None:
     for rows in ROWS.values():
@@ -131,7 +150,7 @@ def test_scores_are_kept_under_any_of_their_names(keys: tuple[str, str]) -> None
 
 
 def test_an_answers_beginning_is_no_prompt_where_other_rows_have_one() -> None:
-    rows = [PAIR | {"prompt": "Pet?"}, PAIR, *ROWS["hh"]]
+    rows = [PAIR | {"prompt": "Pet?"}, PAIR, ROWS["hh"][0]]
     read = preferences_from_rows(rows, "rows", on_bad_row="drop")
     assert [pair.place for pair in read.pairs] == ["rows, row 1", "rows, row 3"]
     assert [(bad_row.place, bad_row.reason) for bad_row in read.bad_rows] == [
@@ -147,7 +166,7 @@ def test_columns_that_say_where_a_pair_is_from_are_no_prompt() -> None:
 
 
 def test_mixed_forms_are_recognised_row_by_row() -> None:
-    read = preferences_from_rows([*ROWS["hh"], *ROWS["sharegpt"]], "rows")
+    read = preferences_from_rows([ROWS["hh"][0], *ROWS["sharegpt"]], "rows")
     assert read.form == "sharegpt, hh"
     assert len(read.pairs) == 3
 
