@@ -65,6 +65,9 @@ def parsed(template: str) -> nodes.Template:
         raise InputError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
 
 
+_ASKS_WHETHER_SET = ("defined", "undefined", "default", "d")
+
+
 @lru_cache(maxsize=8)
 def variables(template: str) -> frozenset[str]:
     """What a template reads from outside: names it never sets, or looks whether they are set.
@@ -74,13 +77,9 @@ def variables(template: str) -> frozenset[str]:
     tree = parsed(template)
     names = list(tree.find_all(nodes.Name))
     own = {name.name for name in names if name.ctx != "load"}
-    asked = {test.node.name for test in tree.find_all(nodes.Test) if _asks_whether_set(test.node, test.name)}
-    asked |= {call.node.name for call in tree.find_all(nodes.Filter) if _asks_whether_set(call.node, call.name)}
+    questions = [(find.node, find.name) for find in tree.find_all((nodes.Test, nodes.Filter))]
+    asked = {node.name for node, how in questions if isinstance(node, nodes.Name) and how in _ASKS_WHETHER_SET}
     return frozenset(name for name in find_undeclared_variables(tree) if name not in own or name in asked) - OURS
-
-
-def _asks_whether_set(node: nodes.Node | None, how: str) -> bool:
-    return isinstance(node, nodes.Name) and how in ("defined", "undefined", "default", "d")
 
 
 def check_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
@@ -104,11 +103,10 @@ def writes_now(template: str, rendered: str) -> bool:
 @lru_cache(maxsize=8)
 def clock_formats(template: str) -> frozenset[str]:
     """The formats in which a template may write the present date or time."""
-    calls = (call for call in parsed(template).find_all(nodes.Call) if isinstance(call.node, nodes.Name))
     return frozenset(
         argument.value
-        for call in calls
-        if call.node.name == "strftime_now"
+        for call in parsed(template).find_all(nodes.Call)
+        if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now"
         for argument in call.args
         if isinstance(argument, nodes.Const)
     )

@@ -222,7 +222,7 @@ def chat_texts(
         if lost:
             return lost
         answers.append(text)
-    return PairTexts(asked, *answers)
+    return PairTexts(asked, answers[0], answers[1])
 
 
 def left_out(contents: Iterable[str], rendered: str) -> Fault | None:
