@@ -6,7 +6,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ def read_preferences(
     """Preferences of a .jsonl, .json (one list), .csv or .parquet file; all but the last may end in .gz too.
 
     Rows count from 1; in JSONL a row is a line, and blank lines are skipped; in CSV it is a record below the header.
-    An id is the row's own `id` or `"<file name>:<row>"`. `form` names one of `FORMS`, by default each row's own is
+    An id is the row's own `id` (in many data sets the prompt's: a second one becomes `"<id>~<row>"`), or
+    `"<file name>:<row>"`. `form` names one of `FORMS`, by default each row's own is
     recognised; `columns` maps a key of the form to the file's column. A row that cannot be read is an InputError
     naming file, row and key, or is left out and kept in `bad_rows` under `on_bad_row="drop"`. A file that cannot be
     read, or gives no pair, is an InputError.
@@ -106,7 +107,7 @@ def preferences_from_rows(
 
 
 def collect(rows: Iterable[NumberedRow], source: str, reading: Reading) -> Preferences:
-    """All rows as preferences; refuses none at all and the same id twice."""
+    """All rows as preferences, under ids that differ; refuses none at all."""
     rows = iter(rows)
     first = list(islice(rows, FIRST_ROWS))
     columns = dict.fromkeys(key for _, row in first if isinstance(row, Mapping) for key in row if isinstance(key, str))
@@ -114,19 +115,18 @@ def collect(rows: Iterable[NumberedRow], source: str, reading: Reading) -> Prefe
     pairs: list[Preference] = []
     bad_rows: list[BadRow] = []
     forms: Counter[str] = Counter()
-    row_of_id: dict[str, int] = {}
+    ids: set[str] = set()
     for number, values in chain(first, rows):
         place = Place(source, number)
         try:
             row = {**columns, **values} if isinstance(values, Mapping) else values  # a line may leave out its nulls
             preference, form = read_row(row, place, reading)
-            earlier = row_of_id.setdefault(preference.id, number)
-            if earlier != number:
-                message = f"{preference.id!r} is already the id of row {earlier}; ids must differ, or leave them out"
-                raise place.at("id").fault("repeated_id", message)
         except RowFault as fault:
             leave_out(fault, bad_rows, reading.on_bad_row)
         else:
+            if preference.id in ids:
+                preference = replace(preference, id=f"{preference.id}~{number}")
+            ids.add(preference.id)
             pairs.append(preference)
             forms[form] += 1
     if not pairs:

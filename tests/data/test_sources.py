@@ -106,7 +106,6 @@ WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
     "id": (PLAIN | {"id": 1.5}, "key `id`", "whole number, found 1.5"),
     "half an id": (PLAIN | {"id": "\ud83d"}, "key `id`", "character 1 is half of a surrogate pair"),
     "image": (CHAT | {"images": ["a.png"]}, "key `images`", "remove these rows"),
-    "same id": (PLAIN | {"id": "pairs.jsonl:1"}, "key `id`", "already the id of row 1"),
     "list row": ([1], "row 2: ", "not a list"),
 }
 
@@ -155,6 +154,11 @@ def test_where_every_row_is_bad_the_reasons_are_given() -> None:
         preferences_from_rows(rows, "rows", on_bad_row="drop")
     assert "none of its 3 rows can be used: 2 missing_key, such as rows, row 1, key `chosen`" in str(error.value)
     assert "1 empty_prompt, such as rows, row 3" in str(error.value)
+
+
+def test_pairs_under_the_id_of_their_prompt_are_all_kept() -> None:
+    rows = [PLAIN | {"id": 7, "rejected": answer} for answer in ("5", "6", "7")]
+    assert [pair.id for pair in preferences_from_rows(rows, "rows").pairs] == ["7", "7~2", "7~3"]
 
 
 def test_a_way_with_bad_rows_that_is_not_known_is_refused() -> None:
