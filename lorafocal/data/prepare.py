@@ -113,6 +113,17 @@ def dated_template(parts: Mapping[str, Part], section: Data, tokenizer: PreTrain
     )
 
 
+def past_template(parts: Mapping[str, Part], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A word on plain text beside a chat template: a chat model would be trained on what it never sees in use."""
+    plain = sum(not is_conversation(pair) for part in parts.values() for pair in part.preferences)
+    if not tokenizer.chat_template or not plain:
+        return None
+    return (
+        f"{plain} pairs are plain text, which this tokenizer's chat template is not applied to; if the model is to"
+        " chat, state form: single_turn, or give the rows as messages"
+    )
+
+
 def check_sources(section: Data) -> None:
     """Look for the files before anything else is loaded: it costs nothing. Raises InputError naming the key."""
     for name in ("train", "eval"):

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from lorafocal.config import Config
 from lorafocal.data.hygiene import ScoreOrder, score_order
 from lorafocal.data.packing import fill_bins
-from lorafocal.data.prepare import Drop, Part, SourceSummary, dated_template, prepare_data
+from lorafocal.data.places import printable
+from lorafocal.data.prepare import Drop, Part, SourceSummary, dated_template, past_template, prepare_data
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.model.load import load_tokenizer
 
@@ -114,8 +115,7 @@ def check_data(config: Config) -> CheckReport:
     data = prepare_data(config.data, tokenizer)
     parts = tuple(check_part(name, part, config) for name, part in data.items())
     notes = [note for part in parts for note in part_notes(part)]
-    if dated := dated_template(data, config.data, tokenizer):
-        notes.append(dated)
+    notes += filter(None, [dated_template(data, config.data, tokenizer), past_template(data, tokenizer)])
     return CheckReport(config.name, parts, tuple(notes), shown_pair(data["train"].tokens.pairs, tokenizer))
 
 
@@ -254,6 +254,6 @@ def pair_text(pair: ShownPair) -> str:
 
 
 def shortened(text: str, limit: int = 600) -> str:
-    """Line feeds made visible, the middle of a long text left out."""
-    text = text.replace("\n", "⏎")
+    """Line feeds and whatever else a terminal would act upon made visible, the middle of a long text left out."""
+    text = printable(text.replace("\n", "⏎"))
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"

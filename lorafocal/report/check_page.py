@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from lorafocal.data.prepare import listed
+from lorafocal.errors import InputError
 from lorafocal.publish import write_atomically
 from lorafocal.report import html
 from lorafocal.report.check import PADDED_BATCH, CheckReport, PartCheck, ShownPair, source_text
@@ -24,7 +25,11 @@ _STYLE = """
 
 def write_check_page(report: CheckReport, path: Path) -> None:
     """Write the page; complete or not at all. Raises InputError where `path` cannot be written."""
-    write_atomically(path, check_page(report))
+    content = check_page(report)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --html") from error
 
 
 def check_page(report: CheckReport) -> str:

@@ -13,7 +13,8 @@ import torch
 from lorafocal.config import check_config
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
-from lorafocal.report.check import CheckReport, check_data, length_bias, part_notes, quantiles, savings
+from lorafocal.errors import InputError
+from lorafocal.report.check import CheckReport, check_data, length_bias, part_notes, quantiles, savings, shortened
 from lorafocal.report.check_page import check_page, write_check_page
 from tests.saved_run import save_base
 from tests.test_fuzz import values
@@ -144,3 +145,19 @@ def test_the_page_is_whole_and_what_rows_say_is_text(base: Path, tmp_path: Path)
     assert not parser.open
     assert "script" not in parser.seen
     assert "&lt;script&gt;" in text
+
+
+def test_a_page_that_cannot_be_written_is_said(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="choose another --html"):
+        write_check_page(check_rows(base, [plain(1)]), tmp_path / "missing" / "check.html")
+
+
+def test_what_rows_hold_does_not_reach_the_terminal_raw() -> None:
+    assert shortened("a\n\x1b[2J\rb é") == "a⏎\\x1b[2J\\rb é"
+
+
+def test_plain_text_beside_a_chat_template_is_told(base: Path) -> None:
+    rows = [plain(1), plain(2)]
+    [note] = [note for note in check_rows(base, rows).notes if "plain text" in note]
+    assert note.startswith("2 pairs")
+    assert not any("plain text" in note for note in check_rows(base, rows, form="single_turn").notes)
