@@ -37,7 +37,10 @@ def read_source(
     if not is_hub_id(source):
         stray = [name for name, value in (("revision", revision), ("split", split)) if value is not None]
         if stray:
-            raise InputError(f"{Path(source).name} is a file and has no {' and no '.join(stray)}; remove it")
+            raise InputError(
+                f"{Path(source).name} is a file and has no {' and no '.join(stray)}; remove it, or say it beside the "
+                "`path` of the hub id that it belongs to: under data itself it holds for every source"
+            )
         return read_preferences(Path(source), **how)
     split = split or "train"
     return preferences_from_rows(load_split(str(source), revision, split), f"{source}[{split}]", **how)
@@ -63,14 +66,19 @@ def exists(path: Path) -> bool:
         return False
 
 
-def load_split(name: str, revision: str | None, split: str) -> Any:
-    """The rows of one split, as a `datasets.Dataset`."""
+def check_revision(name: str, revision: str | None) -> None:
+    """Refuses what is no commit."""
     if revision is None or not REVISION.fullmatch(revision):
         found = "none was given" if revision is None else f"found {revision!r}"
         raise InputError(
             f"{name}: rows of the hub need revision, the 40 hex digits of a commit ({found}): a branch could change "
             "under the run. The data set's page lists its commits"
         )
+
+
+def load_split(name: str, revision: str | None, split: str) -> Any:
+    """The rows of one split, as a `datasets.Dataset`."""
+    check_revision(name, revision)
     from datasets import Dataset, load_dataset  # takes seconds, and files do not need it
     from datasets.exceptions import DatasetsError
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.cache import cached_tokenization, default_folder
-from lorafocal.data.hub import is_hub_id, read_source
+from lorafocal.data.hub import check_revision, is_hub_id, read_source
 from lorafocal.data.hygiene import clean, drop_overlap
 from lorafocal.data.mixture import join, split_held_out, weigh
 from lorafocal.data.places import BadRow, OnBadRow
@@ -128,7 +128,9 @@ def check_sources(section: Data) -> None:
     """Look for the files before anything else is loaded: it costs nothing. Raises InputError naming the key."""
     for name in ("train", "eval"):
         for source in section.sources(name):
-            if not is_hub_id(source.path) and not Path(source.path).exists():
+            if is_hub_id(source.path):
+                check_revision(source.path, source.revision)
+            elif not Path(source.path).exists():
                 raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 

@@ -17,7 +17,7 @@ from lorafocal.config import Config
 from lorafocal.data.hygiene import ScoreOrder, score_order
 from lorafocal.data.packing import fill_bins
 from lorafocal.data.places import printable
-from lorafocal.data.prepare import Drop, Part, SourceSummary, dated_template, past_template, prepare_data
+from lorafocal.data.prepare import Drop, Part, SourceSummary, check_sources, dated_template, past_template, prepare_data
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.model.load import load_tokenizer
 
@@ -111,6 +111,7 @@ class CheckReport:
 
 def check_data(config: Config) -> CheckReport:
     """Read and tokenise as `train` would, and report. Raises InputError as `train` would."""
+    check_sources(config.data)
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     data = prepare_data(config.data, tokenizer)
     parts = tuple(check_part(name, part, config) for name, part in data.items())

@@ -89,6 +89,7 @@ def test_the_cache_changes_nothing_but_the_time(
     ("section", "message"),
     [
         ({"train": "nowhere.jsonl"}, r"data\.train: nowhere\.jsonl does not exist"),
+        ({"train": "owner/name"}, "owner/name: rows of the hub need revision"),
         ({"train": "no such thing"}, "no such thing: neither a file that exists nor a hub id"),
     ],
 )

@@ -161,3 +161,10 @@ def test_plain_text_beside_a_chat_template_is_told(base: Path) -> None:
     [note] = [note for note in check_rows(base, rows).notes if "plain text" in note]
     assert note.startswith("2 pairs")
     assert not any("plain text" in note for note in check_rows(base, rows, form="single_turn").notes)
+
+
+def test_a_source_that_cannot_be_read_is_said_before_a_tokenizer_is_loaded(base: Path) -> None:
+    config = check_config(values(base, base / "rows.jsonl", train="owner/name", eval="owner/name"))
+    elsewhere = config.model.model_copy(update={"name": "no/model"})
+    with pytest.raises(InputError, match="owner/name: rows of the hub need revision"):
+        check_data(config.model_copy(update={"model": elsewhere}))
