@@ -11,6 +11,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorafocal.data.forms import FORMS, Form, Row, form_named, read_sides, recognise, refuse_columns, with_system
 from lorafocal.data.messages import Messages, kind, read_text
 from lorafocal.data.places import BadRow, OnBadRow, Place, RowFault, leave_out, nothing_left, printable
@@ -102,8 +104,16 @@ def preferences_from_rows(
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
 ) -> Preferences:
-    """Preferences of a `datasets.Dataset` or other mappings; `source` stands for the file's name."""
-    return collect(enumerate(rows, start=1), source, Reading.of(form, columns, on_bad_row))
+    """Preferences of a `datasets.Dataset` or other mappings, such as pandas' records; `source` is the file's name."""
+    return collect(enumerate(map(plain_row, rows), start=1), source, Reading.of(form, columns, on_bad_row))
+
+
+def plain_row(row: Any) -> Any:
+    """A row with Python's values for numpy's, and None for NaN, which is pandas' missing value."""
+    if not isinstance(row, Mapping):
+        return row
+    plain = {key: value.tolist() if isinstance(value, np.ndarray | np.generic) else value for key, value in row.items()}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in plain.items()}
 
 
 def collect(rows: Iterable[NumberedRow], source: str, reading: Reading) -> Preferences:

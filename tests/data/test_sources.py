@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -48,6 +49,13 @@ def test_a_datasets_table_is_read_like_a_list() -> None:
     table = datasets.Dataset.from_list(rows)
     assert preferences_from_rows(table, "hub") == preferences_from_rows(rows, "hub")
     assert [preference.id for preference in preferences_from_rows(table, "hub").pairs] == ["hub:1", "7"]
+
+
+def test_pandas_records_are_read_like_a_list() -> None:
+    rows = [CHAT | {"id": 7, "score_chosen": 0.5, "score_rejected": None, "images": []}]
+    arrays = {key: np.array(value, object) for key, value in rows[0].items() if isinstance(value, list)}
+    record = arrays | {"id": np.int64(7), "score_chosen": np.float32(0.5), "score_rejected": np.nan}
+    assert preferences_from_rows([record], "frame") == preferences_from_rows(rows, "frame")
 
 
 def test_jsonl_rows_are_lines(tmp_path: Path) -> None:
