@@ -103,7 +103,5 @@ def test_a_file_has_no_revision_and_no_split(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(PLAIN))
     assert len(read_source(str(path)).pairs) == 1
-    with pytest.raises(
-        InputError, match=r"has no revision and no split; remove it, or say it beside"
-    ):
+    with pytest.raises(InputError, match=r"has no revision and no split; remove it, or say it beside"):
         read_source(path, revision=COMMIT, split="train")
