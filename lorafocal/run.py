@@ -25,7 +25,7 @@ from lorafocal.data.prepare import Part, check_sources, dated_template, prepare_
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.model.continued import continue_adapter
-from lorafocal.model.load import base_fingerprint, check_place, load_base, load_tokenizer
+from lorafocal.model.load import base_fingerprint, check_place, check_same_tokens, load_base, load_tokenizer
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
 from lorafocal.resume import MAY_CHANGE, check_resumable
@@ -73,6 +73,9 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
         say(note)
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    if config.reference is not None and config.reference.model is not None:
+        other, revision = config.reference.model, config.reference.revision
+        check_same_tokens(tokenizer, load_tokenizer(other, revision), other)
     with launch.main_process_first():
         data = prepare_data(config.data, tokenizer)
     for name, part in data.items():

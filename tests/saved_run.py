@@ -55,6 +55,16 @@ def save_base(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.bf
     return folder
 
 
+def other_tokenizer(folder: Path) -> Path:
+    """The base of `folder` beside a tokenizer of the same size in which two words have changed places."""
+    file = folder / "tokenizer.json"
+    record = json.loads(file.read_text())
+    words = record["model"]["vocab"]
+    words["0"], words["1"] = words["1"], words["0"]
+    file.write_text(json.dumps(record))
+    return folder
+
+
 def plant_adapter(model: PreTrainedModel, *, std: float, **settings: object) -> PeftModel:
     """LoRA of rank 4 whose delta W has about this standard deviation in every adapted layer."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]} | settings

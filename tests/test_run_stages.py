@@ -16,6 +16,7 @@ from lorafocal.errors import InputError
 from lorafocal.evaluate.score import score_file
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.release.merge import merge_adapter
+from tests.saved_run import other_tokenizer, save_base
 from tests.toy_run import metric_lines, run_config, write_inputs
 
 pytestmark = pytest.mark.slow
@@ -100,6 +101,15 @@ def test_a_separate_model_is_the_reference_and_is_never_saved(root: Path, superv
     first = metric_lines(done.folder, key="eval_loss")[0]
     assert first["eval_logps/reference_chosen"] != pytest.approx(first["eval_logps/chosen"], abs=1e-3)
     assert not list(done.folder.rglob("model*.safetensors"))
+
+
+@pytest.mark.row("7")
+def test_a_separate_model_of_another_tokenizer_is_refused_before_anything_is_made(root: Path, tmp_path: Path) -> None:
+    other = other_tokenizer(save_base(tmp_path / "other"))
+    config = changed(run_config(root), reference={"kind": "separate_model", "model": str(other)})
+    with pytest.raises(InputError, match=r"other does not share the tokenizer: 2 tokens have another id"):
+        run.train(config, quiet=True, runs_dir=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_a_run_builds_on_must_be_there(root: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import check_length, load_base, load_tokenizer
+from lorafocal.model.load import check_length, check_same_tokens, load_base, load_tokenizer
 from lorafocal.model.saved import (
     CONFIG_FILE,
     MAX_LENGTH,
@@ -205,6 +205,8 @@ def score_file(
         raise InputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
     subject = _subject(str(target), base)
     compared = None if reference is None else _subject(reference, base if _is_adapter(reference) else None)
+    if compared is not None:
+        check_same_tokens(subject.tokenizer, compared.tokenizer, str(reference))
     tokenized = load_pairs(pairs, subject.tokenizer, **subject.tokenization)
     policy, own = subject.logps(tokenized)
     against = own if compared is None else compared.logps(tokenized)[0]

@@ -82,7 +82,7 @@ def load_base(
     except (OSError, ValueError) as error:
         raise InputError(_not_found("model", name, error)) from error
     model.requires_grad_(False)
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
     return model.to(local_device()).train()
 
 
@@ -136,6 +136,21 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embeddings: ids from {rows} on would fail."
             " Resize and train the base's embeddings before preference tuning, or use the base's own tokenizer"
+        )
+
+
+def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, other: str) -> None:
+    """Refuse to give our token ids to the model `other`, whose tokenizer reads some of them as another text.
+
+    Equal sizes prove nothing: Llama 2 and Mistral both have 32000 tokens. Raises InputError.
+    """
+    known = theirs.get_vocab()
+    strange = [(number, token) for token, number in ours.get_vocab().items() if known.get(token) != number]
+    if strange:
+        number, token = min(strange)
+        raise InputError(
+            f"{other} does not share the tokenizer: {len(strange)} tokens have another id there or none (first:"
+            f" {token!r}, {number} here), so its log-probs would be of other text. Give a reference of the same family"
         )
 
 

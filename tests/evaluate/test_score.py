@@ -24,7 +24,7 @@ from lorafocal.policy import prepare_policy
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.merge import merge_adapter
 from lorafocal.trainer import FocalPOTrainer
-from tests.saved_run import BETA, SavedRun, save_run
+from tests.saved_run import BETA, SavedRun, other_tokenizer, save_base, save_run
 
 
 @pytest.fixture
@@ -149,6 +149,13 @@ def test_a_merged_model_scores_like_its_adapter(run: SavedRun, tmp_path: Path) -
     assert alone.margins == []
     assert "rewards/margins" not in alone.as_dict()
     assert alone.scores[0].chosen_logps == merged.scores[0].chosen_logps
+
+
+@pytest.mark.row("7", "22")
+def test_a_reference_that_reads_token_ids_otherwise_is_refused(run: SavedRun, tmp_path: Path) -> None:
+    other = other_tokenizer(save_base(tmp_path / "other", dtype=torch.float32))
+    with pytest.raises(InputError, match=r"other does not share the tokenizer: 2 tokens have another id there"):
+        score_file(run.adapter, run.folder / "held_out.jsonl", reference=str(other))
 
 
 def test_totals_table_and_file(run: SavedRun, tmp_path: Path) -> None:
