@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from lorafocal.card import CARD_FILE, merged_card
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
@@ -25,7 +27,8 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import pair_logps
 from lorafocal.lineage import LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage
-from lorafocal.model.load import base_fingerprint, load_base, load_tokenizer
+from lorafocal.model.head import causal_lm
+from lorafocal.model.load import base_fingerprint, check_length, load_base, load_tokenizer
 from lorafocal.model.saved import (
     WEIGHTS_FILE,
     SavedAdapter,
@@ -34,6 +37,7 @@ from lorafocal.model.saved import (
     lora_layers,
     open_adapter,
     read_adapter,
+    read_config,
 )
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.policy import sequence_logps
@@ -48,8 +52,10 @@ REPORT_FILE = "merge.json"
 
 # Everything a merged model may consist of; a base with other files is refused, not half copied (row 52).
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _ALLOWED = frozenset(
-    {CARD_FILE, LINEAGE_FILE, REPORT_FILE}
+    set(_PROCESSORS)
+    | {CARD_FILE, LINEAGE_FILE, REPORT_FILE}
     | {
         "config.json",
         "generation_config.json",
@@ -250,6 +256,7 @@ def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
 def _live_logps(saved: SavedAdapter, pairs: Sequence[TokenizedPair], dtype: str) -> tuple[PairLogps, PairLogps, str]:
     """Log-probs with the adapter on and off, and the layout that the model computes right in."""
     policy = open_adapter(saved, dtype=dtype)
+    check_length(causal_lm(policy), max(pair.longest for pair in pairs))
     layout = choose_layout(policy, "auto").layout
     run = partial(pair_logps, pairs=pairs, device=policy.device, collator=PairCollator(layout))
     return run(partial(sequence_logps, policy)), run(DisabledAdapterReference(policy).logps), layout
@@ -263,12 +270,20 @@ def _write_model(
     survival = fold(policy, getattr(torch, dtype))
     model = policy.unload()
     cast_parameters(model, getattr(torch, dtype))
-    model.config.use_cache = AutoConfig.from_pretrained(
-        saved.base, revision=saved.revision
-    ).use_cache  # training's is off
+    stated = read_config(saved.base, saved.revision).get_text_config()
+    model.config.get_text_config().use_cache = getattr(stated, "use_cache", True)  # training's is off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _copy_processors(saved, folder)
     return survival, _is_tied(model)
+
+
+def _copy_processors(saved: SavedAdapter, folder: Path) -> None:
+    """What makes tokens of images stays the base's; without it a merged image-text model would see none."""
+    for name in _PROCESSORS:
+        file = cached_file(saved.base, name, revision=saved.revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def _reloaded_logps(
