@@ -110,6 +110,18 @@ def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, no dropout; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Within, the model runs on transformers' own attention: for `generate()` and for ordinary batches."""
     base = causal_lm(model)

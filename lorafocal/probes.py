@@ -19,7 +19,7 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
-from lorafocal.policy import compute_dtype, plain_attention, prepare_policy, takes_segments, token_logps
+from lorafocal.policy import compute_dtype, evaluating, plain_attention, prepare_policy, takes_segments, token_logps
 
 WAY_OUT = "Set `packing.layout: padded`, or use an architecture that trains packed (docs/architectures.md)"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -77,7 +77,7 @@ def check_packing(model: nn.Module) -> None:
         raise InputError(f"{name} hands no further arguments to its attention, so a pack's bounds cannot reach it")
     pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)
     pack = share_prefixes(pairs).to(next(model.parameters()).device)
-    with _in_evaluation(model):
+    with evaluating(model):  # allowed or not, the noise of dropout would hide what is looked for
         with _attending_modules() as attending:
             packed = token_logps(model, pack)
         layers = base.config.get_text_config().num_hidden_layers
@@ -100,7 +100,7 @@ def check_padding(model: nn.Module) -> None:
     name = type(base).__name__
     pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)
     pack = pad_sequences(pairs).to(next(model.parameters()).device)
-    with _in_evaluation(model):
+    with evaluating(model):
         check_neighbours(model, pack, name)
         check_future(model, pack, name)
         check_scores(model, pairs, token_logps(model, pack), name)
@@ -152,8 +152,19 @@ def _rounding(model: nn.Module) -> float:
     return TOLERANCE[compute_dtype(model)] if experts else 0.0
 
 
+def check_causal(model: nn.Module, pair: TokenizedPair, name: str) -> None:
+    """The model's own logits must not depend on later tokens: both layouts are causal, whatever it is by itself."""
+    vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
+    *kept, last = pair.chosen_ids
+    before, after = (_alone(model, pair.prompt_ids, [*kept, end]) for end in (last, (last + 1) % vocabulary))
+    leak = float((before - after)[:-1].abs().max())
+    if not leak <= _rounding(model):
+        raise InputError(f"{name}: by itself, a later token moves a token's log-prob by {leak:.3g} nats")
+
+
 def check_scores(model: nn.Module, pairs: list[TokenizedPair], logps: torch.Tensor, name: str) -> None:
     """Scores must equal the model's own logits, one sequence at a time, on transformers' own attention."""
+    check_causal(model, pairs[0], name)
     alone = torch.cat(
         [_alone(model, p.prompt_ids, p.chosen_ids) for p in pairs]
         + [_alone(model, p.prompt_ids, p.rejected_ids) for p in pairs]
@@ -203,15 +214,3 @@ def _attending_modules() -> Iterator[set[nn.Module]]:
         yield modules
     finally:
         ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX_ATTENTION, attend)
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Within, no dropout: allowed or not, its noise would hide what is looked for."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -30,6 +30,7 @@ from lorafocal.ops import attention
 from lorafocal.ops.attention import PairSpan, Segments
 from lorafocal.policy import prepare_policy
 from lorafocal.probes import LayoutChoice, check_packing, choose_layout
+from tests.model.families import random_model
 from tests.tiny import SIZES, enlarged, lora, tiny_base, tiny_policy
 
 HEADS = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -104,6 +105,16 @@ def test_a_model_that_sees_the_future_or_the_padding_is_refused():
     model = fresh(BertConfig(**SIZES, is_decoder=False))
     with pytest.raises(InputError, match=r"packed: BertLMHeadModel: .* a later token or the padding moved"):
         choose_layout(model, "auto")
+
+
+@pytest.mark.row("20")
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("family", ["bert", "paligemma"])
+def test_no_tolerance_hides_a_model_that_sees_the_future_by_itself(family, layout):
+    """Layouts are causal, and their scores within bf16's tolerance of these models' own; what moves is exact."""
+    model = random_model(family, torch.bfloat16)
+    with pytest.raises(InputError, match=r"a later token (moves|or the padding moved) a token's log-prob"):
+        choose_layout(model, layout)
 
 
 @pytest.mark.row("F11", "21")
