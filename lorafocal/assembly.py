@@ -26,7 +26,7 @@ from lorafocal.model.adapters import (
     widen_adapters,
 )
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import load_base
+from lorafocal.model.load import check_length, load_base
 from lorafocal.probes import LayoutChoice, choose_layout
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,12 @@ def assemble_ref_model(
     return model.to(device).eval()
 
 
+def sample_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Up to 4096 entries of each tensor, spread over it: they tell models of one shape apart, and hash in a second."""
+    flat = {name: parameter.detach().reshape(-1) for name, parameter in model.named_parameters()}
+    return {name: values[:: 1 + values.numel() // 4096].contiguous() for name, values in flat.items()}
+
+
 def choose_common_layout(models: Sequence[nn.Module], layout: str) -> LayoutChoice:
     """One layout for policy and reference: packed where all of them can, each prepared for it."""
     choices = [choose_layout(model, layout) for model in models]
@@ -116,6 +122,26 @@ def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, 
         max_prompt_length=args.max_prompt_length,
         chat_template_kwargs=args.chat_template_kwargs,
     )
+
+
+def check_pairs(pairs: Sequence[TokenizedPair], name: str, models: Sequence[nn.Module]) -> None:
+    """Refuse pairs that one of the models could not score, or would without a word score as something else.
+
+    Raises InputError: a part without tokens, ids beyond the embeddings, lengths that `check_length` refuses.
+    """
+    bases = [causal_lm(model) for model in models]
+    rows = min(base.get_input_embeddings().weight.shape[0] for base in bases)
+    for pair in pairs:
+        parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        if not all(parts):
+            raise InputError(f"{name}: pair {pair.id!r} has a part without tokens: all three need at least one")
+        if (highest := max(map(max, parts))) >= rows:
+            raise InputError(
+                f"{name}: pair {pair.id!r} has token id {highest}, but the model's embeddings end at {rows - 1}: it was"
+                " tokenised for another model"
+            )
+    for base in bases:
+        check_length(base, max((pair.longest for pair in pairs), default=0))
 
 
 class NumberedPairs(Dataset[TokenizedPair]):

@@ -115,9 +115,14 @@ def check_ref_model(kind: str | None, ref_model: object) -> None:
 
 
 def check_same_reference(saved: Mapping[str, str | None], now: Mapping[str, str | None]) -> None:
-    """Refuse to resume under another reference than the checkpoint's: its kind, and the digest of a frozen copy."""
+    """Refuse to resume under another reference than the checkpoint's: its kind, and the digest of a copy or model."""
     if saved["kind"] != now["kind"]:
         raise InputError(f"the checkpoint was trained with reference {saved['kind']}, this run has {now['kind']}")
+    if saved["sha256"] != now["sha256"] and now["kind"] == "separate_model":
+        raise InputError(
+            "ref_model is not the one that this run began with (sha256 of a sample of its tensors"
+            f" {saved['sha256']}, now {now['sha256']}): resume with that model, in the same dtype"
+        )
     if saved["sha256"] != now["sha256"]:
         raise InputError(
             "the frozen copy is not the one that this run began with (sha256 of its tensors"

@@ -7,7 +7,7 @@ forward and backward. The loss is the sum over pairs divided by the pairs of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,9 @@ from lorafocal.assembly import (
     Rows,
     assemble_policy,
     assemble_ref_model,
+    check_pairs,
     choose_common_layout,
+    sample_of,
     tokenized,
 )
 from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
@@ -50,10 +52,10 @@ from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import add_frozen_copy, check_trainable
 from lorafocal.model.continued import lineage_on, stages_of
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import check_length, check_vocabulary, load_base, load_tokenizer
+from lorafocal.model.load import check_same_tokens, check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.save import save_adapter
 from lorafocal.objectives import PairLogps, mean_loss
-from lorafocal.policy import sequence_logps
+from lorafocal.policy import evaluating, sequence_logps
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
 from lorafocal.publish import check_name, published, recover, why_incomplete
 from lorafocal.reference import Reference, build_reference, check_identity, check_ref_model, check_same_reference
@@ -110,8 +112,10 @@ class FocalPOTrainer(Trainer):
         self.adapter = check_trainable(policy)
         self._stages = stages_of(policy)
         self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy, args.device)
-        copies = add_frozen_copy(policy) if args.reference == "frozen_copy" else None
-        digest = tensors_sha256(copies) if copies else None
+        fixed: Mapping[str, Tensor] = {} if self.ref_model is None else sample_of(self.ref_model)
+        if args.reference == "frozen_copy":
+            fixed = add_frozen_copy(policy)
+        digest = tensors_sha256(fixed) if fixed else None
         self.reference_identity: dict[str, str | None] = {"kind": args.reference, "sha256": digest}
         self.data = {
             name: tokenized(rows, name, processing_class, args)
@@ -123,7 +127,11 @@ class FocalPOTrainer(Trainer):
                 logger.warning("%s: %d pairs dropped: %s", name, count, reason)
         if processing_class is not None:
             check_vocabulary(policy, processing_class)
-        check_length(policy, max((pair.longest for part in self.data.values() for pair in part.pairs), default=0))
+            if isinstance(ref_model, str):
+                check_same_tokens(processing_class, load_tokenizer(ref_model), ref_model)
+        self._scorers = [policy, *filter(None, [self.ref_model])]
+        for name, part in self.data.items():
+            check_pairs(part.pairs, name, self._scorers)
         super().__init__(
             model=policy,
             args=args,
@@ -156,8 +164,8 @@ class FocalPOTrainer(Trainer):
 
     def _collator(self) -> PairCollator:
         """Packs as the models can compute them, of the answers that the objective looks at."""
-        models = [self.model.eval(), *filter(None, [self.ref_model])]  # each step sets its own mode again
-        choice = choose_common_layout(models, self.args.layout)
+        self.model.eval()  # each step sets its own mode again
+        choice = choose_common_layout(self._scorers, self.args.layout)
         if choice.reason and self.is_world_process_zero():
             logger.warning("training padded, each prompt twice: %s", choice.reason)
         return PairCollator(choice.layout, self.args.tokens_per_pack, rejected=self.objective.entry.rejected)
@@ -177,6 +185,7 @@ class FocalPOTrainer(Trainer):
             pairs = self.eval_dataset
         else:
             pairs = tokenized(eval_dataset, "eval_dataset", self.processing_class, self.args).pairs
+            check_pairs(pairs, "eval_dataset", self._scorers)
         if pairs is None:
             raise InputError("eval_dataset is missing: there is nothing to evaluate on")
         return self._loader(NumberedPairs(pairs), self._sampler(pairs, None))
@@ -243,14 +252,27 @@ class FocalPOTrainer(Trainer):
             return losses.losses.sum() * 0.0
         self.health.see_pack(losses.losses, pack.pair_ids, self.state.global_step)
         if reference is not None and self.state.global_step == 0 and self.args.identity_probe:
-            check_identity(policy, reference, pack.pair_ids, kind=str(self.args.reference))
+            self._check_start(pack, policy, reference)
         self.metrics.add(pair_values(self.objective, losses, policy, reference))
         return mean_loss(losses.losses, step_pairs)
 
     def _logps(self, model: nn.Module, pack: Pack) -> tuple[PairLogps, PairLogps | None]:
-        """Log-probs of a pack under the policy and, where the objective needs one, under the reference."""
-        reference = self._reference_of(model).logps(pack) if self.objective.entry.reference else None
+        """Log-probs of a pack under the policy and, where the objective needs one, under the reference.
+
+        Dropout that is allowed is the policy's alone: the reference never changes, in no layer.
+        """
+        reference = None
+        if self.objective.entry.reference:
+            with evaluating(model) if self.args.allow_dropout else nullcontext():
+                reference = self._reference_of(model).logps(pack)
         return sequence_logps(model, pack), reference
+
+    def _check_start(self, pack: Pack, policy: PairLogps, reference: PairLogps) -> None:
+        """The identity probe, of the policy without its noise."""
+        if self.args.allow_dropout:
+            with evaluating(self.model), torch.no_grad():  # not an engine's wrapper: ranks may call unequally often
+                policy = sequence_logps(self.model, pack)
+        check_identity(policy, reference, pack.pair_ids, kind=str(self.args.reference))
 
     def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
         """Packs of this rank, filled up to the longest rank's, and the pairs of the step over all ranks."""
@@ -332,6 +354,8 @@ class FocalPOTrainer(Trainer):
             resume_from_checkpoint = str(latest.path)
         elif resume_from_checkpoint and (reason := why_incomplete(Path(resume_from_checkpoint))):
             raise InputError(f"{resume_from_checkpoint} cannot be resumed from: {reason}. Give an earlier checkpoint")
+        self.metrics.reset()  # on every rank: what an earlier call left is not of this one
+        self.pairs_seen = 0
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:

@@ -6,7 +6,8 @@ by `tests/guards.py`, which must stay light: torch and the library are imported 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -256,6 +257,12 @@ def split_between_pairs(preferences: Any, size: Any, *, seed: int) -> Any:
     cut = len(preferences.pairs) - held_out_pairs(size, len(preferences.pairs))
     train, held_out = preferences.pairs[:cut], preferences.pairs[cut:]
     return replace(preferences, pairs=train), replace(preferences, pairs=held_out, bad_rows=[])
+
+
+@contextmanager
+def as_it_is(model: Any) -> Iterator[None]:
+    """Row 14: the model is scored in whatever mode it is in."""
+    yield
 
 
 def any_revision(pattern: Any) -> Any:

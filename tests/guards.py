@@ -93,6 +93,8 @@ GUARDS: list[Guard] = [
     Guard("1 55", "lorafocal.reference:check_same_reference", lambda _: lambda *a: None, "tests/test_references_in_training.py::test_resuming_with_another_start_is_refused"),
     Guard("F17", "lorafocal.model.adapters:AdapterSwitch.to", lambda _: careless.switched_by_peft, "tests/test_reference.py::test_a_call_of_the_reference_leaves_what_is_trained_and_what_is_active_alone"),
     Guard("3 F17", "lorafocal.model.adapters:add_frozen_copy", careless.copy_that_is_the_adapter_itself, "tests/test_references_in_training.py::test_the_copy_is_never_trained_and_the_policy_is"),
+    Guard("14 1", "lorafocal.policy:evaluating", lambda _: careless.as_it_is, "tests/test_references_in_training.py::test_dropout_that_is_allowed_is_the_policys_alone"),
+    Guard("7 22", "lorafocal.model.load:check_same_tokens", lambda _: lambda *a: None, "tests/test_assembly.py::test_a_reference_that_reads_token_ids_otherwise_is_refused"),
     Guard("7", "lorafocal.reference:check_ref_model", lambda _: lambda *a: None, "tests/test_trainer.py::test_one_model_is_loaded_and_a_second_one_that_would_be_ignored_is_refused"),
     Guard("8", "lorafocal.model.save:save_adapter", lambda _: careless.every_adapter_saved, "tests/test_references_in_training.py::test_only_the_policys_adapter_is_saved"),
     Guard("3", "lorafocal.trainer:check_trainable", lambda _: careless.whatever_the_adapter_holds, "tests/test_trainer.py::test_a_base_that_would_train_is_refused_and_a_run_leaves_it_alone"),
@@ -132,6 +134,8 @@ GUARDS: list[Guard] = [
     Guard("20", "lorafocal.probes:check_future", lambda _: lambda *a: None, "tests/test_probes.py::test_a_model_that_sees_the_future_or_the_padding_is_refused"),
     Guard("F12", "lorafocal.probes:check_packing", lambda _: lambda model: None, "tests/test_probes.py::test_models_that_packs_would_get_wrong_are_refused_by_name_and_train_padded"),
     Guard("20", "lorafocal.model.load:check_length", lambda _: lambda *a: None, "tests/model/test_load.py::test_lengths_at_which_a_pair_would_move_its_neighbours_are_refused"),
+    Guard("20", "lorafocal.probes:check_causal", lambda _: lambda *a: None, "tests/test_probes.py::test_no_tolerance_hides_a_model_that_sees_the_future_by_itself"),
+    Guard("28", "lorafocal.assembly:check_pairs", lambda _: lambda *a: None, "tests/test_assembly.py::test_tokenised_pairs_are_looked_at_too"),
     Guard("46", "lorafocal.model.load:check_vocabulary", lambda _: lambda *a: None, "tests/model/test_load.py::test_a_tokenizer_larger_than_the_vocabulary_is_refused"),
     Guard("21", "lorafocal.model.head:install_head", lambda _: careless.any_head, "tests/model/test_head.py::test_a_head_that_is_not_a_plain_linear_layer_is_refused"),
     # rows

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from lorafocal.errors import InputError
+from lorafocal.model.adapters import attach_lora
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.trainer import FocalPOTrainer
+from tests.model.families import random_model
 from tests.tiny import CONFIGS, SIZES, disturb, lora, pairs, tiny_base, tiny_policy, trainer
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "lorafocal.json", "README.md"}
@@ -168,6 +170,52 @@ def test_a_reference_that_cannot_be_right_is_refused(tmp_path):
         separate(tmp_path, pairs(4), None)
     with pytest.raises(InputError, match=r"not the policy's starting point.*same dtype"):
         separate(tmp_path, pairs(4), disturb(tiny_policy()), identity_probe=True).train()
+
+
+@pytest.mark.row("55", "1")
+def test_resuming_with_another_separate_model_is_refused(tmp_path):
+    data, settings = pairs(13), SETTINGS | {"reference": "separate_model"}
+    first = separate(tmp_path, data, tiny_base(), **settings)
+    first.add_callback(StopAfter(2))
+    first.train()
+    other = tiny_base()
+    with torch.no_grad():
+        other.lm_head.weight += 1e-3
+    with pytest.raises(InputError, match=r"ref_model is not the one that this run began with"):
+        separate(tmp_path, data, other, **settings).train(resume_from_checkpoint=True)
+    separate(tmp_path, data, tiny_base(), **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.row("14", "1")
+@pytest.mark.parametrize("reference", ["frozen_copy", "disabled_adapter"])
+def test_dropout_that_is_allowed_is_the_policys_alone(tmp_path, reference):
+    """In the base's layers and in the adapter's: the reference is the same in every step, and what it is without."""
+    still = trainer(tmp_path / "still", pairs(8), model=noisy(reference), reference=reference, layout="padded")
+    run = trainer(
+        tmp_path, pairs(8), pairs(5), model=noisy(reference), reference=reference, layout="padded", allow_dropout=True
+    )
+    for one in (still, run):
+        one.train()
+    expected, logged = (
+        [entry["logps/reference_chosen"] for entry in one.state.log_history if "loss" in entry] for one in (still, run)
+    )
+    assert logged == pytest.approx(expected, abs=1e-5)
+    assert run.state.log_history[0]["rewards/ties"] == 0.0  # the policy has its noise
+    assert run.evaluate()["eval_loss"] == run.evaluate()["eval_loss"]
+
+
+def noisy(reference: str) -> PeftModel:
+    """A policy with dropout in base and adapter, away from the base only where that is not the reference."""
+    policy = attach_lora(random_model("gpt2", torch.float32), lora(lora_dropout=0.3))
+    assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.1 for m in policy.modules())
+    return disturb(policy) if reference == "frozen_copy" else policy
+
+
+def test_a_second_training_counts_from_its_own_start(tmp_path):
+    run = trainer(tmp_path, pairs(8), max_steps=1, logging_steps=2, identity_probe=False)
+    run.train()
+    run.train()
+    assert run.pairs_seen == run.metrics.num_pairs == 8
 
 
 @pytest.mark.row("1", "4")

@@ -1,0 +1,94 @@
+"""What a trainer is given: pairs that a model cannot score are refused before the first step, whoever brings them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.data.toy import toy_preferences, toy_tokenizer
+from lorafocal.errors import InputError
+from lorafocal.model.load import load_base
+from lorafocal.trainer import FocalPOTrainer
+from tests.saved_run import other_tokenizer, save_base
+from tests.tiny import SIZES, lora, pairs, trainer
+
+PAIR = pairs(1)[0]
+
+
+@pytest.mark.row("28")
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompt_ids": []}, "part without tokens"),
+        ({"chosen_ids": []}, "part without tokens"),
+        ({"rejected_ids": []}, "part without tokens"),
+        ({"rejected_ids": [5, 97]}, "token id 97, but the model's embeddings end at 96"),
+    ],
+)
+def test_tokenised_pairs_are_looked_at_too(tmp_path, change, named):
+    """A prompt without tokens would be predicted by the pair before it; an answer without tokens would score 0."""
+    bad = replace(PAIR, id="odd", **change)
+    with pytest.raises(InputError, match=rf"train_dataset: pair 'odd' .*{named}"):
+        trainer(tmp_path, [*pairs(3), bad])
+    with pytest.raises(InputError, match=rf"eval_dataset: pair 'odd' .*{named}"):
+        trainer(tmp_path, pairs(3), [bad])
+    with pytest.raises(InputError, match=rf"eval_dataset: pair 'odd' .*{named}"):
+        trainer(tmp_path, pairs(3), pairs(3)).evaluate([bad])
+
+
+def phi3(limit: int) -> Phi3ForCausalLM:
+    """Phi-3 as it is stored: the length at which its rotations change is a value of its own."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "rope_theta": 10000.0}
+    lengths = {"original_max_position_embeddings": limit, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(Phi3Config(**SIZES, **lengths, rope_parameters=rope)).requires_grad_(False)
+
+
+@pytest.mark.row("20")
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_pairs_that_would_move_their_neighbours_are_refused_wherever_they_come_from(tmp_path, layout):
+    """Phi-3's long rotations begin for a whole batch with its longest sequence."""
+    short, long = pairs(3), [*pairs(3), replace(PAIR, prompt_ids=[7] * 24)]
+
+    def tried(train, held_out=None, **more):
+        given = {"layout": layout, "model": phi3(24), "peft_config": lora()}
+        return trainer(tmp_path, train, held_out, **given | more)
+
+    refused = pytest.raises(InputError, match=r"longest pair has 25 tokens.*beyond 24 the model's longrope")
+    with refused:
+        tried(long)
+    with refused:
+        tried(short, long)
+    with refused:
+        tried(short, short).evaluate(long)
+    with refused:
+        tried(long, model=phi3(64), ref_model=phi3(24), reference="separate_model")
+    run = tried(short, short, max_steps=2)
+    run.train()
+    assert run.state.log_history[-2]["rewards/margins"] != 0
+    assert run.data_collator.layout == layout
+
+
+@pytest.mark.row("7")
+def test_a_reference_that_reads_token_ids_otherwise_is_refused(tmp_path):
+    """Its embeddings are as many as the policy's, so nothing else would notice."""
+    save_base(tmp_path / "base", dtype=torch.float32)
+    other = other_tokenizer(save_base(tmp_path / "other", dtype=torch.float32))
+
+    def tried(ref_model):
+        return FocalPOTrainer(
+            load_base(str(tmp_path / "base"), dtype="float32"),
+            str(ref_model),
+            args=FocalPOConfig(output_dir=str(tmp_path / "run"), reference="separate_model", use_cpu=True),
+            train_dataset=toy_preferences(4),
+            processing_class=toy_tokenizer(),
+            peft_config=lora(),
+        )
+
+    with pytest.raises(InputError, match=r"other does not share the tokenizer: 2 tokens have another id.*'0'"):
+        tried(other)
+    tried(tmp_path / "base")
