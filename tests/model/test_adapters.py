@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import (
+    ALL_LINEAR,
     AdapterSwitch,
+    adapter_layers,
     adapter_parameters,
     attach_lora,
     check_lora_config,
     linear_names,
     resolve_targets,
 )
+from tests.model.families import IMAGE_TEXT, known_families, random_model
 from tests.tiny import disturb, lora, tiny_base, tiny_policy
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -29,6 +33,20 @@ def test_all_linear_is_a_printed_list_without_head_and_embeddings(tied):
     policy = attach_lora(model, lora())
     assert policy.peft_config["default"].target_modules == set(ALL)
     assert len(adapter_parameters(policy)) == 2 * 7 * 2
+
+
+@pytest.mark.row("10")
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("family", [name for name in IMAGE_TEXT if name in known_families()])
+def test_no_layer_that_sees_an_image_takes_an_adapter(family, targets):
+    """Encoders have layers of the text part's names; every text layer has its adapter all the same."""
+    model = random_model(family, torch.float32)
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    text = {m for m in decoder.modules() if isinstance(m, nn.Linear) and m is not head}
+    named = {m for n, m in decoder.named_modules() if m in text and (targets == ALL_LINEAR or n[-6:] in targets)}
+    assert text < {m for m in model.modules() if isinstance(m, nn.Linear)}
+    policy = attach_lora(model, lora(target_modules=targets))
+    assert {layer.get_base_layer() for layer in adapter_layers(policy)} == named
 
 
 @pytest.mark.row("10")
