@@ -27,7 +27,7 @@ from lorafocal.data.tokens import Encoder, TokenizedData, TokenizedPair, tokeniz
 from lorafocal.publish import write_atomically
 
 SCHEMA = 1  # raise it when equal inputs come to give other tokens, or an entry another shape
-LIBRARIES = ("transformers", "tokenizers", "jinja2")
+LIBRARIES = ("lorafocal", "transformers", "tokenizers", "jinja2")
 SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 logger = logging.getLogger(__name__)

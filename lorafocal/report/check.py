@@ -77,8 +77,8 @@ class PartCheck:
 
     name: str
     sources: tuple[SourceSummary, ...]
-    rows: int
     pairs: int
+    left_out: int
     drops: tuple[Drop, ...]
     cut: int
     seam_merges: int
@@ -127,8 +127,8 @@ def check_part(name: str, part: Part, config: Config) -> PartCheck:
     return PartCheck(
         name,
         part.sources,
-        len(pairs) + sum(drop.count for drop in part.drops),
         len(pairs),
+        sum(drop.count for drop in part.drops),
         part.drops,
         part.tokens.cut,
         part.tokens.seam_merges,
@@ -222,7 +222,7 @@ def part_text(part: PartCheck) -> str:
     """The findings on one part, for a terminal."""
     saved = part.savings
     lines = [
-        f"{part.name}: {part.pairs} pairs of {part.rows} rows ({'; '.join(map(source_text, part.sources))})",
+        f"{part.name}: {part.pairs} pairs, {part.left_out} left out ({'; '.join(map(source_text, part.sources))})",
         *(f"  left out       {drop}" for drop in part.drops),
         "  tokens        " + "".join(f"{name:>9}" for name in ("mean", *(f"{q:.0%}" for q in QUANTILES))),
         *(

@@ -43,9 +43,10 @@ def check_page(report: CheckReport) -> str:
 def part_section(part: PartCheck) -> str:
     """What was read, left out, and how long it is."""
     read = ", ".join(map(source_text, part.sources))
-    used = f"{part.pairs:,} of {part.rows:,} pairs are used, from {read}."
+    total = part.pairs + part.left_out
+    used = f"{part.pairs:,} of {total:,} pairs are used, from {read}."
     drops = [
-        [drop.reason, f"{drop.count:,}", f"{drop.count / part.rows:.1%}", listed(drop.examples), drop.remedy]
+        [drop.reason, f"{drop.count:,}", f"{drop.count / total:.1%}", listed(drop.examples), drop.remedy]
         for drop in part.drops
     ]
     head = ["left out", "pairs", "share", "the first of them", "why, and what to do"]

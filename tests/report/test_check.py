@@ -71,7 +71,7 @@ def test_counts_add_up_and_reasons_carry_their_first_places(base: Path) -> None:
     report = check_rows(base, rows)
     [part] = report.parts
     reasons = {drop.reason: (drop.count, drop.examples) for drop in part.drops}
-    assert (part.rows, part.pairs) == (len(rows), 6)
+    assert (part.pairs, part.left_out) == (6, len(rows) - 6)
     assert reasons["contradiction"] == (2, ("rows.jsonl, row 2", "rows.jsonl, row 9"))
     assert reasons["duplicate"] == (1, ("rows.jsonl, row 8",))
     assert reasons["overlong"] == (1, ("rows.jsonl, row 10",))
