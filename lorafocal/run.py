@@ -21,7 +21,7 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.checkpoint import latest_complete
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
-from lorafocal.data.prepare import Part, check_sources, dated_template, prepare_data
+from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.model.continued import continue_adapter
@@ -80,7 +80,7 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
         data = prepare_data(config.data, tokenizer)
     for name, part in data.items():
         say(f"{name}: {part}")
-    if note := dated_template(data, config.data, tokenizer):
+    for note in template_notes(data, config.data, tokenizer):
         say(f"note: {note}")
     manifest = _manifest(config, tokenizer, data)
     if resume:

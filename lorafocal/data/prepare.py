@@ -102,9 +102,14 @@ class _Rows:
     weights: list[float]
 
 
+def template_notes(parts: Mapping[str, Part], section: Data, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a person should know about these rows and this tokenizer's chat template."""
+    return [note for note in (dated_template(parts, section, tokenizer), past_template(parts, tokenizer)) if note]
+
+
 def dated_template(parts: Mapping[str, Part], section: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A word on templates that write today's date: the same rows give other tokens tomorrow."""
-    talks = any(is_conversation(pair) for part in parts.values() for pair in part.preferences[:1])
+    talks = any(is_conversation(pair) for part in parts.values() for pair in part.preferences)
     if not talks or not Renderer(tokenizer, section.chat_template_kwargs).writes_date:
         return None
     return (

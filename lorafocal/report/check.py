@@ -17,7 +17,7 @@ from lorafocal.config import Config
 from lorafocal.data.hygiene import ScoreOrder, score_order
 from lorafocal.data.packing import fill_bins
 from lorafocal.data.places import printable
-from lorafocal.data.prepare import Drop, Part, SourceSummary, check_sources, dated_template, past_template, prepare_data
+from lorafocal.data.prepare import Drop, Part, SourceSummary, check_sources, prepare_data, template_notes
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.model.load import load_tokenizer
 
@@ -116,7 +116,7 @@ def check_data(config: Config) -> CheckReport:
     data = prepare_data(config.data, tokenizer)
     parts = tuple(check_part(name, part, config) for name, part in data.items())
     notes = [note for part in parts for note in part_notes(part)]
-    notes += filter(None, [dated_template(data, config.data, tokenizer), past_template(data, tokenizer)])
+    notes += template_notes(data, config.data, tokenizer)
     return CheckReport(config.name, parts, tuple(notes), shown_pair(data["train"].tokens.pairs, tokenizer))
 
 

@@ -115,8 +115,8 @@ def nothing_moved(record: RunRecord) -> Remark | None:
     shown = "" if tied is None else f" and {tied:.0%} of the pairs are exact ties"
     return Remark(
         f"After step {margins.steps[-1]} nothing has moved: the largest mean margin so far is {largest:.2g}{shown}.",
-        "Policy and reference give almost the same log-probs: the learning rate is far too small, or still warming up, or"
-        " the steps do not reach the adapter.",
+        "Policy and reference give almost the same log-probs: the learning rate is far too small, or still warming up,"
+        " or the steps do not reach the adapter.",
         "Look at the learning rate and the gradient norm; LoRA needs a learning rate about ten times that of full"
         " fine-tuning (5e-6 with beta 0.01 is the nearest published recipe).",
     )
