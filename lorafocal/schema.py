@@ -19,10 +19,24 @@ from lorafocal.training_fields import RULES, check_training_fields, installed_fi
 
 RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Revision = Annotated[str | None, Field(pattern=r"^[0-9a-f]{40}$")]
-Text = Annotated[str, Field(min_length=1)]
 
 WORDED = "worded"
 """Type of a mistake whose message is already what a person reads."""
+
+
+def _place(value: Any) -> Any:
+    """A hub id or path that a file system can be asked about without an error of its own."""
+    if isinstance(value, str) and not _askable(value):
+        shown = value if len(value) < 80 else f"{value[:60]}... ({len(value)} characters)"
+        raise ValueError(f"found {shown!r}; allowed: a hub id or path of printable names, each up to 255 bytes")
+    return value
+
+
+def _askable(place: str) -> bool:
+    return place.isprintable() and len(place) < 4000 and all(len(name) < 256 for name in place.encode().split(b"/"))
+
+
+Place = Annotated[str, Field(min_length=1), BeforeValidator(_place)]
 
 
 def _no_half_precision(value: Any) -> Any:
@@ -68,7 +82,7 @@ class Section(BaseModel):
 class Model(Section):
     """Which base model, and in which precision it computes."""
 
-    name: Text
+    name: Place
     revision: Revision = None
     dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_no_half_precision)]
     shape: Annotated[dict[str, Any] | None, BeforeValidator(_architecture)] = None
@@ -82,7 +96,7 @@ class Adapter(Section):
     targets: Annotated[Any, BeforeValidator(_target_modules)] = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     allow_dropout: bool = False
-    start_from: Annotated[str | None, Field(min_length=1)] = None
+    start_from: Place | None = None
 
     @model_validator(mode="after")
     def _fresh_or_continued(self) -> Adapter:
@@ -99,7 +113,7 @@ class Adapter(Section):
 class Source(Section):
     """One file of preference rows, or one data set of the hub; `weight` 2 takes every pair twice, 0.5 half of them."""
 
-    path: Text
+    path: Place
     weight: Annotated[float, Field(gt=0)] = 1.0
     form: str | None = None
     columns: dict[str, str] = {}
@@ -194,7 +208,7 @@ class Reference(Section):
     """
 
     kind: Literal["disabled_adapter", "frozen_copy", "separate_model"]
-    model: Annotated[str | None, Field(min_length=1)] = None
+    model: Place | None = None
     revision: Revision = None
     identity_probe: bool | None = None
 

@@ -15,6 +15,8 @@ from tests.test_config import VALUES, mistakes
     [
         ("data", {"train": "a.jsonl", "eval": "b.jsonl", "held_out": 9}, "data.held_out: data.eval names held-out"),
         ("data", {"train": "a.jsonl", "held_out": 1.5}, "data.held_out: found 1.5; allowed: a number of pairs"),
+        ("data", {"train": "x" * 300}, "data.train.0.path: found 'xxx"),
+        ("model", {"name": "a\0b", "dtype": "float32"}, "model.name: found 'a\\x00b'; allowed: a hub id or path"),
         ("data", {"train": [], "eval": "b.jsonl"}, "data.train: found an empty list"),
         ("data", {"train": [{"path": "a", "wieght": 2}]}, "data.train.0.wieght: unknown key; did you mean data.train"),
         ("data", {"train": "a.jsonl", "truncation": "recipe"}, "data.max_prompt_length: missing"),
