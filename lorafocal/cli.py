@@ -141,7 +141,9 @@ def merge(
         Path | None,
         typer.Option("--pairs", metavar="FILE", help="Held-out pairs of the gate; the run's own if absent."),
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Output dtype: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Output dtype, bfloat16 or float32; the run's own if absent.")
+    ] = None,
     gate_dtype: Annotated[
         str, typer.Option("--gate-dtype", help="What the gate computes in; bfloat16 halves its memory.")
     ] = "float32",

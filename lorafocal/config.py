@@ -20,6 +20,17 @@ from lorafocal.schema import WORDED, Config, Source
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml, parse_yaml
 
+# What a section that is missing usually looks like.
+USUAL = {
+    "name": "my-run",
+    "model": "{name: owner/model, dtype: bfloat16}",
+    "adapter": "{r: 16, alpha: 32}",
+    "data": "{train: pairs.jsonl, held_out: 0.05}",
+    "objective": "{name: focalpo, beta: 0.1}",
+    "reference": "{kind: disabled_adapter}",
+    "training": "{pairs_per_step: 64, learning_rate: 5.0e-6}",
+}
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides in order, and check everything.
@@ -34,7 +45,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"cannot read the config {file}: {getattr(error, 'strerror', None) or error}") from error
     values = parse_yaml(text, source=str(file))
     if not isinstance(values, dict):
-        raise InputError(f"{file}: found {type(values).__name__}; a config is a mapping of {_names(Config)}")
+        found = "nothing" if values is None else type(values).__name__
+        raise InputError(f"{file}: found {found}; a config is a mapping of {_names(Config)}")
     for override in overrides:
         _apply(values, override)
     return check_config(values, source=f"{file} with {' '.join(overrides)}" if overrides else str(file))
@@ -152,7 +164,8 @@ def _describe(details: ErrorDetails) -> Iterable[str]:
     if details["type"] == "extra_forbidden":
         yield f"{key}: {_unknown(key)}"
     elif details["type"] == "missing":
-        yield f"{key}: missing; it has no default"
+        usual = f" (for example {key}: {USUAL[key]})" if key in USUAL else ""
+        yield f"{key}: missing; it has no default{usual}"
     elif details["type"] == WORDED:
         yield f"{key}: {message}"
     elif details["type"] == "value_error":

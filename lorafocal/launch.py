@@ -102,6 +102,13 @@ def check_launch() -> None:
 def check_world(joined: int) -> None:
     """Refuse to go on where fewer processes found each other than were launched. Raises InputError."""
     if joined != world_size():
+        from torch.cuda import is_available
+
+        if not is_available():
+            raise InputError(
+                f"{world_size()} processes were launched, but there is no GPU here, so training would run in {joined}:"
+                " to train on CPUs say so by `training.use_cpu=true`"
+            )
         raise InputError(
             f"{world_size()} processes were launched, but training would run in {joined}: start them by `{several()}`"
         )

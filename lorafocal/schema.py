@@ -241,17 +241,9 @@ class Training(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _only_fields_we_honour(cls, section: Any, handler: Any) -> Any:
-        problems: list[Any] = []
-        result = None
-        try:
-            result = handler(section)
-        except ValidationError as error:
-            problems += error.errors()
-        if isinstance(section, dict):
-            problems += _training_problems({k: v for k, v in section.items() if k not in cls.model_fields}, section)
-        if problems:
-            raise ValidationError.from_exception_data(cls.__name__, [_line_error(problem) for problem in problems])
-        return result
+        own = isinstance(section, dict)
+        strange = {key: value for key, value in section.items() if key not in cls.model_fields} if own else {}
+        return _all_at_once(cls, section, handler, _training_problems(strange, section) if own else ())
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -281,6 +273,16 @@ class Config(Section):
     training: Training
     packing: Packing = Packing()
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _reference_is_stated(cls, values: Any, handler: Any) -> Any:
+        """Missing beside the other mistakes, not after them: whether it is needed depends on the objective."""
+        objective = values.get("objective") if isinstance(values, dict) else None
+        supervised = isinstance(objective, dict) and objective.get("name") == "sft"
+        stated = not isinstance(values, dict) or values.get("reference") is not None
+        missing = {"type": "missing", "loc": ("reference",), "msg": "missing", "input": None}
+        return _all_at_once(cls, values, handler, () if stated or supervised else [missing])
+
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
         if problems := list(self._misfits()):
@@ -298,8 +300,6 @@ class Config(Section):
             )
         if self.objective.name == "sft" and self.reference is not None:
             yield "reference", "sft compares with no reference and would ignore it; remove the section"
-        if self.objective.name != "sft" and self.reference is None:
-            yield "reference", "missing; it has no default"
         if self.adapter.start_from is not None and self.reference is not None and self.reference.must_be_the_base:
             yield (
                 "reference.kind",
@@ -337,6 +337,20 @@ def _training_problems(fields: dict[str, Any], section: dict[str, Any]) -> Itera
         yield name, text
     if "warmup_steps" in fields and "warmup_ratio" in section:
         yield "warmup_steps", "warmup_ratio is given too; remove one of the two"
+
+
+def _all_at_once(section: type[BaseModel], values: Any, handler: Any, more: Iterable[Any]) -> Any:
+    """What `handler` makes of `values`, or its mistakes together with `more` of them, as `_line_error` takes them."""
+    problems: list[Any] = []
+    result = None
+    try:
+        result = handler(values)
+    except ValidationError as error:
+        problems += error.errors()
+    problems += more
+    if problems:
+        raise ValidationError.from_exception_data(section.__name__, [_line_error(problem) for problem in problems])
+    return result
 
 
 def _mistake(key: str, message: str) -> ValidationError:

@@ -23,9 +23,10 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from lorafocal.arguments import TRAINER_WORDS_OF_TRL, FocalPOConfig, refuse_unknown
 from lorafocal.assembly import (
@@ -356,7 +357,22 @@ class FocalPOTrainer(Trainer):
             raise InputError(f"{resume_from_checkpoint} cannot be resumed from: {reason}. Give an earlier checkpoint")
         self.metrics.reset()  # on every rank: what an earlier call left is not of this one
         self.pairs_seen = 0
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
+            if 0 < self.args.max_steps <= state.global_step:
+                return self._restore(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _restore(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Take up a run whose last step is done: inside an epoch transformers would train one more."""
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
+        self.state = state
+        self.create_optimizer_and_scheduler(self.args.max_steps)
+        self._load_optimizer_and_scheduler(checkpoint)
+        return TrainOutput(state.global_step, float("nan"), {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Everything a resumed run needs, complete or absent."""

@@ -220,7 +220,7 @@ def test_merge_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         ),
         (
             (Path("adapter"), Path("merged")),
-            {"base": None, "pairs": None, "dtype": "bfloat16", "gate_dtype": "float32"},
+            {"base": None, "pairs": None, "dtype": None, "gate_dtype": "float32"},
         ),
     ]
     assert capsys.readouterr().out.endswith("a table\nmerged model          merged\n")

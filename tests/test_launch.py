@@ -109,8 +109,10 @@ def test_fewer_processes_than_launched_are_refused(monkeypatch: pytest.MonkeyPat
     launch.check_world(1)
     under(monkeypatch, ONE_OF_TWO)
     launch.check_world(2)
-    with pytest.raises(InputError, match="2 processes were launched, but training would run in 1"):
-        launch.check_world(1)
+    for gpu, remedy in ((False, "there is no GPU here, .* say so by `training.use_cpu=true`"), (True, "torchrun")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(InputError, match=f"2 processes were launched.*{remedy}"):
+            launch.check_world(1)
 
 
 def test_gpus_that_nobody_uses_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,3 +250,18 @@ def test_a_run_of_the_same_config_gives_the_same_adapter(root: Path, finished: R
     again = run.train(run_config(root, training__logging_steps=1), quiet=True, runs_dir=tmp_path)
     name = "adapter/adapter_model.safetensors"
     assert sha256(again.folder / name) == sha256(finished.folder / name)
+
+
+@pytest.mark.slow
+@pytest.mark.row("55")
+def test_a_run_that_max_steps_ended_inside_an_epoch_is_not_trained_further(root: Path, tmp_path: Path) -> None:
+    config = run_config(
+        root, training__num_train_epochs=None, training__max_steps=4, training__lr_scheduler_type="constant"
+    )
+    first = run.train(config, quiet=True, runs_dir=tmp_path)
+    adapter, lines = sha256(first.folder / "adapter" / "adapter_model.safetensors"), metric_lines(first.folder)
+    for _ in range(2):
+        again = run.train(config, resume=True, quiet=True, runs_dir=tmp_path)
+        assert (again.steps, again.held_out["eval_loss"]) == (4, first.held_out["eval_loss"])
+        assert sha256(again.folder / "adapter" / "adapter_model.safetensors") == adapter
+        assert metric_lines(first.folder) == lines

@@ -225,7 +225,7 @@ def _check_base(
         )
     if lineage is None:
         return ("The adapter has no lorafocal.json: whether this is the base it was trained on is not known.",)
-    check_same_base(folder, lineage, name, revision, remedy="Give it with --base")
+    check_same_base(folder, lineage, name, revision, remedy="Name the folder of those weights by --base")
     return ()
 
 

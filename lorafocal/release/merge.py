@@ -115,7 +115,7 @@ def merge_adapter(
     *,
     base: str | None = None,
     pairs: Path | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     gate_dtype: str = "float32",
     max_drift: float = MAX_DRIFT,
 ) -> MergeReport:
@@ -123,9 +123,9 @@ def merge_adapter(
 
     `base` overrides where the base is found (`model.saved.read_adapter` has the order). `pairs` are the
     held-out pairs of the gate: preference rows or token ids, by default `held_out.jsonl` of the run. `dtype`
-    is what is stored. The gate (`release.gate`) computes in `gate_dtype`; bfloat16 halves its memory, and the
-    noise of its arithmetic then counts as drift. `max_drift` is the share of the learned effect that may be
-    lost.
+    is what is stored, by default what the run trained in. The gate (`release.gate`) computes in `gate_dtype`;
+    bfloat16 halves its memory, and the noise of its arithmetic then counts as drift. `max_drift` is the share of
+    the learned effect that may be lost.
 
     One model is in memory at a time. `out` appears only when complete and through the gate.
 
@@ -135,6 +135,7 @@ def merge_adapter(
     _check_request(dtype, gate_dtype, max_drift)
     with _enough_memory(), published(out, record=False) as folder:
         saved = read_adapter(adapter, base=base)
+        dtype = dtype or saved.dtype
         tokenizer = load_tokenizer(saved.base, saved.revision)
         held_out = load_pairs(_pairs_file(adapter, pairs), tokenizer, **saved.tokenization)
         live, reference, layout = _live_logps(saved, held_out, gate_dtype)
@@ -221,9 +222,9 @@ def _survival_notes(survival: Sequence[LayerSurvival], dtype: str) -> tuple[str,
     )
 
 
-def _check_request(dtype: str, gate_dtype: str, max_drift: float) -> None:
+def _check_request(dtype: str | None, gate_dtype: str, max_drift: float) -> None:
     for option, value in (("--dtype", dtype), ("--gate-dtype", gate_dtype)):
-        if value not in DTYPES:
+        if value is not None and value not in DTYPES:
             raise InputError(
                 f"{option} {value!r}: choose {' or '.join(DTYPES)} (float16 overflows on weights of either)."
             )
