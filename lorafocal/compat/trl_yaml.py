@@ -129,6 +129,8 @@ def _origins(file: File, options: Options) -> dict[str, str]:
         "name": ", ".join(said["name"]),
         "training.pairs_per_step": f"{step}, on {options.processes} process{'es' * (options.processes > 1)}",
         "training.warmup_ratio": "warmup_ratio" if "warmup_ratio" in file.said else "warmup_steps",
+        **({"data.train": "--data"} if options.data else {}),
+        **({"data.eval": "--eval-data"} if options.eval_data else {}),
     }
 
 

@@ -47,6 +47,7 @@ from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.gate import MAX_DRIFT, GateReport, check, compare
 
 DTYPES = ("bfloat16", "float32")
+FEW_PAIRS = 20  # below this the gate says little
 KEPT_WARNING = 0.9  # share of a layer's delta below which the report warns (row 43)
 REPORT_FILE = "merge.json"
 
@@ -153,7 +154,7 @@ def merge_adapter(
         )
         check(gate)
         lineage = _lineage(saved)
-        notes = saved.notes + _survival_notes(survival, dtype)
+        notes = saved.notes + _survival_notes(survival, dtype) + _evidence_notes(len(held_out))
         report = MergeReport(out=out, dtype=dtype, base=lineage.base, survival=survival, gate=gate, notes=notes)
         _write_papers(folder, lineage, report)
         _check_files(folder)
@@ -220,6 +221,12 @@ def _survival_notes(survival: Sequence[LayerSurvival], dtype: str) -> tuple[str,
         f"in {dtype} (worst: {worst.layer}, {worst.kept:.0%}). Merge with --dtype float32, or publish the "
         "adapter without merging it.",
     )
+
+
+def _evidence_notes(pairs: int) -> tuple[str, ...]:
+    if pairs >= FEW_PAIRS:
+        return ()
+    return (f"the gate saw {pairs} held-out pairs only, which may miss what a merge broke; give more by --pairs",)
 
 
 def _check_request(dtype: str | None, gate_dtype: str, max_drift: float) -> None:

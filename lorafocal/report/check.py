@@ -23,6 +23,7 @@ from lorafocal.model.load import load_tokenizer
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
 PADDED_BATCH = 8  # pairs a padded batch in the comparison, the default of TRL's trainer
+FEW_PAIRS = 100  # held-out pairs below which an accuracy is within 10 points at best
 LENGTH_BIAS = 0.6  # from here on "the longer answer is better" explains much of the data
 
 
@@ -185,6 +186,11 @@ def part_notes(part: PartCheck) -> Iterable[str]:
         yield (
             f'{part.name}: the rule "the {which} answer is better" ranks {max(wins, 1 - wins):.0%} of the pairs right,'
             " so a model may learn length in place of quality; compare results with that rule, or balance the lengths"
+        )
+    if part.name == "eval" and part.pairs < FEW_PAIRS:
+        yield (
+            f"eval: {part.pairs} held-out pairs tell an accuracy to {100 * noise:.0f} points either way (95%); hold out"
+            " more where small changes matter"
         )
     if part.scores.inversions:
         yield (

@@ -95,6 +95,12 @@ def test_notes_appear_with_their_cause_and_not_without(base: Path) -> None:
     assert notes(few) == ""  # three pairs say nothing
 
 
+def test_few_held_out_pairs_are_called_few(base: Path) -> None:
+    rows = [plain(n, *("1 2 3", "3")[:: 1 if n % 2 else -1]) for n in range(240)]
+    assert "16 held-out pairs tell an accuracy to 25 points" in "\n".join(check_rows(base, rows, held_out=16).notes)
+    assert not any("held-out" in note for note in check_rows(base, rows, held_out=110).notes)
+
+
 @pytest.mark.row("28")
 def test_cut_pairs_are_told(base: Path) -> None:
     rows = [plain(n, "1 2 3" * (1 + 40 * (n == 0))) for n in range(4)]
