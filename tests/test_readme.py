@@ -1,0 +1,29 @@
+"""What the README shows to be copied must be what the program takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lorafocal.cli import app
+from lorafocal.config import check_config
+from lorafocal.yaml12 import parse_yaml
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_whole_config_and_the_three_lines_of_data_are_accepted() -> None:
+    whole, data = (parse_yaml(block, source="README.md") for block in blocks("yaml"))
+    assert check_config(whole).data.held_out == 0.1
+    assert check_config({**whole, **data}).data.max_length == 1536
+
+
+def test_every_command_and_option_that_is_shown_exists() -> None:
+    known = {command.name or command.callback.__name__: command for command in app.registered_commands}
+    shown = re.findall(r"(?:^|`|-m )lorafocal ([a-z-]+)([^`\n#]*)", "\n".join([*blocks("bash"), README]), re.MULTILINE)
+    verbs = {verb for verb, _ in shown}
+    assert {"train", "check", "report", "score", "merge", "from-trl"} <= verbs <= known.keys()
