@@ -48,6 +48,7 @@ def phi3(limit: int) -> Phi3ForCausalLM:
     return Phi3ForCausalLM(Phi3Config(**SIZES, **lengths, rope_parameters=rope)).requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.row("20")
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_pairs_that_would_move_their_neighbours_are_refused_wherever_they_come_from(tmp_path, layout):
@@ -73,7 +74,7 @@ def test_pairs_that_would_move_their_neighbours_are_refused_wherever_they_come_f
     assert run.data_collator.layout == layout
 
 
-@pytest.mark.row("7")
+@pytest.mark.row("7", "22")
 def test_a_reference_that_reads_token_ids_otherwise_is_refused(tmp_path):
     """Its embeddings are as many as the policy's, so nothing else would notice."""
     save_base(tmp_path / "base", dtype=torch.float32)

@@ -26,6 +26,7 @@ def step_of(run_dir: Path) -> int:
     return Run().load(path)["global_step"]
 
 
+@pytest.mark.slow
 @pytest.mark.row("55", "F9")
 def test_killed_anywhere_in_a_save_the_newest_whole_checkpoint_loads(tmp_path: Path) -> None:
     run = Run()

@@ -59,6 +59,7 @@ def test_a_run_writes_one_table_an_evaluation_and_another_data_set_writes_none(t
     assert list(evaluation_files(tmp_path)) == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.row("55")
 def test_resuming_drops_the_tables_of_weights_that_are_gone(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 3}
@@ -74,6 +75,7 @@ def test_resuming_drops_the_tables_of_weights_that_are_gone(tmp_path):
     assert evaluation_files(tmp_path) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.row("38")
 def test_evaluation_keeps_scalars_only(tmp_path, monkeypatch):
     """Tensors alive at a pack do not grow with the packs before it, but for the table of 40 bytes a pair."""

@@ -39,6 +39,7 @@ def test_gradients_of_many_packs_are_those_of_one(tmp_path: Path, dtype: torch.d
     assert relative_difference(split, whole) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.row("F1", "F2")
 def test_every_epoch_trains_each_pair_once_in_another_order(tmp_path: Path) -> None:
     steps = ragged_run.ragged_run(tmp_path)["steps"]

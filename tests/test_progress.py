@@ -108,6 +108,7 @@ def test_the_gap_is_held_out_loss_minus_the_mean_over_pairs_since_the_last_evalu
     assert evaluation_line(3, 9, {"eval_loss": 0.66}, gap=0.0123) == "evaluation at step 3/9 · loss 0.6600 · gap +0.012"
 
 
+@pytest.mark.slow
 @pytest.mark.row("18")
 def test_pairs_learned_by_heart_show_as_a_gap_that_grows_over_epochs(tmp_path: Path) -> None:
     """Each evaluation has a training loss logged beside it, of every pair since the one before."""

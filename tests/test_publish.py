@@ -41,6 +41,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.row("55", "F9")
 @pytest.mark.parametrize("replace", [False, True], ids=["new", "replacing"])
 def test_killed_at_every_file_operation_leaves_the_old_or_the_new(tmp_path: Path, replace: bool) -> None:

@@ -87,6 +87,7 @@ class StopAfter(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+@pytest.mark.slow
 @pytest.mark.row("55", "1")
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_stopped_and_resumed_the_reference_is_still_the_start_and_the_bits_are_the_same(tmp_path, stop):
@@ -111,6 +112,7 @@ def test_stopped_and_resumed_the_reference_is_still_the_start_and_the_bits_are_t
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.row("55", "1")
 def test_resuming_with_another_start_is_refused(tmp_path):
     """The usual slip: the checkpoint's own adapter is loaded, and would become the reference."""
@@ -131,6 +133,7 @@ def separate(folder, data, ref_model, **settings) -> FocalPOTrainer:
     return trainer(folder, data, **(defaults | settings))
 
 
+@pytest.mark.slow
 @pytest.mark.row("7")
 def test_a_separate_model_is_a_reference_that_is_neither_trained_nor_saved(tmp_path):
     """The base given twice is what switching the adapter off gives, to the last bit."""
@@ -172,6 +175,7 @@ def test_a_reference_that_cannot_be_right_is_refused(tmp_path):
         separate(tmp_path, pairs(4), disturb(tiny_policy()), identity_probe=True).train()
 
 
+@pytest.mark.slow
 @pytest.mark.row("55", "1")
 def test_resuming_with_another_separate_model_is_refused(tmp_path):
     data, settings = pairs(13), SETTINGS | {"reference": "separate_model"}
@@ -186,6 +190,7 @@ def test_resuming_with_another_separate_model_is_refused(tmp_path):
     separate(tmp_path, data, tiny_base(), **settings).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 @pytest.mark.row("14", "1")
 @pytest.mark.parametrize("reference", ["frozen_copy", "disabled_adapter"])
 def test_dropout_that_is_allowed_is_the_policys_alone(tmp_path, reference):
@@ -211,6 +216,7 @@ def noisy(reference: str) -> PeftModel:
     return disturb(policy) if reference == "frozen_copy" else policy
 
 
+@pytest.mark.slow
 def test_a_second_training_counts_from_its_own_start(tmp_path):
     run = trainer(tmp_path, pairs(8), max_steps=1, logging_steps=2, identity_probe=False)
     run.train()

@@ -52,6 +52,7 @@ def test_the_first_logged_loss_is_the_identity_loss_and_every_pair_a_tie(tmp_pat
     assert second["rewards/ties"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.row("15")
 def test_the_budget_of_a_pack_changes_no_gradient_and_no_metric(tmp_path):
     """Ten pairs, six a step: the second step is a short one of four."""
@@ -71,6 +72,7 @@ def test_the_budget_of_a_pack_changes_no_gradient_and_no_metric(tmp_path):
             assert ours["rewards/margins"] == pytest.approx(theirs["rewards/margins"], rel=0, abs=rounding), budget
 
 
+@pytest.mark.slow
 @pytest.mark.row("15")
 def test_a_short_last_step_is_divided_by_its_own_pairs(tmp_path):
     """The mean over its pairs: doubling the data of the step changes nothing."""
@@ -264,6 +266,7 @@ def test_dropout_is_switched_off_everywhere(tmp_path):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.row("13")
 def test_adapters_and_moments_are_fp32_on_a_bf16_base_and_small_steps_move_every_entry(tmp_path):
     run = trainer(
@@ -295,6 +298,7 @@ def test_evaluation_is_a_mean_over_pairs_however_they_are_batched(tmp_path, per_
         assert ours[key] == pytest.approx(whole[key], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_packed_and_padded_runs_learn_the_same(tmp_path):
     packed, _ = gradients_of(tmp_path / "a", pairs(10), max_steps=3)
     padded, _ = gradients_of(tmp_path / "b", pairs(10), max_steps=3, layout="padded")
@@ -302,6 +306,7 @@ def test_packed_and_padded_runs_learn_the_same(tmp_path):
         assert relative_difference(ours, theirs) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.row("39")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_trains_every_adapter_tensor_alike(tmp_path, reentrant):

@@ -39,6 +39,7 @@ def test_it_learns_and_loads_by_the_usual_doors(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+@pytest.mark.slow
 def test_a_second_call_finds_it_and_another_cache_gives_the_same_bits(tmp_path: Path) -> None:
     first = toy_base(tmp_path / "a", recipe=TINY)
     steps: list[int] = []

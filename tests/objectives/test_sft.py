@@ -86,6 +86,7 @@ def test_the_mean_over_a_pairs_tokens_is_in_fp32_or_wider_and_has_no_rewards():
     assert out.margins.numel() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_run_learns_the_chosen_answers_without_any_reference(tmp_path, monkeypatch, layout):
     def no_reference(*_):
@@ -114,6 +115,7 @@ def test_a_run_learns_the_chosen_answers_without_any_reference(tmp_path, monkeyp
     assert evaluation_files(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path):
     settings = {"objective": "sft", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path, pairs(16), **settings)

@@ -64,6 +64,7 @@ def as_named_by_loggers(line: dict[str, float]) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOGGERS)
 def test_a_logger_is_told_every_key_and_value_of_the_metrics_file(
     told: tuple[Path, dict[str, dict[int, dict[str, Any]]]], name: str

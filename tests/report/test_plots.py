@@ -105,6 +105,7 @@ def test_the_view_holds_margin_zero_most_pairs_and_the_turning_point_where_it_ma
     assert low < -20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("far", [0.0, 1e-12, 25.0, 1e4, 1e12])
 def test_margins_of_any_size_are_drawn(tmp_path: Path, far: float) -> None:
     record = read_run(write_run(tmp_path / "a", tables={1: pairs(chosen=[-far, far])}), "a")
