@@ -177,7 +177,7 @@ def test_another_rank_leaves_it_to_the_first_and_says_its_number_where_it_is_alo
 def test_warnings_come_from_the_first_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import logging
 
-    logger = logging.getLogger("some.library")
+    logger = logging.getLogger("some.package")
     with warnings.catch_warnings(record=True) as caught:
         try:
             launch.quiet_unless_main()
