@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -35,12 +35,6 @@ from lorafocal.publish import write_atomically
 from lorafocal.reference import DisabledAdapterReference
 
 PACKS = PairCollator()
-
-
-class Reference(Protocol):
-    """Anything that answers a pack with log-probs."""
-
-    def logps(self, pack: Pack) -> PairLogps: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,25 +153,6 @@ def pair_scores(
         )
         for row, pair in enumerate(pairs)
     ]
-
-
-def score_pairs(
-    model: torch.nn.Module,
-    reference: Reference | None,
-    pairs: Sequence[TokenizedPair],
-    *,
-    beta: float | None,
-    collator: PairCollator = PACKS,
-) -> list[PairScore]:
-    """Score `pairs` with a model made ready for the collator's layout, in evaluation mode, without gradients."""
-    run = partial(pair_logps, pairs=pairs, device=next(model.parameters()).device, collator=collator)
-    was_training = model.training
-    model.eval()
-    try:
-        policy = run(partial(sequence_logps, model))
-        return pair_scores(pairs, policy, None if reference is None else run(reference.logps), beta)
-    finally:
-        model.train(was_training)
 
 
 def score_file(

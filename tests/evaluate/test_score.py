@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.data.toy import toy_preferences
 from lorafocal.errors import InputError
-from lorafocal.evaluate.score import PairScore, ScoreReport, pair_logps, pair_scores, score_file, score_pairs
+from lorafocal.evaluate.score import PairScore, ScoreReport, pair_logps, pair_scores, score_file
 from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.model.saved import open_adapter, read_adapter
 from lorafocal.objectives.pairwise import PairLogps
-from lorafocal.policy import prepare_policy
+from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.merge import merge_adapter
 from lorafocal.trainer import FocalPOTrainer
@@ -65,10 +66,11 @@ def test_an_adapter_s_scores_are_plain_transformers_to_float32_rounding(run: Sav
 
 @pytest.mark.row("22")
 def test_live_model_and_reloaded_adapter_score_alike(run: SavedRun) -> None:
-    policy = open_adapter(read_adapter(run.adapter), dtype="float32").train()
+    policy = open_adapter(read_adapter(run.adapter), dtype="float32")
     prepare_policy(policy)
-    live = score_pairs(policy, DisabledAdapterReference(policy), run.pairs, beta=BETA)
-    assert policy.training
+    scored = partial(pair_logps, pairs=run.pairs, device=policy.device)
+    ours, reference = scored(partial(sequence_logps, policy)), scored(DisabledAdapterReference(policy).logps)
+    live = pair_scores(run.pairs, ours, reference, BETA)
     for before, after in zip(live, score_file(run.adapter, run.folder / "held_out.jsonl").scores, strict=True):
         assert before.id == after.id
         assert numbers(before) == pytest.approx(numbers(after), rel=1e-5, abs=1e-5)
@@ -129,10 +131,9 @@ def test_the_pack_size_and_repeated_ids_change_nothing(run: SavedRun) -> None:
     prepare_policy(policy)
     twice = [TokenizedPair("same", p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in run.pairs]
     small, large = (
-        [
-            score.chosen_logps
-            for score in score_pairs(policy, None, twice, beta=None, collator=PairCollator(tokens_per_pack=tokens))
-        ]
+        pair_logps(
+            partial(sequence_logps, policy), twice, device=policy.device, collator=PairCollator(tokens_per_pack=tokens)
+        ).chosen.tolist()
         for tokens in (1, 100_000)
     )
     assert small == pytest.approx(large, rel=1e-5)
