@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -33,7 +34,7 @@ TRAINER_WORDS_OF_TRL = {
     "max_prompt_length": "say args=FocalPOConfig(truncation=...)",
     "data_collator": "leave it out: pairs are packed here",
     "compute_metrics": "leave it out: evaluation adds up sums over pairs",
-    "quantization_config": "quantised bases are not supported yet",
+    "quantization_config": "load the base yourself: lorafocal.load_base(name, quantization='nf4')",
 }
 
 
@@ -50,7 +51,7 @@ class FocalPOConfig(TrainingArguments):
     objective ("focalpo", "dpo", or "sft" on the chosen answers), beta, gamma; pairs_per_step, the one batch size, over
     all processes; max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
     they are); layout and tokens_per_pack, which change memory and speed and never the result; reference and
-    identity_probe; allow_dropout.
+    identity_probe; allow_dropout; loraplus_lr_ratio.
 
     beta, gamma, reference and identity_probe are None where the objective has none of them, and get the defaults of
     the objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
@@ -84,6 +85,9 @@ class FocalPOConfig(TrainingArguments):
         default=None, metadata={"help": "refuse a reference that is not the starting policy; None: by its kind"}
     )
     allow_dropout: bool = field(default=False, metadata={"help": "keep dropout on; log-probs become noisy"})
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: learning rate of B over that of A, at least 1 (16 in its paper)"}
+    )
 
     learning_rate: float = field(default=5e-6, metadata={"help": "AdamW's; Zephyr's recipe for LoRA"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "the paper trains one"})
@@ -103,6 +107,10 @@ class FocalPOConfig(TrainingArguments):
             setattr(self, name, value)
         if self.pairs_per_step < 1:
             raise InputError(f"pairs_per_step is {self.pairs_per_step}; a step needs at least one pair")
+        if self.loraplus_lr_ratio is not None and not 1 <= self.loraplus_lr_ratio < math.inf:
+            raise InputError(
+                f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; LoRA+ gives B a rate of at least A's: 1 to 32"
+            )
         if self.layout not in ("auto", *LAYOUTS):
             raise InputError(f"layout is {self.layout!r}; choose one of auto, {', '.join(LAYOUTS)}")
         self._settle_objective()

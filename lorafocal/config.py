@@ -115,6 +115,7 @@ def training_arguments(config: Config) -> dict[str, Any]:
         "tokens_per_pack": config.packing.tokens,
         "allow_dropout": config.adapter.allow_dropout,
         "pairs_per_step": training.pairs_per_step,
+        "loraplus_lr_ratio": training.loraplus_lr_ratio,
         "seed": training.seed,
         "data_seed": training.data_seed,
         **training.fields,
@@ -132,13 +133,22 @@ def training_arguments(config: Config) -> dict[str, Any]:
 
 
 def lora_arguments(config: Config) -> dict[str, Any]:
-    """Keyword arguments of `peft.LoraConfig` for a run; `target_modules` may still be the word all-linear."""
+    """Keyword arguments of `peft.LoraConfig` for a run; `target_modules` may still be the word all-linear.
+
+    `adapter.trainable_tokens` is not among them: its texts become ids by the tokenizer.
+    """
     adapter = config.adapter
     return {
         "r": adapter.r,
         "lora_alpha": adapter.alpha,
         "target_modules": adapter.targets,
         "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "init_lora_weights": True if adapter.init == "default" else adapter.init,
+        "rank_pattern": dict(adapter.rank_pattern),
+        "alpha_pattern": dict(adapter.alpha_pattern),
+        "modules_to_save": list(adapter.modules_to_save) or None,
         "task_type": "CAUSAL_LM",
     }
 

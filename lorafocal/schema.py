@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,8 @@ from lorafocal.training_fields import RULES, check_training_fields, installed_fi
 
 RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Revision = Annotated[str | None, Field(pattern=r"^[0-9a-f]{40}$")]
+
+INITS = r"default|gaussian|orthogonal|pissa(_niter_[1-9][0-9]*)?|olora|loftq|eva"
 
 WORDED = "worded"
 """Type of a mistake whose message is already what a person reads."""
@@ -53,6 +56,14 @@ def _target_modules(value: Any) -> Any:
     raise ValueError(f"found {value!r}; allowed: all-linear, or a list of module names such as [q_proj, v_proj]")
 
 
+def _start(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(INITS, value):
+        return value
+    raise ValueError(
+        f"found {value!r}; allowed: default, gaussian, orthogonal, pissa, pissa_niter_N (N rounds), olora, loftq, eva"
+    )
+
+
 def _architecture(value: Any) -> Any:
     if value is not None and not (isinstance(value, dict) and isinstance(value.get("model_type"), str)):
         raise ValueError(f"found {value!r}; allowed: the model's transformers config values, model_type among them")
@@ -80,27 +91,42 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Which base model, and in which precision it computes."""
+    """Which base model, in which precision it computes, and how its inner linear layers are held.
+
+    `quantization` is one word: the 4-bit types nf4 and fp4 (`-double`: the scales are quantised too), or int8.
+    """
 
     name: Place
     revision: Revision = None
     dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_no_half_precision)]
+    quantization: Literal["nf4", "nf4-double", "fp4", "fp4-double", "int8"] | None = None
     shape: Annotated[dict[str, Any] | None, BeforeValidator(_architecture)] = None
 
 
 class Adapter(Section):
-    """The LoRA adapter that is trained: a fresh one (`r`, `alpha`), or an existing one (`start_from`)."""
+    """The LoRA adapter that is trained: a fresh one (`r`, `alpha`), or an existing one (`start_from`).
+
+    `init` is how a fresh one starts. `rank_pattern` and `alpha_pattern` give some layers other values, by name.
+    `modules_to_save` are trained whole, `trainable_tokens` (as text or ids) train their embeddings only.
+    """
 
     r: Annotated[int | None, Field(ge=1)] = None
     alpha: Annotated[int | None, Field(ge=1)] = None
     targets: Annotated[Any, BeforeValidator(_target_modules)] = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     allow_dropout: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: Annotated[str, BeforeValidator(_start)] = "default"
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    modules_to_save: list[str] = []
+    trainable_tokens: list[str | Annotated[int, Field(ge=0)]] = []
     start_from: Place | None = None
 
     @model_validator(mode="after")
     def _fresh_or_continued(self) -> Adapter:
-        given = self.model_fields_set & {"r", "alpha", "targets", "dropout"}
+        given = self.model_fields_set - {"start_from", "allow_dropout"}
         if self.start_from is not None and any(getattr(self, key) != _default(Adapter, key) for key in given):
             raise _mistake("start_from", f"the adapter brings its own {', '.join(sorted(given))}; remove these here")
         missing = [key for key in ("r", "alpha") if getattr(self, key) is None]
@@ -235,6 +261,7 @@ class Training(BaseModel):
     pairs_per_step: Annotated[int, Field(ge=1)]
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     activation_checkpointing: bool = False
+    loraplus_lr_ratio: Annotated[float | None, Field(ge=1)] = None
     seed: Annotated[int, Field(ge=0)] = 42
     data_seed: Annotated[int, Field(ge=0)] = 42
 
