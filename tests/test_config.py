@@ -38,13 +38,15 @@ VALUES: dict[str, Any] = {
 # Keys that speak to somebody else than the trainer or LoRA: which model is loaded, which files are read.
 SOURCE_KEYS = ("path", "weight", "form", "columns", "revision", "split")
 READ_BY_THE_RUN = {
-    "model.name", "model.dtype", "model.revision", "model.shape", "data.train", "data.eval",
+    "model.name", "model.dtype", "model.revision", "model.shape", "model.quantization", "adapter.trainable_tokens",
+    "data.train", "data.eval",
     "data.held_out", "data.form", "data.columns", "data.revision", "data.split", "data.on_bad_row", "data.cache",
     *(f"data.{name}.{key}" for name in ("train", "eval") for key in SOURCE_KEYS),
 }  # fmt: skip
 FOCALPO_FIELDS = {
     "objective", "beta", "gamma", "pairs_per_step", "max_length", "max_prompt_length", "truncation",
     "chat_template_kwargs", "layout", "tokens_per_pack", "identity_probe", "allow_dropout", "reference",
+    "loraplus_lr_ratio",
 }  # fmt: skip
 # A value other than the one in VALUES or the default, where the annotation does not give it.
 OTHER_VALUES = {
@@ -57,6 +59,15 @@ OTHER_VALUES = {
     "adapter.alpha": "4",
     "adapter.targets": "[q_proj]",
     "adapter.allow_dropout": "true",
+    "adapter.use_rslora": "true",
+    "adapter.use_dora": "true",
+    "adapter.init": "gaussian",
+    "adapter.rank_pattern": "{q_proj: 4}",
+    "adapter.alpha_pattern": "{q_proj: 4}",
+    "adapter.modules_to_save": "[norm]",
+    "adapter.trainable_tokens": "[5]",
+    "model.quantization": "nf4",
+    "training.loraplus_lr_ratio": "16",
     "data.train": "another.jsonl",
     "data.eval": "another.jsonl",
     "data.max_length": "77",
@@ -102,7 +113,15 @@ TOGETHER = {
 for name, key in itertools.product(("train", "eval"), SOURCE_KEYS):
     source = {"path": f"{name}.jsonl"} | {key: ANOTHER_SOURCE[key]}
     TOGETHER[f"data.{name}.{key}"] = [f"data.{name}={json.dumps(source)}"]
-CHOICES = ("data.truncation", "data.on_bad_row", "reference.kind", "objective.name", "packing.layout")
+CHOICES = (
+    "data.truncation",
+    "data.on_bad_row",
+    "reference.kind",
+    "objective.name",
+    "packing.layout",
+    "model.quantization",
+    "adapter.init",
+)
 
 
 def changed(*path_and_value: Any) -> dict[str, Any]:
