@@ -1,0 +1,254 @@
+"""The one table of what trains with what: base x adapter x reference x layout x engine.
+
+A cell trains, or rules refuse it, each with its reason and the way out. The refusals at run time, docs/compatibility.md
+and the tests all come from `RULES`. Nothing here looks at a model: what depends on one (tied embeddings, attention that
+packs cannot hold apart) is found out at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lorafocal.errors import InputError
+
+FLOAT = ("float32", "bfloat16", "float64")
+FOUR_BIT = ("nf4", "nf4-double", "fp4", "fp4-double")
+QUANTIZED = (*FOUR_BIT, "int8")
+BASES = (*FLOAT, *QUANTIZED, "float16", "other-quantization")
+
+VARIANTS = ("lora", "rslora", "dora", "patterns", "modules_to_save", "trainable_tokens")
+STARTS = ("gaussian", "eva", "orthogonal", "random", "pissa", "olora", "loftq")
+ADAPTERS = (*VARIANTS, *STARTS, "bias", "corda", "lora_ga", "mica")
+
+REFERENCES = ("none", "disabled_adapter", "frozen_copy", "separate_model")
+LAYOUTS = ("packed", "padded")
+ENGINES = ("one-process", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp")
+
+# What an adapter's setting is called in the table, by its name in a config or in `peft.LoraConfig`.
+_WORDS = {
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "rank_pattern": "patterns",
+    "alpha_pattern": "patterns",
+    "modules_to_save": "modules_to_save",
+    "trainable_tokens": "trainable_tokens",
+    "trainable_token_indices": "trainable_tokens",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination, in the words of `BASES`, `ADAPTERS` (all that apply), `REFERENCES`, `LAYOUTS`, `ENGINES`.
+
+    Words that the table does not have are refused by name.
+    """
+
+    base: str
+    adapter: frozenset[str]
+    reference: str = "none"
+    layout: str = "packed"
+    engine: str = "one-process"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Why some cells do not train: `finds` names the words of a cell that it is about, none where it does not apply.
+
+    `axis` is the part of the cell to change; `reason` and `remedy` may hold {found}, those words, and {base}.
+    """
+
+    name: str
+    axis: Literal["base", "adapter", "reference", "layout", "engine"]
+    finds: Callable[[Cell], Iterable[str]]
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A rule on a cell, in words."""
+
+    rule: Rule
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the table says of a cell: every rule that refuses it, none where it trains."""
+
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def trains(self) -> bool:
+        return not self.refusals
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(refusal.reason for refusal in self.refusals)
+
+    @property
+    def remedy(self) -> str:
+        return "; ".join(dict.fromkeys(refusal.remedy for refusal in self.refusals))
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.refusals))
+
+
+def _bases(*words: str) -> Callable[[Cell], Iterable[str]]:
+    return lambda cell: {cell.base} & {*words}
+
+
+def _engines(*words: str) -> Callable[[Cell], Iterable[str]]:
+    return lambda cell: {cell.engine} & {*words}
+
+
+def _off_is_not_the_start(*words: str) -> Callable[[Cell], Iterable[str]]:
+    return lambda cell: cell.adapter & {*words} if cell.reference == "disabled_adapter" else ()
+
+
+def _on_bases(bases: Iterable[str], *words: str) -> Callable[[Cell], Iterable[str]]:
+    return lambda cell: cell.adapter & {*words} if cell.base in bases else ()
+
+
+def _beside(other: str, *words: str) -> Callable[[Cell], Iterable[str]]:
+    return lambda cell: cell.adapter & {*words} if other in cell.adapter else ()
+
+
+_COPY = "compare with `frozen_copy`, the adapter as it starts on the same base"
+_ONE_GPU = (
+    "use one GPU, or DDP (`torchrun --standalone --nproc-per-node N -m lorafocal train CONFIG`); a base that one GPU"
+    " does not hold fits as nf4 (`model.quantization: nf4`)"
+)
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "float16",
+        "base",
+        _bases("float16"),
+        "a float16 base overflows in preference losses (NaN, or loss 0 after a step)",
+        "load it in bfloat16 or float32",
+    ),
+    Rule(
+        "other-quantization",
+        "base",
+        lambda cell: {cell.base} - {*BASES} | {cell.base} & {"other-quantization"},
+        "the base is held in a form that is not proved here ({found}; GPTQ, AWQ, FP8 and their like are all others)",
+        "load its float original, as it is or quantised by bitsandbytes (`model.quantization: nf4` or int8)",
+    ),
+    Rule(
+        "unproved-adapter",
+        "adapter",
+        lambda cell: {word.removeprefix("other:") for word in cell.adapter - {*VARIANTS, *STARTS, "bias"}},
+        "the adapter asks for {found}, for which nothing here proves gradients, reference or the saved file",
+        "leave it at its default; starts that are proved: default, gaussian, orthogonal, pissa, olora, loftq, eva",
+    ),
+    Rule(
+        "trained-bias",
+        "adapter",
+        lambda cell: cell.adapter & {"bias"},
+        "trained biases belong to the base's layers and stay when the adapter is switched off or left out",
+        'use bias="none"',
+    ),
+    Rule(
+        "rewritten-quantized-base",
+        "adapter",
+        _on_bases(QUANTIZED, "pissa", "olora"),
+        "{found} takes its start out of the base's weights, and quantised weights ({base}) cannot hold what is left",
+        "use a bfloat16 base, or another start: loftq on 4-bit bases, eva or the default on all",
+    ),
+    Rule(
+        "loftq-without-4-bit",
+        "adapter",
+        lambda cell: cell.adapter & {"loftq"} if cell.base not in FOUR_BIT else (),
+        "loftq starts from what rounding to 4 bits lost, and a {base} base was not rounded so",
+        "quantise the base to 4 bits (`model.quantization: nf4`), or use the default start",
+    ),
+    Rule(
+        "moved-start-with-dora",
+        "adapter",
+        _beside("dora", "pissa", "olora", "loftq"),
+        "{found} moves weights between base and adapter, and DoRA's magnitudes are those of the weights before",
+        "use one of the two: DoRA with the default start, or {found} without DoRA",
+    ),
+    Rule(
+        "rewritten-base-as-reference",
+        "reference",
+        _off_is_not_the_start("pissa", "olora"),
+        "{found} takes its start out of the base's weights, so with the adapter off that part is missing",
+        _COPY,
+    ),
+    Rule(
+        "started-elsewhere",
+        "reference",
+        _off_is_not_the_start("loftq", "random"),
+        "{found} starts at an adapter that is not zero, so with the adapter off the model is not where training began",
+        _COPY,
+    ),
+    Rule(
+        "start-up-to-rounding",
+        "reference",
+        _off_is_not_the_start("orthogonal"),
+        "{found} starts at matrices whose product is zero up to rounding only, so with the adapter off the model is not"
+        " exactly where training began",
+        _COPY,
+    ),
+    Rule(
+        "deepspeed-zero2",
+        "engine",
+        _engines("deepspeed-zero2"),
+        "DeepSpeed ZeRO-2 splits gradients and optimiser states over processes, of which adapters have megabytes; it"
+        " waits for the full-parameter mode",
+        _ONE_GPU,
+    ),
+    Rule(
+        "sharded-base",
+        "engine",
+        _engines("deepspeed-zero3", "fsdp"),
+        "{found} splits the base over processes in shards of one dtype; quantised weights and fp32 adapters on a"
+        " bfloat16 base are not that, so it waits for the full-parameter mode",
+        _ONE_GPU,
+    ),
+    Rule(
+        "unknown-word",
+        "engine",
+        lambda cell: {cell.reference, cell.layout, cell.engine} - {*REFERENCES, *LAYOUTS, *ENGINES},
+        "{found} is not known here",
+        f"references: {', '.join(REFERENCES)}; layouts: {', '.join(LAYOUTS)}; engines: one process, or DDP",
+    ),
+)
+
+
+def verdict(cell: Cell) -> Verdict:
+    """Whether the cell trains, and what refuses it otherwise. Answers every cell."""
+    refusals = []
+    for rule in RULES:
+        if words := sorted(rule.finds(cell)):
+            facts = {"found": " and ".join(words), "base": cell.base}
+            refusals.append(Refusal(rule, rule.reason.format(**facts), rule.remedy.format(**facts)))
+    return Verdict(tuple(refusals))
+
+
+def check(cell: Cell) -> None:
+    """Raise InputError with every reason and its remedy, unless the cell trains."""
+    found = verdict(cell)
+    if not found.trains:
+        raise InputError(str(found))
+
+
+def adapter_words(settings: Mapping[str, object]) -> frozenset[str]:
+    """The table's words for an adapter's settings, named as in a config's `adapter` or in `peft.LoraConfig`."""
+    start = settings.get("init", settings.get("init_lora_weights", True))
+    words = {"lora"} | {word for name, word in _WORDS.items() if settings.get(name)}
+    if start is False:
+        words.add("random")
+    elif start not in (True, "default"):
+        words.add(str(start).lower().partition("_niter_")[0])
+    if settings.get("bias", "none") != "none":
+        words.add("bias")
+    return frozenset(words)
