@@ -18,22 +18,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lorafocal.bounds import check_dropout
+from lorafocal.compatibility import adapter_words
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 
 ALL_LINEAR = "all-linear"
 FROZEN_COPY = "reference"  # the adapter beside the policy's own that is never trained and never saved
-
-_REMEDIES = {
-    "bias": 'use bias="none"',
-    "init_lora_weights": "use init_lora_weights=True; an adapter already trained from such a start is converted by"
-    " PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)`",
-    "modules_to_save": "leave it out; modules that must change are trained into the base before preferences",
-}
-
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2 writes its linear layers as Conv1D, their weights transposed
 
@@ -74,27 +68,64 @@ def _named_by(target: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if name == target or name.endswith(f".{target}")]
 
 
-def check_lora_config(config: LoraConfig, *, allow_dropout: bool = False) -> None:
-    """Refuse settings under which "adapters off" is not the starting policy, or that are not supported yet.
+# Settings that the table has words for, or that only say where the adapter goes, how large it is, what it is called.
+_KNOWN_FIELDS = (
+    "use_rslora use_dora rank_pattern alpha_pattern modules_to_save trainable_token_indices init_lora_weights bias"
+    " r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out"
+    " task_type peft_type inference_mode base_model_name_or_path revision auto_mapping peft_version megatron_core"
+).split()
 
-    Measured after five steps (largest logit difference between "off" and the base): PiSSA 0.86, OLoRA 0.88, trained
-    biases 0.82 to 1.14.
+
+def features(config: LoraConfig) -> frozenset[str]:
+    """The compatibility table's words for an adapter.
+
+    A setting away from its default that the table has no word for becomes "other:<field>", which it refuses.
     """
-    refused = {
-        "bias": config.bias != "none",
-        "init_lora_weights": config.init_lora_weights not in (True, "gaussian"),
-        "modules_to_save": bool(config.modules_to_save),
-        "use_dora": config.use_dora,
-        "trainable_token_indices": bool(config.trainable_token_indices),
-        "target_parameters": bool(getattr(config, "target_parameters", None)),
-        "layer_replication": bool(config.layer_replication),
-    }
-    for name in (name for name, bad in refused.items() if bad):
-        raise InputError(
-            f"adapter: `{name}={getattr(config, name)!r}` is not supported: with it, switching the adapter off may"
-            " not give back the starting policy, so the reference would be wrong. Use plain LoRA: "
-            + _REMEDIES.get(name, "leave it at its default")
-        )
+    words, usual = adapter_words(vars(config)), LoraConfig()
+    of_the_start = {f"{word}_config" for word in words}  # eva_config belongs to eva
+    others = vars(usual).keys() - {*_KNOWN_FIELDS} - of_the_start
+    return words | {f"other:{name}" for name in others if _differ(getattr(config, name), getattr(usual, name))}
+
+
+def _differ(value: object, usual: object) -> bool:
+    """None, False and an empty list all mean that a setting is not used."""
+    return value != usual and bool(value or usual)
+
+
+def trainable_token_ids(tokens: Sequence[str | int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens by text or by id to sorted ids, for `LoraConfig.trainable_token_indices`.
+
+    Raises InputError for what is not exactly one token of the tokenizer, with the way out.
+    """
+    vocabulary = tokenizer.get_vocab()
+    return sorted({_token_id(token, tokenizer, vocabulary) for token in tokens})
+
+
+def _token_id(token: str | int, tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> int:
+    if isinstance(token, int):
+        if token not in vocabulary.values():
+            raise InputError(
+                f"adapter.trainable_tokens: no token has the id {token}; the tokenizer's {len(vocabulary)} tokens end"
+                f" at {max(vocabulary.values())}. Name the token by its text, or add it to the tokenizer and resize the"
+                " base first (`resize_token_embeddings`), and train on that base"
+            )
+        return token
+    if token in vocabulary:
+        return vocabulary[token]
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+        return int(ids[0])
+    nearest = ", ".join(map(repr, difflib.get_close_matches(token, vocabulary, 3, 0.5)))
+    raise InputError(
+        f"adapter.trainable_tokens: {token!r} is "
+        + (f"{len(ids)} tokens ({tokenizer.convert_ids_to_tokens(ids)})" if len(ids) > 1 else "not known")
+        + f" to the tokenizer, not one token{f' (nearest: {nearest})' if nearest else ''}. Add it to the tokenizer and"
+        " resize the base first (`resize_token_embeddings`), and train on that base"
+    )
+
+
+def check_lora_config(config: LoraConfig, *, allow_dropout: bool = False) -> None:
+    """Refuse dropout in the adapter unless it is allowed; what trains at all is the compatibility table's to say."""
     check_dropout(config.lora_dropout, allowed=allow_dropout)
 
 

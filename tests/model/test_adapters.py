@@ -69,24 +69,6 @@ def test_an_adapter_on_the_output_head_is_refused():
         attach_lora(tiny_base(tie_word_embeddings=True), lora(target_modules=["lm_head"]))
 
 
-@pytest.mark.row("6")
-@pytest.mark.parametrize(
-    ("setting", "name"),
-    [
-        ({"bias": "lora_only"}, "bias"),
-        ({"bias": "all"}, "bias"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"use_dora": True}, "use_dora"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    ],
-)
-def test_adapters_whose_off_state_is_not_the_start_are_refused_by_name(setting, name):
-    with pytest.raises(InputError, match=name):
-        check_lora_config(lora(**setting))
-
-
 @pytest.mark.row("14")
 def test_adapter_dropout_needs_permission():
     with pytest.raises(InputError, match=r"0\.05"):
