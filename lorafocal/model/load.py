@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 
 from lorafocal import launch
 from lorafocal.errors import InputError
+from lorafocal.model.quantized import bitsandbytes_config, library, prequantized, settle
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -53,12 +54,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_base(
-    name: str, *, revision: str | None = None, dtype: str = "bfloat16", shape: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "bfloat16",
+    shape: Mapping[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A frozen base in train mode on the local device (the GPU of this rank where there is one).
 
-    Raises InputError for an unknown dtype (fp16 among them), a base that is missing, quantised, no causal model, needs
-    remote code or has other values than `shape` (a config's `model.shape`) states.
+    `quantization` is one of `model.quantized.QUANTIZATIONS`; a checkpoint that is quantised already is loaded as it is.
+    Raises InputError for an unknown dtype (fp16 among them), a base that is missing, quantised otherwise, no causal
+    model, needs remote code or has other values than `shape` (a config's `model.shape`) states.
     """
     if dtype not in DTYPES:
         raise InputError(
@@ -68,14 +75,17 @@ def load_base(
     check_place(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
-        if getattr(config, "quantization_config", None) is not None:
-            raise InputError(
-                f"model.name: {name} is quantised, which this version cannot train; use its float original"
-            )
         check_shape(config, shape or {})
+        how = _how(config, name, quantization, DTYPES[dtype])
         # Its attention is transformers' default: SDPA, or eager where a model has none (Gemma-2).
         model = _door(config, name).from_pretrained(
-            name, revision=revision, config=config, dtype=DTYPES[dtype], use_safetensors=True
+            name,
+            revision=revision,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            device_map={"": local_device()},
+            **how,
         )
     except InputError:
         raise
@@ -83,7 +93,25 @@ def load_base(
         raise InputError(_not_found("model", name, error)) from error
     model.requires_grad_(False)
     model.config.get_text_config().use_cache = False
-    return model.to(local_device()).train()
+    settle(model)
+    return model.train()
+
+
+def _how(config: PreTrainedConfig, name: str, quantization: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told of quantisation: nothing for a float base and for one that is quantised already.
+
+    Raises InputError where a checkpoint is quantised otherwise than asked for.
+    """
+    stored = prequantized(config, name)
+    if stored is not None and quantization not in (None, stored):
+        raise InputError(
+            f"model.quantization is {quantization}, but {name} is stored as {stored}: leave `model.quantization` out, or"
+            " use its float original"
+        )
+    if stored is None and quantization is None:
+        return {}
+    library(local_device())
+    return {} if quantization is None or stored else {"quantization_config": bitsandbytes_config(quantization, dtype)}
 
 
 def _door(config: PreTrainedConfig, name: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:

@@ -1,0 +1,195 @@
+"""Bases held in 4 or 8 bits by bitsandbytes: how they are asked for, made safe to train, and checked after loading.
+
+bitsandbytes is the extra `quant`, so nothing here imports it before it is needed. What one layer does is settled by
+`settle`; what a whole model turned out to be is stated by `describe` and held against the plan by `check_loaded`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from lorafocal.errors import InputError
+from lorafocal.model.head import causal_lm
+
+FOUR_BIT = {"nf4": ("nf4", False), "nf4-double": ("nf4", True), "fp4": ("fp4", False), "fp4-double": ("fp4", True)}
+QUANTIZATIONS = (*FOUR_BIT, "int8")
+
+
+def bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What transformers is to quantise with, computing in `dtype`.
+
+    Raises InputError for an unknown word, and where bitsandbytes is missing or broken.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise InputError(f"model.quantization: {quantization!r} is unknown; choose one of {', '.join(QUANTIZATIONS)}")
+    library()
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    kind, double = FOUR_BIT[quantization]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def library(device: torch.device | None = None) -> ModuleType:
+    """bitsandbytes, tried on `device`. Raises InputError where it is missing or does not work there."""
+    try:
+        module = importlib.import_module("bitsandbytes")
+        if device is not None:
+            module.functional.quantize_4bit(torch.ones(64, device=device), quant_type="nf4")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"model.quantization needs bitsandbytes, which does not work here ({reason}): install it with"
+            " `pip install 'lorafocal[quant]'`, or leave `model.quantization` out"
+        ) from error
+    return module
+
+
+def prequantized(config: object, name: str) -> str | None:
+    """The word for what a checkpoint's config says that its weights are quantised as; None for a float one.
+
+    Raises InputError for every method but bitsandbytes.
+    """
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    stated = dict(stated) if isinstance(stated, Mapping) else stated.to_dict()
+    method = stated.get("quant_method") or "bitsandbytes"
+    method = str(getattr(method, "value", method))
+    four, eight = (bool(stated.get(key) or stated.get(f"_{key}")) for key in ("load_in_4bit", "load_in_8bit"))
+    if not method.startswith("bitsandbytes") or four == eight:
+        raise InputError(
+            f"model.name: {name} is quantised with {method}, which lorafocal does not train: use its float original"
+            " (and `model.quantization: nf4` to hold that in 4 bits), or a bitsandbytes checkpoint"
+        )
+    if eight:
+        return "int8"
+    return _word(str(stated.get("bnb_4bit_quant_type", "fp4")), bool(stated.get("bnb_4bit_use_double_quant", False)))
+
+
+def _word(kind: str, double: bool) -> str:
+    return f"{kind}-double" if double else kind
+
+
+def quantization_of(model: nn.Module) -> str | None:
+    """How the linear layers of `model` are held, read from the layers themselves; None where all are float.
+
+    Raises InputError for a mixture, for weights without their scales and for other methods than bitsandbytes.
+    """
+    base = causal_lm(model)
+    words = {word_of(module) for module in base.modules()} - {None}
+    if len(words) > 1:
+        raise InputError(
+            f"the model holds its layers in a mixture of {' and '.join(sorted(map(str, words)))}: load it with one"
+            " quantisation"
+        )
+    if words:
+        return words.pop()
+    if (method := getattr(base, "quantization_method", None)) is not None:
+        method = getattr(method, "value", method)
+        raise InputError(
+            f"the model is quantised with {method}, which lorafocal does not train: load its float original, with"
+            " `lorafocal.load_base(name, quantization='nf4')` in 4 bits"
+        )
+    return None
+
+
+def word_of(layer: nn.Module) -> str | None:
+    """The word for one layer; None where it is not quantised. Raises InputError where its scales are missing."""
+    if _is_eight_bit(layer):
+        if layer.weight.dtype != torch.int8 or (layer.weight.SCB is None and layer.state.SCB is None):  # type: ignore[union-attr]
+            raise InputError(f"an 8-bit layer has no quantised weight: {_BROKEN}")
+        return "int8"
+    if not _is_four_bit(layer):
+        return None
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        raise InputError(f"a 4-bit layer has no scales: {_BROKEN}")
+    return _word(state.quant_type, state.nested)
+
+
+_BROKEN = "the checkpoint is damaged or was not written by `save_pretrained`; quantise its float original on loading"
+
+
+def _is_four_bit(layer: nn.Module) -> bool:
+    known = sys.modules.get("bitsandbytes")  # nothing can be a layer of a library that nobody imported
+    return known is not None and isinstance(layer, known.nn.Linear4bit)
+
+
+def _is_eight_bit(layer: nn.Module) -> bool:
+    known = sys.modules.get("bitsandbytes")
+    return known is not None and isinstance(layer, known.nn.Linear8bitLt)
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The floating dtype a base was loaded in: that of its embeddings, adapters and trained copies set aside."""
+    embeddings = causal_lm(model).get_input_embeddings()
+    return getattr(embeddings, "original_module", embeddings).weight.dtype
+
+
+def settle(model: nn.Module) -> None:
+    """Make the quantised layers of `model` compute one thing, in training and evaluation, alone and in a pack.
+
+    - 4 bit on a CPU with avx512_bf16: an evaluation would repack the weights for kernels without gradients, for good.
+    - 4 bit: compute, and de-quantise for the gradient, in the base's own dtype, whatever the checkpoint says.
+    - int8: no outlier columns, which are chosen over a whole batch (docs/decisions/0006), and one forward: on a CPU
+      bitsandbytes rounds activations to 8 bits in evaluation mode, and not in training mode.
+
+    Nothing is done to a float model, nor by a second call. Raises InputError where weights are repacked already.
+    """
+    dtype = base_dtype(model)
+    for name, layer in causal_lm(model).named_modules():
+        if _is_four_bit(layer):
+            _settle_four_bit(layer, name, dtype)
+        elif _is_eight_bit(layer):
+            _settle_eight_bit(layer, name)
+
+
+def _settle_four_bit(layer: Any, name: str, dtype: torch.dtype) -> None:
+    state = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise InputError(
+            f"{name}: bitsandbytes has repacked the 4-bit weights for inference on this CPU, and gradients through them"
+            " would be wrong: load the model again (`lorafocal.load_base`) and hand it over before any forward pass"
+        )
+    layer.support_avx512bf16_for_cpu = False
+    layer.compute_dtype, layer.compute_type_is_set = dtype, True
+    if state is not None:
+        state.dtype = dtype
+
+
+def _settle_eight_bit(layer: Any, name: str) -> None:
+    if layer.state.has_fp16_weights:
+        raise InputError(f"{name} keeps float16 weights (llm_int8_has_fp16_weight): load the model without that option")
+    layer.state.threshold = 0.0
+    layer.training = True
+    layer.train = lambda mode=True: layer
+
+
+def dequantized_weight(layer: nn.Module) -> Tensor:
+    """The weight (out, in) in float32 that a linear layer multiplies by, be it 4-bit, 8-bit or float.
+
+    An adapter around the layer is not part of it.
+    """
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[operator]
+    if _is_four_bit(layer):
+        wide = library().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[union-attr]
+        return wide.float()
+    if _is_eight_bit(layer):
+        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # type: ignore[union-attr]
+        return layer.weight.data.float() * (scales[:, None] * (1 / 127))  # type: ignore[index, operator]
+    weight = layer.weight.detach().float()  # type: ignore[operator, union-attr]
+    return weight.T if isinstance(layer, Conv1D) else weight
