@@ -26,6 +26,23 @@ REFERENCES = ("none", "disabled_adapter", "frozen_copy", "separate_model")
 LAYOUTS = ("packed", "padded")
 ENGINES = ("one-process", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp")
 
+# How messages and the page write a word, where that is not the word itself.
+TITLES = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "loftq": "LoftQ",
+    "eva": "EVA",
+    "corda": "CorDA",
+    "lora_ga": "LoRA-GA",
+    "mica": "MiCA",
+    "one-process": "one process",
+    "ddp": "DDP",
+    "deepspeed": "DeepSpeed",
+    "deepspeed-zero2": "DeepSpeed ZeRO-2",
+    "deepspeed-zero3": "DeepSpeed ZeRO-3",
+    "fsdp": "FSDP",
+}
+
 # What an adapter's setting is called in the table, by its name in a config or in `peft.LoraConfig`.
 _WORDS = {
     "use_rslora": "rslora",
@@ -166,7 +183,7 @@ RULES: tuple[Rule, ...] = (
         "loftq-without-4-bit",
         "adapter",
         lambda cell: cell.adapter & {"loftq"} if cell.base not in FOUR_BIT else (),
-        "loftq starts from what rounding to 4 bits lost, and a {base} base was not rounded so",
+        "{found} starts from what rounding to 4 bits lost, and a {base} base was not rounded so",
         "quantise the base to 4 bits (`model.quantization: nf4`), or use the default start",
     ),
     Rule(
@@ -199,15 +216,15 @@ RULES: tuple[Rule, ...] = (
         _COPY,
     ),
     Rule(
-        "deepspeed-zero2",
+        "split-states",
         "engine",
         _engines("deepspeed-zero2"),
-        "DeepSpeed ZeRO-2 splits gradients and optimiser states over processes, of which adapters have megabytes; it"
-        " waits for the full-parameter mode",
+        "{found} splits gradients and optimiser states over processes, of which adapters have megabytes; it waits for"
+        " the full-parameter mode",
         _ONE_GPU,
     ),
     Rule(
-        "sharded-base",
+        "split-base",
         "engine",
         _engines("deepspeed-zero3", "fsdp"),
         "{found} splits the base over processes in shards of one dtype; quantised weights and fp32 adapters on a"
@@ -215,11 +232,25 @@ RULES: tuple[Rule, ...] = (
         _ONE_GPU,
     ),
     Rule(
-        "unknown-word",
+        "another-engine",
         "engine",
-        lambda cell: {cell.reference, cell.layout, cell.engine} - {*REFERENCES, *LAYOUTS, *ENGINES},
-        "{found} is not known here",
-        f"references: {', '.join(REFERENCES)}; layouts: {', '.join(LAYOUTS)}; engines: one process, or DDP",
+        lambda cell: {cell.engine} - {*ENGINES},
+        "{found} is no engine that lorafocal trains in",
+        _ONE_GPU,
+    ),
+    Rule(
+        "another-reference",
+        "reference",
+        lambda cell: {cell.reference} - {*REFERENCES},
+        "there is no reference {found}",
+        f"choose one of {', '.join(REFERENCES[1:])}",
+    ),
+    Rule(
+        "another-layout",
+        "layout",
+        lambda cell: {cell.layout} - {*LAYOUTS},
+        "there is no layout {found}",
+        f"choose {' or '.join(LAYOUTS)}",
     ),
 )
 
@@ -229,7 +260,7 @@ def verdict(cell: Cell) -> Verdict:
     refusals = []
     for rule in RULES:
         if words := sorted(rule.finds(cell)):
-            facts = {"found": " and ".join(words), "base": cell.base}
+            facts = {"found": " and ".join(TITLES.get(word, word) for word in words), "base": cell.base}
             refusals.append(Refusal(rule, rule.reason.format(**facts), rule.remedy.format(**facts)))
     return Verdict(tuple(refusals))
 
@@ -241,10 +272,17 @@ def check(cell: Cell) -> None:
         raise InputError(str(found))
 
 
+def engine_refusal(engine: str) -> str:
+    """Why nothing trains in `engine`, and the way out; "" where something does."""
+    return str(verdict(Cell("float32", frozenset({"lora"}), engine=engine)))
+
+
 def adapter_words(settings: Mapping[str, object]) -> frozenset[str]:
     """The table's words for an adapter's settings, named as in a config's `adapter` or in `peft.LoraConfig`."""
     start = settings.get("init", settings.get("init_lora_weights", True))
-    words = {"lora"} | {word for name, word in _WORDS.items() if settings.get(name)}
+    words = {word for name, word in _WORDS.items() if settings.get(name)}
+    if not words & {"rslora", "dora"}:
+        words.add("lora")
     if start is False:
         words.add("random")
     elif start not in (True, "default"):

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lorafocal.compatibility import engine_refusal
 from lorafocal.errors import InputError
 
 FIRST_SPEAKS_S = 5.0  # how long the other ranks leave it to rank 0 to say what went wrong
@@ -24,12 +25,15 @@ FIRST_SPEAKS_S = 5.0  # how long the other ranks leave it to rank 0 to say what 
 # Set by a launcher for each process it starts, beside torchrun's WORLD_SIZE where it starts torchrun.
 _COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 
-# What accelerate's launcher hands on in the environment, the value that asks for nothing, and what it would be.
+# What accelerate's launcher hands on in the environment: engines, by their words in `lorafocal.compatibility`,
+_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_USE_FSDP": "fsdp",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+# and settings, with the value that asks for nothing.
 _ACCELERATE = {
-    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed"),
-    "ACCELERATE_USE_FSDP": ("false", "FSDP"),
-    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a parallelism config"),
     "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision (here the base's dtype decides: `model.dtype`)"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "torch.compile"),
 }
@@ -65,8 +69,17 @@ def several(arguments: str = "train CONFIG", *, processes: int | str = "N") -> s
     return f"torchrun --standalone --nproc-per-node {processes} -m lorafocal {arguments}"
 
 
+def engine() -> str:
+    """How this launch trains, in the words of `lorafocal.compatibility.ENGINES`; another word for any other engine."""
+    for name, word in _ENGINES.items():
+        if os.environ.get(name, "false").lower() not in ("false", ""):
+            stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if word == "deepspeed" else None
+            return f"{word}-zero{stage}" if stage else word
+    return "ddp" if world_size() > 1 else "one-process"
+
+
 def check_launch() -> None:
-    """Refuse a launch that starts fewer processes than it was asked for, or settings that nobody here would honour.
+    """Refuse a launch that starts fewer processes than it was asked for, or asks for what nobody here would honour.
 
     `accelerate launch --num_processes 2` starts one process where it finds no second GPU or is told `--cpu`; it still
     hands on an address for the processes to meet at. Raises InputError.
@@ -87,6 +100,8 @@ def check_launch() -> None:
                     f"{launcher} started {os.environ[name]} processes that do not know of each other ({name} is set,"
                     f" WORLD_SIZE is not); each would train alone, into the same folder: {way_out}"
                 )
+    if refusal := engine_refusal(engine()):
+        raise InputError(f"accelerate's settings: {refusal}")
     asked = [
         what
         for name, (nothing, what) in _ACCELERATE.items()

@@ -23,7 +23,7 @@ from tests.saved_run import save_base
 
 ENVIRONMENT = [
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU",
-    *launch._COUNTS, *launch._ACCELERATE,
+    *launch._COUNTS, *launch._ENGINES, *launch._ACCELERATE,
 ]  # fmt: skip
 
 # As accelerate's launcher sets them for every process; read from what it hands on, see tests/engine.
