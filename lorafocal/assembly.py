@@ -14,19 +14,24 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.compatibility import Cell, check
 from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
 from lorafocal.errors import InputError
+from lorafocal.launch import engine
 from lorafocal.model.adapters import (
     FROZEN_COPY,
     attach_lora,
     check_lora_config,
+    features,
     freeze,
     switch_dropout_off,
     widen_adapters,
 )
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, load_base
+from lorafocal.model.quantized import base_dtype, quantization_of, settle
+from lorafocal.model.starts import initialize
 from lorafocal.probes import LayoutChoice, choose_layout
 
 logger = logging.getLogger(__name__)
@@ -35,30 +40,57 @@ Rows = Iterable[Any]
 
 
 def assemble_policy(
-    model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, args: FocalPOConfig
+    model: PreTrainedModel | PeftModel,
+    peft_config: LoraConfig | None,
+    args: FocalPOConfig,
+    pairs: Sequence[TokenizedPair],
 ) -> PeftModel:
-    """The model with exactly one checked adapter in fp32, dropout off unless allowed."""
-    if peft_config is not None:
-        check_lora_config(peft_config, allow_dropout=args.allow_dropout)
-        set_seed(args.seed)  # the adapter's initialisation depends on `seed` alone
-        policy = attach_lora(model, peft_config)
-    elif isinstance(model, PeftModel):
-        for config in model.peft_config.values():
-            check_lora_config(config, allow_dropout=True)  # dropout is switched off below
+    """The model with exactly one checked adapter, in fp32 and at its start; dropout off unless allowed.
+
+    `pairs` are the tokenised training pairs, which the start "eva" is computed from. Raises InputError for what
+    `lorafocal.compatibility` does not train.
+    """
+    settle(model)
+    config = peft_config or _only_adapter(model)
+    check(cell_of(model, config, args))
+    if peft_config is None:
         policy = widen_adapters(model)
     else:
-        raise InputError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`")
-    if len(policy.peft_config) > 1:
-        raise InputError(
-            f"the model carries {len(policy.peft_config)} adapters ({', '.join(policy.peft_config)}), and one is"
-            " trained: load it with that one alone, and merge what else it needs into its base first"
-            " (`lorafocal merge`)"
-        )
+        check_lora_config(config, allow_dropout=args.allow_dropout)
+        set_seed(args.seed)  # the adapter's start depends on `seed` alone
+        policy = attach_lora(model, config)
+        initialize(policy, pairs, seed=args.seed)
     if policy.active_adapter == FROZEN_COPY:
         raise InputError(f"the adapter is named {FROZEN_COPY!r}, the name of a frozen copy: load it under another name")
     if not args.allow_dropout and (count := switch_dropout_off(policy)):
         logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
     return policy
+
+
+def cell_of(model: nn.Module, config: LoraConfig, args: FocalPOConfig) -> Cell:
+    """Where a run stands in the table, read from what will be trained; layout "auto" counts as packed."""
+    if type(config) is not LoraConfig:
+        raise InputError(f"the adapter is of kind {config.peft_type.value}, and LoRA adapters are trained here")
+    return Cell(
+        base=quantization_of(model) or str(base_dtype(model)).removeprefix("torch."),
+        adapter=features(config),
+        reference=args.reference or "none",
+        layout="packed" if args.layout == "auto" else args.layout,
+        engine=engine(),
+    )
+
+
+def _only_adapter(model: nn.Module) -> LoraConfig:
+    """The configuration of the one adapter that a model brings. Raises InputError for none and for several."""
+    if not isinstance(model, PeftModel):
+        raise InputError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`")
+    if len(model.peft_config) > 1:
+        raise InputError(
+            f"the model carries {len(model.peft_config)} adapters ({', '.join(model.peft_config)}), and one is"
+            " trained: load it with that one alone, and merge what else it needs into its base first"
+            " (`lorafocal merge`)"
+        )
+    return next(iter(model.peft_config.values()))
 
 
 def assemble_ref_model(

@@ -6,9 +6,13 @@ accelerate's samplers repeat pairs on ragged data (17 pairs on 2 processes: some
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
+from typing import Any
 
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.interrupt import left_to_the_trainer
 
 
 def shuffled(num_pairs: int, seed: int, epoch: int) -> list[int]:
@@ -39,3 +43,20 @@ class StepSampler(Sampler[list[int]]):
         order = list(range(self.num_pairs)) if self.seed is None else shuffled(self.num_pairs, self.seed, self.epoch)
         for start in range(0, self.num_pairs, self.pairs_per_step):
             yield order[start : start + self.pairs_per_step][self.rank :: self.world]
+
+
+def step_loader(pairs: Sized, collator: Any, args: FocalPOConfig, *, seed: int | None) -> DataLoader:
+    """Batches of whole steps, this rank's share of each.
+
+    Plain and unprepared: accelerate's loader repeats pairs on ragged data.
+    """
+    sampler = StepSampler(len(pairs), args.pairs_per_step, seed=seed, rank=args.process_index, world=args.world_size)
+    return DataLoader(
+        pairs,  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        worker_init_fn=left_to_the_trainer,
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +39,26 @@ from lorafocal.assembly import (
     tokenized,
 )
 from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
-from lorafocal.checkpoint import latest_complete, load_state, rotate, save_state
+from lorafocal.checkpoint import load_state
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
 from lorafocal.health import HealthCheck
-from lorafocal.interrupt import left_to_the_trainer
-from lorafocal.launch import main_process_first
 from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import add_frozen_copy, check_trainable
-from lorafocal.model.continued import lineage_on, stages_of
-from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_same_tokens, check_vocabulary, load_base, load_tokenizer
-from lorafocal.model.save import save_adapter
 from lorafocal.objectives import PairLogps, mean_loss
 from lorafocal.policy import evaluating, sequence_logps
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
-from lorafocal.publish import check_name, published, recover, why_incomplete
 from lorafocal.reference import Reference, build_reference, check_identity, check_ref_model, check_same_reference
-from lorafocal.sampler import StepSampler
+from lorafocal.sampler import step_loader
+from lorafocal.saving import TrainedAdapter, find_checkpoint, progress_at, publish_adapter, write_checkpoint
 from lorafocal.tensor_files import check_keys, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
 FILLER = TokenizedPair("\0filler", [0], [0], [0])  # keeps a rank with fewer packs in step; its weight is 0
 
 # transformers counts a step as one sample of batch size 1, estimates FLOPs of unpacked text, and averages the loss
@@ -108,31 +101,31 @@ class FocalPOTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_base(model)
-        policy = assemble_policy(model, peft_config, args)
+        if processing_class is not None:
+            check_vocabulary(model, processing_class)
+            if isinstance(ref_model, str):
+                check_same_tokens(processing_class, load_tokenizer(ref_model), ref_model)
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        self.data = {
+            name: tokenized(rows, name, processing_class, args) for name, rows in given.items() if rows is not None
+        }
+        for name, part in self.data.items():
+            for reason, count in part.drops.items():
+                logger.warning("%s: %d pairs dropped: %s", name, count, reason)
+            check_pairs(part.pairs, name, [model])  # some adapters start from what the model computes of pairs
+        policy = assemble_policy(model, peft_config, args, self._pairs("train_dataset") or [])
         self.objective = args.build_objective()
         self.adapter = check_trainable(policy)
-        self._stages = stages_of(policy)
+        self._files = TrainedAdapter(policy, self.objective, args.reference)
         self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy, args.device)
+        self._scorers = [policy, *filter(None, [self.ref_model])]
+        for name, part in self.data.items():
+            check_pairs(part.pairs, name, self._scorers)  # the reference's lengths too
         fixed: Mapping[str, Tensor] = {} if self.ref_model is None else sample_of(self.ref_model)
         if args.reference == "frozen_copy":
             fixed = add_frozen_copy(policy)
         digest = tensors_sha256(fixed) if fixed else None
         self.reference_identity: dict[str, str | None] = {"kind": args.reference, "sha256": digest}
-        self.data = {
-            name: tokenized(rows, name, processing_class, args)
-            for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
-            if rows is not None
-        }
-        for name, part in self.data.items():
-            for reason, count in part.drops.items():
-                logger.warning("%s: %d pairs dropped: %s", name, count, reason)
-        if processing_class is not None:
-            check_vocabulary(policy, processing_class)
-            if isinstance(ref_model, str):
-                check_same_tokens(processing_class, load_tokenizer(ref_model), ref_model)
-        self._scorers = [policy, *filter(None, [self.ref_model])]
-        for name, part in self.data.items():
-            check_pairs(part.pairs, name, self._scorers)
         super().__init__(
             model=policy,
             args=args,
@@ -142,6 +135,8 @@ class FocalPOTrainer(Trainer):
             processing_class=processing_class,
             optimizers=optimizers,
         )
+        policy.eval()  # each step sets its own mode again
+        self.layout = choose_common_layout(self._scorers, args.layout)
         self.data_collator = self._collator()
         self.remove_callback(PrinterCallback)
         output = Path(args.output_dir)
@@ -156,7 +151,6 @@ class FocalPOTrainer(Trainer):
         self.metrics = PairMetrics(metric_keys(self.objective))
         self.pairs_seen = 0
         self._reference: tuple[nn.Module, Reference] | None = None
-        self._lineage: Lineage | None = None
 
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
         return self.data[name].pairs if name in self.data else None
@@ -165,20 +159,18 @@ class FocalPOTrainer(Trainer):
 
     def _collator(self) -> PairCollator:
         """Packs as the models can compute them, of the answers that the objective looks at."""
-        self.model.eval()  # each step sets its own mode again
-        choice = choose_common_layout(self._scorers, self.args.layout)
-        if choice.reason and self.is_world_process_zero():
-            logger.warning("training padded, each prompt twice: %s", choice.reason)
-        return PairCollator(choice.layout, self.args.tokens_per_pack, rejected=self.objective.entry.rejected)
+        if self.layout.reason and self.is_world_process_zero():
+            logger.warning("training padded, each prompt twice: %s", self.layout.reason)
+        return PairCollator(self.layout.layout, self.args.tokens_per_pack, rejected=self.objective.entry.rejected)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Plain and unprepared: accelerate's loader repeats pairs on ragged data."""
+        """Whole steps of pairs in an order of their own each epoch."""
         if self.train_dataset is None:
             raise InputError("train_dataset is missing: there is nothing to train on")
-        self.sampler = self._sampler(
-            self.train_dataset, self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        )
-        return self._loader(self.train_dataset, self.sampler)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        loader = step_loader(self.train_dataset, self.data_collator, self.args, seed=seed)
+        self.sampler = loader.batch_sampler
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Held-out pairs in their own order."""
@@ -189,27 +181,7 @@ class FocalPOTrainer(Trainer):
             check_pairs(pairs, "eval_dataset", self._scorers)
         if pairs is None:
             raise InputError("eval_dataset is missing: there is nothing to evaluate on")
-        return self._loader(NumberedPairs(pairs), self._sampler(pairs, None))
-
-    def _sampler(self, pairs: Sequence[TokenizedPair], seed: int | None) -> StepSampler:
-        return StepSampler(
-            len(pairs),
-            self.args.pairs_per_step,
-            seed=seed,
-            rank=self.args.process_index,
-            world=self.args.world_size,
-        )
-
-    def _loader(self, pairs: Any, sampler: StepSampler) -> DataLoader:
-        return DataLoader(
-            pairs,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=left_to_the_trainer,
-        )
+        return step_loader(NumberedPairs(pairs), self.data_collator, self.args, seed=None)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(dataloader.dataset)  # type: ignore[arg-type]
@@ -341,61 +313,37 @@ class FocalPOTrainer(Trainer):
 
         Raises InputError where the checkpoint is torn or missing; a torn one is never loaded.
         """
-        if resume_from_checkpoint is True:
-            with main_process_first():
-                if self.args.should_save:
-                    recover(Path(self.args.output_dir))
-                latest = latest_complete(Path(self.args.output_dir))
-            for skipped in latest.skipped:
-                logger.warning(skipped)
-            if latest.path is None:
-                raise InputError(
-                    f"{self.args.output_dir} holds no complete checkpoint to resume from; train without resuming"
-                )
-            resume_from_checkpoint = str(latest.path)
-        elif resume_from_checkpoint and (reason := why_incomplete(Path(resume_from_checkpoint))):
-            raise InputError(f"{resume_from_checkpoint} cannot be resumed from: {reason}. Give an earlier checkpoint")
+        found = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir), writes=self.args.should_save)
         self.metrics.reset()  # on every rank: what an earlier call left is not of this one
         self.pairs_seen = 0
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
-            if 0 < self.args.max_steps <= state.global_step:
-                return self._restore(resume_from_checkpoint, state)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if found is None:
+            return super().train(**kwargs)
+        progress = progress_at(found)
+        if 0 < self.args.max_steps <= progress.global_step:
+            return self._restore(found, progress)
+        return super().train(resume_from_checkpoint=str(found), **kwargs)
 
-    def _restore(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+    def _restore(self, checkpoint: Path, progress: TrainerState) -> TrainOutput:
         """Take up a run whose last step is done: inside an epoch transformers would train one more."""
-        state.is_local_process_zero, state.is_world_process_zero = (
-            self.is_local_process_zero(),
-            self.is_world_process_zero(),
-        )
-        self.state = state
+        progress.is_local_process_zero = self.is_local_process_zero()
+        progress.is_world_process_zero = self.is_world_process_zero()
+        self.state = progress
         self.create_optimizer_and_scheduler(self.args.max_steps)
-        self._load_optimizer_and_scheduler(checkpoint)
-        return TrainOutput(state.global_step, float("nan"), {})
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        return TrainOutput(progress.global_step, float("nan"), {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Everything a resumed run needs, complete or absent."""
-        sums = self.metrics.state(self.args.device)
+        sums = self.metrics.state(self.args.device)  # of all ranks
         if self.args.should_save:
-            output = Path(self.args.output_dir)
-            recover(output)
-            with published(output / f"checkpoint-{self.state.global_step}", replace=True) as folder:
-                self._save_adapter(folder / "adapter")
-                save_state(
-                    folder,
-                    parameters=self.adapter,
-                    optimizer=self._plain_optimizer(),
-                    scheduler=self.lr_scheduler,
-                    extra={
-                        "metrics": sums,
-                        "pairs_seen": self.pairs_seen,
-                        "reference": self.reference_identity,
-                    },
-                )
-                self.state.save_to_json(str(folder / STATE_FILE))
-            if self.args.save_total_limit:
-                rotate(output, self.args.save_total_limit)
+            write_checkpoint(
+                Path(self.args.output_dir),
+                self.state,
+                write_adapter=self._write_adapter,
+                keep=self.args.save_total_limit,
+                extra={"metrics": sums, "pairs_seen": self.pairs_seen, "reference": self.reference_identity},
+                **self._trained(),
+            )
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -404,17 +352,17 @@ class FocalPOTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        extra = load_state(
-            Path(checkpoint),
-            parameters=self.adapter,
-            optimizer=self._plain_optimizer(),
-            scheduler=self.lr_scheduler,
-        )
+        extra = load_state(Path(checkpoint), **self._trained())
         check_keys(extra, ("metrics", "pairs_seen", "reference"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
         if self.is_world_process_zero():
             self.metrics.load(extra["metrics"])
         self.pairs_seen = extra["pairs_seen"]
+
+    def _trained(self) -> dict[str, Any]:
+        """What a step changes, without accelerate's wrapper."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return {"parameters": self.adapter, "optimizer": optimizer, "scheduler": self.lr_scheduler}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """None is needed: the order of pairs is a function of seed and epoch, and dropout is off."""
@@ -422,28 +370,15 @@ class FocalPOTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         """None exists: float16 is refused."""
 
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as plain PEFT files with its lineage; default: `output_dir`/adapter."""
         if self.args.should_save:
-            target = Path(output_dir or Path(self.args.output_dir) / "adapter")
-            check_name(target.name)
-            with published(target, replace=True, record=False) as folder:
-                self._save_adapter(folder)
+            publish_adapter(Path(output_dir or Path(self.args.output_dir) / "adapter"), self._write_adapter)
         self.accelerator.wait_for_everyone()
 
-    def _save_adapter(self, folder: Path) -> None:
-        """The adapter with its lineage, and a card with the rewards of the last evaluation."""
-        last: dict[str, float] = next((e for e in reversed(self.state.log_history) if "eval_loss" in e), {})
-        results = {key: value for key, value in last.items() if key.startswith("eval_rewards/")}
-        save_adapter(self.model, folder, self.lineage(), results, trained=self.health.moved)
+    def _write_adapter(self, folder: Path) -> None:
+        self._files.write(folder, self.state, pairs_seen=self.pairs_seen, trained=self.health.moved)
 
     def lineage(self) -> Lineage | None:
         """What made the adapter; None for a base that was never loaded from anywhere."""
-        if self._lineage is None:
-            objective = {"name": self.objective.name, **self.objective.parameters}
-            made = {"objective": objective, "reference": self.args.reference, "steps": 0, "pairs_seen": 0}
-            self._lineage = lineage_on(causal_lm(self.model), self._stages, **made)
-        return self._lineage and replace(self._lineage, steps=self.state.global_step, pairs_seen=self.pairs_seen)
+        return self._files.lineage(steps=self.state.global_step, pairs_seen=self.pairs_seen)

@@ -28,7 +28,7 @@ import pytest
 import torch
 
 import lorafocal.checkpoint
-import lorafocal.trainer
+import lorafocal.saving
 from lorafocal import cli, run
 from lorafocal.config import resolved_yaml
 from lorafocal.errors import InputError
@@ -155,7 +155,7 @@ POINTS: dict[str, Prepare] = {
     ),
     "in the second save, before it is renamed": at(Path, "replace", onto("checkpoint-4")),
     "in the second save, renamed but not synced": at(Path, "replace", onto("checkpoint-4"), after=True),
-    "after the third save, before the rotation": at(lorafocal.trainer, "rotate", call=3),
+    "after the third save, before the rotation": at(lorafocal.saving, "rotate", call=3),
     "in the rotation, with the oldest half removed": at(Path, "replace", onto(".checkpoint-2."), after=True),
     "between the last step and the last evaluation": at(FocalPOTrainer, "evaluation_loop", call=EPOCHS),
     "before the finished adapter is renamed": at(
