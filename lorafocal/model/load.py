@@ -105,8 +105,8 @@ def _how(config: PreTrainedConfig, name: str, quantization: str | None, dtype: t
     stored = prequantized(config, name)
     if stored is not None and quantization not in (None, stored):
         raise InputError(
-            f"model.quantization is {quantization}, but {name} is stored as {stored}: leave `model.quantization` out, or"
-            " use its float original"
+            f"model.quantization is {quantization}, but {name} is stored as {stored}: leave `model.quantization` out,"
+            " or use its float original"
         )
     if stored is None and quantization is None:
         return {}
@@ -214,7 +214,7 @@ def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str
 
     The digest is over the names and digests of the safetensors files, so one flipped byte changes it.
     """
-    files = _weight_files(name, revision)
+    files = weight_files(name, revision)
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         digest.update(f"{file.name} {_file_sha256(file)}\n".encode())
@@ -227,7 +227,7 @@ def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str
     }
 
 
-def _weight_files(name: str, revision: str | None) -> list[Path]:
+def weight_files(name: str, revision: str | None) -> list[Path]:
     """The safetensors files of a model: one, or those its index names (bare names only)."""
     single = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
     if single is not None:

@@ -1,0 +1,125 @@
+"""Adapters that start from weights or data: PiSSA, OLoRA, LoftQ, EVA; and what is saved of them.
+
+PiSSA and OLoRA are made by PEFT while it attaches: the base becomes W - s B0 A0, in its own dtype. LoftQ and EVA are
+made here, after attaching. Only with EVA (B = 0) is the base with the adapter off the starting policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.model.adapters import ALL_LINEAR, resolve_targets
+from lorafocal.model.eva import eva_start, width_needed
+from lorafocal.model.loftq import loftq_start
+
+_START = "_lorafocal_start"  # an attribute of the policy: A0 and B0 by full parameter name, on the CPU
+
+
+def rewrites_base(init: object) -> bool:
+    """Whether a start takes a part of the base's weights away (PiSSA, OLoRA)."""
+    return isinstance(init, str) and (init.startswith("pissa") or init.lower() == "olora")
+
+
+@contextmanager
+def attaching(model: nn.Module, config: LoraConfig) -> Iterator[None]:
+    """Around `attach_lora`: first refuses what the start cannot do on this model's layers, then attaches.
+
+    PEFT's own LoftQ at attaching replaces the quantised weights and needs CUDA: it is attached as plain LoRA.
+    Raises InputError, with the model as it was.
+    """
+    init = config.init_lora_weights
+    if isinstance(init, str):
+        _check_layers(model, config, init)
+    if init == "loftq":
+        config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        config.init_lora_weights = init
+
+
+def initialize(policy: PeftModel, pairs: Sequence[TokenizedPair], *, seed: int) -> None:
+    """Give the policy's fresh adapter its start: LoftQ from the base's float weights, EVA from `pairs`.
+
+    Nothing to do for plain starts; of PiSSA and OLoRA, A0 and B0 are kept for `plain_adapter`. EVA changes ranks and
+    replaces parameters. The same weights, pairs and seed give the same adapter, in fp32. Raises InputError.
+    """
+    init = policy.peft_config[policy.active_adapter].init_lora_weights
+    if rewrites_base(init):
+        setattr(policy, _START, {n: p.detach().cpu().clone() for n, p in _factors(policy).items()})
+    elif init == "loftq":
+        loftq_start(policy)
+    elif init == "eva":
+        eva_start(policy, pairs, seed=seed)
+
+
+def plain_adapter(policy: PeftModel) -> tuple[LoraConfig, Mapping[str, Tensor] | None]:
+    """The configuration that the policy's adapter is saved under, and the state dict to save it from (None: its own).
+
+    A PiSSA or OLoRA adapter becomes plain LoRA of twice the rank on the base as it was, W + s (B A - B0 A0): rows A
+    and A0, columns B and -B0. alpha grows so that the scaling s stays. Exact up to the rounding of the base.
+    """
+    config = policy.peft_config[policy.active_adapter]
+    plain = {"init_lora_weights": True, "loftq_config": {}, "eva_config": None}  # the tensors are all there
+    start: Mapping[str, Tensor] | None = getattr(policy, _START, None)
+    if start is None:
+        return replace(config, **plain), None  # type: ignore[arg-type]
+    factor = math.sqrt(2) if config.use_rslora else 2  # scaling is alpha / sqrt(r) or alpha / r
+    doubled = replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * factor,  # type: ignore[arg-type]
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={name: alpha * factor for name, alpha in config.alpha_pattern.items()},
+        **plain,  # type: ignore[arg-type]
+    )
+    state = dict(policy.state_dict())
+    for name, first in start.items():
+        now = state[name].detach().cpu()
+        state[name] = torch.cat((now, first)) if ".lora_A." in name else torch.cat((now, -first), dim=1)
+    return doubled, state
+
+
+def _check_layers(model: nn.Module, config: LoraConfig, init: str) -> None:
+    """Raises InputError for a layer that is too small for its rank, or that PEFT would start wrongly."""
+    targets = resolve_targets(model, ALL_LINEAR if config.target_modules is None else config.target_modules)
+    for name, layer in model.named_modules():
+        if not any(name == target or name.endswith(f".{target}") for target in targets):
+            continue
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        if isinstance(layer, Conv1D):
+            inputs, outputs = layer.weight.shape
+        else:
+            inputs, outputs = layer.in_features, layer.out_features  # type: ignore[union-attr]
+        if init.lower() == "olora" and isinstance(layer, Conv1D):
+            raise InputError(
+                f"adapter.init: {name} keeps its weights transposed (Conv1D, as GPT-2 has it), which PEFT's {init}"
+                " does not know, so training would not start from the base: use `init: pissa`"
+            )
+        if init == "eva" and width_needed(rank, config) > inputs:
+            raise InputError(
+                f"adapter.init: eva looks at {width_needed(rank, config)} directions for rank {rank}, and {name} has"
+                f" {inputs} inputs: lower `adapter.r`, or use `init: default`"
+            )
+        if init != "eva" and rank > min(inputs, outputs):
+            raise InputError(
+                f"adapter.init: {init} has no {rank} directions to take from {name} ({outputs} x {inputs}): lower"
+                f" `adapter.r`, or set `adapter.rank_pattern: {{{name}: {min(inputs, outputs)}}}`"
+            )
+
+
+def _factors(policy: PeftModel) -> dict[str, nn.Parameter]:
+    """A and B of every layer of the active adapter, by full parameter name."""
+    endings = tuple(f".{kind}.{policy.active_adapter}.weight" for kind in ("lora_A", "lora_B"))
+    return {name: parameter for name, parameter in policy.named_parameters() if name.endswith(endings)}
