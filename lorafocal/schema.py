@@ -16,12 +16,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lorafocal.bounds import check_beta, check_dropout, check_gamma
+from lorafocal.compatibility import Cell, adapter_words, verdict
 from lorafocal.training_fields import RULES, check_training_fields, installed_fields
 
 RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Revision = Annotated[str | None, Field(pattern=r"^[0-9a-f]{40}$")]
 
 INITS = r"default|gaussian|orthogonal|pissa(_niter_[1-9][0-9]*)?|olora|loftq|eva"
+
+_PART_OF_A_CELL = {"base": "model.quantization", "adapter": "adapter", "reference": "reference.kind"}
 
 WORDED = "worded"
 """Type of a mistake whose message is already what a person reads."""
@@ -327,6 +330,10 @@ class Config(Section):
             )
         if self.objective.name == "sft" and self.reference is not None:
             yield "reference", "sft compares with no reference and would ignore it; remove the section"
+        base = self.model.quantization or self.model.dtype
+        kind = "none" if self.reference is None else self.reference.kind
+        for refusal in verdict(Cell(base, adapter_words(self.adapter.model_dump()), kind)).refusals:
+            yield _PART_OF_A_CELL[refusal.rule.axis], str(refusal)
         if self.adapter.start_from is not None and self.reference is not None and self.reference.must_be_the_base:
             yield (
                 "reference.kind",

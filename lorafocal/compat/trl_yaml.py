@@ -25,13 +25,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # Keys of `trl dpo` beside DPOConfig's whose every other value cannot be honoured, with the value that asks for nothing.
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "use_dora": (False, "DoRA is not supported yet; use plain LoRA"),
-    "use_rslora": (False, "rank-stabilised scaling is not supported; choose lora_alpha for alpha / r instead"),
-    "lora_modules_to_save": (None, "modules trained whole would change the reference; train adapters alone"),
     "lora_target_parameters": (None, "adapters go on linear layers; name them in lora_target_modules"),
     "lora_task_type": ("CAUSAL_LM", "only causal language models are trained"),
-    "load_in_8bit": (False, "quantised bases are not supported yet; use the base in bfloat16"),
-    "load_in_4bit": (False, "quantised bases are not supported yet; use the base in bfloat16"),
     "dataset_config": (None, "a data set's configuration cannot be named; export its rows and give --data FILE"),
     "dataset_streaming": (False, "rows are read whole, so that they can be ordered; leave it out"),
     "streaming": (False, "rows are read whole, so that they can be ordered; leave it out"),
@@ -40,9 +35,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 _NO_EFFECT = {
     "attn_implementation": "attention is chosen here, by the layout; results do not depend on it",
-    "bnb_4bit_quant_type": "load_in_4bit alone reads it, which is refused",
-    "use_bnb_nested_quant": "load_in_4bit alone reads it, which is refused",
-    "bnb_4bit_quant_storage": "load_in_4bit alone reads it, which is refused",
+    "bnb_4bit_quant_storage": "weights are held in bitsandbytes' own type; results do not depend on it",
 }
 # Where a translated key goes; what stands under `training` keeps its name.
 _PLACES = {
@@ -50,10 +43,17 @@ _PLACES = {
     "model_revision": "model.revision",
     "dtype": "model.dtype",
     "torch_dtype": "model.dtype",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "bnb_4bit_quant_type": "model.quantization",
+    "use_bnb_nested_quant": "model.quantization",
     "lora_r": "adapter.r",
     "lora_alpha": "adapter.alpha",
     "lora_target_modules": "adapter.targets",
     "lora_dropout": "adapter.dropout",
+    "lora_modules_to_save": "adapter.modules_to_save",
+    "use_rslora": "adapter.use_rslora",
+    "use_dora": "adapter.use_dora",
     "disable_dropout": "adapter.allow_dropout",
     "use_peft": "adapter",
     "dataset_name": "data.train",
@@ -225,7 +225,7 @@ def _name(file: File, path: Path) -> str:
 
 
 def _model(file: File, notes: list[str]) -> dict[str, Any]:
-    """Name, commit if there is one, and dtype."""
+    """Name, commit if there is one, dtype, and how the base is quantised."""
     if file["model_name_or_path"] is None:
         raise InputError("model_name_or_path: missing; name the base model")
     revision = file["model_revision"]
@@ -234,7 +234,22 @@ def _model(file: File, notes: list[str]) -> dict[str, Any]:
         revision = None
     elif not _COMMIT.fullmatch(revision):
         raise InputError(f"model_revision: found {revision!r}, which can move; give the commit, 40 hex digits")
-    return {"name": file["model_name_or_path"], "revision": revision, "dtype": _dtype(file, notes)}
+    model = {"name": file["model_name_or_path"], "revision": revision, "dtype": _dtype(file, notes)}
+    return model | _quantization(file, notes)
+
+
+def _quantization(file: File, notes: list[str]) -> dict[str, str]:
+    """TRL's four keys are one word here; nothing where the base is not quantised."""
+    four, eight = file["load_in_4bit"], file["load_in_8bit"]
+    if not four and not eight:
+        return {}
+    if four and eight:
+        raise InputError("load_in_8bit: load_in_4bit is set too; say one of them")
+    notes.append("adapter: TRL trains adapters on a quantised base in bfloat16; here they are float32")
+    if eight:
+        notes.append("load_in_8bit: without outlier columns here, which depend on what else is in the batch")
+        return {"quantization": "int8"}
+    return {"quantization": file["bnb_4bit_quant_type"] + "-double" * file["use_bnb_nested_quant"]}
 
 
 def _dtype(file: File, notes: list[str]) -> str:
@@ -267,7 +282,9 @@ def _adapter(file: File, notes: list[str]) -> dict[str, Any]:
         notes.append(f"lora_dropout: TRL's disable_dropout switches {file['lora_dropout']} off; so it is 0 here")
     elif file["lora_dropout"]:
         adapter |= {"dropout": file["lora_dropout"], "allow_dropout": True}
-    return adapter
+    if file["lora_modules_to_save"]:
+        adapter["modules_to_save"] = file["lora_modules_to_save"]
+    return adapter | {key: True for key in ("use_rslora", "use_dora") if file[key]}
 
 
 def _data(file: File, options: Options, notes: list[str]) -> dict[str, Any]:

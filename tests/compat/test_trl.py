@@ -253,6 +253,13 @@ def test_the_text_is_a_config_with_trls_defaults(tmp_path: Path) -> None:
         ("bf16: false", "model", {"dtype": "float32"}),
         ("lora_r: 8", "adapter", {"r": 8}),
         ("lora_alpha: 8", "adapter", {"alpha": 8}),
+        ("use_dora: true", "adapter", {"use_dora": True}),
+        ("use_rslora: true", "adapter", {"use_rslora": True}),
+        ("lora_modules_to_save: [norm]", "adapter", {"modules_to_save": ["norm"]}),
+        ("load_in_4bit: true", "model", {"quantization": "nf4"}),
+        ("load_in_4bit: true\nbnb_4bit_quant_type: fp4", "model", {"quantization": "fp4"}),
+        ("load_in_4bit: true\nuse_bnb_nested_quant: true", "model", {"quantization": "nf4-double"}),
+        ("load_in_8bit: true", "model", {"quantization": "int8"}),
         ("lora_target_modules: all-linear", "adapter", {"targets": "all-linear"}),
         ("disable_dropout: false", "adapter", {"dropout": 0.05, "allow_dropout": True}),
         ("dataset_train_split: tenth", "data", {"train": [hub("someone/pairs", "tenth")]}),
@@ -297,7 +304,8 @@ def test_files_take_the_place_of_data_sets(tmp_path: Path) -> None:
 
 def test_all_that_cannot_be_translated_is_said_at_once(tmp_path: Path) -> None:
     refused = {
-        "load_in_4bit": "true", "loss_type": "ipo", "beta": "high", "fsdp": "full_shard", "use_dora": "true",
+        "load_in_8bit": "2", "loss_type": "ipo", "beta": "high", "fsdp": "full_shard",
+        "lora_target_parameters": "[a]",
         "max_length": "null", "rpo_alpha": "1.0", "dataset_config": "x", "model_revision": "dev", "env": "{A: b}",
         "learning_rat": "3", "save_strategy": "best",
     }  # fmt: skip
@@ -319,6 +327,7 @@ def test_all_that_cannot_be_translated_is_said_at_once(tmp_path: Path) -> None:
         (MINIMAL + "bf16: false\ndtype: auto", "with bf16 off; say bfloat16 or float32"),
         (MINIMAL + "datasets: [{path: a/b, fraction: 0.5}]", r"datasets\[0\]: fraction cannot be translated"),
         (MINIMAL + "per_device_train_batch_size: 0", "must be whole numbers above 0"),
+        (MINIMAL + "load_in_4bit: true\nload_in_8bit: true", "load_in_8bit: load_in_4bit is set too"),
     ],
 )
 def test_a_file_that_cannot_be_translated_says_why(tmp_path: Path, text: str, message: str) -> None:
