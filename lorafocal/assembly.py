@@ -31,7 +31,7 @@ from lorafocal.model.adapters import (
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, load_base
 from lorafocal.model.quantized import base_dtype, quantization_of, settle
-from lorafocal.model.starts import initialize
+from lorafocal.model.starts import attaching, initialize
 from lorafocal.probes import LayoutChoice, choose_layout
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,9 @@ def assemble_policy(
     else:
         check_lora_config(config, allow_dropout=args.allow_dropout)
         set_seed(args.seed)  # the adapter's start depends on `seed` alone
-        policy = attach_lora(model, config)
+        with attaching(model, config):
+            with attaching(model, config):
+            policy = attach_lora(model, config)
         initialize(policy, pairs, seed=args.seed)
     if policy.active_adapter == FROZEN_COPY:
         raise InputError(f"the adapter is named {FROZEN_COPY!r}, the name of a frozen copy: load it under another name")
@@ -90,7 +92,15 @@ def _only_adapter(model: nn.Module) -> LoraConfig:
             " trained: load it with that one alone, and merge what else it needs into its base first"
             " (`lorafocal merge`)"
         )
-    return next(iter(model.peft_config.values()))
+    config = next(iter(model.peft_config.values()))
+    if rewrites_base(config.init_lora_weights) or config.init_lora_weights == "loftq":
+        raise InputError(
+            f"the adapter's start is {config.init_lora_weights!r}, for which PEFT has changed the base, so the saved"
+            " adapter would not fit the base as it is stored: give the base and `peft_config`, or, to continue such an"
+            " adapter, convert it by PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)` and"
+            " load that"
+        )
+    return config
 
 
 def assemble_ref_model(
