@@ -24,6 +24,7 @@ from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
+from lorafocal.model.adapters import trainable_token_ids
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import base_fingerprint, check_place, check_same_tokens, load_base, load_tokenizer
 from lorafocal.progress import ProgressLine
@@ -33,7 +34,7 @@ from lorafocal.trainer import FocalPOTrainer
 
 CONFIG_FILE, MANIFEST_FILE, ADAPTER_DIR = "config.yaml", "manifest.json", "adapter"
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
-LIBRARIES = ("lorafocal", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+LIBRARIES = ("lorafocal", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +206,11 @@ def _trainer(
     quiet: bool,
 ) -> FocalPOTrainer:
     model, start, reference = config.model, config.adapter.start_from, config.reference
-    base = load_base(model.name, revision=model.revision, dtype=model.dtype, shape=model.shape)
+    held = {"dtype": model.dtype, "quantization": model.quantization}
+    base = load_base(model.name, revision=model.revision, shape=model.shape, **held)
     ref_model = None
     if reference is not None and reference.model is not None:
-        ref_model = load_base(reference.model, revision=reference.revision, dtype=model.dtype)
+        ref_model = load_base(reference.model, revision=reference.revision, **held)
     return FocalPOTrainer(
         base if start is None else continue_adapter(base, Path(start)),
         ref_model,
@@ -216,9 +218,15 @@ def _trainer(
         train_dataset=data["train"].tokens.pairs,
         eval_dataset=data["eval"].tokens.pairs if "eval" in data else None,
         processing_class=tokenizer,
-        peft_config=LoraConfig(**lora_arguments(config)) if start is None else None,
+        peft_config=_lora_config(config, tokenizer) if start is None else None,
         callbacks=[ProgressLine(quiet=quiet)],
     )
+
+
+def _lora_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoraConfig:
+    """The fresh adapter's configuration; trained tokens are named by text, and found by the tokenizer."""
+    tokens = trainable_token_ids(config.adapter.trainable_tokens, tokenizer) or None
+    return LoraConfig(**lora_arguments(config), trainable_token_indices=tokens)
 
 
 def _held_out_metrics(trainer: FocalPOTrainer) -> Mapping[str, float]:
