@@ -31,7 +31,7 @@ from lorafocal.model.adapters import (
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, load_base
 from lorafocal.model.quantized import base_dtype, quantization_of, settle
-from lorafocal.model.starts import attaching, initialize
+from lorafocal.model.starts import attaching, initialize, rewrites_base
 from lorafocal.probes import LayoutChoice, choose_layout
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,6 @@ def assemble_policy(
         check_lora_config(config, allow_dropout=args.allow_dropout)
         set_seed(args.seed)  # the adapter's start depends on `seed` alone
         with attaching(model, config):
-            with attaching(model, config):
             policy = attach_lora(model, config)
         initialize(policy, pairs, seed=args.seed)
     if policy.active_adapter == FROZEN_COPY:
