@@ -82,6 +82,11 @@ class Rule:
     reason: str
     remedy: str
 
+    def refusal(self, words: Iterable[str], base: str) -> Refusal:
+        """This rule about `words` that it found, on `base`."""
+        facts = {"found": " and ".join(TITLES.get(word, word) for word in words), "base": base}
+        return Refusal(self, self.reason.format(**facts), self.remedy.format(**facts))
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -117,10 +122,6 @@ class Verdict:
         return "; ".join(map(str, self.refusals))
 
 
-def _bases(*words: str) -> Callable[[Cell], Iterable[str]]:
-    return lambda cell: {cell.base} & {*words}
-
-
 def _engines(*words: str) -> Callable[[Cell], Iterable[str]]:
     return lambda cell: {cell.engine} & {*words}
 
@@ -147,14 +148,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "float16",
         "base",
-        _bases("float16"),
+        lambda cell: {cell.base} & {"float16"},
         "a float16 base overflows in preference losses (NaN, or loss 0 after a step)",
         "load it in bfloat16 or float32",
     ),
     Rule(
         "other-quantization",
         "base",
-        lambda cell: {cell.base} - {*BASES} | {cell.base} & {"other-quantization"},
+        lambda cell: {cell.base} - {*FLOAT, *QUANTIZED, "float16"},
         "the base is held in a form that is not proved here ({found}; GPTQ, AWQ, FP8 and their like are all others)",
         "load its float original, as it is or quantised by bitsandbytes (`model.quantization: nf4` or int8)",
     ),
@@ -176,43 +177,53 @@ RULES: tuple[Rule, ...] = (
         "rewritten-quantized-base",
         "adapter",
         _on_bases(QUANTIZED, "pissa", "olora"),
-        "{found} takes its start out of the base's weights, and quantised weights ({base}) cannot hold what is left",
+        "with {found}, the start is taken out of the base's weights, and quantised weights ({base}) cannot hold what is"
+        " left",
         "use a bfloat16 base, or another start: loftq on 4-bit bases, eva or the default on all",
     ),
     Rule(
         "loftq-without-4-bit",
         "adapter",
         lambda cell: cell.adapter & {"loftq"} if cell.base not in FOUR_BIT else (),
-        "{found} starts from what rounding to 4 bits lost, and a {base} base was not rounded so",
+        "with {found}, training starts from what rounding to 4 bits lost, and a {base} base was not rounded so",
         "quantise the base to 4 bits (`model.quantization: nf4`), or use the default start",
     ),
     Rule(
-        "moved-start-with-dora",
+        "rewritten-base-with-dora",
         "adapter",
-        _beside("dora", "pissa", "olora", "loftq"),
-        "{found} moves weights between base and adapter, and DoRA's magnitudes are those of the weights before",
+        _beside("dora", "pissa", "olora"),
+        "with {found}, the adapter is saved as plain LoRA on the base as it was, and DoRA's magnitudes, which belong to"
+        " the changed base, have no place in that",
+        "use one of the two: DoRA with the default start, or {found} without DoRA",
+    ),
+    Rule(
+        "loftq-with-dora",
+        "adapter",
+        _beside("dora", "loftq"),
+        "with {found}, the adapter gets its start after DoRA has taken the magnitudes of the weights, which are then"
+        " those of others",
         "use one of the two: DoRA with the default start, or {found} without DoRA",
     ),
     Rule(
         "rewritten-base-as-reference",
         "reference",
         _off_is_not_the_start("pissa", "olora"),
-        "{found} takes its start out of the base's weights, so with the adapter off that part is missing",
+        "with {found}, the start is taken out of the base's weights, so with the adapter off that part is missing",
         _COPY,
     ),
     Rule(
         "started-elsewhere",
         "reference",
         _off_is_not_the_start("loftq", "random"),
-        "{found} starts at an adapter that is not zero, so with the adapter off the model is not where training began",
+        "with a start that is {found}, the adapter is not zero, so with it off the model is not where training began",
         _COPY,
     ),
     Rule(
         "start-up-to-rounding",
         "reference",
         _off_is_not_the_start("orthogonal"),
-        "{found} starts at matrices whose product is zero up to rounding only, so with the adapter off the model is not"
-        " exactly where training began",
+        "with an {found} start, the adapter's matrices multiply to zero up to rounding only, so with it off the model"
+        " is not exactly where training began",
         _COPY,
     ),
     Rule(
@@ -257,12 +268,8 @@ RULES: tuple[Rule, ...] = (
 
 def verdict(cell: Cell) -> Verdict:
     """Whether the cell trains, and what refuses it otherwise. Answers every cell."""
-    refusals = []
-    for rule in RULES:
-        if words := sorted(rule.finds(cell)):
-            facts = {"found": " and ".join(TITLES.get(word, word) for word in words), "base": cell.base}
-            refusals.append(Refusal(rule, rule.reason.format(**facts), rule.remedy.format(**facts)))
-    return Verdict(tuple(refusals))
+    found = ((rule, sorted(rule.finds(cell))) for rule in RULES)
+    return Verdict(tuple(rule.refusal(words, cell.base) for rule, words in found if words))
 
 
 def check(cell: Cell) -> None:
