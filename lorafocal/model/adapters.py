@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +25,15 @@ from transformers.pytorch_utils import Conv1D
 from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import adapter_words
 from lorafocal.errors import InputError
+from lorafocal.model.dora import reset_magnitudes, widen_norms
 from lorafocal.model.head import causal_lm
+from lorafocal.model.trained_modules import (
+    check_tokens_follow,
+    compute_as_base,
+    is_tied,
+    resolve_modules,
+    resolve_tokens,
+)
 
 ALL_LINEAR = "all-linear"
 FROZEN_COPY = "reference"  # the adapter beside the policy's own that is never trained and never saved
@@ -102,25 +111,22 @@ def trainable_token_ids(tokens: Sequence[str | int], tokenizer: PreTrainedTokeni
 
 
 def _token_id(token: str | int, tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> int:
-    if isinstance(token, int):
-        if token not in vocabulary.values():
-            raise InputError(
-                f"adapter.trainable_tokens: no token has the id {token}; the tokenizer's {len(vocabulary)} tokens end"
-                f" at {max(vocabulary.values())}. Name the token by its text, or add it to the tokenizer and resize the"
-                " base first (`resize_token_embeddings`), and train on that base"
-            )
-        return token
     if token in vocabulary:
         return vocabulary[token]
-    ids = tokenizer.encode(token, add_special_tokens=False)
+    if token in vocabulary.values():
+        return int(token)
+    ids = [] if isinstance(token, int) else tokenizer.encode(token, add_special_tokens=False)
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return int(ids[0])
-    nearest = ", ".join(map(repr, difflib.get_close_matches(token, vocabulary, 3, 0.5)))
+    if isinstance(token, int):
+        what = f"no id of the tokenizer, whose last is {max(vocabulary.values())}"
+    else:
+        what = f"{len(ids)} tokens ({', '.join(map(repr, tokenizer.convert_ids_to_tokens(ids)))}), not one"
+        if nearest := difflib.get_close_matches(token, vocabulary, 3, 0.5):
+            what += f" (nearest: {', '.join(map(repr, nearest))})"
     raise InputError(
-        f"adapter.trainable_tokens: {token!r} is "
-        + (f"{len(ids)} tokens ({tokenizer.convert_ids_to_tokens(ids)})" if len(ids) > 1 else "not known")
-        + f" to the tokenizer, not one token{f' (nearest: {nearest})' if nearest else ''}. Add it to the tokenizer and"
-        " resize the base first (`resize_token_embeddings`), and train on that base"
+        f"adapter.trainable_tokens: {token!r} is {what}. Name a token that the tokenizer has; a new one is added to it"
+        " and to the base first (`add_tokens`, `resize_token_embeddings`), and both are saved and trained on"
     )
 
 
@@ -130,20 +136,60 @@ def check_lora_config(config: LoraConfig, *, allow_dropout: bool = False) -> Non
 
 
 def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """A PEFT model with fp32 adapters on `model`; targets are resolved by `resolve_targets`.
+    """A PEFT model with fp32 adapters on `model`; names in `config` are resolved against the model, and checked.
 
-    Raises InputError where the model already has adapters: two would be stacked.
+    Raises InputError where the model already has adapters (two would be stacked), and where a target, a pattern, a
+    module to save or a token of `config` names nothing, or what cannot be trained.
     """
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise InputError(
             "the model already carries an adapter and a new one was asked for: they would be stacked. Either continue"
             " the adapter it has (leave `peft_config` out), or merge it into its base first (`lorafocal merge`)"
         )
-    targets = config.target_modules
-    config.target_modules = set(resolve_targets(model, ALL_LINEAR if targets is None else targets))
+    targets = ALL_LINEAR if config.target_modules is None else config.target_modules
+    config.target_modules = set(resolve_targets(model, targets))
+    config.modules_to_save = resolve_modules(model, config.modules_to_save or []) or None
+    config.trainable_token_indices = resolve_tokens(model, config.trainable_token_indices)
     config.task_type = "CAUSAL_LM"
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-    return widen_adapters(wrap(model, config))
+    layers = [name for name in linear_names(model) if check_target_module_exists(config, name)]
+    check_used("targets", [] if targets == ALL_LINEAR else config.target_modules, layers)
+    check_ranks(config, layers)
+    tied = is_tied(model)
+    policy = widen_adapters(wrap(model, config))
+    check_tokens_follow(model, tied=tied)
+    reset_magnitudes(policy)
+    return policy
+
+
+def check_used(setting: str, names: Iterable[str], layers: Sequence[str]) -> None:
+    """Refuse a target whose layers all are left out by other settings: PEFT would say nothing."""
+    for name in names:
+        if not _named_by(name, layers):
+            raise InputError(
+                f"adapter.{setting}: no layer of {name!r} is left for an adapter: all of them are trained in full"
+                " (`modules_to_save`) or excluded (`exclude_modules`, `layers_to_transform`). Leave it out"
+            )
+
+
+def check_ranks(config: LoraConfig, layers: Sequence[str]) -> None:
+    """Check `rank_pattern` and `alpha_pattern` against the names of the adapted `layers`.
+
+    PEFT passes over a key that no layer has, and over one whose layers earlier keys have taken.
+    """
+    for setting in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, setting) or {}
+        for unused in pattern.keys() - {get_pattern_key(list(pattern), name) for name in layers}:
+            endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            raise InputError(
+                f"adapter.{setting}: {unused!r} is the key of no layer with an adapter, or earlier keys have taken all"
+                f" of its layers (nearest: {', '.join(difflib.get_close_matches(unused, endings, 3, 0))}; a key is a"
+                " layer's name or its ending, as a regular expression)"
+            )
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    even = config.init_lora_weights == "orthogonal"
+    if wrong := [rank for rank in ranks if rank < 1 or (even and rank % 2)]:
+        raise InputError(f"adapter: a rank of {wrong[0]}; it must be {'an even' if even else 'a'} number above 0")
 
 
 def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
@@ -154,19 +200,28 @@ def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 
 def widen_adapters(model: PeftModel) -> PeftModel:
-    """Adapter weights to at least fp32: in bf16, steps of 5e-6 round away (12.6 % of the entries move)."""
+    """Adapter weights to at least fp32: in bf16, steps of 5e-6 round away (12.6 % of the entries move).
+
+    What they compute stays in the base's dtype, but for DoRA's norms.
+    """
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    compute_as_base(model)
+    widen_norms(model)
     return model
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors of every adapter layer but those of a frozen copy, by full parameter name."""
+    """All that an adapter trains (low-rank layers, magnitudes, whole modules, tokens), by full parameter name.
+
+    Without a frozen copy's.
+    """
+    others = {"base_layer", "original_module", FROZEN_COPY}
     owned = {
         id(parameter)
         for layer in adapter_layers(model)
         for name, parameter in layer.named_parameters()
-        if not name.startswith(("base_layer.", "original_module.")) and FROZEN_COPY not in name.split(".")
+        if others.isdisjoint(name.split("."))
     }
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
 
@@ -260,6 +315,9 @@ def switch_dropout_off(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
             module.p, changed = 0.0, changed + 1
+        if isinstance(module, LoraLayer):
+            # at 0, too, DoRA with a dropout multiplies by the base a second time in training, and rounds otherwise
+            module.lora_dropout.update({name: nn.Identity() for name in module.lora_dropout})
         changed += _zero_dropouts(module)
     configs = [causal_lm(model).config, *getattr(model, "peft_config", {}).values()]
     return changed + sum(_zero_dropouts(config) for config in configs)

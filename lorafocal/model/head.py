@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafocal.errors import InputError
+from lorafocal.model.trained_modules import plain_modules
 from lorafocal.ops.logps import LogitTransform, LogProbHead
 
 
@@ -26,21 +27,24 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def install_head(model: nn.Module) -> LogProbHead:
     """Exchange the class of the model's output head for `LogProbHead`; weights, ties and saved files stay.
 
+    Of a head that is trained, each copy too; returns the base's own.
     Raises InputError where the head is not a plain linear layer (an adapter on it, a quantised one).
     """
     base = causal_lm(model)
-    head = base.get_output_embeddings()
-    if isinstance(head, LogProbHead):
-        return head
-    if type(head) is not nn.Linear:
-        raise InputError(
-            f"the output head of {type(base).__name__} is {type(head).__name__}, not a plain linear layer: log-probs"
-            " could not be computed from it exactly. Leave the output head out of the adapter's targets"
-        )
-    head.__class__ = LogProbHead
-    head.labels = head.rows = None  # type: ignore[assignment]
-    head.transform = logit_transform(base)  # type: ignore[assignment]
-    return head  # type: ignore[return-value]
+    wrapper = base.get_output_embeddings()
+    for head in (heads := plain_modules(wrapper)):
+        if type(head) not in (nn.Linear, LogProbHead):
+            raise InputError(
+                f"the output head of {type(base).__name__} is {type(head).__name__}, not a plain linear layer:"
+                " log-probs could not be computed from it exactly. Leave the output head out of the adapter's targets"
+            )
+    transform = logit_transform(base)
+    for head in heads:
+        if not isinstance(head, LogProbHead):
+            head.__class__ = LogProbHead
+            head.labels = head.rows = None  # type: ignore[assignment]
+            head.transform = transform  # type: ignore[assignment]
+    return heads[0]  # type: ignore[return-value]
 
 
 # What architectures call their transform of the logits after the head, and the value at which it does nothing.
@@ -71,10 +75,12 @@ def logit_transform(base: PreTrainedModel) -> LogitTransform:
 def scoring(model: nn.Module, labels: Tensor, rows: Tensor | None = None) -> Iterator[None]:
     """Within, the model's `logits` are (1, N) log-probs of `labels`; `rows` picks hidden rows where the model can't."""
     base = causal_lm(model)
-    head = base.get_output_embeddings()
     neutral = [(owner, name, _NEUTRAL[name]) for name, owner in _transforms(base).items()]
+    asked = [
+        (h, n, v) for h in plain_modules(base.get_output_embeddings()) for n, v in (("labels", labels), ("rows", rows))
+    ]
     with ExitStack() as restore:
-        for owner, name, value in (*neutral, (head, "labels", labels), (head, "rows", rows)):
+        for owner, name, value in (*neutral, *asked):
             restore.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield

@@ -7,12 +7,12 @@ the forward, kept in the hidden dtype, and only scaled in the backward: two matr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**26  # entries of the largest logits chunk: 256 MiB in fp32
 
@@ -64,21 +64,9 @@ def token_logps(
     """
     rows = rows_per_chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trains_head and torch.is_grad_enabled():
-        return _recomputed(hidden, weight, labels, bias, transform, rows)
-    result: Tensor = _FrozenHeadLogps.apply(hidden, weight, labels, bias, transform, rows)
+    head = _TrainedHeadLogps if trains_head and torch.is_grad_enabled() else _FrozenHeadLogps
+    result: Tensor = head.apply(hidden, weight, labels, bias, transform, rows)
     return result
-
-
-def _recomputed(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, rows: int
-) -> Tensor:
-    """The definition chunk by chunk, each recomputed in the backward: for a head that is trained."""
-    chunks = [
-        checkpoint(token_logps_plain, h, weight, y, bias, transform, use_reentrant=False)
-        for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.cat(chunks)
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
@@ -90,23 +78,11 @@ class _FrozenHeadLogps(torch.autograd.Function):
         logps = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide_weight = weight if _has_wide_product(weight) else weight.to(wide)
-        for start in range(0, hidden.shape[0], rows):
-            at = slice(start, start + rows)
-            logits = _wide_product(hidden[at], wide_weight, wide)
-            if bias is not None:
-                logits += bias
-            logits = transform(logits)
-            slope = transform.slope(logits) if gradient is not None else 1.0
-            picked = logits.gather(-1, labels[at, None])
-            top = logits.amax(-1, keepdim=True)
-            weights = logits.sub_(top).exp_()  # softmax times `total`, in the logits' own memory
-            total = weights.sum(-1, keepdim=True)
-            logps[at] = (picked - top - total.log()).squeeze(-1)
+        for at in _chunks(hidden, rows):
+            chunk = _Chunk.of(hidden[at], wide_weight, labels[at], bias, transform, slope=gradient is not None)
+            logps[at] = chunk.logps
             if gradient is not None:
-                weights.scatter_add_(-1, labels[at, None], -total)  # -total times (onehot - softmax)
-                if isinstance(slope, Tensor):
-                    weights, slope = weights.mul_(slope), 1.0
-                gradient[at] = (weights.to(wide_weight.dtype) @ wide_weight) * (slope / -total)
+                gradient[at] = chunk.error().to(wide_weight.dtype) @ wide_weight * chunk.factor
         ctx.save_for_backward(gradient)
         return logps
 
@@ -115,6 +91,81 @@ class _FrozenHeadLogps(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         scaled = None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)
         return scaled, None, None, None, None, None
+
+
+class _TrainedHeadLogps(torch.autograd.Function):
+    """The same log-probs, to the last bit, under a head that is trained: its logits are computed again backwards."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, bias, transform, rows):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(hidden, weight, labels, bias)
+        ctx.transform, ctx.rows = transform, rows
+        with torch.no_grad():
+            return _FrozenHeadLogps.apply(hidden.detach(), weight.detach(), labels, bias, transform, rows)
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        hidden, weight, labels, bias = ctx.saved_tensors
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide_weight = weight if _has_wide_product(weight) else weight.to(wide)
+        to_hidden = torch.empty_like(hidden)
+        to_weight, to_bias = (None if t is None else torch.zeros_like(t, dtype=wide) for t in (weight, bias))
+        for at in _chunks(hidden, ctx.rows):
+            chunk = _Chunk.of(hidden[at], wide_weight, labels[at], bias, ctx.transform, slope=True)
+            error = chunk.error() * (chunk.factor * upstream[at, None])
+            if to_bias is not None:
+                to_bias += error.sum(0)
+            error = error.to(wide_weight.dtype)
+            to_hidden[at] = error @ wide_weight
+            to_weight += _wide_product(error.T, hidden[at].T.to(error.dtype), wide)
+        return to_hidden, to_weight.to(weight.dtype), None, None if bias is None else to_bias.to(bias.dtype), None, None
+
+
+def _chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
+    return (slice(start, start + rows) for start in range(0, hidden.shape[0], rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Log-probs of some rows, and what their gradient towards the logits is made of."""
+
+    logps: Tensor  # (n,)
+    labels: Tensor  # (n,)
+    weights: Tensor  # (n, V), softmax times `total`
+    total: Tensor  # (n, 1)
+    slope: Tensor | float  # of the logits' transform
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        *,
+        slope: bool,
+    ) -> _Chunk:
+        logits = _wide_product(hidden, weight, torch.promote_types(hidden.dtype, torch.float32))
+        if bias is not None:
+            logits += bias
+        logits = transform(logits)
+        slopes = transform.slope(logits) if slope else 1.0
+        picked = logits.gather(-1, labels[:, None])
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()  # in the logits' own memory
+        total = weights.sum(-1, keepdim=True)
+        return cls((picked - top - total.log()).squeeze(-1), labels, weights, total, slopes)
+
+    def error(self) -> Tensor:
+        """(onehot - softmax) * slope, (n, V), still to be multiplied by `factor`; overwrites `weights`."""
+        error = self.weights.scatter_add_(-1, self.labels[:, None], -self.total)
+        return error.mul_(self.slope) if isinstance(self.slope, Tensor) else error
+
+    @property
+    def factor(self) -> Tensor:
+        """(n, 1)"""
+        return (1.0 if isinstance(self.slope, Tensor) else self.slope) / -self.total
 
 
 def _has_wide_product(weight: Tensor) -> bool:
