@@ -13,14 +13,16 @@ from lorafocal.objectives import OBJECTIVES
 
 CARD_FILE = "README.md"
 _TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+_QUANTIZED = _TRANSFORMERS + ", BitsAndBytesConfig"
 
 
 def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -> str:
     """Card of a LoRA adapter; `results` are measured numbers to print, e.g. held-out metrics by name."""
-    name = lineage.base.name
+    name, quantization = lineage.base.name, lineage.quantization
     base = f'"{name}", revision="{lineage.base.revision}"' if lineage.base.revision else f'"{name}"'
     if "/" not in name:
         base = '"FOLDER_OF_THE_BASE"'  # a local base: its name is known, its place is nobody's business
+    held = "" if quantization is None else f", quantization_config={_bitsandbytes_config(quantization)}"
     return (
         "\n\n".join(
             [
@@ -29,13 +31,14 @@ def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -
                 _origin(lineage),
                 _results(results),
                 _loading(
-                    "from peft import PeftModel\n" + _TRANSFORMERS,
-                    f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+                    "from peft import PeftModel\n" + (_QUANTIZED if quantization else _TRANSFORMERS),
+                    f"base = AutoModelForCausalLM.from_pretrained({base}{held})\n"
                     'model = PeftModel.from_pretrained(base, "THIS_ADAPTER")\n'
                     f"tokenizer = AutoTokenizer.from_pretrained({base})",
                 ),
                 _limits(
                     lineage,
+                    *_trained_on(quantization),
                     "The adapter fits this base only; `lorafocal.json` has the digest of its weights.",
                 ),
             ]
@@ -98,11 +101,14 @@ def _origin(lineage: Lineage) -> str:
         ("base revision", base.revision or "none (a local folder)"),
         ("base weights, sha256", base.sha256),
     ]
+    if lineage.quantization is not None:
+        rows.append(("base in training", f"quantised to {_title(lineage.quantization)} with bitsandbytes"))
     if lineage.origin is not None:
         rows.append(("first base", f"{lineage.origin.name}, sha256 {lineage.origin.sha256}"))
     for number, stage in enumerate(lineage.parents, 1):
         made_by = "" if stage.objective is None else f"{stage.objective['name']} "
-        rows.append((f"stage {number}: {made_by}adapter `{stage.adapter}`, {stage.how}, sha256", stage.sha256))
+        on = "" if stage.quantization is None else f" (trained on {_title(stage.quantization)})"
+        rows.append((f"stage {number}: {made_by}adapter `{stage.adapter}`{on}, {stage.how}, sha256", stage.sha256))
     if lineage.objective is None:
         rows.append(("training", "not recorded: the adapter was made by another tool"))
     else:
@@ -117,6 +123,29 @@ def _origin(lineage: Lineage) -> str:
         ]
     rows.append(("made with", f"lorafocal {lineage.as_dict()['lorafocal']}"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows)
+
+
+def _title(quantization: str) -> str:
+    kind, _, double = quantization.partition("-")
+    return f"{kind.upper()} (double quantisation)" if double else kind.upper()
+
+
+def _bitsandbytes_config(quantization: str) -> str:
+    """The call that gives transformers the settings of training, as source."""
+    if quantization == "int8":
+        return "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
+    kind, _, double = quantization.partition("-")
+    settings = f'bnb_4bit_quant_type="{kind}", bnb_4bit_use_double_quant={bool(double)}'
+    return f'BitsAndBytesConfig(load_in_4bit=True, {settings}, bnb_4bit_compute_dtype="bfloat16")'
+
+
+def _trained_on(quantization: str | None) -> tuple[str, ...]:
+    if quantization is None:
+        return ()
+    return (
+        f"The adapter was trained on the {_title(quantization)} base and corrects that one's rounding too: on the base"
+        " in another precision it gives other answers than were measured here.",
+    )
 
 
 def _results(results: Mapping[str, float] | None) -> str:

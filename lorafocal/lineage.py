@@ -12,7 +12,8 @@ from typing import Any
 from lorafocal.errors import InputError
 
 LINEAGE_FILE = "lorafocal.json"
-FORMAT = 1
+FORMAT = 2  # 2: a base may have been quantised in training, which a reader of 1 would take for a float one
+READ_FORMATS = (1, FORMAT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Stage:
     """An adapter on the way to these weights: its folder's name, digest of its weights file, and what trained it.
 
     `how` says where it went: "merged" into the base that the next stage was trained on (or into the model that this
-    is), or "continued" by the next stage as its start.
+    is), or "continued" by the next stage as its start. `quantization` is what its base was quantised to in training:
+    where it was merged, then into that base de-quantised.
     """
 
     adapter: str
@@ -42,6 +44,7 @@ class Stage:
     reference: str | None = None
     steps: int | None = None
     pairs_seen: int | None = None
+    quantization: str | None = None
 
     def __str__(self) -> str:
         made_by = "an adapter of unknown making" if self.objective is None else f"the {self.objective['name']} adapter"
@@ -55,7 +58,8 @@ class Lineage:
     `base` is the model that the adapter was trained on, or was merged into. `objective` is its name with its
     parameters, or None where an adapter of another tool was merged. `parents` are all earlier stages, the oldest
     first; of a merged model the adapter itself too. `origin` is the model before the first stage, where that is not
-    `base`.
+    `base`. `quantization` (nf4, nf4-double, fp4, fp4-double, int8 or None) is what `base` was quantised to in training;
+    a merged model with one was made of that base de-quantised.
     """
 
     base: BaseIdentity
@@ -65,6 +69,7 @@ class Lineage:
     reference: str | None = "disabled_adapter"
     parents: tuple[Stage, ...] = ()
     origin: BaseIdentity | None = None
+    quantization: str | None = None
     lorafocal: str = ""
 
     @property
@@ -90,7 +95,8 @@ class Lineage:
 
     def stage(self, adapter: str, sha256: str, how: str) -> Stage:
         """This adapter as a parent of what is made of it."""
-        return Stage(adapter, sha256, how, self.objective, self.reference, self.steps, self.pairs_seen)
+        made = (self.objective, self.reference, self.steps, self.pairs_seen, self.quantization)
+        return Stage(adapter, sha256, how, *made)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of the file; `format` rises when a reader of the old one would misread the new one.
@@ -103,6 +109,7 @@ class Lineage:
             "format": FORMAT,
             "lorafocal": version,
             "base": asdict(self.base),
+            "quantization": self.quantization,
             "origin": None if self.origin is None else asdict(self.origin),
             "start": None if start is None else {"adapter": start.adapter, "sha256": start.sha256},
             "parents": [asdict(parent) for parent in self.parents],
@@ -129,8 +136,8 @@ def lineage_of(folder: Path) -> Lineage | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         found = record["format"]
-        if found != FORMAT:
-            raise InputError(f"{path}: format {found!r}; only {FORMAT} is read. Use the version that wrote it.")
+        if found not in READ_FORMATS:
+            raise InputError(f"{path}: format {found!r}; only 1 to {FORMAT} are read. Use the version that wrote it.")
         return Lineage(
             base=BaseIdentity(**record["base"]),
             objective=record["objective"],
@@ -139,6 +146,7 @@ def lineage_of(folder: Path) -> Lineage | None:
             reference=record["reference"],
             parents=tuple(Stage(**parent) for parent in record["parents"]),
             origin=BaseIdentity(**record["origin"]) if record.get("origin") else None,
+            quantization=record.get("quantization"),
             lorafocal=record["lorafocal"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -93,9 +93,10 @@ def save_run(
     tied: bool = False,
     base_dtype: torch.dtype = torch.bfloat16,
     dtype: str = "bfloat16",
+    quantization: str | None = None,
     **settings: object,
 ) -> SavedRun:
-    """Base in `root/base`, run in `root/run`; `dtype` is that of training, `settings` go to LoraConfig."""
+    """Base in `root/base`, run in `root/run`; `dtype` and `quantization` are training's, `settings` go to LoraConfig."""
     base, folder = save_base(root / "base", tied=tied, dtype=base_dtype), root / "run"
     policy = plant_adapter(LlamaForCausalLM.from_pretrained(base), std=std, **settings)
     policy.peft_config["default"].base_model_name_or_path = base.name
@@ -105,9 +106,11 @@ def save_run(
         objective={"name": "focalpo", "beta": BETA, "gamma": 0.05},
         steps=3,
         pairs_seen=24,
+        quantization=quantization,
     )
     lineage.write(folder / "adapter")
-    config = {"name": "run", "model": {"name": str(base), "dtype": dtype}, "data": {"max_length": 64}}
+    model = {"name": str(base), "dtype": dtype, "quantization": quantization}
+    config = {"name": "run", "model": model, "data": {"max_length": 64}}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     pairs = held_out_pairs()
     write_held_out(folder / HELD_OUT_FILE, pairs)

@@ -40,7 +40,7 @@ def front_matter(card: str) -> dict[str, object]:
 def test_lineage_reads_back(tmp_path: Path, lineage: Lineage) -> None:
     lineage.write(tmp_path)
     assert lineage_of(tmp_path) == lineage
-    assert json.loads((tmp_path / LINEAGE_FILE).read_text())["format"] == 1
+    assert json.loads((tmp_path / LINEAGE_FILE).read_text())["format"] == 2
 
 
 def test_lineage_stamps_the_running_version_where_none_is_given() -> None:
@@ -53,7 +53,7 @@ def test_no_lineage_is_not_an_error_but_a_broken_one_is(tmp_path: Path) -> None:
         "{",
         "[]",
         "{}",
-        json.dumps(LINEAGE.as_dict() | {"format": 2}),
+        json.dumps(LINEAGE.as_dict() | {"format": 3}),
         json.dumps({"format": 1, "base": {}}),
     ):
         (tmp_path / LINEAGE_FILE).write_text(broken)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, BaseIdentity, Lineage, Stage, lineage_of
 from lorafocal.model.load import base_fingerprint
-from lorafocal.model.saved import WEIGHTS_FILE, base_lineage, check_same_base, put_on, read_lora_config
+from lorafocal.model.quantized import quantization_of
+from lorafocal.model.saved import WEIGHTS_FILE, base_lineage, check_same_base, held, put_on, read_lora_config
 from lorafocal.publish import sha256
 
 _STAGES = "_lorafocal_stages"  # an attribute of the policy: the adapters that its own contains, the oldest first
@@ -22,14 +23,16 @@ _STAGES = "_lorafocal_stages"  # an attribute of the policy: the adapters that i
 def continue_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """The adapter of `folder` on the loaded `base`, in fp32 and trainable, as `FocalPOTrainer` takes it.
 
-    Raises InputError: not a plain LoRA adapter (by the name of the variant), tensors that are missing, strange, of
-    another shape or not finite, or a base other than the one its `lorafocal.json` names by digest.
+    Raises InputError: an adapter that cannot be opened (by the name of the variant), tensors that are missing, strange,
+    of another shape or not finite, or a base other than the one its `lorafocal.json` names, by digest or by
+    quantisation.
     """
     config, lineage = read_lora_config(folder), lineage_of(folder)
     name, revision = place_of(base)
     if lineage is not None:
         if name is None:
             raise InputError(f"{folder} names the base it was trained on, but the base given was loaded from nowhere")
+        check_same_quantization(folder, lineage, quantization_of(base))
         check_same_base(folder, lineage, name, revision, remedy="Give it as the base (`model.name` in a config)")
     policy = put_on(base, folder, config, trainable=True)
     weights = sha256(folder / WEIGHTS_FILE)
@@ -39,6 +42,17 @@ def continue_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     before = lineage.contained if lineage is not None else ()
     setattr(policy, _STAGES, (*before, stage))
     return policy
+
+
+def check_same_quantization(folder: Path, lineage: Lineage, given: str | None) -> None:
+    """Refuse a base held otherwise than in training: its weights are rounded otherwise, so it is another model."""
+    if given == lineage.quantization:
+        return
+    raise InputError(
+        f"{folder} was trained on {held(lineage.quantization)}, but is to go on with {held(given)}: set"
+        f" `model.quantization: {lineage.quantization or 'null'}` as then, or merge it first (`lorafocal merge`) and"
+        " train a fresh adapter on the result"
+    )
 
 
 def place_of(base: PreTrainedModel) -> tuple[str | None, str | None]:
@@ -73,4 +87,5 @@ def lineage_on(base: PreTrainedModel, stages: tuple[Stage, ...], **training: Any
     identity = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
     made = base_lineage(name, revision)
     before, origin = ((), None) if made is None else (made.parents, made.first_base)
-    return Lineage(identity, parents=(*before, *stages), origin=origin, **training)
+    word = quantization_of(base)
+    return Lineage(identity, parents=(*before, *stages), origin=origin, quantization=word, **training)

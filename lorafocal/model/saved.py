@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,26 @@ from transformers.utils import cached_file
 
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
-from lorafocal.model.adapters import LINEAR, widen_adapters, wrap
+from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
 from lorafocal.model.load import base_fingerprint, check_place, load_base
+from lorafocal.model.quantized import prequantized, settle, word_of
 from lorafocal.yaml12 import parse_yaml
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
 
-# What plain LoRA and rsLoRA need. Any other field away from its default is a variant whose merge is another
-# formula (DoRA, QALoRA, activated LoRA, ...): a variant of a later PEFT is refused without being listed.
-_PLAIN_LORA_FIELDS = frozenset(
-    "r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern megatron_core qalora_group_size runtime_config inference_mode "
-    "peft_type peft_version task_type auto_mapping base_model_name_or_path revision".split()
-)
-# These leave the base's weights alone; others (PiSSA, OLoRA, CorDA, LoftQ) train on a changed base.
-_HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
-_PLAIN_REMEDY = "Use the adapter as it is, with PEFT; only plain LoRA can be merged or continued here."
+# The compatibility table's words for what can be opened: all of it is in the adapter's file, the base is as it was.
+# A variant of a later PEFT has no word, so it is refused without being listed.
+_OPENS = frozenset("lora rslora dora patterns modules_to_save trainable_tokens gaussian orthogonal random eva".split())
 
 
 @dataclass(frozen=True, slots=True)
 class SavedAdapter:
     """An adapter folder whose description was read and found usable; no weights are loaded yet.
 
-    `base`, `revision` and `dtype` say what training saw; `tokenization` (settings of `tokenize_preferences`) and
-    `beta` are the run's, where known.
+    `base`, `revision`, `dtype` and `quantization` (a word of `model.quantized`, None for a float base) say what
+    training saw; `tokenization` (settings of `tokenize_preferences`) and `beta` are the run's, where known.
     """
 
     folder: Path
@@ -52,6 +46,7 @@ class SavedAdapter:
     base: str
     revision: str | None
     dtype: str
+    quantization: str | None
     lineage: Lineage | None
     tokenization: Mapping[str, Any]
     beta: float | None
@@ -62,26 +57,29 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
     """Read an adapter folder and find its base.
 
     The base is, in this order: `base` (hub id or folder), `model.name` of the run's `config.yaml` beside the
-    adapter folder, the hub id in `lorafocal.json`, `base_model_name_or_path` of the PEFT configuration.
+    adapter folder, the hub id in `lorafocal.json`, `base_model_name_or_path` of the PEFT configuration. What it was
+    quantised to in training: `model.quantization` of the run, else `lorafocal.json`, else what the base is stored as.
 
-    Raises InputError: not a plain LoRA adapter, base unknown, base quantised (row 41), or base other than the
-    one the lineage names by digest (row S13).
+    Raises InputError: an adapter that cannot be opened, base unknown, or base other than the one the lineage names, by
+    digest (row S13) or by quantisation.
     """
     config = read_lora_config(folder)
     lineage = lineage_of(folder)
     run = _run_settings(folder.resolve().parent / "config.yaml")
     name, revision = _find_base(folder, base, run, lineage, config)
     base_config = read_config(name, revision)
+    quantization = _quantization(folder, name, run, lineage, prequantized(base_config, name))
     return SavedAdapter(
         folder=folder,
         config=config,
         base=name,
         revision=revision,
         dtype=run.get("model", {}).get("dtype") or stored_dtype(base_config),
+        quantization=quantization,
         lineage=lineage,
         tokenization={"max_length": MAX_LENGTH} | _tokenization(run.get("data", {})),
         beta=None if lineage is None or lineage.objective is None else lineage.objective.get("beta"),
-        notes=_check_base(folder, name, revision, base_config, lineage),
+        notes=_check_base(folder, name, revision, lineage),
     )
 
 
@@ -91,13 +89,13 @@ def _tokenization(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
-    """Load the base as training saw it (its weights rounded to `saved.dtype`), hold it in `dtype`, put the
-    adapter on.
+    """Load the base as training saw it (its weights rounded to `saved.dtype` and quantised alike), compute in `dtype`,
+    put the adapter on.
 
     Adapter tensors are float32. Strict both ways (row 53): a tensor without its layer, a layer without its
     tensor or another shape raises InputError naming it.
     """
-    base = load_base(saved.base, revision=saved.revision, dtype=saved.dtype)
+    base = load_base(saved.base, revision=saved.revision, dtype=saved.dtype, quantization=saved.quantization)
     cast_parameters(base, getattr(torch, dtype))
     return put_on(base, saved.folder, saved.config).eval()
 
@@ -105,7 +103,7 @@ def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
 def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
     """The adapter of `folder` on a loaded base, in float32, frozen unless `trainable`; strict both ways (row 53)."""
     plain = replace(
-        config, base_model_name_or_path=None, inference_mode=not trainable, init_lora_weights=True
+        config, base_model_name_or_path=None, inference_mode=not trainable, init_lora_weights=True, eva_config=None
     )  # the values of the start are replaced at once
     try:
         policy = widen_adapters(wrap(base, plain))
@@ -120,13 +118,20 @@ def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters in place. Buffers stay: `model.to(bfloat16)` would round the rotary frequencies too."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    """Cast parameters in place. Buffers stay: `model.to(bfloat16)` would round the rotary frequencies too.
+
+    Weights in 4 or 8 bits stay too: what is multiplied by them is computed in `dtype` from then on.
+    """
+    for module in model.modules():
+        quantized = word_of(module) is not None
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (quantized and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
+    settle(model)
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
-    """The adapter's PEFT configuration. Raises InputError where it is not plain LoRA, by the name of the variant."""
+    """The adapter's PEFT configuration. Raises InputError by the name of the variant where it cannot be opened."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise InputError(
@@ -146,24 +151,24 @@ def read_lora_config(folder: Path) -> LoraConfig:
         config = LoraConfig(**record)
     except TypeError as error:
         raise InputError(f"{path}: {error}. It was written by another PEFT; install that one to open it.") from error
-    _check_plain_lora(path, config)
+    _check_opens(path, config)
     return config
 
 
-def _check_plain_lora(path: Path, config: LoraConfig) -> None:
-    """Refuse every variant by the name of its field."""
-    default = LoraConfig()
-    if config.init_lora_weights not in _HARMLESS_STARTS:
+def _check_opens(path: Path, config: LoraConfig) -> None:
+    """Refuse what the folder holds one half of only, and what nothing here proves, by name."""
+    strange = sorted(word.removeprefix("other:") for word in features(config) - _OPENS)
+    start = config.init_lora_weights
+    if isinstance(start, str) and start not in _OPENS:
         raise InputError(
-            f"{path}: init_lora_weights is {config.init_lora_weights!r}, which trains on a changed base. "
-            "Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            f"{path}: init_lora_weights is {start!r}, so the adapter fits a base that PEFT changed at the start, not"
+            " the one it names. Use it with PEFT on that base, or convert it, where PEFT can, by its"
+            " save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in _PLAIN_LORA_FIELDS or field.name == "init_lora_weights":
-            continue
-        if value and value != getattr(default, field.name):
-            raise InputError(f"{path}: {field.name} is {value!r}, which is not plain LoRA. {_PLAIN_REMEDY}")
+    if strange:
+        raise InputError(
+            f"{path}: the adapter uses {', '.join(strange)}, which lorafocal does not open: use it as it is, with PEFT"
+        )
 
 
 def _run_settings(path: Path) -> dict[str, Any]:
@@ -214,17 +219,40 @@ def stored_dtype(config: PretrainedConfig) -> str:
     return "bfloat16" if stored in (torch.bfloat16, "bfloat16") else "float32"
 
 
-def _check_base(
-    folder: Path, name: str, revision: str | None, config: PretrainedConfig, lineage: Lineage | None
-) -> tuple[str, ...]:
-    """Refuse a quantised base, and one whose weights are not those the adapter was trained on."""
-    if getattr(config, "quantization_config", None) is not None:
+def _quantization(
+    folder: Path, name: str, run: Mapping[str, Any], lineage: Lineage | None, stored: str | None
+) -> str | None:
+    """What the base was quantised to in training; `stored` is what the checkpoint `name` holds, None for floats."""
+    configured = run.get("model", {}).get("quantization")
+    recorded = None if lineage is None else lineage.quantization
+    if lineage is None and configured is None:
+        return stored
+    if None not in (configured, recorded) and configured != recorded:
         raise InputError(
-            f"the base {name} is quantised: merging into it rounds most of the adapter away. "
-            "Give --base its bfloat16 or float32 original, or release the adapter as it is."
+            f"{folder}: the run's config.yaml says that its base was {configured}, {LINEAGE_FILE} says {recorded}: one"
+            " of the two is of another run. Restore it"
         )
+    trained = configured or recorded
+    if stored is not None and trained != stored:
+        raise InputError(
+            f"{folder} was trained on {held(trained)}, but {name} is stored as {stored}, which is another model. Name"
+            " the one that it was trained on by --base"
+        )
+    return trained
+
+
+def held(quantization: str | None) -> str:
+    """How a base is held, for a person."""
+    return "a float base" if quantization is None else f"a base quantised to {quantization}"
+
+
+def _check_base(folder: Path, name: str, revision: str | None, lineage: Lineage | None) -> tuple[str, ...]:
+    """Refuse a base whose weights are not those the adapter was trained on."""
     if lineage is None:
-        return ("The adapter has no lorafocal.json: whether this is the base it was trained on is not known.",)
+        return (
+            f"The adapter has no {LINEAGE_FILE}: whether this is the base it was trained on, and whether that was"
+            " quantised alike, is not known.",
+        )
     check_same_base(folder, lineage, name, revision, remedy="Name the folder of those weights by --base")
     return ()
 
@@ -276,7 +304,8 @@ def _check_places(folder: Path, policy: PeftModel) -> None:
     for name, layer in lora_layers(policy).items():
         if id(layer) in outer or not isinstance(layer.get_base_layer(), LINEAR):
             raise InputError(
-                f"{folder}: the adapter changes {name}, which is not an inner linear layer. {_PLAIN_REMEDY}"
+                f"{folder}: the adapter changes {name}, which is not an inner linear layer, and no other is opened"
+                " here. Use the adapter as it is, with PEFT"
             )
 
 

@@ -21,14 +21,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from lorafocal.card import CARD_FILE, merged_card
+from lorafocal.compatibility import STARTS
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import pair_logps
 from lorafocal.lineage import LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage
+from lorafocal.model.adapters import features
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import base_fingerprint, check_length, load_base, load_tokenizer
+from lorafocal.model.quantized import dequantized_weight, word_of
 from lorafocal.model.saved import (
     WEIGHTS_FILE,
     SavedAdapter,
@@ -44,10 +47,12 @@ from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.reference import DisabledAdapterReference
+from lorafocal.release.dequantize import dequantize, float_layer
 from lorafocal.release.gate import MAX_DRIFT, GateReport, check, compare
 
 DTYPES = ("bfloat16", "float32")
 FEW_PAIRS = 20  # below this the gate says little
+MERGES = {"lora", "rslora", "patterns", *STARTS}  # the compatibility table's words for a delta that is scaling * B A
 KEPT_WARNING = 0.9  # share of a layer's delta below which the report warns (row 43)
 REPORT_FILE = "merge.json"
 
@@ -86,11 +91,15 @@ class LayerSurvival:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. `as_dict` names no folder of this machine: it is published as `merge.json`."""
+    """What a merge did. `as_dict` names no folder of this machine: it is published as `merge.json`.
+
+    `quantization` is what the base was quantised to in training; the merge was then into that base de-quantised.
+    """
 
     out: Path
     dtype: str
     base: BaseIdentity
+    quantization: str | None
     survival: tuple[LayerSurvival, ...]
     gate: GateReport
     notes: tuple[str, ...]
@@ -99,6 +108,7 @@ class MergeReport:
         return {
             "dtype": self.dtype,
             "base": asdict(self.base),
+            "base_dequantized_from": self.quantization,
             "gate": self.gate.as_dict(),
             "survival": [asdict(layer) for layer in self.survival],
             "notes": list(self.notes),
@@ -122,6 +132,9 @@ def merge_adapter(
 ) -> MergeReport:
     """Merge the adapter folder `adapter` into its base and publish the model as the new folder `out`.
 
+    The base is the one that training saw: where that was quantised, its weights de-quantised again, never the original
+    ones and never 4 or 8 bits, which would round most of the adapter away (rows 41, 42).
+
     `base` overrides where the base is found (`model.saved.read_adapter` has the order). `pairs` are the
     held-out pairs of the gate: preference rows or token ids, by default `held_out.jsonl` of the run. `dtype`
     is what is stored, by default what the run trained in. The gate (`release.gate`) computes in `gate_dtype`;
@@ -136,6 +149,7 @@ def merge_adapter(
     _check_request(dtype, gate_dtype, max_drift)
     with _enough_memory(), published(out, record=False) as folder:
         saved = read_adapter(adapter, base=base)
+        _check_mergeable(saved)
         dtype = dtype or saved.dtype
         tokenizer = load_tokenizer(saved.base, saved.revision)
         held_out = load_pairs(_pairs_file(adapter, pairs), tokenizer, **saved.tokenization)
@@ -154,8 +168,8 @@ def merge_adapter(
         )
         check(gate)
         lineage = _lineage(saved)
-        notes = saved.notes + _survival_notes(survival, dtype) + _evidence_notes(len(held_out))
-        report = MergeReport(out=out, dtype=dtype, base=lineage.base, survival=survival, gate=gate, notes=notes)
+        notes = saved.notes + _base_notes(saved) + _survival_notes(survival, dtype) + _evidence_notes(len(held_out))
+        report = MergeReport(out, dtype, lineage.base, saved.quantization, survival, gate, notes)
         _write_papers(folder, lineage, report)
         _check_files(folder)
     return report
@@ -167,16 +181,21 @@ def fold(policy: PeftModel, dtype: torch.dtype) -> tuple[LayerSurvival, ...]:
     the cast.
 
     D is PEFT's `get_delta_weight`, so plain and rank-stabilised scaling and per-layer ranks are PEFT's own.
-    The adapters stay on the model; take the base out with `policy.unload()`.
+    W of a quantised layer is its weight de-quantised, and the layer becomes a plain one. The adapters stay on the
+    model; take the base out with `policy.unload()`.
     """
     survival = []
     for name, layer in lora_layers(policy).items():
-        weight = layer.get_base_layer().weight
+        base = layer.get_base_layer()
+        quantized = word_of(base) is not None
+        weight = dequantized_weight(base) if quantized else base.weight
         delta = layer.get_delta_weight("default")
-        exact = weight.float() + delta
-        stored = exact.to(dtype)
+        stored = (weight.float() + delta).to(dtype)
         survival.append(measure_survival(name, weight, delta, stored))
-        weight.data = stored
+        if quantized:
+            layer.base_layer = float_layer(base, stored)
+        else:
+            weight.data = stored
     return tuple(survival)
 
 
@@ -229,6 +248,31 @@ def _evidence_notes(pairs: int) -> tuple[str, ...]:
     return (f"the gate saw {pairs} held-out pairs only, which may miss what a merge broke; give more by --pairs",)
 
 
+def _base_notes(saved: SavedAdapter) -> tuple[str, ...]:
+    if saved.quantization is None:
+        return ()
+    inputs = (
+        " In training on a GPU an int8 layer also rounds its inputs to 8 bits, which no merged model does: the drift"
+        " counts that."
+    )
+    return (
+        f"The adapter was trained on the base quantised to {saved.quantization}, so it was merged into those weights"
+        " de-quantised again (what training saw), not into the original ones."
+        + inputs
+        * (saved.quantization == "int8"),
+    )
+
+
+def _check_mergeable(saved: SavedAdapter) -> None:
+    """Refuse what is more than a delta of linear weights, by the compatibility table's word for it."""
+    more = sorted(features(saved.config) - MERGES)
+    if more:
+        raise InputError(
+            f"{saved.folder}: the adapter uses {', '.join(more)}, which merge does not fold into a base. Publish the"
+            " adapter as it is: PEFT, `lorafocal score` and `adapter.start_from` open it"
+        )
+
+
 def _check_request(dtype: str | None, gate_dtype: str, max_drift: float) -> None:
     for option, value in (("--dtype", dtype), ("--gate-dtype", gate_dtype)):
         if value is not None and value not in DTYPES:
@@ -274,9 +318,10 @@ def _write_model(
     saved: SavedAdapter, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
 ) -> tuple[tuple[LayerSurvival, ...], bool]:
     """Merge and save into `folder`; also whether output head and embeddings are one tensor."""
-    policy = open_adapter(saved, dtype=saved.dtype)
+    policy = open_adapter(saved, dtype=saved.dtype if saved.quantization is None else "float32")  # what it rounds to
     survival = fold(policy, getattr(torch, dtype))
     model = policy.unload()
+    dequantize(model, getattr(torch, dtype))
     cast_parameters(model, getattr(torch, dtype))
     stated = read_config(saved.base, saved.revision).get_text_config()
     model.config.get_text_config().use_cache = getattr(stated, "use_cache", True)  # training's is off
