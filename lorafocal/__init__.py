@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafocal.config import Config, load_config
     from lorafocal.errors import InputError
+    from lorafocal.model.load import load_base
     from lorafocal.objectives import dpo, focalpo
     from lorafocal.trainer import FocalPOConfig, FocalPOTrainer
 
@@ -20,6 +21,7 @@ _HOME = {
     "InputError": "errors",
     "dpo": "objectives",
     "focalpo": "objectives",
+    "load_base": "model.load",
     "load_config": "config",
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "__version__",
     "dpo",
     "focalpo",
+    "load_base",
     "load_config",
 ]
 
