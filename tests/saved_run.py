@@ -15,7 +15,7 @@ from lorafocal.data.sources import preferences_from_rows
 from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.lineage import BaseIdentity, Lineage
-from lorafocal.model.load import base_fingerprint
+from lorafocal.model.load import base_fingerprint, load_base
 
 BETA = 0.1
 
@@ -52,6 +52,13 @@ def save_base(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.bf
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def quantized_checkpoint(base: Path, folder: Path, quantization: str, dtype: str = "bfloat16") -> Path:
+    """The base of `base` as others publish it in 4 or 8 bits, with its tokenizer."""
+    load_base(str(base), dtype=dtype, quantization=quantization).save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -96,7 +103,7 @@ def save_run(
     quantization: str | None = None,
     **settings: object,
 ) -> SavedRun:
-    """Base in `root/base`, run in `root/run`; `dtype` and `quantization` are training's, `settings` go to LoraConfig."""
+    """Base in `root/base`, run in `root/run`; `dtype`, `quantization`: of training; `settings` go to LoraConfig."""
     base, folder = save_base(root / "base", tied=tied, dtype=base_dtype), root / "run"
     policy = plant_adapter(LlamaForCausalLM.from_pretrained(base), std=std, **settings)
     policy.peft_config["default"].base_model_name_or_path = base.name

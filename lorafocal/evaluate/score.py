@@ -168,9 +168,9 @@ def score_file(
 
     `reference`, an adapter folder or a model, is what rewards are relative to. Without it an adapter that was trained
     against its base is compared with that, the adapter off; anything else has no rewards. `base` says where an
-    adapter's base is, as in a merge. All compute in the dtype they were trained or stored in. `beta` defaults to the
-    run's, and without one there are no rewards. `pairs` holds preference rows or the token ids of a run's
-    `held_out.jsonl`. `out` receives one JSON object a pair.
+    adapter's base is, as in a merge. All compute in the dtype they were trained or stored in, an adapter on its base
+    quantised as in training. `beta` defaults to the run's, and without one there are no rewards. `pairs` holds
+    preference rows or the token ids of a run's `held_out.jsonl`. `out` receives one JSON object a pair.
 
     Raises InputError for anything missing or unfit, before any weights are loaded where that can be known.
     """

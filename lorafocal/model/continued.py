@@ -61,10 +61,16 @@ def place_of(base: PreTrainedModel) -> tuple[str | None, str | None]:
     return config._name_or_path or None, getattr(config, "_commit_hash", None)
 
 
+def mark_fresh(policy: PeftModel) -> None:
+    """Say that the policy's adapter contains no earlier one: not every start is zero (LoftQ, PiSSA, OLoRA, random)."""
+    setattr(policy, _STAGES, ())
+
+
 def stages_of(policy: PeftModel) -> tuple[Stage, ...]:
     """The adapters that the policy's own contains before it is trained: none if it is fresh.
 
-    One that was not loaded by `continue_adapter` has the digest that its weights file has, if PEFT wrote it in fp32.
+    One that neither `continue_adapter` nor `mark_fresh` has seen is taken to be fresh where its B is zero; otherwise it
+    gets the digest that its weights file has, if PEFT wrote it in fp32.
     """
     stages: tuple[Stage, ...] | None = getattr(policy, _STAGES, None)
     if stages is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +21,14 @@ from lorafocal.data.toy import toy_preferences
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import PairScore, ScoreReport, pair_logps, pair_scores, score_file
 from lorafocal.model.load import load_base, load_tokenizer
-from lorafocal.model.saved import open_adapter, read_adapter
+from lorafocal.model.quantized import dequantized_weight, quantization_of
+from lorafocal.model.saved import cast_parameters, open_adapter, read_adapter
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.merge import merge_adapter
 from lorafocal.trainer import FocalPOTrainer
-from tests.saved_run import BETA, SavedRun, other_tokenizer, save_base, save_run
+from tests.saved_run import BETA, SavedRun, other_tokenizer, quantized_checkpoint, save_base, save_run
 
 
 @pytest.fixture
@@ -38,6 +41,10 @@ def plain_logps(model: PreTrainedModel, prompt: list[int], answer: list[int]) ->
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
     return logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().item()
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def numbers(score: PairScore) -> dict[str, float]:
@@ -76,11 +83,25 @@ def test_live_model_and_reloaded_adapter_score_alike(run: SavedRun) -> None:
         assert numbers(before) == pytest.approx(numbers(after), rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.row("22")
-def test_the_last_evaluation_of_a_run_is_the_score_of_its_adapter(run: SavedRun, tmp_path: Path) -> None:
+@pytest.mark.row("22", "9")
+@pytest.mark.parametrize(
+    ("quantization", "variant"),
+    [
+        (None, {}),
+        ("nf4", {}),
+        ("fp4-double", {"use_rslora": True}),
+        ("int8", {}),
+        ("nf4", {"use_dora": True}),
+        (None, {"modules_to_save": ["lm_head", "norm"]}),
+        ("nf4", {"trainable_token_indices": [3, 5]}),
+    ],
+)
+def test_the_last_evaluation_of_a_run_is_the_score_of_its_adapter(
+    run: SavedRun, tmp_path: Path, quantization: str | None, variant: dict[str, Any]
+) -> None:
     rows = toy_preferences(24, seed=3, held_out=True)
     trainer = FocalPOTrainer(
-        model=load_base(str(run.base), dtype="float32"),
+        model=load_base(str(run.base), dtype="float32", quantization=quantization),
         args=FocalPOConfig(
             output_dir=str(tmp_path / "trained"),
             beta=BETA,
@@ -93,7 +114,7 @@ def test_the_last_evaluation_of_a_run_is_the_score_of_its_adapter(run: SavedRun,
         train_dataset=rows,
         eval_dataset=rows[:10],
         processing_class=load_tokenizer(str(run.base)),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **variant),
     )
     trainer.train()
     evaluation = trainer.evaluate()
@@ -104,6 +125,72 @@ def test_the_last_evaluation_of_a_run_is_the_score_of_its_adapter(run: SavedRun,
     assert {"rewards/margins", "rewards/accuracies", "rewards/ties", "logps/chosen"} <= shared.keys()
     assert shared == pytest.approx({key: evaluation[f"eval_{key}"] for key in shared}, abs=1e-5)
     assert abs(shared["rewards/margins"]) > 1e-3
+
+
+@pytest.mark.row("22", "9")
+def test_the_quantisation_of_training_is_found_in_the_run_the_lineage_or_the_checkpoint(tmp_path: Path) -> None:
+    run = save_run(tmp_path, quantization="fp4")
+    config = run.folder / "config.yaml"
+    assert read_adapter(run.adapter).quantization == "fp4"
+    edit_json(run.adapter / "lorafocal.json", quantization=None)
+    assert read_adapter(run.adapter).quantization == "fp4"
+    edit_json(run.adapter / "lorafocal.json", quantization="nf4")
+    with pytest.raises(InputError, match=r"config\.yaml says that its base was fp4, lorafocal\.json says nf4"):
+        read_adapter(run.adapter)
+    edit_json(config, model={"name": str(run.base), "dtype": "bfloat16"})
+    saved = read_adapter(run.adapter)
+    assert saved.quantization == "nf4"
+    assert quantization_of(open_adapter(saved, dtype="bfloat16")) == "nf4"
+    (run.adapter / "lorafocal.json").unlink()
+    assert read_adapter(run.adapter).quantization is None
+    stored = quantized_checkpoint(run.base, tmp_path / "stored", "nf4-double")
+    other_tool = read_adapter(run.adapter, base=str(stored))
+    assert other_tool.quantization == "nf4-double"
+    assert "quantised alike, is not known" in other_tool.notes[0]
+
+
+@pytest.mark.row("9", "S13")
+def test_a_base_that_is_stored_in_another_precision_is_refused(tmp_path: Path) -> None:
+    run = save_run(tmp_path, quantization="nf4")
+    stored = {word: quantized_checkpoint(run.base, tmp_path / word, word) for word in ("fp4", "nf4")}
+    with pytest.raises(InputError, match=r"trained on a base quantised to nf4, but .*fp4 is stored as fp4.*--base"):
+        score_file(run.adapter, run.folder / "held_out.jsonl", base=str(stored["fp4"]))
+    with pytest.raises(InputError, match="sha256"):
+        score_file(run.adapter, run.folder / "held_out.jsonl", base=str(stored["nf4"]))
+    floats = save_run(tmp_path / "floats")
+    with pytest.raises(InputError, match=r"trained on a float base, but .*nf4 is stored as nf4"):
+        score_file(floats.adapter, run.folder / "held_out.jsonl", base=str(stored["nf4"]))
+
+
+@pytest.mark.row("22")
+def test_a_cast_leaves_quantised_weights_alone_and_computes_with_the_same(tmp_path: Path) -> None:
+    for word in ("nf4-double", "int8"):
+        base = load_base(str(save_base(tmp_path / word, dtype=torch.float32)), dtype="bfloat16", quantization=word)
+        layer = base.model.layers[0].mlp.up_proj
+        held, x = layer.weight.data.clone(), torch.randn(3, 32)
+        cast_parameters(base, torch.float32)
+        assert torch.equal(layer.weight.data, held)
+        assert {p.dtype for p in base.parameters() if p.is_floating_point()} == {torch.float32}
+        exact = x.double() @ dequantized_weight(layer).double().T
+        torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_scoring_without_bitsandbytes_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = save_run(tmp_path, quantization="nf4")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=r"pip install 'lorafocal\[quant\]'"):
+        score_file(run.adapter, run.folder / "held_out.jsonl")
+
+
+@pytest.mark.row("22")
+def test_a_checkpoint_that_is_quantised_already_is_scored_as_the_base_it_was_made_of(tmp_path: Path) -> None:
+    run = save_run(tmp_path, quantization="nf4")
+    stored = quantized_checkpoint(run.base, tmp_path / "stored", "nf4")
+    reference = [
+        score.reference_chosen_logps for score in score_file(run.adapter, run.folder / "held_out.jsonl").scores
+    ]
+    alone = [score.chosen_logps for score in score_file(stored, run.folder / "held_out.jsonl").scores]
+    assert alone == pytest.approx(reference, rel=1e-5)
 
 
 @pytest.mark.row("F12")

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorafocal.errors import InputError
-from lorafocal.lineage import CONTINUED, Stage
+from lorafocal.lineage import CONTINUED, Stage, lineage_of
 from lorafocal.model.adapters import check_trainable
-from lorafocal.model.continued import continue_adapter, stages_of
+from lorafocal.model.continued import continue_adapter, mark_fresh, stages_of
 from lorafocal.model.load import load_base
+from lorafocal.objectives.focal import identity_loss
 from lorafocal.publish import sha256
-from tests.saved_run import SavedRun, save_run
-from tests.tiny import tiny_base, tiny_policy
+from lorafocal.tensor_files import tensors_sha256
+from tests.saved_run import SavedRun, held_out_pairs, save_base, save_run
+from tests.tiny import disturb, lora, tiny_base, tiny_policy, trainer
 
 
 @pytest.fixture
@@ -56,6 +58,10 @@ def test_what_came_before_is_remembered_with_its_digest(run: SavedRun) -> None:
     by_peft = PeftModel.from_pretrained(load_base(str(run.base), dtype="float32"), run.adapter, is_trainable=True)
     assert stages_of(by_peft) == (Stage("default", stage.sha256, CONTINUED),)
     assert stages_of(tiny_policy(trained=False)) == ()
+    other_start = tiny_policy()
+    assert stages_of(other_start) != ()
+    mark_fresh(other_start)
+    assert stages_of(other_start) == ()
 
 
 @pytest.mark.row("S13", "5")
@@ -74,10 +80,10 @@ def test_another_base_is_refused(run: SavedRun, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights.*path_initial_model_for_weight_conversion"),
+        ({"bias": "lora_only"}, "uses bias"),
+        ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
         ({"target_modules": ["lm_head"]}, "lm_head, which is not an inner linear layer"),
     ],
 )
@@ -110,3 +116,121 @@ def test_an_adapter_of_another_tool_is_continued_without_a_lineage(run: SavedRun
     check_trainable(policy)
     [stage] = stages_of(policy)
     assert (stage.objective, stage.adapter) == (None, "adapter")
+
+
+PAIRS = held_out_pairs(8)
+VARIANTS = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}},
+    "norm": {"modules_to_save": ["norm"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [3, 5]},
+}
+
+
+def logits_of(policy: PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.eval()(torch.arange(2, 12)[None]).logits
+
+
+def trained_on(base: Path, folder: Path, quantization: str | None, **settings: object) -> PeftModel:
+    """Two steps on `base`, the adapter saved in `folder`/adapter; the trained policy."""
+    model = load_base(str(base), dtype="float32", quantization=quantization)
+    run = trainer(folder, PAIRS, model=model, peft_config=lora(**settings), max_steps=2)
+    run.train()
+    run.save_model()
+    return run.model
+
+
+@pytest.mark.row("44", "53")
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_that_trains_goes_on_where_it_stopped(
+    tmp_path: Path, variant: str, quantization: str | None
+) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.float32)
+    first = trained_on(base, tmp_path / "first", quantization, **VARIANTS[variant])
+    adapter, path = tmp_path / "first" / "adapter", tmp_path / "first" / "adapter" / "adapter_model.safetensors"
+    fresh = load_base(str(base), dtype="float32", quantization=quantization)
+    before = tensors_sha256(dict(fresh.named_parameters()))
+    policy = continue_adapter(fresh, adapter)
+    assert len(check_trainable(policy)) == len(load_file(path))
+    live = {name: p.detach() for name, p in first.named_parameters() if p.requires_grad}
+    assert all(torch.equal(p, live[name]) for name, p in policy.named_parameters() if p.requires_grad)
+    again = trainer(tmp_path / "second", PAIRS, model=policy, reference="frozen_copy", max_steps=2)
+    again.train()
+    assert again.state.log_history[0]["loss"] == pytest.approx(identity_loss(0.05), abs=1e-7)
+    lineage = again.lineage()
+    assert lineage is not None
+    assert (lineage.quantization, [stage.quantization for stage in lineage.parents]) == (quantization, [quantization])
+    under = again.model.get_base_model()
+    own = {n.replace(".base_layer", "").replace(".original_module", ""): p for n, p in under.named_parameters()}
+    reloaded = load_base(str(base), dtype="float32", quantization=quantization)
+    assert before == tensors_sha256({name: own[name] for name, _ in reloaded.named_parameters()})
+
+
+@pytest.mark.row("53")
+@pytest.mark.parametrize(
+    ("variant", "part"),
+    [("dora", "lora_magnitude_vector"), ("norm", "model.norm"), ("head", "lm_head"), ("tokens", "embed_tokens")],
+)
+def test_a_variant_s_own_tensors_are_loaded_strictly_too(tmp_path: Path, variant: str, part: str) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.float32)
+    trained_on(base, tmp_path / "run", "nf4", **VARIANTS[variant])
+    path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    whole = load_file(path)
+    name = min(name for name in whole if part in name)
+    others = {n: t for n, t in whole.items() if n != name}
+    damages = {
+        f"{name} is missing": others,
+        f"{name}x has no layer": {**others, f"{name}x": whole[name]},
+        f"{name} is": {**others, name: whole[name][:-1].contiguous()},
+        f"{name} has values": {**others, name: whole[name] * float("nan")},
+    }
+    for told, tensors in damages.items():
+        save_file(tensors, path)
+        with pytest.raises(InputError, match=told):
+            continue_adapter(load_base(str(base), dtype="float32", quantization="nf4"), path.parent)
+
+
+@pytest.mark.row("9", "S13")
+@pytest.mark.parametrize(("trained", "given"), [("nf4", None), (None, "nf4"), ("fp4", "nf4"), ("nf4", "nf4-double")])
+def test_a_base_in_another_precision_is_refused_in_both_words(
+    tmp_path: Path, trained: str | None, given: str | None
+) -> None:
+    run = save_run(tmp_path, quantization=trained)
+    words = [f"quantised to {word}" if word else "a float base" for word in (trained, given)]
+    told = rf"trained on .*{words[0]}, but .*{words[1]}: set `model.quantization: {trained or 'null'}`.*lorafocal merge"
+    with pytest.raises(InputError, match=told):
+        continue_adapter(load_base(str(run.base), quantization=given), run.adapter)
+
+
+def test_what_a_base_was_quantised_to_is_recorded_from_the_layers(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    for word in ("nf4-double", "int8"):
+        trained_on(base, tmp_path / word, word)
+        lineage = lineage_of(tmp_path / word / "adapter")
+        assert lineage is not None
+        assert lineage.quantization == word
+        assert word.partition("-")[0].upper() in (tmp_path / word / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.row("6")
+def test_loftq_that_peft_put_into_a_plain_adapter_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's replacement on a 4-bit base changes A and B alone, and its configuration says so."""
+
+    def best_of_rank(_: object, weight: torch.Tensor, *, num_bits: int, reduced_rank: int) -> tuple[torch.Tensor, ...]:
+        """What PEFT computes for A and B, but on a CPU, and of the whole weight."""
+        u, s, v = torch.linalg.svd(weight)
+        return v[:reduced_rank], u[:, :reduced_rank] * s[:reduced_rank]
+
+    monkeypatch.setattr("peft.utils.loftq_utils._loftq_init_new", best_of_rank)
+    base = save_base(tmp_path / "base", dtype=torch.float32)
+    policy = get_peft_model(load_base(str(base), dtype="float32", quantization="nf4"), lora(target_modules=["q_proj"]))
+    replace_lora_weights_loftq(policy, model_path=str(base / "model.safetensors"))
+    assert any(parameter.any() for name, parameter in policy.named_parameters() if "lora_B" in name)
+    expected = logits_of(disturb(policy))
+    policy.save_pretrained(tmp_path / "adapter")
+    again = continue_adapter(load_base(str(base), dtype="float32", quantization="nf4"), tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(again), expected)
