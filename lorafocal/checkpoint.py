@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lorafocal.errors import InputError
+from lorafocal.optimizers import kind_of, states_of_bitsandbytes
 from lorafocal.publish import discard, why_incomplete
 from lorafocal.tensor_files import WAY_OUT, check_keys, check_like, check_saved, differs, read_tensors
 
@@ -29,8 +30,9 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-_LIKE_PARAMETER = (*_FIRST_MOMENTS, "exp_avg_sq", "max_exp_avg_sq")
+_LIKE_PARAMETER = ("exp_avg", "momentum_buffer", "exp_avg_sq", "max_exp_avg_sq")
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1", "absmax1")  # bitsandbytes' in 8 bits: codes and their scales
+_TABLES = ("qmap1", "qmap2")  # the values that bitsandbytes' 8-bit codes stand for
 
 
 class Latest(NamedTuple):
@@ -60,7 +62,7 @@ def save_state(
     state = {
         "format": 1,
         "optimizer": {
-            "class": type(optimizer).__name__,
+            "class": kind_of(optimizer),
             "groups": _exact_json(groups, "the optimizer's settings"),
             "keys": sorted(tensors),
             "values": _exact_json(values, "the optimizer's state"),
@@ -93,12 +95,15 @@ def load_state(
     check_keys(values, parameters, PARAMETERS_FILE)
     for name, parameter in parameters.items():
         check_like(values[name], parameter, f"{PARAMETERS_FILE}: {name!r}")
+    made = states_of_bitsandbytes(optimizer)
     _check_optimizer(state["optimizer"], tensors, parameters, optimizer)
+    if made is not None:
+        _check_made(state["optimizer"], tensors, parameters, made)
     _check_scheduler(state["scheduler"], scheduler)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
-    _restore_optimizer(state["optimizer"], tensors, parameters, optimizer)
+    _restore_optimizer(state["optimizer"], tensors, parameters, optimizer, made)
     scheduler.load_state_dict(state["scheduler"]["state"])
     return state["extra"]
 
@@ -171,7 +176,7 @@ def _check_optimizer(
     parameters: Mapping[str, Parameter],
     optimizer: Optimizer,
 ) -> None:
-    _check_class(saved["class"], optimizer)
+    _check_kind(saved["class"], kind_of(optimizer))
     live = _named_groups(parameters, optimizer)
     if len(live) != len(saved["groups"]):
         counts = f"{len(saved['groups'])} optimizer groups, the run has {len(live)}"
@@ -190,11 +195,30 @@ def _check_optimizer(
     _check_moments(tensors, OPTIMIZER_FILE)
 
 
+def _check_made(
+    saved: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Parameter],
+    made: Mapping[Parameter, Mapping[str, Any]],
+) -> None:
+    """The saved state must fit what the optimizer makes itself: entries, shapes, bits, and what its codes stand for."""
+    for name, parameter in parameters.items():
+        found = [*_state_keys(tensors, name), *_state_keys(saved["values"], name)]
+        if found:
+            check_keys(found, made[parameter], f"{OPTIMIZER_FILE}: {name!r}")
+        for key in _state_keys(tensors, name):
+            where, tensor, own = f"{OPTIMIZER_FILE}: '{name}/{key}'", tensors[f"{name}/{key}"], made[parameter][key]
+            check_like(tensor, own, where)
+            if key in _TABLES and not torch.equal(tensor, own.cpu()):
+                raise InputError(f"{where} holds other values than this bitsandbytes' 8-bit codes mean. {WAY_OUT}")
+
+
 def _check_moments(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuses first moments that are all zero: a state that was lost (any step makes some non-zero)."""
-    moments = [tensor for name, tensor in tensors.items() if name.rpartition("/")[2] in _FIRST_MOMENTS]
-    if moments and not any(tensor.any() for tensor in moments):
-        raise InputError(f"{where}: every first moment is zero after a step: the optimizer state was lost")
+    for kind in _FIRST_MOMENTS:
+        moments = [tensor for name, tensor in tensors.items() if name.rpartition("/")[2] == kind]
+        if moments and not any(tensor.any() for tensor in moments):
+            raise InputError(f"{where}: every first moment is zero after a step: the optimizer state was lost")
 
 
 def _restore_optimizer(
@@ -202,6 +226,7 @@ def _restore_optimizer(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Parameter],
     optimizer: Optimizer,
+    made: Mapping[Parameter, dict[str, Any]] | None,
 ) -> None:
     optimizer.state.clear()
     for group, old in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -209,15 +234,30 @@ def _restore_optimizer(
             group[key] = tuple(value) if isinstance(group[key], tuple) else value
         step_on_device = group.get("capturable") or group.get("fused")
         for name in old["parameters"]:
-            # torch keeps AdamW's step counts on the CPU unless its kernel reads them on the device
-            devices = {"step": parameters[name].device if step_on_device else torch.device("cpu")}
-            state = {
-                key: tensors[f"{name}/{key}"].to(devices.get(key, parameters[name].device))
-                for key in _state_keys(tensors, name)
-            }
+            parameter = parameters[name]
+            state = {key: tensors[f"{name}/{key}"] for key in _state_keys(tensors, name)}
             state |= {key: saved["values"][f"{name}/{key}"] for key in _state_keys(saved["values"], name)}
-            if state:
-                optimizer.state[parameters[name]] = state
+            if not state:
+                continue
+            if made is not None:
+                optimizer.state[parameter] = _filled(made[parameter], state)
+                continue
+            # torch keeps AdamW's step counts on the CPU unless its kernel reads them on the device
+            devices = {"step": parameter.device if step_on_device else torch.device("cpu")}
+            optimizer.state[parameter] = {
+                key: value.to(devices.get(key, parameter.device)) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+
+
+def _filled(made: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's own buffers with what was saved: paged ones stay paged, shared tables stay shared."""
+    for key, value in saved.items():
+        if isinstance(value, Tensor):
+            made[key].copy_(value)
+        else:
+            made[key] = value
+    return made
 
 
 def _state_keys(flat: Iterable[str], name: str) -> list[str]:
@@ -225,17 +265,18 @@ def _state_keys(flat: Iterable[str], name: str) -> list[str]:
 
 
 def _check_scheduler(saved: Mapping[str, Any], scheduler: LRScheduler) -> None:
-    _check_class(saved["class"], scheduler)
+    _check_kind(saved["class"], type(scheduler).__name__)
     check_keys(saved["state"], scheduler.state_dict(), f"{STATE_FILE}: scheduler")
 
 
-def _check_class(saved: str, live: object) -> None:
-    if saved != type(live).__name__:
-        raise InputError(f"{STATE_FILE}: saved by {saved}, the run uses {type(live).__name__}. {WAY_OUT}")
+def _check_kind(saved: str, live: str) -> None:
+    if saved != live:
+        raise InputError(f"{STATE_FILE}: saved by {saved}, the run uses {live}. {WAY_OUT}")
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Copies: a file cannot hold tensors that share memory, as bitsandbytes' tables do."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _exact_json(value: Any, what: str) -> Any:

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from lorafocal.compatibility import engine_refusal
 from lorafocal.errors import InputError
 
 
@@ -55,10 +56,10 @@ _HUB = "a run never uploads; publish the finished run folder with the hub's own 
 _SAVE = "checkpoints are our own format (safetensors and JSON, complete or absent)"
 _BEST = "the run ends with the last step's adapter; compare checkpoints with `lorafocal score`, merge one of them"
 _COMPILE = "attention takes segment bounds from the host, so each pack would be its own graph; nothing replaces it"
-_SHARDED = "sharding is for the full-parameter mode, which does not exist yet; adapters fit one GPU, or use DDP"
 _HALF = "half precision overflows in preference losses (NaN, or loss 0 after a step); use bfloat16 or float32"
 _SCRIPT = "only example scripts of transformers read it"
-_OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_OF_BITSANDBYTES = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+_OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd", *_OF_BITSANDBYTES)
 _LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
 _SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -209,10 +210,10 @@ RULES: dict[str, FieldRule] = {
     "ddp_backend": _supported(),
     "ddp_timeout": _supported(),
     "ddp_static_graph": _refused(None, "the number of packs changes from step to step, so the graph is not static"),
-    "fsdp": _refused(None, _SHARDED),
-    "fsdp_config": _refused(None, _SHARDED),
-    "deepspeed": _refused(None, _SHARDED),
-    "parallelism_config": _refused(None, _SHARDED),
+    "fsdp": _refused(None, engine_refusal("fsdp")),
+    "fsdp_config": _refused(None, engine_refusal("fsdp")),
+    "deepspeed": _refused(None, engine_refusal("deepspeed")),
+    "parallelism_config": _refused(None, engine_refusal("a parallelism config")),
     # read by example scripts only
     "do_train": _refused(False, f"{_SCRIPT}; a run trains"),
     "do_eval": _refused(False, f"{_SCRIPT}; use eval_strategy"),
@@ -325,6 +326,8 @@ def _field_problem(name: str, value: Any) -> str | None:
         return f"found {shown} ({type(value).__name__}); it must be of type {annotation}{example}"
     if rule.choices and value not in rule.choices:
         return f"found {shown}; it must be one of {', '.join(rule.choices)}"
+    if name == "optim" and value in _OF_BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        return f"{shown} is of bitsandbytes, which is not installed: pip install 'lorafocal[quant]', or use adamw_torch"
     return _logger_problem(value) if name == "report_to" else None
 
 

@@ -1,0 +1,107 @@
+"""The optimiser of a run: what it needs of the machine, LoRA+'s two rates, and moments that bitsandbytes keeps small.
+
+bitsandbytes quantises moments in blocks of 256; tensors below 4096 entries keep 32 bits, and paging begins at 100,000.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lorafocal.errors import InputError
+
+_UNPAGED = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
+
+
+def check_optimizer(optim: str, device: torch.device, *, loraplus_lr_ratio: float | None, given: bool) -> None:
+    """Refuse an optimiser that would silently be another one here; `given` is whether the caller made it.
+
+    Raises InputError with the name to use instead.
+    """
+    if optim in _UNPAGED and device.type != "cuda":
+        raise InputError(
+            f"optim: {optim} moves moments between a GPU's memory and the machine's, and there is no CUDA device here"
+            f" (bitsandbytes would go on without paging): use {_UNPAGED[optim]}, which gives the same result"
+        )
+    if loraplus_lr_ratio is not None and given:
+        raise InputError(
+            f"loraplus_lr_ratio is {loraplus_lr_ratio:g}, but `optimizers` brings an optimiser whose groups have their"
+            " rates already, so it would be ignored: leave one of the two out"
+        )
+
+
+def settle(optimizer: Optimizer, parameters: Mapping[str, Parameter], loraplus_lr_ratio: float | None) -> None:
+    """What transformers leaves open of an optimiser made for `parameters`, before the schedule and the first step."""
+    if loraplus_lr_ratio is not None:
+        separate_rates(optimizer, parameters, loraplus_lr_ratio)
+    if of_bitsandbytes(optimizer):
+        _settle_bits(optimizer, parameters)
+
+
+def separate_rates(optimizer: Optimizer, parameters: Mapping[str, Parameter], ratio: float) -> None:
+    """LoRA+ (Hayou et al., 2024): matrices B learn at `ratio` times the rate, with all other settings of their group.
+
+    The paper speaks of A and B: magnitudes of DoRA, rows of tokens and whole modules keep the plain rate. PEFT's own
+    function decides otherwise for those and takes no account of the weight decay; on plain LoRA they are twins.
+    """
+    fast = {id(parameter) for name, parameter in parameters.items() if ".lora_B." in name}
+    groups = []
+    for group in optimizer.param_groups:
+        rest = [parameter for parameter in group["params"] if id(parameter) not in fast]
+        own = [parameter for parameter in group["params"] if id(parameter) in fast]
+        groups += [group | {"params": rest}, group | {"params": own, "lr": group["lr"] * ratio}]
+    optimizer.param_groups[:] = groups
+
+
+def of_bitsandbytes(optimizer: Optimizer) -> bool:
+    return any(base.__module__.partition(".")[0] == "bitsandbytes" for base in type(optimizer).__mro__)
+
+
+def kind_of(optimizer: Optimizer) -> str:
+    """What a checkpoint calls the optimiser: bitsandbytes' AdamW in its versions is not torch's of the same name."""
+    name = type(optimizer).__name__
+    if not of_bitsandbytes(optimizer):
+        return name
+    settings: Any = optimizer
+    return f"{name} of bitsandbytes in {settings.args.optim_bits} bits{', paged' if settings.is_paged else ''}"
+
+
+def states_of_bitsandbytes(optimizer: Optimizer) -> dict[Parameter, dict[str, Any]] | None:
+    """The state that bitsandbytes makes for each parameter before its first step, paged where it pages.
+
+    The optimiser keeps the state it has. None for torch's optimisers, which make theirs within the step.
+    """
+    if not of_bitsandbytes(optimizer):
+        return None
+    its: Any = optimizer
+    held, its.state = its.state, defaultdict(dict)
+    try:
+        its.check_overrides()
+        for index, group in enumerate(its.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                its.init_state(group, parameter, index, place)
+        return dict(its.state)
+    finally:
+        its.state = held
+
+
+def _settle_bits(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> None:
+    """Moments of single tokens' rows stay in 32 bits, as transformers has it for whole embeddings; other overrides go.
+
+    A block is rounded by its largest entry, and some tokens come a thousand times as often as others: beside such a
+    row, one with gradients of 1e-4 of its size learns at less than a hundredth of its rate.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for index, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):  # kept for the whole process: those of an earlier run
+            manager.pid2config.pop(id(parameter), None)
+            manager.index2config.pop((index, place), None)
+    rows = [parameter for name, parameter in parameters.items() if "trainable_tokens" in name]
+    manager.override_config(rows, "optim_bits", 32)
