@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import adapter_words
 from lorafocal.errors import InputError
-from lorafocal.model.dora import reset_magnitudes, widen_norms
+from lorafocal.model.dora import exact_dora, reset_magnitudes
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import (
     check_tokens_follow,
@@ -207,7 +207,7 @@ def widen_adapters(model: PeftModel) -> PeftModel:
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     compute_as_base(model)
-    widen_norms(model)
+    exact_dora(model)
     return model
 
 
@@ -237,6 +237,7 @@ def add_frozen_copy(policy: PeftModel) -> dict[str, nn.Parameter]:
     config = copy.deepcopy(policy.peft_config[name])
     config.inference_mode = False  # PEFT would freeze the active adapter with it
     policy.add_adapter(FROZEN_COPY, config)
+    exact_dora(policy)
     parameters, copies = dict(policy.named_parameters()), {}
     for path, original in originals.items():
         before, _, after = path.rpartition(f".{name}")

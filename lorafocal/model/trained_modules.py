@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorafocal.errors import InputError
@@ -55,6 +55,11 @@ def plain_modules(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, ModulesToSaveWrapper):
         return [module.original_module, *module.modules_to_save.values()]
     return [module]
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether these are bitsandbytes' codes, whatever dtype they are stored in."""
+    return type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
 def embeddings_of(model: nn.Module) -> nn.Embedding:
@@ -105,7 +110,7 @@ def _check_trainable_in_full(model: nn.Module, name: str, module: nn.Module) -> 
         )
     if not weights or isinstance(module, nn.ModuleList | nn.ModuleDict):
         raise InputError(f"adapter.modules_to_save: {name} is {type(module).__name__}, which has nothing to train")
-    if not all(weight.is_floating_point() for weight in weights):
+    if any(map(is_quantized, weights)):
         raise InputError(
             f"adapter.modules_to_save: {name} is quantised, so it cannot be trained in full: give it an adapter"
             " (`adapter.targets`), or load the base without quantisation"
