@@ -25,9 +25,10 @@ from transformers.utils import cached_file
 
 from lorafocal import launch
 from lorafocal.errors import InputError
-from lorafocal.model.quantized import bitsandbytes_config, library, prequantized, settle
+from lorafocal.model.quantized import bitsandbytes_config, check_loaded, library, prequantized, settle, to_dtype
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_SCALES = re.compile(r"(SCB|absmax|scales?|scale_inv)$")  # what quantised weights are multiplied by, in their files
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -76,42 +77,66 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         check_shape(config, shape or {})
-        how = _how(config, name, quantization, DTYPES[dtype])
+        stored = prequantized(config, name)
+        plan = _planned(quantization, stored, name)
+        how = {} if plan == stored else {"quantization_config": bitsandbytes_config(str(plan), DTYPES[dtype])}
         # Its attention is transformers' default: SDPA, or eager where a model has none (Gemma-2).
-        model = _door(config, name).from_pretrained(
+        model, report = _door(config, name).from_pretrained(
             name,
             revision=revision,
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             device_map={"": local_device()},
+            output_loading_info=True,
             **how,
         )
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError) as error:
         raise InputError(_not_found("model", name, error)) from error
+    except (RuntimeError, AttributeError) as error:  # what transformers raises over tensors that do not fit
+        raise InputError(f"model.name: the weights of {name} do not fit its config ({_first_line(error)})") from error
+    _check_complete(report, name)
+    if stored is not None:
+        to_dtype(model, DTYPES[dtype])
     model.requires_grad_(False)
     model.config.get_text_config().use_cache = False
     settle(model)
+    check_loaded(model, quantization=plan, dtype=DTYPES[dtype])
     return model.train()
 
 
-def _how(config: PreTrainedConfig, name: str, quantization: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is told of quantisation: nothing for a float base and for one that is quantised already.
+def _check_complete(report: Mapping[str, Any], name: str) -> None:
+    """Refuse weights that would be made up, and scales that nobody reads: transformers says both in a warning."""
+    missing = sorted(report["missing_keys"])
+    scales = sorted(key for key in report["unexpected_keys"] if _SCALES.search(key))
+    if missing:
+        raise InputError(
+            f"model.name: {name} lacks {len(missing)} tensors of its model (first: {missing[0]}), which would be random"
+            " numbers: download it again, or save it again with `save_pretrained`"
+        )
+    if scales:
+        raise InputError(
+            f"model.name: {name} holds quantised weights ({scales[0]}), but its config does not say so: use the config"
+            " that belongs to them, or the float original"
+        )
 
-    Raises InputError where a checkpoint is quantised otherwise than asked for.
+
+def _planned(quantization: str | None, stored: str | None, name: str) -> str | None:
+    """How a base is to be held: as asked for, or as its checkpoint is stored.
+
+    Raises InputError where the two differ, and where bitsandbytes is needed and does not work.
     """
-    stored = prequantized(config, name)
     if stored is not None and quantization not in (None, stored):
         raise InputError(
             f"model.quantization is {quantization}, but {name} is stored as {stored}: leave `model.quantization` out,"
             " or use its float original"
         )
-    if stored is None and quantization is None:
-        return {}
-    library(local_device())
-    return {} if quantization is None or stored else {"quantization_config": bitsandbytes_config(quantization, dtype)}
+    plan = quantization or stored
+    if plan is not None:
+        library(local_device())
+    return plan
 
 
 def _door(config: PreTrainedConfig, name: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
@@ -254,8 +279,11 @@ def _file_sha256(file: Path) -> str:
 
 
 def _not_found(what: str, name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
     return (
-        f"model.name: no {what} could be loaded from {name!r} ({reason}). Give a hub id that you have access to, or a"
-        " folder written by `save_pretrained` (safetensors, no remote code)"
+        f"model.name: no {what} could be loaded from {name!r} ({_first_line(error)}). Give a hub id that you have"
+        " access to, or a folder written by `save_pretrained` (safetensors, no remote code)"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

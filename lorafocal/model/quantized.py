@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
@@ -18,10 +19,12 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorafocal.errors import InputError
+from lorafocal.model.adapters import LINEAR, linear_names
 from lorafocal.model.head import causal_lm
 
 FOUR_BIT = {"nf4": ("nf4", False), "nf4-double": ("nf4", True), "fp4": ("fp4", False), "fp4-double": ("fp4", True)}
 QUANTIZATIONS = (*FOUR_BIT, "int8")
+MOSTLY = 0.9  # share of the inner weights that must be quantised: routers and convolutions are far below the rest
 
 
 def bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -99,10 +102,9 @@ def quantization_of(model: nn.Module) -> str | None:
     if words:
         return words.pop()
     if (method := getattr(base, "quantization_method", None)) is not None:
-        method = getattr(method, "value", method)
         raise InputError(
-            f"the model is quantised with {method}, which lorafocal does not train: load its float original, with"
-            " `lorafocal.load_base(name, quantization='nf4')` in 4 bits"
+            f"the model was loaded with {getattr(method, 'value', method)}, and none of its layers is held by"
+            " bitsandbytes: load its float original, with `lorafocal.load_base(name, quantization='nf4')` in 4 bits"
         )
     return None
 
@@ -138,6 +140,15 @@ def base_dtype(model: nn.Module) -> torch.dtype:
     """The floating dtype a base was loaded in: that of its embeddings, adapters and trained copies set aside."""
     embeddings = causal_lm(model).get_input_embeddings()
     return getattr(embeddings, "original_module", embeddings).weight.dtype
+
+
+def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what a quantised checkpoint stores in float (norms, embeddings, head, biases): transformers leaves it."""
+    for module in model.modules():
+        held = word_of(module) is not None
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (held and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
 
 
 def settle(model: nn.Module) -> None:
@@ -193,3 +204,136 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
         return layer.weight.data.float() * (scales[:, None] * (1 / 127))  # type: ignore[index, operator]
     weight = layer.weight.detach().float()  # type: ignore[operator, union-attr]
     return weight.T if isinstance(layer, Conv1D) else weight
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """What a base turned out to be: its text part, counted after loading. Dtypes are names, "a and b" where mixed."""
+
+    quantization: str | None
+    dtype: str
+    quantized_layers: int  # linear layers of the text part, its output head not among them
+    float_layers: int
+    quantized_share: float  # of the text part's weights that are neither embeddings nor head
+    norms: str  # and whatever else is no linear layer
+    embeddings: str
+    head: str
+    attention: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        held = f"{self.float_layers} linear layers in float"
+        if self.quantization is not None:
+            held = f"{self.quantized_layers} linear layers in {self.quantization}, {held}"
+            held += f" ({self.quantized_share:.1%} of the inner weights are quantised)"
+        return (
+            f"base: computes in {self.dtype}; {held}; norms {self.norms}, embeddings {self.embeddings},"
+            f" head {self.head}; attention {self.attention}"
+        )
+
+
+def describe(model: nn.Module) -> LoadedBase:
+    """What `model` is, read from its modules before an adapter is attached. Raises InputError for a mixture."""
+    base: Any = causal_lm(model)
+    modules = dict(base.named_modules())
+    linear = linear_names(base)
+    quantized = [name for name in linear if word_of(modules[name]) is not None]
+    sizes = inner_weights(base)
+    apart = {*linear, *(name for name, module in modules.items() if isinstance(module, nn.Embedding))}
+    text, head = set(base.get_decoder().modules()), base.get_output_embeddings()
+    norms = [
+        parameter
+        for name, module in modules.items()
+        if module in text and name not in apart and module is not head
+        for parameter in module.parameters(recurse=False)
+    ]
+    return LoadedBase(
+        quantization=quantization_of(base),
+        dtype=_named([base.get_input_embeddings().weight]),
+        quantized_layers=len(quantized),
+        float_layers=len(linear) - len(quantized),
+        quantized_share=sum(size for name, size in sizes.items() if name in quantized) / max(1, sum(sizes.values())),
+        norms=_named(norms),
+        embeddings=_named([base.get_input_embeddings().weight]),
+        head=_named([head.weight]),
+        attention=base.config.get_text_config()._attn_implementation,
+    )
+
+
+def _named(tensors: Iterable[Tensor]) -> str:
+    """The dtypes of tensors in words."""
+    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})) or "none"
+
+
+def inner_weights(base: Any) -> dict[str, int]:
+    """Entries of each matrix of the text part but embeddings and head: a linear layer by its own name, else in full.
+
+    Experts that an architecture keeps in one tensor are such matrices, and are no linear layers.
+    """
+    text, head = set(base.get_decoder().modules()), base.get_output_embeddings()
+    sizes = {}
+    for name, module in base.named_modules():
+        if module not in text or module is head or isinstance(module, nn.Embedding):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            linear = isinstance(module, LINEAR) and leaf == "weight"
+            if linear or parameter.ndim > 1:
+                state = getattr(parameter, "quant_state", None)
+                sizes[name if linear else f"{name}.{leaf}"] = (
+                    parameter.numel() if state is None else state.shape.numel()
+                )
+    return sizes
+
+
+def check_loaded(model: nn.Module, *, quantization: str | None, dtype: torch.dtype) -> LoadedBase:
+    """Hold what was loaded against what was asked for: `quantization` (None: a float base) and `dtype`.
+
+    A quantised base must hold every linear layer of its text part so, but those that its own checkpoint names as left
+    in float, and nearly all of its inner weights. Embeddings and head stay in `dtype`. Raises InputError.
+    """
+    base: Any = causal_lm(model)
+    if quantization is not None:
+        _check_coverage(base, quantization)
+    found = describe(base)
+    kind, wanted = type(base).__name__, str(dtype).removeprefix("torch.")
+    if found.quantization != quantization:
+        raise InputError(
+            f"model.quantization: {quantization or 'none'} was asked for, but {kind} was loaded with"
+            f" {found.quantization or 'all layers in float'}. {_LEAVE_OUT}"
+        )
+    if {found.embeddings, found.head} != {wanted}:
+        raise InputError(
+            f"model.dtype: {wanted} was asked for, but {kind} has embeddings in {found.embeddings} and its head in"
+            f" {found.head}: use its float original"
+        )
+    return found
+
+
+def _check_coverage(base: Any, quantization: str) -> None:
+    modules, sizes, kept = dict(base.named_modules()), inner_weights(base), _kept_in_float(base)
+    left = {
+        name: size
+        for name, size in sizes.items()
+        if (name not in modules or word_of(modules[name]) is None)
+        and not any(f".{skipped}." in f".{name}." for skipped in kept)
+    }
+    layers = [name for name in left if name in modules]
+    share = sum(left.values()) / sum(sizes.values())
+    if layers or share > 1 - MOSTLY:
+        raise InputError(
+            f"model.quantization: {quantization} was asked for, but {share:.0%} of the inner weights of"
+            f" {type(base).__name__} stayed in float (first: {(layers or list(left))[0]}): bitsandbytes does not"
+            f" quantise {'layers of that kind' if layers else 'experts kept in one tensor'}. {_LEAVE_OUT}"
+        )
+
+
+_LEAVE_OUT = "Leave `model.quantization` out, or use another model"
+
+
+def _kept_in_float(base: Any) -> list[str]:
+    """The modules that a checkpoint quantised by others names as left in float on purpose."""
+    stated = getattr(base.config, "quantization_config", None)
+    stated = stated if isinstance(stated, Mapping) else vars(stated) if stated is not None else {}
+    return stated.get("llm_int8_skip_modules") or []
