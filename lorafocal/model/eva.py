@@ -17,6 +17,7 @@ from torch import Tensor
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import widen_adapters
+from lorafocal.model.dora import reset_magnitudes
 from lorafocal.model.head import causal_lm
 
 PAIRS = 256  # some 50 000 tokens of answers, hundreds for each direction; the directions settle long before
@@ -44,7 +45,7 @@ def eva_start(policy: PeftModel, pairs: Sequence[TokenizedPair], *, seed: int) -
     """
     name = policy.active_adapter
     config = policy.peft_config[name]
-    most = max(config.r, *config.rank_pattern.values())
+    most = max([config.r, *config.rank_pattern.values()])
     batches = _batches(pairs, width_needed(most, config), seed=seed)
     initialize_lora_eva_weights(
         policy,
@@ -54,7 +55,7 @@ def eva_start(policy: PeftModel, pairs: Sequence[TokenizedPair], *, seed: int) -
         gather_distributed_inputs=False,  # all processes look at the same
         show_progress_bar=False,
     )
-    widen_adapters(policy)
+    reset_magnitudes(widen_adapters(policy))  # layers of another rank were made anew
 
 
 def _batches(pairs: Sequence[TokenizedPair], tokens: int, *, seed: int) -> list[dict[str, Tensor]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
 
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.lineage import Lineage
+from lorafocal.model.starts import plain_adapter
 from lorafocal.tensor_files import check_saved
 
 
@@ -25,21 +27,20 @@ def save_adapter(
     `results` are measured numbers for the card; `trained` says that a step has changed the adapter. Without a
     lineage (a base from nowhere) there is no card either.
 
-    The base is named by hub id or by its folder's last name: a path of this machine is never written.
+    It loads anywhere on the base as it was before any start (`model.starts.plain_adapter`), which is named by hub id or
+    by its folder's last name: a path of this machine is never written.
     Raises InputError where a tensor is missing, empty, not finite or reads back differently.
     """
     name = policy.active_adapter
-    config = policy.peft_config[name]
-    stated, config.base_model_name_or_path = (
-        config.base_model_name_or_path,
-        _public_name(config.base_model_name_or_path),
-    )
+    own = policy.peft_config[name]
+    plain, state = plain_adapter(policy)
+    policy.peft_config[name] = replace(plain, base_model_name_or_path=_public_name(own.base_model_name_or_path))
     try:
-        policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+        policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=state)
         _flatten(folder, name)
+        expected = get_peft_model_state_dict(policy, state, adapter_name=name, save_embedding_layers=False)
     finally:
-        config.base_model_name_or_path = stated
-    expected = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+        policy.peft_config[name] = own
     check_saved(folder / "adapter_model.safetensors", expected, trained=trained)
     (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's card knows nothing of this run
     if lineage is not None:

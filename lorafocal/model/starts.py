@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import ALL_LINEAR, resolve_targets
+from lorafocal.model.continued import mark_fresh
 from lorafocal.model.eva import eva_start, width_needed
 from lorafocal.model.loftq import loftq_start
 
@@ -55,6 +57,7 @@ def initialize(policy: PeftModel, pairs: Sequence[TokenizedPair], *, seed: int) 
     Nothing to do for plain starts; of PiSSA and OLoRA, A0 and B0 are kept for `plain_adapter`. EVA changes ranks and
     replaces parameters. The same weights, pairs and seed give the same adapter, in fp32. Raises InputError.
     """
+    mark_fresh(policy)
     init = policy.peft_config[policy.active_adapter].init_lora_weights
     if rewrites_base(init):
         setattr(policy, _START, {n: p.detach().cpu().clone() for n, p in _factors(policy).items()})
@@ -92,31 +95,45 @@ def plain_adapter(policy: PeftModel) -> tuple[LoraConfig, Mapping[str, Tensor] |
 
 
 def _check_layers(model: nn.Module, config: LoraConfig, init: str) -> None:
-    """Raises InputError for a layer that is too small for its rank, or that PEFT would start wrongly."""
-    targets = resolve_targets(model, ALL_LINEAR if config.target_modules is None else config.target_modules)
+    """Raises InputError where PEFT would fail at a layer, or start it wrongly without a word."""
+    if init == "eva" and config.trainable_token_indices:
+        raise InputError(
+            "adapter: eva and trained tokens do not go together, as PEFT takes the embeddings for a layer with inputs"
+            " to decompose: leave `trainable_tokens` out, or use `init: default`"
+        )
+    targets = ALL_LINEAR if config.target_modules is None else config.target_modules
+    endings = tuple(f".{target}" for target in resolve_targets(model, targets))
     for name, layer in model.named_modules():
-        if not any(name == target or name.endswith(f".{target}") for target in targets):
-            continue
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-        if isinstance(layer, Conv1D):
-            inputs, outputs = layer.weight.shape
-        else:
-            inputs, outputs = layer.in_features, layer.out_features  # type: ignore[union-attr]
-        if init.lower() == "olora" and isinstance(layer, Conv1D):
-            raise InputError(
-                f"adapter.init: {name} keeps its weights transposed (Conv1D, as GPT-2 has it), which PEFT's {init}"
-                " does not know, so training would not start from the base: use `init: pissa`"
-            )
-        if init == "eva" and width_needed(rank, config) > inputs:
-            raise InputError(
-                f"adapter.init: eva looks at {width_needed(rank, config)} directions for rank {rank}, and {name} has"
-                f" {inputs} inputs: lower `adapter.r`, or use `init: default`"
-            )
-        if init != "eva" and rank > min(inputs, outputs):
-            raise InputError(
-                f"adapter.init: {init} has no {rank} directions to take from {name} ({outputs} x {inputs}): lower"
-                f" `adapter.r`, or set `adapter.rank_pattern: {{{name}: {min(inputs, outputs)}}}`"
-            )
+        if f".{name}".endswith(endings):
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+            if misfit := _misfit(name, layer, init, rank, config):
+                raise InputError(f"adapter.init: {misfit}")
+
+
+def _misfit(name: str, layer: Any, init: str, rank: int, config: LoraConfig) -> str | None:
+    """What keeps a linear layer from this start at this rank, with the way out."""
+    inputs, outputs = layer.weight.shape if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    if init == "eva":
+        width = width_needed(rank, config)
+        if width <= inputs:
+            return None
+        return (
+            f"eva looks at {width} directions for rank {rank}, and {name} has {inputs} inputs: lower `adapter.r`, or"
+            " use `init: default`"
+        )
+    if rewrites_base(init) and layer.weight.dtype == torch.float64:
+        return f"PEFT's {init} does not take the float64 weights of {name}: use a float32 base"
+    if init.lower() == "olora" and isinstance(layer, Conv1D):
+        return (
+            f"{name} keeps its weights transposed (Conv1D, as GPT-2 has it), which PEFT's {init} does not know, so"
+            " training would not start from the base: use `init: pissa`"
+        )
+    if (rewrites_base(init) or init == "loftq") and rank > min(inputs, outputs):
+        return (
+            f"{init} has no {rank} directions to take from {name} ({outputs} x {inputs}): lower `adapter.r`, or set"
+            f" `adapter.rank_pattern: {{{name}: {min(inputs, outputs)}}}`"
+        )
+    return None
 
 
 def _factors(policy: PeftModel) -> dict[str, nn.Parameter]:
