@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lorafocal.data.packing import Pack
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm, install_head, scoring
+from lorafocal.model.quantized import base_dtype
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 
@@ -60,7 +61,7 @@ def _set_attention(base: PreTrainedModel, name: str) -> None:
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
     """The base's floating dtype. A bf16 base computes under bf16 autocast, with fp32 adapters and log-probs."""
-    return causal_lm(model).get_input_embeddings().weight.dtype
+    return base_dtype(model)
 
 
 def token_logps(model: nn.Module, pack: Pack) -> Tensor:

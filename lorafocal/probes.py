@@ -18,6 +18,8 @@ from lorafocal.data.packing import Pack, pad_sequences, share_prefixes
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
+from lorafocal.model.quantized import quantization_of
+from lorafocal.model.trained_modules import embeddings_of
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.policy import compute_dtype, evaluating, plain_attention, prepare_policy, takes_segments, token_logps
 
@@ -75,7 +77,7 @@ def check_packing(model: nn.Module) -> None:
     check_layer_types(base)
     if not takes_segments(base):
         raise InputError(f"{name} hands no further arguments to its attention, so a pack's bounds cannot reach it")
-    pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)
+    pairs = _probe_pairs(embeddings_of(base).num_embeddings)
     pack = share_prefixes(pairs).to(next(model.parameters()).device)
     with evaluating(model):  # allowed or not, the noise of dropout would hide what is looked for
         with _attending_modules() as attending:
@@ -98,7 +100,7 @@ def check_padding(model: nn.Module) -> None:
     """
     base = causal_lm(model)
     name = type(base).__name__
-    pairs = _probe_pairs(base.get_input_embeddings().num_embeddings)
+    pairs = _probe_pairs(embeddings_of(base).num_embeddings)
     pack = pad_sequences(pairs).to(next(model.parameters()).device)
     with evaluating(model):
         check_neighbours(model, pack, name)
@@ -139,7 +141,7 @@ def check_future(model: nn.Module, pack: Pack, name: str) -> None:
 
 def _moved(model: nn.Module, pack: Pack, touched: torch.Tensor, tokens: torch.Tensor | slice) -> float:
     """How far other input ids in the places `touched` move the log-probs of the given completion tokens, in nats."""
-    other = (pack.input_ids + 1) % causal_lm(model).get_input_embeddings().num_embeddings
+    other = (pack.input_ids + 1) % embeddings_of(causal_lm(model)).num_embeddings
     changed = torch.where(touched, other, pack.input_ids)
     moved = token_logps(model, pack) - token_logps(model, replace(pack, input_ids=changed))
     return float(moved[tokens].abs().max())
@@ -152,9 +154,15 @@ def _rounding(model: nn.Module) -> float:
     return TOLERANCE[compute_dtype(model)] if experts else 0.0
 
 
+def _tolerance(model: nn.Module) -> float:
+    """What rounding explains between a pack and one sequence alone: int8 rounds activations to 8 bits, as bf16 does."""
+    eight_bits = quantization_of(model) == "int8"
+    return TOLERANCE[torch.bfloat16 if eight_bits else compute_dtype(model)]
+
+
 def check_causal(model: nn.Module, pair: TokenizedPair, name: str) -> None:
     """The model's own logits must not depend on later tokens: both layouts are causal, whatever it is by itself."""
-    vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
+    vocabulary = embeddings_of(causal_lm(model)).num_embeddings
     *kept, last = pair.chosen_ids
     before, after = (_alone(model, pair.prompt_ids, [*kept, end]) for end in (last, (last + 1) % vocabulary))
     leak = float((before - after)[:-1].abs().max())
@@ -170,7 +178,7 @@ def check_scores(model: nn.Module, pairs: list[TokenizedPair], logps: torch.Tens
         + [_alone(model, p.prompt_ids, p.rejected_ids) for p in pairs]
     )
     gap = float((logps - alone).abs().max())
-    if not gap <= TOLERANCE[compute_dtype(model)]:
+    if not gap <= _tolerance(model):
         raise InputError(
             f"{name}: log-probs are {gap:.3g} nats a token away from the model's own logits, one sequence at a time, so"
             " it does something to its logits or its attention that is not followed here"

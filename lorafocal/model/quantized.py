@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import LINEAR, linear_names
 from lorafocal.model.head import causal_lm
+from lorafocal.model.trained_modules import embeddings_of
 
 FOUR_BIT = {"nf4": ("nf4", False), "nf4-double": ("nf4", True), "fp4": ("fp4", False), "fp4-double": ("fp4", True)}
 QUANTIZATIONS = (*FOUR_BIT, "int8")
@@ -137,9 +138,8 @@ def _is_eight_bit(layer: nn.Module) -> bool:
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
-    """The floating dtype a base was loaded in: that of its embeddings, adapters and trained copies set aside."""
-    embeddings = causal_lm(model).get_input_embeddings()
-    return getattr(embeddings, "original_module", embeddings).weight.dtype
+    """The floating dtype a base was loaded in: that of its embeddings, whatever trained copies of them there are."""
+    return embeddings_of(causal_lm(model)).weight.dtype
 
 
 def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
@@ -197,7 +197,7 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
     """
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[operator]
     if _is_four_bit(layer):
-        wide = library().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[union-attr]
+        wide = library().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         return wide.float()
     if _is_eight_bit(layer):
         scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # type: ignore[union-attr]
