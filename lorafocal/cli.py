@@ -57,6 +57,13 @@ def train(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
     overrides: OverridesArgument = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")] = False,
+    tiny: Annotated[
+        bool,
+        typer.Option(
+            "--tiny",
+            help="Rehearse CONFIG on a tiny model of its architecture with made-up pairs; writes nothing to keep.",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress line.")] = False,
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")] = Path(
         "runs"
@@ -65,12 +72,21 @@ def train(
     """Train adapters as CONFIG says, into the run folder DIR/<name>."""
     from lorafocal.config import load_config
 
+    if tiny and resume:
+        raise InputError("--tiny keeps nothing that --resume could go on from: leave one of the two out")
     checked = load_config(config, overrides or [])
     launch.check_launch()
     _no_loading_bars()
     launch.quiet_unless_main()
     for warning in checked.warnings() if launch.is_main() else []:
         typer.echo(f"warning: {warning}", err=True)
+
+    if tiny:
+        from lorafocal.rehearsal import rehearse
+
+        rehearsal = rehearse(checked, quiet=quiet)
+        typer.echo(str(rehearsal))
+        raise typer.Exit(0 if rehearsal.interrupted_by is None else 128 + rehearsal.interrupted_by)
 
     from lorafocal import run
 

@@ -29,9 +29,8 @@ FLOORS = {
     " tensor_files objectives ops",
     1: "data model lineage card",
     2: "policy reference probes",
-    3: "arguments assembly callbacks trainer saving optimizers sampler checkpoint health interrupt resume progress run"
-    " rehearsal",
-    4: "release evaluate report",
+    3: "arguments assembly callbacks trainer saving optimizers sampler checkpoint health interrupt resume progress run",
+    4: "release evaluate report rehearsal",
     5: "cli compat __init__ __main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
