@@ -32,6 +32,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, load_base
 from lorafocal.model.quantized import base_dtype, quantization_of, settle
 from lorafocal.model.starts import attaching, initialize, rewrites_base
+from lorafocal.policy import plain_attention
 from lorafocal.probes import LayoutChoice, choose_layout
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def assemble_policy(
         set_seed(args.seed)  # the adapter's start depends on `seed` alone
         with attaching(model, config):
             policy = attach_lora(model, config)
-        initialize(policy, pairs, seed=args.seed)
+        with plain_attention(policy):  # a base of an earlier run is prepared for packs
+            initialize(policy, pairs, seed=args.seed)
     if policy.active_adapter == FROZEN_COPY:
         raise InputError(f"the adapter is named {FROZEN_COPY!r}, the name of a frozen copy: load it under another name")
     if not args.allow_dropout and (count := switch_dropout_off(policy)):

@@ -236,6 +236,7 @@ def add_frozen_copy(policy: PeftModel) -> dict[str, nn.Parameter]:
     trainable = {path: parameter.requires_grad for path, parameter in originals.items()}
     config = copy.deepcopy(policy.peft_config[name])
     config.inference_mode = False  # PEFT would freeze the active adapter with it
+    config.init_lora_weights = True  # PEFT would take PiSSA's part out of the base once more
     policy.add_adapter(FROZEN_COPY, config)
     exact_dora(policy)
     parameters, copies = dict(policy.named_parameters()), {}
