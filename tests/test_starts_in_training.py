@@ -1,0 +1,146 @@
+"""Starts from weights and data in a run: the reference is the start, resuming is exact, what is saved loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorafocal.data.packing import PairCollator
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.model.load import load_base
+from lorafocal.objectives.focal import identity_loss
+from lorafocal.policy import prepare_policy, sequence_logps
+from lorafocal.trainer import FocalPOTrainer
+from tests.model.test_starts import config_of, started
+from tests.test_references_in_training import StopAfter
+from tests.tiny import adapter_gradients, lora, pairs, relative_difference, tiny_base, trainer
+
+DATA = pairs(24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("base")
+    tiny_base().save_pretrained(place)
+    return place
+
+
+def run_of(place: Path, folder: Path, init: str, dtype: str = "float32", **settings) -> FocalPOTrainer:
+    """A run on a base that was loaded from a folder, in 4 bits for LoftQ."""
+    base = load_base(str(folder), dtype=dtype, quantization="nf4" if init == "loftq" else None)
+    defaults = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "reference": "frozen_copy"}
+    more = {"use_rslora": True} if init == "pissa" else {}
+    return trainer(place, DATA, model=base, peft_config=config_of(init, **more), **(defaults | settings))
+
+
+def logps(model: torch.nn.Module) -> Tensor:
+    prepare_policy(model)
+    pack = PairCollator("packed", 4096)(DATA[:8]).packs[0]
+    with torch.no_grad():
+        return torch.cat(sequence_logps(model, pack))
+
+
+@pytest.mark.row("6")
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "loftq"])
+def test_the_switched_off_adapter_is_refused_where_it_is_not_the_start(tmp_path, folder, init):
+    with pytest.raises(InputError, match=r"(?i)(pissa|olora|loftq).*frozen_copy"):
+        run_of(tmp_path, folder, init, reference="disabled_adapter")
+
+
+@pytest.mark.row("1", "6")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq", "eva", "eva switched off"])
+def test_the_reference_is_exactly_the_start(tmp_path, folder, init, dtype):
+    init, _, off = init.partition(" ")
+    reference = "disabled_adapter" if off else "frozen_copy"
+    run = run_of(tmp_path, folder, init, dtype, reference=reference, max_steps=2)
+    run.train()
+    first, second, *_ = run.state.log_history
+    assert first["loss"] == pytest.approx(identity_loss(0.05), abs=1e-7)
+    assert first["logps/reference_chosen"] == first["logps/chosen"]
+    assert second["rewards/ties"] < 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.row("55")
+@pytest.mark.parametrize("init", ["pissa_niter_2", "olora", "loftq", "eva"])
+def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, folder, init):
+    whole = run_of(tmp_path / "whole", folder, init)
+    whole.train()
+    first = run_of(tmp_path / "cut", folder, init)
+    first.add_callback(StopAfter(2))
+    first.train()
+    resumed = run_of(tmp_path / "cut", folder, init)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert resumed.adapter.keys() == whole.adapter.keys()
+    ours, theirs = (run.model.state_dict() for run in (whole, resumed))  # what is left of the base too
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.row("6", "8")
+@pytest.mark.parametrize(
+    ("init", "settings"),
+    [
+        ("pissa", {}),
+        ("olora", {"objective": "sft", "reference": None}),
+        ("pissa_niter_2", {"reference": "separate_model"}),
+        ("eva", {"reference": "disabled_adapter"}),
+    ],
+)
+def test_a_trained_adapter_loads_with_plain_peft_on_the_original_base(tmp_path, folder, init, settings):
+    if settings.get("reference") == "separate_model":
+        settings = settings | {"ref_model": tiny_base()}
+    run = run_of(tmp_path, folder, init, **settings)
+    run.train()
+    run.save_model()
+    for saved in (tmp_path / "adapter", tmp_path / "checkpoint-4" / "adapter"):
+        again = PeftModel.from_pretrained(load_base(str(folder), dtype="float32"), saved)
+        torch.testing.assert_close(logps(again), logps(run.model), atol=1e-5, rtol=1e-6)
+        assert not [key for key in load_file(saved / "adapter_model.safetensors") if "reference" in key]
+    assert set(load_file(tmp_path / "checkpoint-4" / "parameters.safetensors")) == set(run.adapter)
+    lineage = run.lineage()
+    assert lineage is not None
+    assert lineage.parents == ()  # a start that is not zero is no earlier training
+
+
+def token_sums(model: PreTrainedModel, pair: TokenizedPair) -> list[Tensor]:
+    """Plain log-probs of a pair's two answers, one sequence at a time."""
+    sums = []
+    for answer in (pair.chosen_ids, pair.rejected_ids):
+        ids = torch.tensor([[*pair.prompt_ids, *answer]])
+        rows = model(input_ids=ids).logits[0, len(pair.prompt_ids) - 1 : -1].double().log_softmax(-1)
+        sums.append(rows.gather(1, torch.tensor(answer)[:, None]).sum())
+    return sums
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_gradients_are_those_of_pefts_own_model(init):
+    config: LoraConfig = lora(init_lora_weights=init)
+    twin = get_peft_model(tiny_base(), config)
+    sum(chosen - 2 * rejected for chosen, rejected in (token_sums(twin, pair) for pair in DATA[:8])).backward()
+    policy = started(tiny_base(), init)
+    prepare_policy(policy)
+    ours = sequence_logps(policy, PairCollator("packed", 4096)(DATA[:8]).packs[0])
+    (ours.chosen - 2 * ours.rejected).sum().backward()
+    assert relative_difference(adapter_gradients(policy), adapter_gradients(twin)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_base_that_is_prepared_already_can_start_by_eva(tmp_path):
+    """A second run in one session, on the base that the first has unloaded."""
+    base = tiny_base()
+    run = trainer(tmp_path / "one", DATA, model=base, peft_config=lora(), max_steps=1)
+    run.train()
+    again = trainer(tmp_path / "two", DATA, model=run.model.unload(), peft_config=config_of("eva"), max_steps=1)
+    fresh = trainer(tmp_path / "three", DATA, peft_config=config_of("eva"), max_steps=1)
+    assert all(torch.equal(p, again.adapter[name]) for name, p in fresh.adapter.items())
