@@ -7,14 +7,14 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
@@ -27,6 +27,7 @@ from lorafocal.interrupt import StopOnSignal
 from lorafocal.model.adapters import trainable_token_ids
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import base_fingerprint, check_place, check_same_tokens, load_base, load_tokenizer
+from lorafocal.model.quantized import describe
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
 from lorafocal.resume import MAY_CHANGE, check_resumable
@@ -86,7 +87,12 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     manifest = _manifest(config, tokenizer, data)
     if resume:
         _check_same_run(folder, manifest, say)
-    trainer = _trainer(config, args, data, tokenizer, quiet)
+    base = _load(config.model.name, config.model.revision, config)
+    loaded = describe(base)
+    trainer = _trainer(config, args, data, tokenizer, base, quiet)
+    loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
+    manifest |= {"loaded": loaded.as_dict(), "layout": asdict(trainer.layout)}
+    say(str(loaded))
     adapter = manifest["adapter"] = {
         "targets": sorted(trainer.model.peft_config["default"].target_modules),
         "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
@@ -198,19 +204,24 @@ def _check_same_run(folder: Path, manifest: Mapping[str, Any], say: Callable[[st
         say(f"note: {note}")
 
 
+def _load(name: str, revision: str | None, config: Config) -> PreTrainedModel:
+    """The base, or a reference model: both are held alike, so that they differ by their weights alone."""
+    model, shape = config.model, config.model.shape if name == config.model.name else None
+    return load_base(name, revision=revision, dtype=model.dtype, shape=shape, quantization=model.quantization)
+
+
 def _trainer(
     config: Config,
     args: FocalPOConfig,
     data: Mapping[str, Part],
     tokenizer: PreTrainedTokenizerBase,
+    base: PreTrainedModel,
     quiet: bool,
 ) -> FocalPOTrainer:
-    model, start, reference = config.model, config.adapter.start_from, config.reference
-    held = {"dtype": model.dtype, "quantization": model.quantization}
-    base = load_base(model.name, revision=model.revision, shape=model.shape, **held)
+    start, reference = config.adapter.start_from, config.reference
     ref_model = None
     if reference is not None and reference.model is not None:
-        ref_model = load_base(reference.model, revision=reference.revision, **held)
+        ref_model = _load(reference.model, reference.revision, config)
     return FocalPOTrainer(
         base if start is None else continue_adapter(base, Path(start)),
         ref_model,

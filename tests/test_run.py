@@ -74,8 +74,14 @@ def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, b
     assert set(manifest) == {
         "format", "config", "config_sha256", "base", "reference_model", "chat_template_sha256", "data", "seeds",
         "versions", "threads", "processes", "hardware", "may_change_on_resume", "adapter",
+        "loaded", "layout",
     }  # fmt: skip
     assert manifest["base"]["name"] == "base"
+    assert manifest["layout"] == {"layout": "packed", "reason": ""}
+    loaded = manifest["loaded"]
+    assert (loaded["quantization"], loaded["dtype"], loaded["quantized_layers"]) == (None, "float32", 0)
+    assert loaded["float_layers"] == len(manifest["adapter"]["trainable_tensors"]) / 2
+    assert loaded["attention"] != "sdpa"  # that of packs
     assert manifest["data"]["train"]["pairs"] == PAIRS
     assert manifest["data"]["eval"]["pairs"] == HELD_OUT
     assert manifest["seeds"] == {"adapter": 42, "order": 42}
