@@ -28,7 +28,7 @@ _IGNORED = -100  # PEFT's mark of a token that is not looked at
 
 def directions(rank: int, config: LoraConfig) -> int:
     """How many directions PEFT looks for in a layer of this rank: `rho` times as many, to choose from."""
-    return round(rank * config.eva_config.rho)  # type: ignore[union-attr]
+    return round(rank * config.eva_config.rho)
 
 
 def width_needed(rank: int, config: LoraConfig) -> int:

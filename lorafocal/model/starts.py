@@ -77,15 +77,15 @@ def plain_adapter(policy: PeftModel) -> tuple[LoraConfig, Mapping[str, Tensor] |
     plain = {"init_lora_weights": True, "loftq_config": {}, "eva_config": None}  # the tensors are all there
     start: Mapping[str, Tensor] | None = getattr(policy, _START, None)
     if start is None:
-        return replace(config, **plain), None  # type: ignore[arg-type]
+        return replace(config, **plain), None
     factor = math.sqrt(2) if config.use_rslora else 2  # scaling is alpha / sqrt(r) or alpha / r
     doubled = replace(
         config,
         r=2 * config.r,
-        lora_alpha=config.lora_alpha * factor,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha * factor,
         rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
         alpha_pattern={name: alpha * factor for name, alpha in config.alpha_pattern.items()},
-        **plain,  # type: ignore[arg-type]
+        **plain,
     )
     state = dict(policy.state_dict())
     for name, first in start.items():
