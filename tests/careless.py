@@ -37,6 +37,15 @@ def stacked_adapter(model: Any, config: Any) -> Any:
     return get_peft_model(model, config)
 
 
+def rates_of_peft(optimizer: Any, parameters: Any, ratio: float) -> None:
+    """Row 32: as PEFT groups for LoRA+, vectors learn at B's rate and the weight decay that was asked for is gone."""
+    rate = optimizer.param_groups[0]["lr"]
+    fast = [p for name, p in parameters.items() if "lora_B" in name or p.ndim == 1]
+    slow = [p for name, p in parameters.items() if not ("lora_B" in name or p.ndim == 1)]
+    usual = optimizer.param_groups[0] | {"weight_decay": 0.0}
+    optimizer.param_groups[:] = [usual | {"params": slow}, usual | {"params": fast, "lr": rate * ratio}]
+
+
 def packs_as_they_come(original: Any) -> Any:
     """F4: each rank runs the packs it has; one with fewer waits for, or runs into, the others' next exchange."""
     return lambda trainer, batch: (batch.packs, original(trainer, batch)[1])
@@ -223,6 +232,33 @@ def copy_that_is_the_adapter_itself(original: Any) -> Any:
     return add_frozen_copy
 
 
+def merged_into_four_bits(original: Any) -> Any:
+    """Row 41: what is merged goes back into the codes it came from, which round most of the change away."""
+
+    def fold(policy: Any, dtype: Any) -> Any:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        from lorafocal.model.saved import lora_layers
+
+        survival = original(policy, dtype)
+        for layer in lora_layers(policy).values():
+            weight = layer.get_base_layer().weight
+            weight.data = dequantize_4bit(*quantize_4bit(weight.data, quant_type="nf4"))
+        return survival
+
+    return fold
+
+
+def weights_of_another_base(original: Any) -> Any:
+    """Row 42: weights near those that training saw, as the original ones are."""
+
+    def dequantized_weight(layer: Any) -> Any:
+        weight = original(layer)
+        return weight + 0.1 * weight.std() * weight.sign()
+
+    return dequantized_weight
+
+
 def every_adapter_saved(policy: Any, folder: Any, *_: Any, **__: Any) -> None:
     """Row 8: PEFT saves every adapter that the model carries."""
     policy.save_pretrained(folder)
@@ -283,3 +319,23 @@ def unproven_layout(model: Any, layout: str) -> Any:
     layout = "packed" if layout == "auto" else layout
     prepare_policy(model, layout=layout)
     return LayoutChoice(layout)
+
+
+def adapter_as_it_is(policy: Any) -> Any:
+    """Row 6: a PiSSA adapter saved as it was trained, for a base that others do not have."""
+    from dataclasses import replace
+
+    return replace(policy.peft_config[policy.active_adapter], init_lora_weights=True), None
+
+
+def copy_that_starts_again(original: Any) -> Any:
+    """Row 6: PEFT adds the frozen copy with its own start, which takes PiSSA's part out of the base once more."""
+
+    def add(policy: Any) -> Any:
+        from copy import deepcopy
+
+        policy.add_adapter("again", deepcopy(policy.peft_config[policy.active_adapter]))
+        policy.delete_adapter("again")
+        return original(policy)
+
+    return add

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import BitsAndBytesConfig
 
 from lorafocal.card import adapter_card, merged_card
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage, lineage_of
+from lorafocal.model.quantized import QUANTIZATIONS, bitsandbytes_config
 
 HUB = BaseIdentity("org/model", "0" * 40, "ab" * 32)
 LINEAGE = Lineage(
@@ -35,6 +39,7 @@ def front_matter(card: str) -> dict[str, object]:
         LINEAGE,
         LOCAL,
         replace(LINEAGE, objective=None, reference=None, parents=(Stage("a", "b"),)),
+        replace(LINEAGE, quantization="nf4", parents=(Stage("a", "b", quantization="fp4-double"),)),
     ],
 )
 def test_lineage_reads_back(tmp_path: Path, lineage: Lineage) -> None:
@@ -128,7 +133,7 @@ def test_a_file_of_the_first_version_is_still_read(tmp_path: Path) -> None:
     (tmp_path / LINEAGE_FILE).write_text(json.dumps(old))
     lineage = lineage_of(tmp_path)
     assert lineage is not None
-    assert lineage.parents == (Stage("adapter", "cd"),)
+    assert (lineage.parents, lineage.quantization) == ((Stage("adapter", "cd"),), None)
     assert "dpo (beta 0.1, gamma 0)" in adapter_card(lineage)
 
 
@@ -139,3 +144,22 @@ def test_a_card_of_sft_claims_no_preferences() -> None:
     assert "preference" not in card.lower()
     chained = adapter_card(replace(LINEAGE, parents=(SFT,)))
     assert "preference-tuning" in front_matter(chained)["tags"]  # type: ignore[operator]
+
+
+@pytest.mark.row("9", "42")
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_card_of_an_adapter_on_a_quantised_base_opens_that_base(quantization: str) -> None:
+    card = adapter_card(replace(LINEAGE, quantization=quantization))
+    name = quantization.replace("-double", " (double quantisation)").replace("nf4", "NF4").replace("fp4", "FP4")
+    assert f"was trained on the {name.replace('int8', 'INT8')} base" in card
+    [settings] = re.findall(r"quantization_config=BitsAndBytesConfig\((.*?)\)", card)
+    asked = BitsAndBytesConfig(**eval(f"dict({settings})"))
+    assert asked.to_dict() == bitsandbytes_config(quantization, torch.bfloat16).to_dict()
+    assert "BitsAndBytesConfig" not in adapter_card(LINEAGE)
+
+
+def test_a_stage_on_a_quantised_base_is_told_in_the_card() -> None:
+    lineage = replace(LINEAGE, quantization="int8", parents=(Stage("sft", "12" * 32, CONTINUED, quantization="nf4"),))
+    card = adapter_card(lineage)
+    assert "| base in training | quantised to INT8 with bitsandbytes |" in card
+    assert "stage 1: adapter `sft` (trained on NF4), continued" in card

@@ -5,6 +5,8 @@ Not the original weights: training saw the rounded ones, and its adapter correct
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -34,10 +36,17 @@ def float_layer(layer: nn.Linear, weight: Tensor) -> nn.Module:
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace what is still quantised in `model` by plain layers in `dtype`, and forget how it was loaded.
 
-    transformers' own `dequantize` does not know that GPT-2's layers are transposed. Nothing is done to a float model.
+    transformers' own `dequantize` does not know that GPT-2's layers are transposed, and leaves a checkpoint that was
+    quantised already unable to be saved. Nothing is done to a float model.
     """
     for name, layer in list(model.named_modules()):
         if word_of(layer) is not None:
             model.set_submodule(name, float_layer(layer, dequantized_weight(layer).to(dtype)))  # type: ignore[arg-type]
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
+        loaded_by: list[Any] = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [step for step in loaded_by if not _of_a_quantizer(step)]  # reversed at saving
+
+
+def _of_a_quantizer(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))

@@ -200,10 +200,10 @@ def test_a_merge_that_unties_is_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head, which is not an inner linear layer"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens, which is not an inner linear layer"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"modules_to_save": ["norm"]}, "uses modules_to_save"),
+        ({"use_dora": True}, "uses dora"),
+        ({"bias": "lora_only"}, "uses bias"),
+        ({"trainable_token_indices": [1]}, "uses trainable_tokens"),
     ],
 )
 def test_what_is_not_plain_lora_inside_the_model_is_refused_by_name(
@@ -217,11 +217,15 @@ def test_what_is_not_plain_lora_inside_the_model_is_refused_by_name(
 
 
 @pytest.mark.row("41")
-def test_a_quantised_base_is_refused(run: SavedRun, tmp_path: Path) -> None:
-    edit_json(run.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(InputError, match=r"quantised.*--base"):
+def test_a_base_that_was_quantised_after_training_is_refused(run: SavedRun, tmp_path: Path) -> None:
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    edit_json(run.base / "config.json", quantization_config=stored)
+    with pytest.raises(InputError, match=r"trained on a float base, but .* is stored as nf4.*--base"):
         read_adapter(run.adapter)
-    with pytest.raises(InputError, match=r"quantised.*--base"):
+    with pytest.raises(InputError, match=r"stored as nf4.*--base"):
+        merge_adapter(run.adapter, tmp_path / "out")
+    edit_json(run.base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(InputError, match="quantised with gptq"):
         merge_adapter(run.adapter, tmp_path / "out")
 
 
