@@ -46,6 +46,16 @@ def rates_of_peft(optimizer: Any, parameters: Any, ratio: float) -> None:
     optimizer.param_groups[:] = [usual | {"params": slow}, usual | {"params": fast, "lr": rate * ratio}]
 
 
+def merged_into_the_base(base: Any, folder: Any) -> Any:
+    """Row 44: the first stage is merged into the 4-bit weights, which are rounded a second time."""
+    from peft import LoraConfig, PeftModel
+
+    from lorafocal.model.adapters import attach_lora
+
+    merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    return attach_lora(merged, LoraConfig(r=4, lora_alpha=8))
+
+
 def packs_as_they_come(original: Any) -> Any:
     """F4: each rank runs the packs it has; one with fewer waits for, or runs into, the others' next exchange."""
     return lambda trainer, batch: (batch.packs, original(trainer, batch)[1])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -14,6 +15,19 @@ from lorafocal.checkpoint import load_state, save_state
 from lorafocal.publish import published
 
 EXTRA = {"global_step": 3, "pairs_seen": 12, "loss": 0.1 + 0.2, "ids": ["a", "b"], "best": None}
+
+
+class Paged(bitsandbytes.optim.AdamW):
+    """Marks its buffers as paging on a GPU does, and takes no others."""
+
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        buffer = torch.zeros_like(p, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    def prefetch_state(self, p: Tensor) -> None:
+        assert self.state[p]["state1"].is_paged
+        assert self.state[p]["state2"].is_paged
 
 
 class Run:
@@ -33,6 +47,12 @@ class Run:
             "amsgrad": lambda: torch.optim.AdamW(groups, lr=1e-2, amsgrad=True),
             "sgd": lambda: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
             "plain sgd": lambda: torch.optim.SGD(groups, lr=1e-2),
+            "8 bits": lambda: bitsandbytes.optim.AdamW(groups, lr=1e-2, optim_bits=8, min_8bit_size=1),
+            "8 bits of large tensors": lambda: bitsandbytes.optim.AdamW(
+                groups, lr=1e-2, optim_bits=8, min_8bit_size=33
+            ),
+            "32 bits": lambda: bitsandbytes.optim.AdamW(groups, lr=1e-2, optim_bits=32),
+            "paged": lambda: Paged(groups, lr=1e-2, optim_bits=8, min_8bit_size=1, is_paged=True),
         }
         self.optimizer = make[kind]()
         self.scheduler = get_scheduler("cosine", self.optimizer, num_warmup_steps=2, num_training_steps=10)

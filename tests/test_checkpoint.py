@@ -41,7 +41,7 @@ def no_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.row("54", "56", "S1", "F9")
 @pytest.mark.usefixtures("no_pickle")
-@pytest.mark.parametrize("kind", ["adamw", "amsgrad", "sgd", "plain sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "amsgrad", "sgd", "plain sgd", "8 bits", "32 bits", "paged"])
 @pytest.mark.parametrize("cut", [0, 1, 3, 5])
 def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path: Path, kind: str, cut: int) -> None:
     whole = Run(kind)
@@ -205,6 +205,78 @@ def test_the_trainable_set_must_be_the_optimizers(tmp_path: Path) -> None:
 def test_what_json_would_change_is_refused(tmp_path: Path, extra: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="the trainer's state cannot be saved as JSON"):
         Run().save(tmp_path, extra)
+
+
+# --- what bitsandbytes keeps --------------------------------------------------------------------------------
+
+
+def test_tables_stay_shared_and_codes_stay_codes(tmp_path: Path) -> None:
+    run, fresh = Run("8 bits"), Run("8 bits", seed=1)
+    run.train(0, 3)
+    run.save(tmp_path)
+    saved = load_file(tmp_path / OPTIMIZER_FILE)
+    assert {str(saved[f"{B}/{key}"].dtype) for key in ("state1", "state2")} == {"torch.uint8"}
+    fresh.load(tmp_path)
+    first, second = (fresh.optimizer.state[parameter] for parameter in fresh.parameters.values())
+    assert first["qmap1"].data_ptr() == second["qmap1"].data_ptr()
+    assert first["step"] == 3
+
+
+EIGHT_BIT_DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
+    "dropped scale": ("8 bits", lambda t: t.pop(f"{B}/absmax2"), f"missing '{B}/absmax2'"),
+    "codes as numbers": ("8 bits", lambda t: t.update({f"{B}/state1": t[f"{B}/state1"].float()}), "float32, expected"),
+    "codes of another shape": ("8 bits", lambda t: t.update({f"{B}/state1": t[f"{B}/state1"][:4]}), r"shape \(4, 4\)"),
+    "scales of other blocks": ("8 bits", lambda t: t.update({f"{B}/absmax1": torch.ones(2)}), r"shape \(2,\)"),
+    "codes that mean other values": ("8 bits", lambda t: t[f"{B}/qmap1"].mul_(2), "other values than"),
+    "lost codes": ("8 bits", lambda t: [v.zero_() for k, v in t.items() if "state1" in k], "first moment is zero"),
+    "lost scales": ("8 bits", lambda t: [v.zero_() for k, v in t.items() if "absmax1" in k], "first moment is zero"),
+    "lost moments": ("32 bits", lambda t: [v.zero_() for k, v in t.items() if "state1" in k], "first moment is zero"),
+}
+
+
+@pytest.mark.row("54")
+@pytest.mark.parametrize("damage", EIGHT_BIT_DAMAGE)
+def test_states_of_bitsandbytes_are_strict_too(tmp_path: Path, damage: str) -> None:
+    kind, change, message = EIGHT_BIT_DAMAGE[damage]
+    run, fresh = Run(kind), Run(kind, seed=3)
+    run.train(0, 3)
+    run.save(tmp_path)
+    rewrite(tmp_path / OPTIMIZER_FILE, change)
+    fresh.train(0, 1)
+    before = fresh.everything()
+    with pytest.raises(InputError, match=f"{OPTIMIZER_FILE}.*{message}"):
+        fresh.load(tmp_path)
+    assert fresh.everything() == before
+
+
+@pytest.mark.row("54")
+def test_a_step_count_that_is_missing_is_not_taken_for_zero(tmp_path: Path) -> None:
+    """The bias correction would start over, with moments of many steps."""
+    run = Run("8 bits")
+    run.train(0, 3)
+    run.save(tmp_path)
+    rewrite_state(tmp_path, lambda state: state["optimizer"]["values"].pop(f"{B}/step"))
+    with pytest.raises(InputError, match="missing 'step'"):
+        Run("8 bits").load(tmp_path)
+
+
+@pytest.mark.row("54")
+@pytest.mark.parametrize(
+    ("saved", "used", "named"),
+    [
+        ("adamw", "32 bits", "saved by AdamW, the run uses AdamW of bitsandbytes in 32 bits"),
+        ("8 bits", "32 bits", "AdamW of bitsandbytes in 8 bits, the run uses AdamW of bitsandbytes in 32 bits"),
+        ("8 bits", "adamw", "AdamW of bitsandbytes in 8 bits, the run uses AdamW"),
+        ("paged", "8 bits", "in 8 bits, paged, the run uses"),
+        ("8 bits", "8 bits of large tensors", "unexpected 'absmax1'"),
+    ],
+)
+def test_an_optimizer_of_other_bits_is_another_optimizer(tmp_path: Path, saved: str, used: str, named: str) -> None:
+    run = Run(saved)
+    run.train(0, 3)
+    run.save(tmp_path)
+    with pytest.raises(InputError, match=named):
+        Run(used).load(tmp_path)
 
 
 # --- row 47: what is written is what was meant --------------------------------------------------------------

@@ -131,11 +131,18 @@ def test_stacking_a_second_adapter_is_refused_with_both_ways_out(tmp_path):
 
 
 @pytest.mark.row("6")
-@pytest.mark.parametrize("setting", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["norm"]}])
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"bias": "all"}, 'trained biases.*bias="none"'),
+        ({"init_lora_weights": "pissa"}, "PiSSA.*frozen_copy|changed the base"),
+        ({"init_lora_weights": False}, "random.*frozen_copy"),
+    ],
+)
 @pytest.mark.parametrize("attached", [False, True])
-def test_an_adapter_that_changes_more_than_it_can_switch_off_is_refused(tmp_path, setting, attached):
+def test_an_adapter_that_changes_more_than_it_can_switch_off_is_refused(tmp_path, setting, named, attached):
     model = get_peft_model(tiny_base(), lora(**setting)) if attached else tiny_base()
-    with pytest.raises(InputError, match=f"{next(iter(setting))}=.*plain LoRA"):
+    with pytest.raises(InputError, match=named):
         trainer(tmp_path, pairs(4), model=model, peft_config=None if attached else lora(**setting))
 
 

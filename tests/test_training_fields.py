@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,6 +13,7 @@ import pytest
 from packaging.version import Version
 
 from lorafocal import training_fields
+from lorafocal.compatibility import engine_refusal
 from lorafocal.errors import InputError
 from lorafocal.training_fields import (
     RULES,
@@ -208,3 +210,21 @@ def test_a_secret_is_not_repeated() -> None:
 def test_another_training_args_file_is_named() -> None:
     with pytest.raises(InputError, match="no class TrainingArguments"):
         fields_in_source("class Other: pass")
+
+
+@pytest.mark.row("32", "62")
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"])
+def test_optimisers_of_bitsandbytes_name_the_extra_where_it_is_missing(optim: str, monkeypatch) -> None:
+    assert check_training_fields({"optim": optim}) == []
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    [problem] = check_training_fields({"optim": optim})
+    assert "pip install 'lorafocal[quant]'" in problem
+    assert check_training_fields({"optim": "adamw_torch"}) == []
+
+
+@pytest.mark.row("48")
+@pytest.mark.parametrize(("field", "engine"), [("fsdp", "fsdp"), ("deepspeed", "deepspeed")])
+def test_engines_are_refused_in_the_words_of_the_compatibility_table(field: str, engine: str) -> None:
+    [problem] = check_training_fields({field: "full_shard"})
+    assert engine_refusal(engine) in problem
