@@ -35,6 +35,7 @@ STEPS, PAIRS_PER_STEP = 3, 4
 ROWS, HELD_OUT_ROWS = STEPS * PAIRS_PER_STEP + 4, 4  # of each source
 PACK = 64  # tokens: a step of several packs
 SHORTEST = 64  # tokens that a made-up pair must find room in
+EVA_RANK = 4  # its directions come from the answers, which are a few tokens here
 NOT_REHEARSED = "the real weights and data, their lengths, memory and speed"
 ROUNDING = {"bfloat16": 2e-2, "float32": 1e-4}  # of log-probs in other packs, relative
 _BY_THE_WEIGHTS = ("pissa", "olora", "loftq", "eva", "orthogonal")  # starts of no higher rank than a layer has
@@ -294,11 +295,12 @@ def _fitted(adapter: Mapping[str, Any], narrowest: int) -> dict[str, Any]:
     fitted = {**adapter, "trainable_tokens": [places.get(token, token) for token in adapter["trainable_tokens"]]}
     if not str(adapter["init"]).startswith(_BY_THE_WEIGHTS):
         return fitted
-    rank = min(adapter["r"], narrowest)
+    most = min(narrowest, EVA_RANK) if adapter["init"] == "eva" else narrowest
+    rank = min(adapter["r"], most)
     return fitted | {
         "r": rank,
         "alpha": max(1, round(adapter["alpha"] * rank / adapter["r"])),
-        "rank_pattern": {name: min(r, narrowest) for name, r in adapter["rank_pattern"].items()},
+        "rank_pattern": {name: min(r, most) for name, r in adapter["rank_pattern"].items()},
     }
 
 

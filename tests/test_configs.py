@@ -12,11 +12,9 @@ from lorafocal.config import load_config
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 # Parameters of the published checkpoints.
-PARAMETERS = {"lora/llama3-8b.yaml": 8_030_261_248, "lora/mistral-7b.yaml": 7_241_732_096}
-PUBLISHED = {  # of the paper (Liu et al., ACL 2025): beta, gamma, pairs a step, epochs
-    "lora/llama3-8b.yaml": (0.01, 0.05, 128, 1),
-    "lora/mistral-7b.yaml": (0.01, 0.05, 128, 1),
-}
+PARAMETERS = {"llama3-8b": 8_030_261_248, "mistral-7b": 7_241_732_096, "qwen3-8b": 8_190_735_360}
+BIG = [f"{kind}/{model}.yaml" for kind in ("lora", "qlora") for model in PARAMETERS]
+PUBLISHED = (0.01, 0.05, 128, 1)  # of the paper (Liu et al., ACL 2025): beta, gamma, pairs a step, epochs
 
 
 def name_of(path: Path) -> str:
@@ -35,7 +33,7 @@ def leaves(node: yaml.Node, prefix: str = "") -> list[tuple[str, int]]:
 
 
 def test_configs_are_shipped() -> None:
-    assert {"quickstart.yaml", *PARAMETERS} <= {name_of(path) for path in CONFIGS}
+    assert {name_of(path) for path in CONFIGS} == {"quickstart.yaml", *BIG}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
@@ -52,14 +50,34 @@ def test_each_key_has_a_comment(path: Path) -> None:
     assert [key for key, line in keys if len(lines[line].partition("  # ")[2]) < 10] == []
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("name", BIG)
 def test_the_paper_values_are_there(name: str) -> None:
     config = load_config(FOLDER / name)
     found = (config.objective.beta, config.objective.gamma, config.training.pairs_per_step)
-    assert (*found, config.training.fields["num_train_epochs"]) == PUBLISHED[name]
+    assert (*found, config.training.fields["num_train_epochs"]) == PUBLISHED
 
 
-@pytest.mark.parametrize("name", sorted(PARAMETERS))
+@pytest.mark.parametrize("name", BIG)
+def test_adapters_are_zephyrs(name: str) -> None:
+    config = load_config(FOLDER / name)
+    assert (config.adapter.r, config.adapter.alpha, config.adapter.targets) == (128, 128, "all-linear")
+    assert (config.training.fields["learning_rate"], config.training.warmup_ratio) == (5e-6, 0.1)
+    assert config.training.fields["lr_scheduler_type"] == "cosine"
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_qlora_is_its_twin_in_four_bits(model: str) -> None:
+    """The two files of a model differ in what 4 bits and their optimiser are about, and in nothing else."""
+    lora, qlora = (load_config(FOLDER / kind / f"{model}.yaml") for kind in ("lora", "qlora"))
+    changes = {
+        "name": f"{model}-qlora",
+        "model": lora.model.model_copy(update={"quantization": "nf4"}),
+        "training": lora.training.model_copy(update={"optim": "paged_adamw_32bit"}),
+    }
+    assert qlora.model_dump() == lora.model_copy(update=changes).model_dump()
+
+
+@pytest.mark.parametrize("name", BIG)
 def test_the_shape_builds_the_published_architecture(name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,7 +89,7 @@ def test_the_shape_builds_the_published_architecture(name: str) -> None:
     config = AutoConfig.for_model(**shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[Path(name).stem]
     check_shape(config, shape)
 
 
@@ -80,3 +98,13 @@ def test_quickstart_starts_from_the_known_loss() -> None:
     assert config.objective.gamma == 0.05
     assert config.model.dtype == "float32"
     assert config.training.fields["logging_first_step"] is True
+
+
+def test_quickstart_states_the_shape_of_the_base_it_makes() -> None:
+    from lorafocal.data.toy import toy_tokenizer
+    from lorafocal.model.load import check_shape
+    from lorafocal.model.toy_base import ToyRecipe, toy_config
+
+    shape = load_config(FOLDER / "quickstart.yaml").model.shape
+    assert shape is not None
+    check_shape(toy_config(ToyRecipe(), toy_tokenizer()), shape)

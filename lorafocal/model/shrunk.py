@@ -145,12 +145,11 @@ def _heads_and_width(width: int, heads: int, groups: int | None, head_dim: int, 
     else:
         small_groups, small_heads = 2, 2 * (heads // groups)
     small_dim = max(HEAD_DIM, BLOCK // math.gcd(BLOCK, small_heads))
-    if not free or width == heads * head_dim:
-        small_width = small_heads * small_dim
-    else:
-        small_width = _blocks(small_heads * small_dim * width / (heads * head_dim))
+    share = width / (heads * head_dim) if free else 1.0
+    while small_heads * small_dim * share < BLOCK:
+        small_dim *= 2
     return {
-        "hidden_size": small_width,
+        "hidden_size": _blocks(small_heads * small_dim * share),
         "num_attention_heads": small_heads,
         "num_key_value_heads": small_groups,
         "head_dim": small_dim,
