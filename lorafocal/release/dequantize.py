@@ -23,7 +23,7 @@ def float_layer(layer: nn.Linear, weight: Tensor) -> nn.Module:
     features = (layer.in_features, layer.out_features)
     with torch.device("meta"):
         if getattr(layer, "source_cls", None) is Conv1D:
-            plain: nn.Module = Conv1D(features[1], features[0])
+            plain: nn.Module = Conv1D(features[1], features[0])  # type: ignore[misc]
             weight = weight.T.contiguous()
         else:
             plain = nn.Linear(*features, bias=layer.bias is not None)
@@ -41,7 +41,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     for name, layer in list(model.named_modules()):
         if word_of(layer) is not None:
-            model.set_submodule(name, float_layer(layer, dequantized_weight(layer).to(dtype)))  # type: ignore[arg-type]
+            model.set_submodule(name, float_layer(layer, dequantized_weight(layer).to(dtype)))
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
         loaded_by: list[Any] = getattr(model, "_weight_conversions", None) or []

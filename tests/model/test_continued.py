@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,7 @@ def test_every_variant_that_trains_goes_on_where_it_stopped(
     assert lineage is not None
     assert (lineage.quantization, [stage.quantization for stage in lineage.parents]) == (quantization, [quantization])
     under = again.model.get_base_model()
-    own = {n.replace(".base_layer", "").replace(".original_module", ""): p for n, p in under.named_parameters()}
+    own = {re.sub(r"\.(base_layer|original_module|token_adapter)", "", n): p for n, p in under.named_parameters()}
     reloaded = load_base(str(base), dtype="float32", quantization=quantization)
     assert before == tensors_sha256({name: own[name] for name, _ in reloaded.named_parameters()})
 

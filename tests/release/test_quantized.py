@@ -182,6 +182,7 @@ def test_adapters_from_every_start_open_and_merge_like_plain_ones(
     run.save_model()
     write_held_out(tmp_path / "run" / "held_out.jsonl", PAIRS)
     adapter = tmp_path / "run" / "adapter"
+    assert run.lineage().parents == ()  # type: ignore[union-attr]
     policy = continue_adapter(load_base(str(base), dtype="float32", quantization=quantization), adapter)
     torch.testing.assert_close(logps_of(policy), logps_of(run.model), rtol=1e-5, atol=1e-4)
     report = merge_adapter(adapter, tmp_path / "out", base=str(base), dtype="float32")
