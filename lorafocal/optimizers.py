@@ -18,17 +18,18 @@ from lorafocal.errors import InputError
 _UNPAGED = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
 
 
-def check_optimizer(optim: str, device: torch.device, *, loraplus_lr_ratio: float | None, given: bool) -> None:
-    """Refuse an optimiser that would silently be another one here; `given` is whether the caller made it.
-
-    Raises InputError with the name to use instead.
-    """
+def check_device(optim: str, device: torch.device) -> None:
+    """Raise InputError for an optimiser that `device` would silently make another one, with the one to name instead."""
     if optim in _UNPAGED and device.type != "cuda":
         raise InputError(
             f"optim: {optim} moves moments between a GPU's memory and the machine's, and there is no CUDA device here"
             f" (bitsandbytes would go on without paging): use {_UNPAGED[optim]}, which gives the same result"
         )
-    if loraplus_lr_ratio is not None and given:
+
+
+def check_given(optimizer: Optimizer | None, loraplus_lr_ratio: float | None) -> None:
+    """Raise InputError for a ratio beside an optimiser that the caller made."""
+    if loraplus_lr_ratio is not None and optimizer is not None:
         raise InputError(
             f"loraplus_lr_ratio is {loraplus_lr_ratio:g}, but `optimizers` brings an optimiser whose groups have their"
             " rates already, so it would be ignored: leave one of the two out"

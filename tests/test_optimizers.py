@@ -190,6 +190,37 @@ def test_eight_bits_reach_every_tensor_that_is_large_enough_whatever_ran_before(
     assert {torch.uint8, torch.float32} == set(moments(run).values())
 
 
+@pytest.mark.parametrize(
+    ("adapter", "dtype"),
+    [
+        ({"modules_to_save": ["lm_head"]}, torch.uint8),
+        ({"modules_to_save": ["embed_tokens"]}, torch.float32),
+        ({"trainable_token_indices": list(range(2, 70))}, torch.float32),
+    ],
+)
+def test_rows_of_tokens_keep_32_bits(tmp_path, base, adapter, dtype):
+    """A rare token's moments would be rounded by those of the frequent one beside it."""
+    model = load_base(str(base), dtype="float32")
+    run = trainer(tmp_path, pairs(8), model=model, peft_config=lora(**adapter), optim="adamw_8bit", max_steps=1)
+    run.train()
+    [found] = [dtype for name, dtype in moments(run).items() if "lora_" not in name]
+    assert found == dtype
+
+
+@pytest.mark.slow
+@pytest.mark.row("13")
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_small_rates_move_every_entry_of_an_fp32_adapter_with_8_bit_moments(tmp_path, base, quantization):
+    model = load_base(str(base), dtype="bfloat16", quantization=quantization)
+    settings = {"optim": "adamw_8bit", "learning_rate": 5e-6, "max_steps": 20, "peft_config": lora(r=64)}
+    run = trainer(tmp_path, pairs(8), model=model, **settings)
+    before = {name: p.detach().clone() for name, p in run.adapter.items() if "lora_A" in name}
+    run.train()
+    assert {parameter.dtype for parameter in run.adapter.values()} == {torch.float32}
+    moved = torch.cat([(run.adapter[name] != old).flatten() for name, old in before.items()])
+    assert moved.double().mean() > 0.99
+
+
 def end_of(folder, base, quantization, settings, checkpoint=None):
     model = load_base(str(base), dtype="float32", quantization=quantization)
     adapter = lora(**({"r": 64} | settings.get("adapter", {})))
