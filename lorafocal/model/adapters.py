@@ -28,6 +28,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.dora import exact_dora, reset_magnitudes
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import (
+    check_ties,
     check_tokens_follow,
     compute_as_base,
     is_tied,
@@ -111,13 +112,16 @@ def trainable_token_ids(tokens: Sequence[str | int], tokenizer: PreTrainedTokeni
 
 
 def _token_id(token: str | int, tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> int:
-    if token in vocabulary:
-        return vocabulary[token]
-    if token in vocabulary.values():
-        return int(token)
-    ids = [] if isinstance(token, int) else tokenizer.encode(token, add_special_tokens=False)
-    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
-        return int(ids[0])
+    if isinstance(token, int):
+        ids = [token] if token in vocabulary.values() else []
+    elif token in vocabulary:
+        ids = [vocabulary[token]]
+    else:
+        ids = list(tokenizer.encode(token, add_special_tokens=False))
+        if ids == [tokenizer.unk_token_id]:
+            ids = []
+    if len(ids) == 1:
+        return ids[0]
     if isinstance(token, int):
         what = f"no id of the tokenizer, whose last is {max(vocabulary.values())}"
     else:
@@ -258,8 +262,10 @@ def freeze(parameters: Mapping[str, nn.Parameter]) -> None:
 def check_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name: exactly the adapter's tensors, compared both ways.
 
-    Raises InputError for a frozen adapter (loaded without `is_trainable=True`) and for a base that would train.
+    Raises InputError for a frozen adapter (loaded without `is_trainable=True`), for a base that would train, and for a
+    copy of tied embeddings.
     """
+    check_ties(causal_lm(model))
     adapter = adapter_parameters(model)
     frozen = sorted(name for name, parameter in adapter.items() if not parameter.requires_grad)
     stray = sorted(n for n, p in model.named_parameters() if p.requires_grad and n not in adapter)

@@ -30,7 +30,7 @@ class WideDora(DoraLinearLayer):
         lora_A: nn.Linear,
         lora_B: nn.Linear,
         scaling: float,
-        base_layer: nn.Module,
+        base_layer: Any,
         base_result: Tensor | None = None,
         **_: Any,
     ) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
@@ -38,7 +38,10 @@ class TrainedTokens(TrainableTokensWrapper):
         return functional_call(self.token_adapter.base_layer, {"weight": weight}, args, kwargs)
 
 
-_OURS = {ModulesToSaveWrapper: TrainedModule, TrainableTokensWrapper: TrainedTokens}
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    ModulesToSaveWrapper: TrainedModule,
+    TrainableTokensWrapper: TrainedTokens,
+}
 
 
 def compute_as_base(model: nn.Module) -> None:
@@ -82,7 +85,7 @@ def resolve_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     inside = set(model.get_decoder().modules()) | {model.get_output_embeddings()}  # type: ignore[operator]
     every = dict(model.named_modules())
     text = {name: module for name, module in every.items() if name and module in inside}
-    resolved = set()
+    resolved: set[str] = set()
     for name in names:
         found = {full for full in text if full == name or full.endswith(f".{name}")}
         if not found:
@@ -99,15 +102,27 @@ def _nearest(name: str, modules: Iterable[str]) -> str:
     return f" (nearest: {', '.join(difflib.get_close_matches(name, sorted(endings), 3, 0))})"
 
 
+def check_ties(model: nn.Module) -> None:
+    """Refuse a model of which tied embeddings or head already have a trained copy: an adapter that was brought."""
+    ends = {"embeddings": model.get_input_embeddings(), "output head": model.get_output_embeddings()}  # type: ignore[operator]
+    for name, module in ends.items():
+        if isinstance(module, ModulesToSaveWrapper) and is_tied(model):
+            _refuse_tied(f"the {name}")
+
+
+def _refuse_tied(name: str) -> NoReturn:
+    raise InputError(
+        f"adapter.modules_to_save: {name} is tied: embeddings and output head are one tensor, and a copy of one of them"
+        " would part from the other. Train single tokens (`adapter.trainable_tokens`: the head follows), or untie the"
+        " base first"
+    )
+
+
 def _check_trainable_in_full(model: nn.Module, name: str, module: nn.Module) -> None:
     weights = list(module.parameters())
-    tied = {model.get_input_embeddings(), model.get_output_embeddings()}  # type: ignore[operator]
-    if is_tied(model) and tied & {*module.modules()}:
-        raise InputError(
-            f"adapter.modules_to_save: {name} is tied: embeddings and output head are one tensor, and a copy of one of"
-            " them would part from the other. Train single tokens (`adapter.trainable_tokens`: the head follows), or"
-            " untie the base first"
-        )
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()}  # type: ignore[operator]
+    if is_tied(model) and ends & {*module.modules()}:
+        _refuse_tied(name)
     if not weights or isinstance(module, nn.ModuleList | nn.ModuleDict):
         raise InputError(f"adapter.modules_to_save: {name} is {type(module).__name__}, which has nothing to train")
     if any(map(is_quantized, weights)):

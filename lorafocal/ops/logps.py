@@ -108,8 +108,8 @@ class _TrainedHeadLogps(torch.autograd.Function):
         hidden, weight, labels, bias = ctx.saved_tensors
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wide_weight = weight if _has_wide_product(weight) else weight.to(wide)
-        to_hidden = torch.empty_like(hidden)
-        to_weight, to_bias = (None if t is None else torch.zeros_like(t, dtype=wide) for t in (weight, bias))
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         for at in _chunks(hidden, ctx.rows):
             chunk = _Chunk.of(hidden[at], wide_weight, labels[at], bias, ctx.transform, slope=True)
             error = chunk.error() * (chunk.factor * upstream[at, None])
@@ -118,7 +118,14 @@ class _TrainedHeadLogps(torch.autograd.Function):
             error = error.to(wide_weight.dtype)
             to_hidden[at] = error @ wide_weight
             to_weight += _wide_product(error.T, hidden[at].T.to(error.dtype), wide)
-        return to_hidden, to_weight.to(weight.dtype), None, None if bias is None else to_bias.to(bias.dtype), None, None
+        return (
+            to_hidden,
+            to_weight.to(weight.dtype),
+            None,
+            None if to_bias is None else to_bias.to(bias.dtype),
+            None,
+            None,
+        )
 
 
 def _chunks(hidden: Tensor, rows: int) -> Iterator[slice]:

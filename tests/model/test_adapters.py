@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import EvaConfig, LoraRuntimeConfig
 from torch import nn
 
+from lorafocal.data.toy import toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import (
     ALL_LINEAR,
@@ -14,8 +16,10 @@ from lorafocal.model.adapters import (
     adapter_parameters,
     attach_lora,
     check_lora_config,
+    features,
     linear_names,
     resolve_targets,
+    trainable_token_ids,
 )
 from tests.model.families import IMAGE_TEXT, known_families, random_model
 from tests.tiny import disturb, lora, tiny_base, tiny_policy
@@ -57,6 +61,44 @@ def test_no_layer_that_sees_an_image_takes_an_adapter(family, targets):
 def test_wrong_targets_are_answered_with_the_nearest(wrong, hint):
     with pytest.raises(InputError, match=hint):
         resolve_targets(tiny_base(), wrong)
+
+
+@pytest.mark.row("6", "32")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ""),
+        ({"modules_to_save": [], "rank_pattern": {}, "trainable_token_indices": None}, ""),
+        ({"use_rslora": True, "use_dora": True}, "rslora dora"),
+        ({"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 2}}, "gaussian patterns"),
+        ({"init_lora_weights": False, "alpha_pattern": {"q_proj": 2}}, "random patterns"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.5)}, "eva"),
+        ({"modules_to_save": ["norm"], "trainable_token_indices": [1]}, "modules_to_save trainable_tokens"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"target_parameters": ["x"]}, "other:target_parameters"),
+        ({"lora_bias": True}, "other:lora_bias"),
+        ({"layer_replication": [(0, 1)]}, "other:layer_replication"),
+        ({"runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True)}, "other:runtime_config"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "lora_dropout": 0.1}, ""),
+    ],
+)
+def test_an_adapters_words_in_the_compatibility_table(settings, words):
+    assert features(lora(**settings)) - {"lora"} == {*words.split()}
+
+
+@pytest.mark.row("46")
+def test_tokens_are_named_by_text_or_by_id():
+    tokenizer = toy_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    text = next(word for word in sorted(vocabulary) if word.isalnum())
+    eos = tokenizer.eos_token
+    ids = trainable_token_ids([eos, text, vocabulary[text], 0], tokenizer)
+    assert ids == sorted({vocabulary[eos], vocabulary[text], 0})
+    assert trainable_token_ids([], tokenizer) == []
+    for wrong in (len(vocabulary) + 5, -1, f"{text} {text} {eos}", "\N{SNOWMAN}"):
+        with pytest.raises(InputError, match=r"adapter\.trainable_tokens.*resize_token_embeddings"):
+            trainable_token_ids([wrong], tokenizer)
 
 
 def test_some_targets():

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from lorafocal.errors import InputError
+from lorafocal.model.adapters import AdapterSwitch, add_frozen_copy, attach_lora
 from lorafocal.model.head import causal_lm, install_head, scoring
-from lorafocal.ops.logps import LogProbHead
-from tests.tiny import SIZES, tiny_base, tiny_policy
+from lorafocal.ops.logps import LogProbHead, token_logps_plain
+from tests.tiny import SIZES, lora, tiny_base, tiny_policy
 
 TRANSFORMED = {
     "granite": lambda: GraniteConfig(**SIZES, logits_scaling=8.0),
@@ -81,6 +82,36 @@ def test_a_head_that_is_not_a_plain_linear_layer_is_refused():
     policy = get_peft_model(tiny_base(), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(InputError, match="output head"):
         install_head(policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_trained_head_the_base_and_every_copy_score(dtype):
+    """Original with the adapter off, copies with it: each by its own weights, and the trained one gets gradients."""
+    policy = attach_lora(tiny_base(dtype=dtype), lora(modules_to_save=["lm_head"]))
+    add_frozen_copy(policy)
+    original = install_head(policy)
+    wrapper = policy.get_base_model().get_output_embeddings()
+    copies = wrapper.modules_to_save
+    copies["default"].weight.data *= 1.5
+    copies["reference"].weight.data *= 0.5
+    switch, hidden = AdapterSwitch(policy), torch.randn(1, 20, 32, dtype=dtype)
+
+    def scored() -> torch.Tensor:
+        with scoring(policy, LABELS, rows=POSITIONS):
+            return wrapper(hidden)[0]
+
+    def by(weight: torch.Tensor) -> torch.Tensor:
+        return token_logps_plain(hidden[0, POSITIONS], weight.to(dtype), LABELS)
+
+    torch.testing.assert_close(scored(), by(copies["default"].weight), rtol=1e-5, atol=1e-5)
+    with switch.to("reference"):
+        torch.testing.assert_close(scored(), by(copies["reference"].weight), rtol=1e-5, atol=1e-5)
+    with switch.off():
+        torch.testing.assert_close(scored(), by(original.weight), rtol=1e-5, atol=1e-5)
+    scored().sum().backward()
+    assert copies["default"].weight.grad.abs().sum() > 0
+    assert original.weight.grad is None
+    assert copies["reference"].weight.grad is None
 
 
 def test_wrappers_are_looked_through():

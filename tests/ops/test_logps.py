@@ -52,10 +52,23 @@ def test_gradients_are_those_of_finite_differences(transform):
     )
 
 
-def test_a_trained_head_gets_its_gradients_by_recomputing_chunks():
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_trained_head_gets_its_gradients_by_recomputing_chunks(transform):
     hidden, weight, labels, bias = inputs(5, 4, 7)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    assert torch.autograd.gradcheck(lambda h, w, b: token_logps(h, w, labels, b, rows_per_chunk=2), leaves)
+    assert torch.autograd.gradcheck(lambda h, w, b: token_logps(h, w, labels, b, transform, rows_per_chunk=2), leaves)
+
+
+@pytest.mark.row("1")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_trained_head_scores_as_the_frozen_one_to_the_last_bit(transform, dtype):
+    """A policy whose head is trained must start at exactly its reference, whose head is the same one frozen."""
+    hidden, weight, labels, bias = inputs(64, 32, 211, dtype)
+    frozen = token_logps(hidden, weight, labels, bias, transform)
+    trained = token_logps(hidden, weight.requires_grad_(), labels, bias, transform)
+    assert trained.requires_grad
+    assert torch.equal(trained, frozen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
