@@ -28,6 +28,7 @@ from lorafocal.model.adapters import trainable_token_ids
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import base_fingerprint, check_place, check_same_tokens, load_base, load_tokenizer
 from lorafocal.model.quantized import describe
+from lorafocal.model.starts import lora_config
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
 from lorafocal.resume import MAY_CHANGE, check_resumable
@@ -237,7 +238,7 @@ def _trainer(
 def _lora_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoraConfig:
     """The fresh adapter's configuration; trained tokens are named by text, and found by the tokenizer."""
     tokens = trainable_token_ids(config.adapter.trainable_tokens, tokenizer) or None
-    return LoraConfig(**lora_arguments(config), trainable_token_indices=tokens)
+    return lora_config(**lora_arguments(config), trainable_token_indices=tokens)
 
 
 def _held_out_metrics(trainer: FocalPOTrainer) -> Mapping[str, float]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorafocal import run
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
@@ -21,6 +22,7 @@ from lorafocal.trainer import FocalPOTrainer
 from tests.model.test_starts import config_of, started
 from tests.test_references_in_training import StopAfter
 from tests.tiny import adapter_gradients, lora, pairs, relative_difference, tiny_base, trainer
+from tests.toy_run import run_config, write_inputs
 
 DATA = pairs(24)
 
@@ -60,9 +62,9 @@ def test_the_switched_off_adapter_is_refused_where_it_is_not_the_start(tmp_path,
 def test_the_reference_is_exactly_the_start(tmp_path, folder, init, dtype):
     init, _, off = init.partition(" ")
     reference = "disabled_adapter" if off else "frozen_copy"
-    run = run_of(tmp_path, folder, init, dtype, reference=reference, max_steps=2)
-    run.train()
-    first, second, *_ = run.state.log_history
+    trained = run_of(tmp_path, folder, init, dtype, reference=reference, max_steps=2)
+    trained.train()
+    first, second, *_ = trained.state.log_history
     assert first["loss"] == pytest.approx(identity_loss(0.05), abs=1e-7)
     assert first["logps/reference_chosen"] == first["logps/chosen"]
     assert second["rewards/ties"] < 1.0
@@ -81,7 +83,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, folder, init):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
     assert resumed.adapter.keys() == whole.adapter.keys()
-    ours, theirs = (run.model.state_dict() for run in (whole, resumed))  # what is left of the base too
+    ours, theirs = (trained.model.state_dict() for trained in (whole, resumed))  # what is left of the base too
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -100,15 +102,15 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, folder, init):
 def test_a_trained_adapter_loads_with_plain_peft_on_the_original_base(tmp_path, folder, init, settings):
     if settings.get("reference") == "separate_model":
         settings = settings | {"ref_model": tiny_base()}
-    run = run_of(tmp_path, folder, init, **settings)
-    run.train()
-    run.save_model()
+    trained = run_of(tmp_path, folder, init, **settings)
+    trained.train()
+    trained.save_model()
     for saved in (tmp_path / "adapter", tmp_path / "checkpoint-4" / "adapter"):
         again = PeftModel.from_pretrained(load_base(str(folder), dtype="float32"), saved)
-        torch.testing.assert_close(logps(again), logps(run.model), atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(logps(again), logps(trained.model), atol=1e-5, rtol=1e-6)
         assert not [key for key in load_file(saved / "adapter_model.safetensors") if "reference" in key]
-    assert set(load_file(tmp_path / "checkpoint-4" / "parameters.safetensors")) == set(run.adapter)
-    lineage = run.lineage()
+    assert set(load_file(tmp_path / "checkpoint-4" / "parameters.safetensors")) == set(trained.adapter)
+    lineage = trained.lineage()
     assert lineage is not None
     assert lineage.parents == ()  # a start that is not zero is no earlier training
 
@@ -139,8 +141,49 @@ def test_gradients_are_those_of_pefts_own_model(init):
 def test_a_base_that_is_prepared_already_can_start_by_eva(tmp_path):
     """A second run in one session, on the base that the first has unloaded."""
     base = tiny_base()
-    run = trainer(tmp_path / "one", DATA, model=base, peft_config=lora(), max_steps=1)
-    run.train()
-    again = trainer(tmp_path / "two", DATA, model=run.model.unload(), peft_config=config_of("eva"), max_steps=1)
+    trained = trainer(tmp_path / "one", DATA, model=base, peft_config=lora(), max_steps=1)
+    trained.train()
+    again = trainer(tmp_path / "two", DATA, model=trained.model.unload(), peft_config=config_of("eva"), max_steps=1)
     fresh = trainer(tmp_path / "three", DATA, peft_config=config_of("eva"), max_steps=1)
     assert all(torch.equal(p, again.adapter[name]) for name, p in fresh.adapter.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:.*(EVA config|post-training conversion|low_cpu_mem)")
+@pytest.mark.parametrize(
+    ("init", "quantization", "kind"),
+    [
+        ("loftq", "nf4-double", "frozen_copy"),
+        ("eva", "int8", "disabled_adapter"),
+        ("pissa_niter_4", None, "frozen_copy"),
+    ],
+)
+def test_a_config_names_the_start_and_a_killed_run_takes_it_up_again(tmp_path, monkeypatch, init, quantization, kind):
+    root = write_inputs(tmp_path)
+    config = run_config(
+        root,
+        model__quantization=quantization,
+        adapter__init=init,
+        adapter__use_rslora=True,
+        adapter__rank_pattern={"q_proj": 2},
+        reference__kind=kind,
+        training__num_train_epochs=1,
+    )
+    whole = run.train(config, quiet=True, runs_dir=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(FocalPOTrainer, "training_step", stop_at(FocalPOTrainer.training_step, step=3))
+        with pytest.raises(KeyboardInterrupt):
+            run.train(config, quiet=True, runs_dir=tmp_path / "cut")
+    again = run.train(config, quiet=True, runs_dir=tmp_path / "cut", resume=True)
+    files = [load_file(summary.folder / "adapter" / "adapter_model.safetensors") for summary in (whole, again)]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def stop_at(training_step, step: int):
+    def stopping(trainer, *args, **kwargs):
+        if trainer.state.global_step + 1 == step:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args, **kwargs)
+
+    return stopping

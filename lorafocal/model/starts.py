@@ -7,6 +7,7 @@ made here, after attaching. Only with EVA (B = 0) is the base with the adapter o
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,16 @@ def rewrites_base(init: object) -> bool:
     return isinstance(init, str) and (init.startswith("pissa") or init.lower() == "olora")
 
 
+def lora_config(**settings: Any) -> LoraConfig:
+    """`peft.LoraConfig`, also for "loftq", whose constructor wants scipy and settings of a function unused here."""
+    init = settings["init_lora_weights"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(default EVA config|post-training conversion)")
+        config = LoraConfig(**(settings | {"init_lora_weights": True if init == "loftq" else init}))
+    config.init_lora_weights = init
+    return config
+
+
 @contextmanager
 def attaching(model: nn.Module, config: LoraConfig) -> Iterator[None]:
     """Around `attach_lora`: first refuses what the start cannot do on this model's layers, then attaches.
@@ -46,7 +57,9 @@ def attaching(model: nn.Module, config: LoraConfig) -> Iterator[None]:
     if init == "loftq":
         config.init_lora_weights = True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")  # EVA's: no argument of ours
+            yield
     finally:
         config.init_lora_weights = init
 
@@ -96,11 +109,6 @@ def plain_adapter(policy: PeftModel) -> tuple[LoraConfig, Mapping[str, Tensor] |
 
 def _check_layers(model: nn.Module, config: LoraConfig, init: str) -> None:
     """Raises InputError where PEFT would fail at a layer, or start it wrongly without a word."""
-    if init == "eva" and config.trainable_token_indices:
-        raise InputError(
-            "adapter: eva and trained tokens do not go together, as PEFT takes the embeddings for a layer with inputs"
-            " to decompose: leave `trainable_tokens` out, or use `init: default`"
-        )
     targets = ALL_LINEAR if config.target_modules is None else config.target_modules
     endings = tuple(f".{target}" for target in resolve_targets(model, targets))
     for name, layer in model.named_modules():
@@ -121,8 +129,6 @@ def _misfit(name: str, layer: Any, init: str, rank: int, config: LoraConfig) -> 
             f"eva looks at {width} directions for rank {rank}, and {name} has {inputs} inputs: lower `adapter.r`, or"
             " use `init: default`"
         )
-    if rewrites_base(init) and layer.weight.dtype == torch.float64:
-        return f"PEFT's {init} does not take the float64 weights of {name}: use a float32 base"
     if init.lower() == "olora" and isinstance(layer, Conv1D):
         return (
             f"{name} keeps its weights transposed (Conv1D, as GPT-2 has it), which PEFT's {init} does not know, so"

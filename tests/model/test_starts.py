@@ -323,7 +323,6 @@ def test_eva_looks_at_a_limited_number_of_pairs(monkeypatch):
         ([], {}, "the 0 training pairs have 0"),
         (PAIRS, {"r": 9}, "36 directions for rank 9, and .* has 32 inputs"),
         (PAIRS, {"rank_pattern": {"down_proj": 40}}, "160 directions for rank 40, and .*down_proj has 64 inputs"),
-        (PAIRS, {"trainable_token_indices": [3]}, "eva and trained tokens"),
     ],
 )
 def test_too_little_for_eva_is_one_clear_error(data, more, match):
