@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorafocal.data.toy import toy_preferences
+from lorafocal.data.held_out import HELD_OUT_FILE
+from lorafocal.data.toy import toy_preferences, toy_tokenizer
+from lorafocal.evaluate.score import score_file
+from lorafocal.model.shrunk import build, shrunk
 from tests.saved_run import save_base
 from tests.toy_run import metric_lines
 
@@ -53,6 +57,45 @@ def test_02_says_what_is_wrong(tmp_path: Path, inputs: Path, monkeypatch: pytest
     with pytest.raises(SystemExit, match=r"02_lora_single_gpu: data\.train: .* does not exist"):
         run(monkeypatch, "02_lora_single_gpu.py", inputs, tmp_path, "--data", "nowhere.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def blocks_of_64(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
+    """`base`, as wide as blocks of 4-bit weights are long, and the same pairs."""
+    folder = tmp_path_factory.mktemp("blocks")
+    tokenizer = toy_tokenizer()
+    shape = AutoConfig.for_model("llama", num_attention_heads=32, num_key_value_heads=8, hidden_size=4096)
+    small = shrunk(shape, tokens=len(tokenizer), eos=int(tokenizer.eos_token_id))
+    build(small, dtype=torch.float32, seed=0).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    shutil.copy(inputs / "pairs.jsonl", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_03_trains_in_four_bits_and_merges_onto_what_it_trained_on(
+    tmp_path: Path, blocks_of_64: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = ("--dtype", "float32", "--learning-rate", "3e-2", "--pairs-per-step", "8", "--rank", "8")
+    run(monkeypatch, "03_qlora_4bit.py", blocks_of_64, tmp_path, *fast)
+    printed = capsys.readouterr().out
+    assert "steps done" in printed
+    lineage = json.loads((tmp_path / "run" / "adapter" / "lorafocal.json").read_text())
+    assert lineage["quantization"] == "nf4"
+    before = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    after = score_file(tmp_path / "merged", tmp_path / "run" / HELD_OUT_FILE).scores
+    original = score_file(blocks_of_64 / "base", tmp_path / "run" / HELD_OUT_FILE).scores
+    for row, merged, base in zip(before, after, original, strict=True):
+        assert merged.chosen_logps == pytest.approx(row["chosen_logps"], abs=1e-3)
+        assert abs(base.chosen_logps - row["reference_chosen_logps"]) > 1e-3  # 4 bits are another model
+
+
+@pytest.mark.slow
+def test_03_leaves_the_merge_to_another_machine(
+    tmp_path: Path, blocks_of_64: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "03_qlora_4bit.py", blocks_of_64, tmp_path, "--no-merge", "--quantization", "int8", "--rank", "4")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "scores.jsonl"}
 
 
 @pytest.mark.slow
