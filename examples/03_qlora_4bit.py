@@ -33,7 +33,7 @@ def main(given: argparse.Namespace) -> None:
     config = check_config(
         {
             "name": "run",
-            # Linear layers in 4 bits, the rest and the arithmetic in `dtype`. `nf4-double` saves another 0.4 bits of each.
+            # Linear layers in 4 bits, the rest and the arithmetic in `dtype`; `nf4-double` saves another 0.4 bits each.
             "model": {"name": given.model, "dtype": given.dtype, "quantization": given.quantization},
             # Zephyr's QLoRA recipe (alignment-handbook, zephyr-7b-beta/dpo/config_qlora.yaml): rank, alpha, layers,
             # learning rate, schedule and length. Its dropout of 0.05 is left out: it would be noise in every margin.
