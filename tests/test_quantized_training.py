@@ -18,6 +18,7 @@ from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import load_base
 from lorafocal.model.quantized import describe, quantization_of, word_of
 from lorafocal.trainer import FocalPOTrainer
+from tests.repacking import repacking_cpu
 from tests.tiny import SIZES, disturb, lora, pairs, tiny_base, trainer
 
 FIRST_LOSS = 0.669536  # 0.5 ** 0.05 * ln 2
@@ -70,7 +71,8 @@ def test_the_first_loss_is_the_identity_loss_and_packs_are_trained(tmp_path, bas
 @pytest.mark.row("9")
 @pytest.mark.parametrize("word", ["nf4", "nf4-double", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_with_evaluations_ends_with_the_bits_of_one_without(tmp_path, base, word, dtype):
+def test_a_run_with_evaluations_ends_with_the_bits_of_one_without(tmp_path, base, word, dtype, monkeypatch):
+    repacking_cpu(monkeypatch)
     plain = run_on(tmp_path / "plain", base, word, dtype=dtype)
     plain.train()
     evaluated = run_on(tmp_path / "evaluated", base, word, dtype=dtype, eval_strategy="steps", eval_steps=1)
@@ -149,8 +151,9 @@ def own_model(base: str, **config: Any) -> PreTrainedModel:
         ("int8", {"load_in_8bit": True}),
     ],
 )
-def test_a_users_own_model_trains_to_the_bits_of_one_loaded_here(tmp_path, base, word, config):
+def test_a_users_own_model_trains_to_the_bits_of_one_loaded_here(tmp_path, base, word, config, monkeypatch):
     """Whatever compute dtype and threshold it was loaded with."""
+    repacking_cpu(monkeypatch)
     evaluations = {"eval_strategy": "steps", "eval_steps": 1}
     ours = run_on(tmp_path / "ours", base, word, dtype="bfloat16")
     theirs = run_on(tmp_path / "theirs", base, word, model=own_model(base, **config), **evaluations)

@@ -28,6 +28,7 @@ from lorafocal.model.quantized import (
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.probes import LayoutChoice, check_packing, choose_layout
 from tests.model.families import random_model
+from tests.repacking import repacking_cpu
 from tests.tiny import adapter_gradients, disturb, lora, pairs, tiny_base
 
 IDS = torch.arange(2, 40)[None]
@@ -226,7 +227,8 @@ def gradients(policy: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.row("9")
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_after_an_evaluation_are_those_before_bit_for_bit(llama, quantization, dtype):
+def test_gradients_after_an_evaluation_are_those_before_bit_for_bit(llama, quantization, dtype, monkeypatch):
+    repacking_cpu(monkeypatch)
     policy = disturb(attach_lora(load_base(llama, dtype=dtype, quantization=quantization), lora()))
     prepare_policy(policy)
     before = gradients(policy)
@@ -239,20 +241,10 @@ def test_gradients_after_an_evaluation_are_those_before_bit_for_bit(llama, quant
 
 @pytest.mark.row("9")
 def test_no_evaluation_repacks_the_weights(llama, monkeypatch):
-    """On a CPU with avx512_bf16, bitsandbytes would; here it is told to believe that this is one."""
-    import bitsandbytes.nn.modules as modules
-
-    repacked = []
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
-    monkeypatch.setattr(
-        modules, "_convert_weight_packed_for_cpu", lambda data, state: repacked.append(data) or (data, state)
-    )
-    model = load_base(llama, quantization="nf4")
-    logits(model.eval())
-    assert not repacked
-    own = AutoModelForCausalLM.from_pretrained(
-        llama, dtype=torch.bfloat16, quantization_config=bitsandbytes_config("nf4", torch.bfloat16)
-    )
+    repacked = repacking_cpu(monkeypatch)
+    logits(load_base(llama, quantization="nf4").eval())
+    config = bitsandbytes_config("nf4", torch.bfloat16)
+    own = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16, quantization_config=config)
     settle(attach_lora(own, lora()))  # also with an adapter around the layers
     logits(own.eval())
     assert not repacked
