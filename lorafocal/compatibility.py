@@ -84,7 +84,8 @@ class Rule:
 
     def refusal(self, words: Iterable[str], base: str) -> Refusal:
         """This rule about `words` that it found, on `base`."""
-        facts = {"found": " and ".join(TITLES.get(word, word) for word in words), "base": base}
+        *others, last = (TITLES.get(word, word) for word in words)
+        facts = {"found": f"{', '.join(others)} and {last}" if others else last, "base": base}
         return Refusal(self, self.reason.format(**facts), self.remedy.format(**facts))
 
 
@@ -182,6 +183,13 @@ RULES: tuple[Rule, ...] = (
         "use a bfloat16 base, or another start: loftq on 4-bit bases, eva or the default on all",
     ),
     Rule(
+        "rewritten-float64-base",
+        "adapter",
+        _on_bases(("float64",), "pissa", "olora"),
+        "with {found}, the start is computed in single precision by PEFT, which takes no {base} weights",
+        "use a float32 base",
+    ),
+    Rule(
         "loftq-without-4-bit",
         "adapter",
         lambda cell: cell.adapter & {"loftq"} if cell.base not in FOUR_BIT else (),
@@ -205,6 +213,14 @@ RULES: tuple[Rule, ...] = (
         "use one of the two: DoRA with the default start, or {found} without DoRA",
     ),
     Rule(
+        "eva-with-tokens",
+        "adapter",
+        _beside("trainable_tokens", "eva"),
+        "with {found}, PEFT takes the embeddings, where single tokens are trained, for one more layer to start from"
+        " data",
+        "leave the trained tokens out, or use the default start",
+    ),
+    Rule(
         "rewritten-base-as-reference",
         "reference",
         _off_is_not_the_start("pissa", "olora"),
@@ -215,14 +231,14 @@ RULES: tuple[Rule, ...] = (
         "started-elsewhere",
         "reference",
         _off_is_not_the_start("loftq", "random"),
-        "with a start that is {found}, the adapter is not zero, so with it off the model is not where training began",
+        "with the start {found}, the adapter is not zero, so with it off the model is not where training began",
         _COPY,
     ),
     Rule(
         "start-up-to-rounding",
         "reference",
         _off_is_not_the_start("orthogonal"),
-        "with an {found} start, the adapter's matrices multiply to zero up to rounding only, so with it off the model"
+        "with the start {found}, the adapter's matrices multiply to zero up to rounding only, so with it off the model"
         " is not exactly where training began",
         _COPY,
     ),
@@ -230,16 +246,16 @@ RULES: tuple[Rule, ...] = (
         "split-states",
         "engine",
         _engines("deepspeed-zero2"),
-        "{found} splits gradients and optimiser states over processes, of which adapters have megabytes; it waits for"
-        " the full-parameter mode",
+        "under {found}, gradients and optimiser states are split over processes; adapters have megabytes of them, so it"
+        " waits for the full-parameter mode",
         _ONE_GPU,
     ),
     Rule(
         "split-base",
         "engine",
         _engines("deepspeed-zero3", "fsdp"),
-        "{found} splits the base over processes in shards of one dtype; quantised weights and fp32 adapters on a"
-        " bfloat16 base are not that, so it waits for the full-parameter mode",
+        "under {found}, the base is split over processes; split weights of several dtypes (a quantised base, fp32"
+        " adapters on bfloat16) are not proved, so it waits for the full-parameter mode",
         _ONE_GPU,
     ),
     Rule(
