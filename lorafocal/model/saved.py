@@ -22,6 +22,7 @@ from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
 from lorafocal.model.load import base_fingerprint, check_place, load_base
 from lorafocal.model.quantized import prequantized, settle, word_of
+from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.yaml12 import parse_yaml
 
 CONFIG_FILE = "adapter_config.json"
@@ -106,6 +107,7 @@ def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable
         config, base_model_name_or_path=None, inference_mode=not trainable, init_lora_weights=True, eva_config=None
     )  # the values of the start are replaced at once
     try:
+        resolve_tokens(base, plain.trainable_token_indices)  # PEFT would look for rows that the base may not have
         policy = widen_adapters(wrap(base, plain))
     except ValueError as error:
         raise InputError(f"{folder}: the adapter does not fit {type(base).__name__}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,7 @@ def trained_on(base: Path, folder: Path, quantization: str | None, **settings: o
     return run.model
 
 
+@pytest.mark.slow
 @pytest.mark.row("44", "53")
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -193,6 +195,23 @@ def test_a_variant_s_own_tensors_are_loaded_strictly_too(tmp_path: Path, variant
         save_file(tensors, path)
         with pytest.raises(InputError, match=told):
             continue_adapter(load_base(str(base), dtype="float32", quantization="nf4"), path.parent)
+
+
+@pytest.mark.row("46")
+def test_a_vocabulary_that_has_grown_is_no_longer_the_base(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base"))
+    settings: dict[str, dict[str, Any]] = {
+        "rows, none for 17": {"trainable_token_indices": [17]},
+        r"lm_head.weight is \(18, 32\), the base needs \(17, 32\)": {"modules_to_save": ["lm_head"]},
+        "embed_tokens.weight has no layer in the base": {"target_modules": ["q_proj"]},
+    }
+    base.resize_token_embeddings(18)
+    base.save_pretrained(tmp_path / "grown")
+    for number, (told, more) in enumerate(settings.items()):
+        grown = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "grown"), lora(**more))
+        grown.save_pretrained(tmp_path / str(number), save_embedding_layers="target_modules" in more)
+        with pytest.raises(InputError, match=told):
+            continue_adapter(load_base(str(tmp_path / "base")), tmp_path / str(number))
 
 
 @pytest.mark.row("9", "S13")
