@@ -195,15 +195,14 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
 
     An adapter around the layer is not part of it.
     """
-    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[operator]
-    if _is_four_bit(layer):
-        wide = library().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        return wide.float()
-    if _is_eight_bit(layer):
-        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # type: ignore[union-attr]
-        return layer.weight.data.float() * (scales[:, None] * (1 / 127))  # type: ignore[index, operator]
-    weight = layer.weight.detach().float()  # type: ignore[operator, union-attr]
-    return weight.T if isinstance(layer, Conv1D) else weight
+    plain: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[operator]
+    weight = plain.weight
+    if _is_four_bit(plain):
+        return library().functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    if _is_eight_bit(plain):
+        scales = plain.state.SCB if weight.SCB is None else weight.SCB
+        return weight.data.float() * (scales[:, None] * (1 / 127))
+    return (weight.T if isinstance(plain, Conv1D) else weight).detach().float()
 
 
 @dataclass(frozen=True, slots=True)
