@@ -157,7 +157,7 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     config.task_type = "CAUSAL_LM"
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     layers = [name for name in linear_names(model) if check_target_module_exists(config, name)]
-    check_used("targets", [] if targets == ALL_LINEAR else config.target_modules, layers)
+    check_targets(config, [] if targets == ALL_LINEAR else config.target_modules, layers)
     check_ranks(config, layers)
     tied = is_tied(model)
     policy = widen_adapters(wrap(model, config))
@@ -166,12 +166,17 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     return policy
 
 
-def check_used(setting: str, names: Iterable[str], layers: Sequence[str]) -> None:
-    """Refuse a target whose layers all are left out by other settings: PEFT would say nothing."""
+def check_targets(config: LoraConfig, names: Iterable[str], layers: Sequence[str]) -> None:
+    """Refuse targets that other settings of `config` contradict, of which PEFT says nothing; `layers` are adapted."""
+    if config.layers_to_transform is not None and (full := sorted({*config.target_modules} & {*layers})):
+        raise InputError(
+            f"adapter.targets: {full[0]} is a layer's full name, for which PEFT does not look at"
+            " `layers_to_transform`: name the layers that are meant, and leave that setting out"
+        )
     for name in names:
         if not _named_by(name, layers):
             raise InputError(
-                f"adapter.{setting}: no layer of {name!r} is left for an adapter: all of them are trained in full"
+                f"adapter.targets: no layer of {name!r} is left for an adapter: all of them are trained in full"
                 " (`modules_to_save`) or excluded (`exclude_modules`, `layers_to_transform`). Leave it out"
             )
 

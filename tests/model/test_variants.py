@@ -32,7 +32,7 @@ from lorafocal.objectives import PairLogps
 from lorafocal.objectives.focal import focalpo
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.reference import Reference, build_reference, check_identity
-from tests.tiny import SIZES, adapter_gradients, enlarged, lora, pairs, relative_difference, tiny_base
+from tests.tiny import SIZES, adapter_gradients, enlarged, lora, pairs, relative_difference, tiny_base, trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -344,6 +344,14 @@ def test_a_part_of_tied_embeddings_is_refused_with_the_way_out(settings):
     assert not hasattr(model.lm_head, "modules_to_save")
 
 
+@pytest.mark.row("45")
+def test_an_adapter_that_brings_a_copy_of_tied_embeddings_is_refused():
+    with pytest.warns(UserWarning, match="tied"):
+        policy = get_peft_model(tiny_base(tie_word_embeddings=True), lora(modules_to_save=["embed_tokens"]))
+    with pytest.raises(InputError, match=r"the embeddings is tied|the embeddings .*one tensor"):
+        check_trainable(policy)
+
+
 @pytest.mark.parametrize(
     ("names", "reason"),
     [(["act_fn"], "nothing to train"), (["layers"], "nothing to train"), (["layers.0.mlp", "up_proj"], "a part of")],
@@ -358,6 +366,17 @@ def test_a_target_of_which_no_layer_is_left_is_refused(settings):
     with pytest.raises(InputError, match=r"'up_proj'.*trained in full.*excluded"):
         attach_lora(tiny_base(), lora(target_modules=["q_proj", "up_proj"], **settings))
     attach_lora(tiny_base(), lora(**settings))  # all the others
+
+
+@pytest.mark.row("32")
+def test_a_layer_named_in_full_contradicts_a_choice_of_layers():
+    """PEFT gives it an adapter all the same."""
+    name = "model.layers.1.self_attn.q_proj"
+    with pytest.raises(InputError, match=rf"{name} .*layers_to_transform"):
+        attach_lora(tiny_base(), lora(target_modules=[name], layers_to_transform=[0]))
+    trained = check_trainable(attach_lora(tiny_base(), lora(target_modules=["q_proj"], layers_to_transform=[1])))
+    assert len(trained) == 2
+    assert all(name in parameter for parameter in trained)
 
 
 def test_a_quantised_layer_is_not_trained_in_full(quantized_base):
@@ -381,7 +400,30 @@ def test_impossible_ranks_are_refused(settings, reason):
         attach_lora(tiny_base(), lora(**settings))
 
 
-# Parts by themselves.
+# Parts by themselves, and through a file.
+
+
+@pytest.mark.row("46")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "tied llama"])
+def test_what_peft_reads_back_computes_the_same(tmp_path, kind, dtype):
+    policy = adapted(float_base(kind, dtype), settings_of(kind, "all together"))
+    shake(policy, 0.05)
+    add_frozen_copy(policy)
+    policy.save_pretrained(tmp_path, selected_adapters=["default"], save_embedding_layers=False)
+    again = widen_adapters(PeftModel.from_pretrained(float_base(kind, dtype), tmp_path, is_trainable=True))
+    prepare_policy(again)
+    assert check_trainable(again).keys() == check_trainable(policy).keys()
+    assert torch.equal(flat(sequence_logps(again, PACK)), flat(sequence_logps(policy, PACK)))
+
+
+@pytest.mark.parametrize("name", ["embeddings", "head", "tokens of both", "all together"])
+def test_the_trainer_trains_it_from_the_loss_of_the_start(tmp_path, name):
+    model, peft_config = tiny_base(dtype=torch.bfloat16), lora(**settings_of("llama", name))
+    run = trainer(tmp_path, pairs(8), model=model, peft_config=peft_config, max_steps=2, gamma=0.05)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(0.669536, abs=1e-6)
+    assert run.state.log_history[1]["loss"] < 0.66
 
 
 def test_tied_tokens_are_trained_in_the_head_too():
