@@ -13,6 +13,7 @@ from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
 from lorafocal.launch import check_launch
 from lorafocal.objectives import Objective, build_objective, entry_of
+from lorafocal.optimizers import check_device
 from lorafocal.reference import REFERENCES
 from lorafocal.training_fields import check_training_fields, classify, forced_values
 
@@ -120,6 +121,7 @@ class FocalPOConfig(TrainingArguments):
             raise InputError(f"FocalPOConfig: {error}") from error
         _ = self.device  # decides the number of GPUs, which transformers would otherwise join by DataParallel
         self._n_gpu = min(self.n_gpu, 1)
+        check_device(self.optim, self.device)
 
     def build_objective(self) -> Objective:
         """The objective with its checked parameters."""

@@ -50,7 +50,7 @@ from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import add_frozen_copy, check_trainable
 from lorafocal.model.load import check_same_tokens, check_vocabulary, load_base, load_tokenizer
 from lorafocal.objectives import PairLogps, mean_loss
-from lorafocal.optimizers import check_device, check_given, settle
+from lorafocal.optimizers import check_given, settle
 from lorafocal.policy import evaluating, sequence_logps
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
 from lorafocal.reference import Reference, build_reference, check_identity, check_ref_model, check_same_reference
@@ -99,7 +99,6 @@ class FocalPOTrainer(Trainer):
         refuse_unknown("FocalPOTrainer", unknown, TRAINER_WORDS_OF_TRL)
         args = args or FocalPOConfig(output_dir="focalpo_output")
         check_ref_model(args.reference, ref_model)
-        check_device(args.optim, args.device)
         check_given(optimizers[0], args.loraplus_lr_ratio)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
