@@ -7,19 +7,15 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
 
 from lorafocal import launch
 from lorafocal.errors import InputError
 from lorafocal.interrupt import agreed
-from lorafocal.model.load import load_base
-from tests.saved_run import save_base
+from lorafocal.model.load import local_device
 
 ENVIRONMENT = [
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU",
@@ -124,28 +120,14 @@ def test_gpus_that_nobody_uses_are_mentioned(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.row("50")
-def test_a_base_goes_to_the_gpu_of_its_rank_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Never split over devices, and never on another rank's: not even before the ranks have met."""
-    save_base(tmp_path / "base")
-    loaded: list[dict[str, Any]] = []
-    moved: list[torch.device] = []
-    original = AutoModelForCausalLM.from_pretrained
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        loaded.append(kwargs)
-        model = original(*args, **kwargs)
-        monkeypatch.setattr(type(model), "to", lambda self, device: (moved.append(device), self)[1])
-        return model
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+def test_a_process_takes_the_gpu_of_its_rank_or_the_one_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not another rank's: not even before the ranks have met."""
+    under(monkeypatch, ONE_OF_TWO)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for visible, expected in ((2, "cuda:1"), (1, "cuda:0")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
-        under(monkeypatch, ONE_OF_TWO)
-        load_base(str(tmp_path / "base"))
-        assert moved.pop() == torch.device(expected)
-    assert all("device_map" not in kwargs for kwargs in loaded)
+        assert local_device() == torch.device(expected)
 
 
 # --- who speaks ---------------------------------------------------------------------------------------------
