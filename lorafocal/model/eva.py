@@ -67,7 +67,8 @@ def _batches(pairs: Sequence[TokenizedPair], tokens: int, *, seed: int) -> list[
             groups.append([])
         groups[-1].append(pairs[place])
     if _answer_tokens(groups[-1]) < tokens and len(groups) > 1:
-        groups[-2] += groups.pop()
+        last = groups.pop()
+        groups[-1] += last
     if (found := _answer_tokens(groups[-1])) < tokens:
         raise InputError(
             f"adapter.init: eva needs {tokens} tokens of chosen answers at this rank, four for each, and"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -314,6 +315,15 @@ def test_eva_looks_at_a_limited_number_of_pairs(monkeypatch):
     monkeypatch.setattr(eva, "PAIRS", 12)
     batches = eva._batches(pairs(90), 16, seed=1)
     assert sum(len(batch["input_ids"]) for batch in batches) == 12
+
+
+@pytest.mark.parametrize("tokens", [4, 60, 120, 200])
+@pytest.mark.parametrize("count", [20, 33, 90])
+def test_eva_sees_each_pair_once_in_batches_that_are_large_enough(count, tokens):
+    data = [replace(pair, prompt_ids=[place], chosen_ids=[2, 3, 4, 5, 6, 7]) for place, pair in enumerate(pairs(count))]
+    batches = eva._batches(data, min(tokens, 6 * count), seed=1)
+    assert sorted(row[0] for batch in batches for row in batch["input_ids"].tolist()) == list(range(count))
+    assert all(6 * len(batch["input_ids"]) >= min(tokens, 6 * count) for batch in batches)
 
 
 @pytest.mark.parametrize(
