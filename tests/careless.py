@@ -349,3 +349,10 @@ def copy_that_starts_again(original: Any) -> Any:
         return original(policy)
 
     return add
+
+
+def the_usual_cell(model: Any, config: Any, args: Any) -> Any:
+    """Row 6: whatever is asked for is taken for plain LoRA on a float base."""
+    from lorafocal.compatibility import Cell
+
+    return Cell("float32", frozenset({"lora"}), args.reference or "none")

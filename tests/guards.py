@@ -35,7 +35,7 @@ ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 P0_ROWS = (
     "F1 F2 F3 F6 F11 F12 F13 F18 1 2 3 4 6 11 12 13 14 15 19 20 21 23 24 25 27 36 39 41 43 45 47 53 54 55 56 64 26 28 31 33 9"
 ).split()
-OTHER_ROWS = "F4 F5 F7 F8 50 F9 F14 F15 46 F19 7 8 10 22 32 51 52 57 63 5 16 17 18 38 F17 29 30 61 S5 S17 42 44 S13 60 62".split()
+OTHER_ROWS = "F4 F5 F7 F8 50 F9 F14 F15 46 F19 7 8 10 22 32 51 52 57 63 5 16 17 18 38 F17 29 30 61 S5 S17 42 44 S13 60 62 48 49".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,10 @@ GUARDS: list[Guard] = [
     Guard("6", "lorafocal.model.starts:plain_adapter", lambda _: careless.adapter_as_it_is, "tests/model/test_starts.py::test_what_is_saved_is_the_trained_policy_on_the_original_base"),
     Guard("6", "lorafocal.model.adapters:add_frozen_copy", careless.copy_that_starts_again, "tests/test_starts_in_training.py::test_a_trained_adapter_loads_with_plain_peft_on_the_original_base"),
     Guard("6", "lorafocal.compatibility:check", lambda _: lambda cell: None, "tests/test_starts_in_training.py::test_the_switched_off_adapter_is_refused_where_it_is_not_the_start"),
+    # the compatibility table
+    Guard("6", "lorafocal.assembly:cell_of", lambda _: careless.the_usual_cell, "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words"),
+    Guard("6 48", "lorafocal.schema:Config._misfits", lambda _: lambda self: (), "tests/test_compatibility.py::test_configs_are_refused_in_the_tables_words"),
+    Guard("48 49", "lorafocal.launch:engine", lambda _: lambda: "one-process", "tests/test_compatibility.py::test_engines_are_refused_at_launch"),
     # what a report says of a run
     Guard("17", "lorafocal.report.words:displacement", lambda _: lambda record: None, "tests/report/test_words.py::test_chosen_answers_that_fall_more_than_a_nat_get_a_line"),
     Guard("18", "lorafocal.report.numbers:at", lambda _: lambda series, step: series.values[0] if series.values else None, "tests/report/test_numbers.py::test_the_gap_takes_the_training_loss_logged_by_then"),
