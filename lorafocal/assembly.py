@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import Cell, check
 from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
@@ -22,7 +23,6 @@ from lorafocal.launch import engine
 from lorafocal.model.adapters import (
     FROZEN_COPY,
     attach_lora,
-    check_lora_config,
     features,
     freeze,
     switch_dropout_off,
@@ -32,6 +32,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, load_base
 from lorafocal.model.quantized import base_dtype, quantization_of, settle
 from lorafocal.model.starts import attaching, initialize, rewrites_base
+from lorafocal.model.trained_modules import embeddings_of
 from lorafocal.policy import plain_attention
 from lorafocal.probes import LayoutChoice, choose_layout
 
@@ -57,7 +58,7 @@ def assemble_policy(
     if peft_config is None:
         policy = widen_adapters(model)
     else:
-        check_lora_config(config, allow_dropout=args.allow_dropout)
+        check_dropout(config.lora_dropout, allowed=args.allow_dropout)
         set_seed(args.seed)  # the adapter's start depends on `seed` alone
         with attaching(model, config):
             policy = attach_lora(model, config)
@@ -112,13 +113,14 @@ def assemble_ref_model(
     Raises InputError where it is the policy's own base, or speaks of another vocabulary.
     """
     model = load_base(ref_model) if isinstance(ref_model, str) else ref_model
+    settle(model)
     base = causal_lm(model)
     if base is causal_lm(policy):
         raise InputError(
             "ref_model is the policy's own base, with the policy's adapter in its layers: leave `ref_model` out and use"
             ' `reference="disabled_adapter"`, which is that base with the adapter off and costs no second model'
         )
-    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (causal_lm(policy), base))
+    ours, theirs = (embeddings_of(m).weight.shape[0] for m in (causal_lm(policy), base))
     if ours != theirs:
         raise InputError(
             f"ref_model has {theirs} embeddings, the policy {ours}: they do not share a tokenizer, so the same token"
@@ -173,7 +175,7 @@ def check_pairs(pairs: Sequence[TokenizedPair], name: str, models: Sequence[nn.M
     Raises InputError: a part without tokens, ids beyond the embeddings, lengths that `check_length` refuses.
     """
     bases = [causal_lm(model) for model in models]
-    rows = min(base.get_input_embeddings().weight.shape[0] for base in bases)
+    rows = min(embeddings_of(base).weight.shape[0] for base in bases)
     for pair in pairs:
         parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         if not all(parts):

@@ -183,6 +183,14 @@ RULES: tuple[Rule, ...] = (
         "use a bfloat16 base, or another start: loftq on 4-bit bases, eva or the default on all",
     ),
     Rule(
+        "orthogonal-quantized-base",
+        "adapter",
+        _on_bases(QUANTIZED, "orthogonal"),
+        "with {found}, PEFT makes the start in the dtype that the base's weights are stored in, and quantised ones"
+        " ({base}) are stored as whole numbers",
+        "use the default start or gaussian, or a bfloat16 base",
+    ),
+    Rule(
         "rewritten-float64-base",
         "adapter",
         _on_bases(("float64",), "pissa", "olora"),
@@ -202,14 +210,6 @@ RULES: tuple[Rule, ...] = (
         _beside("dora", "pissa", "olora"),
         "with {found}, the adapter is saved as plain LoRA on the base as it was, and DoRA's magnitudes, which belong to"
         " the changed base, have no place in that",
-        "use one of the two: DoRA with the default start, or {found} without DoRA",
-    ),
-    Rule(
-        "loftq-with-dora",
-        "adapter",
-        _beside("dora", "loftq"),
-        "with {found}, the adapter gets its start after DoRA has taken the magnitudes of the weights, which are then"
-        " those of others",
         "use one of the two: DoRA with the default start, or {found} without DoRA",
     ),
     Rule(

@@ -27,10 +27,10 @@ PROOFS = {
     "unproved-adapter": "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words",
     "trained-bias": "tests/test_compatibility.py::test_a_trained_bias_stays_when_the_adapter_is_off",
     "rewritten-quantized-base": "tests/test_compatibility.py::test_quantised_weights_lose_what_a_start_takes_out",
+    "orthogonal-quantized-base": "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words",
     "rewritten-float64-base": "tests/test_compatibility.py::test_peft_takes_no_float64_weights_apart",
     "loftq-without-4-bit": "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words",
     "rewritten-base-with-dora": "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words",
-    "loftq-with-dora": "tests/test_compatibility.py::test_configs_are_refused_in_the_tables_words",
     "eva-with-tokens": "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words",
     "rewritten-base-as-reference": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
     "started-elsewhere": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
@@ -55,7 +55,8 @@ WORDS = """
 Words: `patterns` are `rank_pattern` and `alpha_pattern`; `modules_to_save` are trained whole, `trainable_tokens` train
 single rows of the embeddings; `random` is PEFT's `init_lora_weights=False`. LoRA+ is a learning rate and goes with all.
 What depends on the model at hand is found out at load: tied embeddings with `modules_to_save`, ranks above a layer's
-size. GPTQ, AWQ, FP8 and every other way to hold a base are "other-quantization".
+size, experts kept in one tensor (Mixtral, Qwen3-MoE) and Falcon's own layers, which bitsandbytes leaves in float. GPTQ,
+AWQ, FP8 and every other way to hold a base are "other-quantization".
 """
 
 

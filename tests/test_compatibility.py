@@ -168,6 +168,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("nf4", {"init_lora_weights": "pissa"}, "frozen_copy"),
     ("int8", {"init_lora_weights": "olora"}, "frozen_copy"),
     ("int8", {"init_lora_weights": "loftq"}, "frozen_copy"),
+    ("nf4", {"init_lora_weights": "orthogonal"}, "frozen_copy"),
     ("float32", {"init_lora_weights": "loftq"}, "frozen_copy"),
     ("float32", {"init_lora_weights": "pissa", "use_dora": True}, "frozen_copy"),
     ("float32", {"init_lora_weights": "eva", "trainable_token_indices": [3]}, "frozen_copy"),

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import adapter_words
 from lorafocal.errors import InputError
 from lorafocal.model.dora import exact_dora, reset_magnitudes
@@ -132,11 +131,6 @@ def _token_id(token: str | int, tokenizer: PreTrainedTokenizerBase, vocabulary: 
         f"adapter.trainable_tokens: {token!r} is {what}. Name a token that the tokenizer has; a new one is added to it"
         " and to the base first (`add_tokens`, `resize_token_embeddings`), and both are saved and trained on"
     )
-
-
-def check_lora_config(config: LoraConfig, *, allow_dropout: bool = False) -> None:
-    """Refuse dropout in the adapter unless it is allowed; what trains at all is the compatibility table's to say."""
-    check_dropout(config.lora_dropout, allowed=allow_dropout)
 
 
 def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:

@@ -23,6 +23,7 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import ALL_LINEAR, resolve_targets
 from lorafocal.model.continued import mark_fresh
+from lorafocal.model.dora import reset_magnitudes
 from lorafocal.model.eva import eva_start, width_needed
 from lorafocal.model.loftq import loftq_start
 
@@ -76,6 +77,7 @@ def initialize(policy: PeftModel, pairs: Sequence[TokenizedPair], *, seed: int) 
         setattr(policy, _START, {n: p.detach().cpu().clone() for n, p in _factors(policy).items()})
     elif init == "loftq":
         loftq_start(policy)
+        reset_magnitudes(policy)
     elif init == "eva":
         eva_start(policy, pairs, seed=seed)
 

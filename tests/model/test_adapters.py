@@ -15,7 +15,6 @@ from lorafocal.model.adapters import (
     adapter_layers,
     adapter_parameters,
     attach_lora,
-    check_lora_config,
     features,
     linear_names,
     resolve_targets,
@@ -109,13 +108,6 @@ def test_some_targets():
 def test_an_adapter_on_the_output_head_is_refused():
     with pytest.raises(InputError, match="output head"):
         attach_lora(tiny_base(tie_word_embeddings=True), lora(target_modules=["lm_head"]))
-
-
-@pytest.mark.row("14")
-def test_adapter_dropout_needs_permission():
-    with pytest.raises(InputError, match=r"0\.05"):
-        check_lora_config(lora(lora_dropout=0.05))
-    check_lora_config(lora(lora_dropout=0.05), allow_dropout=True)
 
 
 @pytest.mark.row("6")

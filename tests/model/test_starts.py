@@ -198,6 +198,14 @@ def test_loftq_makes_good_the_most_that_its_rank_allows(saved_base, files, quant
     assert same_adapter(policy, again)
 
 
+def test_loftq_with_dora_starts_where_loftq_does(saved_base):
+    """The magnitudes are those of Q + s B A, so the factor of every row is 1."""
+    bases = (load_base(str(saved_base / "whole"), dtype="float32", quantization="nf4") for _ in range(2))
+    torch.testing.assert_close(
+        logps(started(next(bases), "loftq", use_dora=True)), logps(started(next(bases), "loftq"))
+    )
+
+
 def test_loftq_brings_a_bf16_policy_nearer_to_the_float_model_and_loads_with_plain_peft(saved_base, tmp_path):
     whole = str(saved_base / "whole")
     target = logps(load_base(whole))
