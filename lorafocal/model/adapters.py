@@ -52,7 +52,8 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]
     """Layer-name endings (`q_proj`, `mlp.down_proj`) or "all-linear" to the endings in use, sorted.
 
     Full names where an ending is also that of a layer outside the text part. Never the output head or embeddings.
-    Raises InputError for an ending that names no linear layer, with the nearest that do.
+    Raises InputError for an ending that names no linear layer, with the nearest that do, and for one that PEFT takes
+    for experts; all-linear goes without those.
     """
     names = linear_names(model)
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -66,10 +67,32 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]
             f"adapter.targets: no linear layer is named {', '.join(hints) or 'by an empty list'};"
             f" this model has {', '.join(endings)} (its output head and embeddings take no adapter)"
         )
+    if experts := _taken_for_experts(model, wanted):
+        wanted = [target for target in wanted if target not in experts]
+        if targets != ALL_LINEAR or not wanted:
+            raise InputError(
+                f"adapter.targets: in {type(model).__name__} PEFT takes {', '.join(sorted(experts))} for the experts,"
+                " which are one tensor and no linear layers, also where a dense layer has that name: leave them out"
+                " (all-linear does)"
+            )
     outside = [name for name, _ in model.named_modules() if name not in names]
     if any(_named_by(target, outside) for target in wanted):
         return sorted({name for target in wanted for name in _named_by(target, names)})
     return sorted(set(wanted))
+
+
+def _taken_for_experts(model: nn.Module, targets: Sequence[str]) -> set[str]:
+    """The targets that PEFT rewrites to `target_parameters`: names that experts had before they became one tensor."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a PEFT that takes every target for what it names
+        return set()
+    trial = LoraConfig(target_modules=list(targets))
+    try:
+        convert_peft_config_for_transformers(trial, model, None)
+    except ValueError as error:  # some of the names that make one tensor without the others
+        raise InputError(f"adapter.targets: {error} Name attention layers only, or all-linear") from error
+    return set(targets) - set(trial.target_modules) if trial.target_parameters else set()
 
 
 def _named_by(target: str, names: Sequence[str]) -> list[str]:

@@ -110,6 +110,22 @@ def test_an_adapter_on_the_output_head_is_refused():
         attach_lora(tiny_base(tie_word_embeddings=True), lora(target_modules=["lm_head"]))
 
 
+@pytest.mark.newest
+@pytest.mark.row("10")
+def test_names_that_peft_takes_for_experts_are_left_out_or_refused():
+    """DeepSeek-V3's dense layers and shared experts have the names that its experts had: PEFT would adapt those."""
+    model = random_model("deepseek_v3")
+    targets = resolve_targets(model, "all-linear")
+    assert {"kv_b_proj", "o_proj"} <= {*targets}
+    assert not {"gate_proj", "up_proj", "down_proj"} & {*targets}
+    policy = attach_lora(model, lora())
+    assert features(policy.peft_config["default"]) == {"lora"}
+    for named in (["o_proj", "gate_proj", "up_proj", "down_proj"], ["gate_proj"]):
+        with pytest.raises(InputError, match=r"adapter\.targets: .*gate_proj"):
+            resolve_targets(random_model("deepseek_v3"), named)
+    assert resolve_targets(random_model("qwen3"), ["gate_proj"]) == ["gate_proj"]
+
+
 @pytest.mark.row("6")
 def test_plain_lora_switched_off_is_the_base_to_the_last_bit():
     base = tiny_base()
