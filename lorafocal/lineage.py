@@ -59,7 +59,8 @@ class Lineage:
     parameters, or None where an adapter of another tool was merged. `parents` are all earlier stages, the oldest
     first; of a merged model the adapter itself too. `origin` is the model before the first stage, where that is not
     `base`. `quantization` (nf4, nf4-double, fp4, fp4-double, int8 or None) is what `base` was quantised to in training;
-    a merged model with one was made of that base de-quantised.
+    a merged model with one was made of that base de-quantised. `dtype` is what `base` was loaded in, whatever it is
+    stored in; None where that is not known.
     """
 
     base: BaseIdentity
@@ -70,6 +71,7 @@ class Lineage:
     parents: tuple[Stage, ...] = ()
     origin: BaseIdentity | None = None
     quantization: str | None = None
+    dtype: str | None = None
     lorafocal: str = ""
 
     @property
@@ -110,6 +112,7 @@ class Lineage:
             "lorafocal": version,
             "base": asdict(self.base),
             "quantization": self.quantization,
+            "dtype": self.dtype,
             "origin": None if self.origin is None else asdict(self.origin),
             "start": None if start is None else {"adapter": start.adapter, "sha256": start.sha256},
             "parents": [asdict(parent) for parent in self.parents],
@@ -147,6 +150,7 @@ def lineage_of(folder: Path) -> Lineage | None:
             parents=tuple(Stage(**parent) for parent in record["parents"]),
             origin=BaseIdentity(**record["origin"]) if record.get("origin") else None,
             quantization=record.get("quantization"),
+            dtype=record.get("dtype"),
             lorafocal=record["lorafocal"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, BaseIdentity, Lineage, Stage, lineage_of
 from lorafocal.model.load import base_fingerprint
-from lorafocal.model.quantized import quantization_of
+from lorafocal.model.quantized import base_dtype, quantization_of
 from lorafocal.model.saved import WEIGHTS_FILE, base_lineage, check_same_base, held, put_on, read_lora_config
 from lorafocal.publish import sha256
 
@@ -93,5 +93,5 @@ def lineage_on(base: PreTrainedModel, stages: tuple[Stage, ...], **training: Any
     identity = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
     made = base_lineage(name, revision)
     before, origin = ((), None) if made is None else (made.parents, made.first_base)
-    word = quantization_of(base)
-    return Lineage(identity, parents=(*before, *stages), origin=origin, quantization=word, **training)
+    held_as = {"quantization": quantization_of(base), "dtype": str(base_dtype(base)).removeprefix("torch.")}
+    return Lineage(identity, parents=(*before, *stages), origin=origin, **held_as, **training)

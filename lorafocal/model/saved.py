@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
-from lorafocal.model.load import base_fingerprint, check_place, load_base
+from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_base
 from lorafocal.model.quantized import prequantized, settle, word_of
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.yaml12 import parse_yaml
@@ -59,7 +59,7 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
 
     The base is, in this order: `base` (hub id or folder), `model.name` of the run's `config.yaml` beside the
     adapter folder, the hub id in `lorafocal.json`, `base_model_name_or_path` of the PEFT configuration. What it was
-    quantised to in training: `model.quantization` of the run, else `lorafocal.json`, else what the base is stored as.
+    quantised to in training, and its dtype: `model` of the run, else `lorafocal.json`, else what the base is stored as.
 
     Raises InputError: an adapter that cannot be opened, base unknown, or base other than the one the lineage names, by
     digest (row S13) or by quantisation.
@@ -75,7 +75,7 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
         config=config,
         base=name,
         revision=revision,
-        dtype=run.get("model", {}).get("dtype") or stored_dtype(base_config),
+        dtype=_dtype(run, lineage) or stored_dtype(base_config),
         quantization=quantization,
         lineage=lineage,
         tokenization={"max_length": MAX_LENGTH} | _tokenization(run.get("data", {})),
@@ -219,6 +219,12 @@ def stored_dtype(config: PretrainedConfig) -> str:
     """bfloat16 where the model says so; otherwise float32, which holds every other stored dtype exactly."""
     stored = getattr(config, "dtype", None)
     return "bfloat16" if stored in (torch.bfloat16, "bfloat16") else "float32"
+
+
+def _dtype(run: Mapping[str, Any], lineage: Lineage | None) -> str | None:
+    """What the base was loaded in for training, where that is known and can be loaded."""
+    trained = run.get("model", {}).get("dtype") or (None if lineage is None else lineage.dtype)
+    return trained if trained in DTYPES else None
 
 
 def _quantization(

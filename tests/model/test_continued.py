@@ -18,6 +18,7 @@ from lorafocal.lineage import CONTINUED, Stage, lineage_of
 from lorafocal.model.adapters import check_trainable
 from lorafocal.model.continued import continue_adapter, mark_fresh, stages_of
 from lorafocal.model.load import load_base
+from lorafocal.model.saved import open_adapter, read_adapter
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.publish import sha256
 from lorafocal.tensor_files import tensors_sha256
@@ -254,3 +255,21 @@ def test_loftq_that_peft_put_into_a_plain_adapter_is_plain(tmp_path: Path, monke
     policy.save_pretrained(tmp_path / "adapter")
     again = continue_adapter(load_base(str(base), dtype="float32", quantization="nf4"), tmp_path / "adapter")
     torch.testing.assert_close(logits_of(again), expected)
+
+
+@pytest.mark.row("9", "22")
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_base_is_opened_in_the_dtype_of_training_whatever_it_is_stored_in(
+    tmp_path: Path, quantization: str | None
+) -> None:
+    """Without a run's config beside it: rounded to bfloat16, it is another model than the stored one."""
+    tiny_base().save_pretrained(tmp_path / "base")
+    model = load_base(str(tmp_path / "base"), dtype="bfloat16", quantization=quantization)
+    run = trainer(tmp_path / "run", held_out_pairs(8), model=model, peft_config=lora(), max_steps=2)
+    run.train()
+    run.save_model(str(tmp_path / "adapter"))
+    saved = read_adapter(tmp_path / "adapter", base=str(tmp_path / "base"))
+    assert saved.dtype == "bfloat16"
+    opened = open_adapter(saved, dtype=saved.dtype)
+    weights = dict(opened.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in run.model.named_parameters())
