@@ -360,6 +360,7 @@ class FocalPOTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        self._files.check_same(Path(checkpoint))
         extra = load_state(Path(checkpoint), **self._trained())
         check_keys(extra, ("metrics", "pairs_seen", "reference"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)

@@ -1,0 +1,65 @@
+"""What a run leaves behind is taken up again by a run that is set as it was, and by no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafocal.errors import InputError
+from lorafocal.model.load import load_base
+from lorafocal.trainer import FocalPOTrainer
+from tests.tiny import lora, pairs, tiny_base, trainer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tiny_base().save_pretrained(folder)
+    return str(folder)
+
+
+def run_on(
+    folder: Path, base: str, adapter: Mapping[str, Any], held: Mapping[str, Any], **settings: Any
+) -> FocalPOTrainer:
+    model = load_base(base, **({"dtype": "float32"} | dict(held)))
+    return trainer(folder, pairs(8), model=model, peft_config=lora(**adapter), save_strategy="steps", **settings)
+
+
+@pytest.mark.row("55")
+@pytest.mark.parametrize(
+    ("adapter", "held", "settings", "named"),
+    [
+        ({"lora_alpha": 16}, {}, {}, "lora_alpha: 8 -> 16"),
+        ({"use_rslora": True}, {}, {}, "use_rslora: False -> True"),
+        ({"alpha_pattern": {"q_proj": 2}}, {}, {}, r"alpha_pattern.q_proj: \(absent\) -> 2"),
+        ({"init_lora_weights": "pissa"}, {}, {"objective": "sft"}, "r: 4 -> 8"),
+        ({}, {"quantization": "nf4"}, {}, "base.quantization: None -> 'nf4'"),
+        ({}, {"dtype": "bfloat16"}, {}, "base.dtype: 'float32' -> 'bfloat16'"),
+        ({}, {}, {"beta": 0.5}, r"objective.beta: 0.1 -> 0.5"),
+        ({}, {}, {"objective": "dpo"}, "objective.name: 'focalpo' -> 'dpo'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_checkpoint_whose_tensors_would_mean_something_else_is_refused(
+    tmp_path: Path, base: str, adapter: dict[str, Any], held: dict[str, Any], settings: dict[str, Any], named: str
+) -> None:
+    """Tensors have the same names and shapes in all of these, so nothing but the settings tells."""
+    first = {"objective": "sft"} if settings == {"objective": "sft"} else {}
+    run_on(tmp_path, base, {}, {}, max_steps=1, save_steps=1, **first).train()
+    with pytest.raises(InputError, match=named):
+        run_on(tmp_path, base, adapter, held, max_steps=2, **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.row("55", "5")
+def test_a_checkpoint_on_other_weights_is_refused(tmp_path: Path, base: str) -> None:
+    run_on(tmp_path / "run", base, {}, {}, max_steps=1, save_steps=1).train()
+    tiny_base().save_pretrained(tmp_path / "moved")
+    other = tiny_base()
+    other.get_input_embeddings().weight[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    run_on(tmp_path / "run", str(tmp_path / "moved"), {}, {}, max_steps=1).train(resume_from_checkpoint=True)
+    with pytest.raises(InputError, match=r"base\.sha256"):
+        run_on(tmp_path / "run", str(tmp_path / "other"), {}, {}, max_steps=2).train(resume_from_checkpoint=True)
