@@ -7,6 +7,7 @@ torch nor transformers.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,22 @@ USUAL = {
     "objective": "{name: focalpo, beta: 0.1}",
     "reference": "{kind: disabled_adapter}",
     "training": "{pairs_per_step: 64, learning_rate: 5.0e-6}",
+}
+
+# What the keys of PEFT, TRL and bitsandbytes are called here, where no spelling leads there.
+ELSEWHERE = {
+    "load_in_4bit": "model.quantization: nf4",
+    "bnb_4bit_quant_type": "model.quantization: nf4 (or fp4)",
+    "bnb_4bit_use_double_quant": "model.quantization: nf4-double",
+    "use_bnb_nested_quant": "model.quantization: nf4-double",
+    "bnb_4bit_compute_dtype": "model.dtype",
+    "use_qlora": "model.quantization: nf4",
+    "load_in_8bit": "model.quantization: int8",
+    "init_lora_weights": "adapter.init",
+    "target_modules": "adapter.targets",
+    "rank": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lora_r": "adapter.r",
 }
 
 
@@ -180,6 +197,10 @@ def _describe(details: ErrorDetails) -> Iterable[str]:
         yield f"{key}: {message}"
     elif details["type"] == "value_error":
         yield f"{key}: {message.removeprefix('Value error, ')}"
+    elif details["type"] == "list_type":
+        yield f"{key}: found {found!r} ({type(found).__name__}); it must be a list{_such_as(found)}"
+    elif details["type"] == "bool_type":
+        yield f"{key}: found {found!r} ({type(found).__name__}); it must be true or false"
     elif details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         yield f"{key}: found {found!r}; it must be a mapping of keys"
     else:
@@ -187,16 +208,27 @@ def _describe(details: ErrorDetails) -> Iterable[str]:
         yield f"{key}: found {found!r} ({type(found).__name__}); {allowed}"
 
 
+def _such_as(found: Any) -> str:
+    return f", such as {json.dumps([found], ensure_ascii=False)}" if isinstance(found, str | int | float) else ""
+
+
 def _unknown(key: str) -> str:
-    """What to say about an unknown key: the same name in another section, or the nearest spelling."""
-    keys = known_keys()
+    """What to say about an unknown key: what another tool's is called here, the nearest spelling, or what there is."""
     key = re.sub(r"\.\d+(?=\.|$)", "", key)  # data.train.0.weight is told of as data.train.weight
-    last = key.rpartition(".")[2]
-    near = [known for known in keys if known.rpartition(".")[2] == last] or difflib.get_close_matches(key, keys, n=1)
-    section = key.rpartition(".")[0]
-    inside = [known for known in keys if known.rpartition(".")[0] == section]
-    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(inside) or _names(Config)}"
+    section, _, last = key.rpartition(".")
+    if last in ELSEWHERE:
+        return f"unknown key; here that is {ELSEWHERE[last]}"
+    keys = known_keys()
+    inside = [known for known in keys if known.rpartition(".")[0] == section] if section else [*Config.model_fields]
+    near = _nearest(last, keys, 1.0) or _nearest(last, inside, 0.5) or _nearest(last, keys, 0.6)
+    hint = f"did you mean {near}?" if near else f"known here: {', '.join(inside) or _names(Config)}"
     return f"unknown key; {hint}"
+
+
+def _nearest(name: str, keys: Iterable[str], cutoff: float) -> str | None:
+    """The dotted key whose last part is most like `name`, if at least as much as `cutoff` (1: the same)."""
+    by_name = {key.rpartition(".")[2]: key for key in reversed([*keys])}  # the first of two of one name
+    return next((by_name[match] for match in difflib.get_close_matches(name, by_name, 1, cutoff)), None)
 
 
 def _names(section: type[BaseModel]) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lorafocal.bounds import check_beta, check_dropout, check_gamma
-from lorafocal.compatibility import Cell, adapter_words, verdict
+from lorafocal.compatibility import QUANTIZED, Cell, adapter_words, verdict
 from lorafocal.training_fields import RULES, check_training_fields, installed_fields
 
 RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -67,6 +67,18 @@ def _start(value: Any) -> Any:
     )
 
 
+def _quantization(value: Any) -> Any:
+    if value is None or value in QUANTIZED:
+        return value
+    raise ValueError(f"found {value!r}; allowed: {', '.join(QUANTIZED)}, or null for a base in model.dtype")
+
+
+def _token(value: Any) -> Any:
+    if (isinstance(value, str) and value) or (type(value) is int and value >= 0):
+        return value
+    raise ValueError(f"found {value!r}; allowed: a token's text such as '<|reserved|>', or its id")
+
+
 def _architecture(value: Any) -> Any:
     if value is not None and not (isinstance(value, dict) and isinstance(value.get("model_type"), str)):
         raise ValueError(f"found {value!r}; allowed: the model's transformers config values, model_type among them")
@@ -102,7 +114,7 @@ class Model(Section):
     name: Place
     revision: Revision = None
     dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_no_half_precision)]
-    quantization: Literal["nf4", "nf4-double", "fp4", "fp4-double", "int8"] | None = None
+    quantization: Annotated[str | None, BeforeValidator(_quantization)] = None
     shape: Annotated[dict[str, Any] | None, BeforeValidator(_architecture)] = None
 
 
@@ -124,7 +136,7 @@ class Adapter(Section):
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     modules_to_save: list[str] = []
-    trainable_tokens: list[str | Annotated[int, Field(ge=0)]] = []
+    trainable_tokens: list[Annotated[str | int, BeforeValidator(_token)]] = []
     start_from: Place | None = None
 
     @model_validator(mode="after")
