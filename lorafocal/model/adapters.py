@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +29,7 @@ from lorafocal.model.dora import exact_dora, reset_magnitudes
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import (
     check_ties,
+    check_tokens_apart,
     check_tokens_follow,
     compute_as_base,
     is_tied,
@@ -171,6 +173,7 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     config.target_modules = set(resolve_targets(model, targets))
     config.modules_to_save = resolve_modules(model, config.modules_to_save or []) or None
     config.trainable_token_indices = resolve_tokens(model, config.trainable_token_indices)
+    check_tokens_apart(config.trainable_token_indices or {}, config.modules_to_save or [])
     config.task_type = "CAUSAL_LM"
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     layers = [name for name in linear_names(model) if check_target_module_exists(config, name)]
@@ -205,6 +208,7 @@ def check_ranks(config: LoraConfig, layers: Sequence[str]) -> None:
     """
     for setting in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, setting) or {}
+        _check_expressions(setting, pattern)
         for unused in pattern.keys() - {get_pattern_key(list(pattern), name) for name in layers}:
             endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise InputError(
@@ -216,6 +220,17 @@ def check_ranks(config: LoraConfig, layers: Sequence[str]) -> None:
     even = config.init_lora_weights == "orthogonal"
     if wrong := [rank for rank in ranks if rank < 1 or (even and rank % 2)]:
         raise InputError(f"adapter: a rank of {wrong[0]}; it must be {'an even' if even else 'a'} number above 0")
+
+
+def _check_expressions(setting: str, pattern: Iterable[str]) -> None:
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise InputError(
+                f"adapter.{setting}: {key!r} is no regular expression ({error}); a key is a layer's name or its ending,"
+                " such as q_proj"
+            ) from error
 
 
 def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:

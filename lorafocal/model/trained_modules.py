@@ -173,6 +173,17 @@ def resolve_tokens(
     return resolved
 
 
+def check_tokens_apart(places: Iterable[str], modules: Iterable[str]) -> None:
+    """Refuse tokens of a module (by full name) that is trained in full, by itself or as a part of another."""
+    for place in places:
+        for name in modules:
+            if f".{name}." in f".{place}.":
+                raise InputError(
+                    f"adapter.trainable_tokens: these are rows of {place}, all of which `adapter.modules_to_save:"
+                    f" [{name}]` trains already: leave one of the two out"
+                )
+
+
 def check_tokens_follow(model: nn.Module, *, tied: bool) -> None:
     """In a model with tied embeddings, the head must have the trained rows too."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
