@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
@@ -121,7 +122,7 @@ class FocalPOConfig(TrainingArguments):
             raise InputError(f"FocalPOConfig: {error}") from error
         _ = self.device  # decides the number of GPUs, which transformers would otherwise join by DataParallel
         self._n_gpu = min(self.n_gpu, 1)
-        check_device(self.optim, self.device)
+        check_device(OptimizerNames(self.optim).value, self.device)
 
     def build_objective(self) -> Objective:
         """The objective with its checked parameters."""

@@ -161,7 +161,7 @@ def test_an_optimizer_of_the_callers_own_would_ignore_the_ratio(tmp_path):
     ("optim", "instead"), [("paged_adamw_8bit", "adamw_8bit"), ("paged_adamw_32bit", "adamw_torch")]
 )
 def test_paging_without_a_gpu_is_refused_before_a_model_is_loaded(tmp_path, optim, instead):
-    with pytest.raises(InputError, match=f"no CUDA device.*use {instead}"):
+    with pytest.raises(InputError, match=f"^optim: {optim} .*no CUDA device.*use {instead}"):
         FocalPOConfig(output_dir=str(tmp_path), use_cpu=True, optim=optim)
 
 
