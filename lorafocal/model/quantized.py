@@ -71,10 +71,15 @@ def prequantized(config: object, name: str) -> str | None:
     if stated is None:
         return None
     stated = dict(stated) if isinstance(stated, Mapping) else stated.to_dict()
-    method = stated.get("quant_method") or "bitsandbytes"
-    method = str(getattr(method, "value", method))
     four, eight = (bool(stated.get(key) or stated.get(f"_{key}")) for key in ("load_in_4bit", "load_in_8bit"))
-    if not method.startswith("bitsandbytes") or four == eight:
+    method = stated.get("quant_method") or ("bitsandbytes" if four or eight else "a method without a name")
+    method = str(getattr(method, "value", method))
+    if method.startswith("bitsandbytes") and four == eight:
+        raise InputError(
+            f"model.name: {name} is quantised with bitsandbytes, but its config.json does not say as what: of"
+            " load_in_4bit and load_in_8bit one must be true. The checkpoint is damaged; use its float original"
+        )
+    if not method.startswith("bitsandbytes"):
         raise InputError(
             f"model.name: {name} is quantised with {method}, which lorafocal does not train: use its float original"
             " (and `model.quantization: nf4` to hold that in 4 bits), or a bitsandbytes checkpoint"
@@ -323,7 +328,8 @@ def _check_coverage(base: Any, quantization: str) -> None:
     if layers or share > 1 - MOSTLY:
         raise InputError(
             f"model.quantization: {quantization} was asked for, but {share:.0%} of the inner weights of"
-            f" {type(base).__name__} stayed in float (first: {(layers or list(left))[0]}): bitsandbytes does not"
+            f" {type(base).__name__} stayed in float (such as {max(layers or left, key=left.__getitem__)}):"
+            " bitsandbytes does not"
             f" quantise {'layers of that kind' if layers else 'experts kept in one tensor'}. {_LEAVE_OUT}"
         )
 

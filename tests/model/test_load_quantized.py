@@ -111,6 +111,20 @@ def test_other_methods_are_refused_by_their_name(tmp_path, llama, method):
         load_base(restated(tmp_path, quant_method=method, bits=4))
 
 
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"bits": 4}, "quantised with a method without a name"),
+        ({"quant_method": "bitsandbytes"}, "does not say as what.*one must be true"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "does not say as what.*one must be true"),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_how_it_is_quantised_is_refused(tmp_path, llama, stated, told):
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(InputError, match=rf"model\.name: .*{told}.*float original"):
+        load_base(restated(tmp_path, **stated))
+
+
 NEEDED = {
     "nf4": ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"),
     "nf4-double": ("weight", "weight.absmax", "weight.nested_absmax", "weight.nested_quant_map"),
