@@ -23,7 +23,7 @@ from lorafocal.model.head import causal_lm
 PAIRS = 256  # some 50 000 tokens of answers, hundreds for each direction; the directions settle long before
 _PAIRS_A_BATCH = 4
 _LONGEST_SEARCH = 400  # forward passes; PEFT's own examples settle in under 100
-_IGNORED = -100  # PEFT's mark of a token that is not looked at
+IGNORED = -100  # PEFT's mark of a token that is not looked at
 
 
 def directions(rank: int, config: LoraConfig) -> int:
@@ -87,7 +87,7 @@ def _padded(pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
     batch = {
         "input_ids": torch.zeros(len(pairs), width, dtype=torch.int64),
         "attention_mask": torch.zeros(len(pairs), width, dtype=torch.int64),
-        "labels": torch.full((len(pairs), width), _IGNORED),
+        "labels": torch.full((len(pairs), width), IGNORED),
     }
     for row, pair in enumerate(pairs):
         prompt, stop = len(pair.prompt_ids), len(pair.prompt_ids) + len(pair.chosen_ids)

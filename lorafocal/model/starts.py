@@ -24,7 +24,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.adapters import ALL_LINEAR, resolve_targets
 from lorafocal.model.continued import mark_fresh
 from lorafocal.model.dora import reset_magnitudes
-from lorafocal.model.eva import eva_start, width_needed
+from lorafocal.model.eva import IGNORED, eva_start, width_needed
 from lorafocal.model.loftq import loftq_start
 
 _START = "_lorafocal_start"  # an attribute of the policy: A0 and B0 by full parameter name, on the CPU
@@ -54,6 +54,7 @@ def attaching(model: nn.Module, config: LoraConfig) -> Iterator[None]:
     """
     init = config.init_lora_weights
     if isinstance(init, str):
+        _check_settings(config, init)
         _check_layers(model, config, init)
     if init == "loftq":
         config.init_lora_weights = True
@@ -107,6 +108,22 @@ def plain_adapter(policy: PeftModel) -> tuple[LoraConfig, Mapping[str, Tensor] |
         now = state[name].detach().cpu()
         state[name] = torch.cat((now, first)) if ".lora_A." in name else torch.cat((now, -first), dim=1)
     return doubled, state
+
+
+def _check_settings(config: LoraConfig, init: str) -> None:
+    """Refuse settings of PEFT's own LoftQ and EVA that would be passed over here."""
+    asked: Any = config.loftq_config or {}
+    asked = asked if isinstance(asked, Mapping) else vars(asked)
+    if init == "loftq" and (asked.get("loftq_bits", 4), asked.get("loftq_iter", 1)) != (4, 1):
+        raise InputError(
+            f"adapter.init: loftq starts in one step from a base that is held in 4 bits already, so loftq_config"
+            f" {asked} would be ignored: use LoftQConfig(loftq_bits=4, loftq_iter=1)"
+        )
+    if init == "eva" and config.eva_config.label_mask_value != IGNORED:
+        raise InputError(
+            f"adapter.init: eva's label_mask_value is {config.eva_config.label_mask_value}, but the batches are made"
+            f" here and mark prompts by {IGNORED}: leave it out"
+        )
 
 
 def _check_layers(model: nn.Module, config: LoraConfig, init: str) -> None:

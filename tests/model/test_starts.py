@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import EvaConfig, LoftQConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -362,3 +362,18 @@ def test_plain_starts_are_left_as_they_are():
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     initialize(policy, [], seed=1)
     assert all(torch.equal(before[name], p) for name, p in policy.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("init", "settings", "named"),
+    [
+        ("loftq", {"loftq_config": {"loftq_bits": 4, "loftq_iter": 5}}, "loftq_iter"),
+        ("loftq", {"loftq_config": LoftQConfig(loftq_bits=2)}, "loftq_bits"),
+        ("eva", {"eva_config": EvaConfig(label_mask_value=0)}, "label_mask_value"),
+    ],
+)
+def test_settings_of_pefts_own_starts_that_would_be_ignored_are_refused(init, settings, named):
+    config = lora()
+    vars(config).update({"init_lora_weights": init} | settings)  # LoraConfig itself wants scipy for "loftq"
+    with pytest.raises(InputError, match=named), attaching(tiny_base(), config):
+        raise AssertionError
