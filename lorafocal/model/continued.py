@@ -93,5 +93,6 @@ def lineage_on(base: PreTrainedModel, stages: tuple[Stage, ...], **training: Any
     identity = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
     made = base_lineage(name, revision)
     before, origin = ((), None) if made is None else (made.parents, made.first_base)
-    held_as = {"quantization": quantization_of(base), "dtype": str(base_dtype(base)).removeprefix("torch.")}
-    return Lineage(identity, parents=(*before, *stages), origin=origin, **held_as, **training)
+    word, dtype = quantization_of(base), str(base_dtype(base)).removeprefix("torch.")
+    parents = (*before, *stages)
+    return Lineage(identity, parents=parents, origin=origin, quantization=word, dtype=dtype, **training)
