@@ -49,6 +49,7 @@ from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import add_frozen_copy, check_trainable
 from lorafocal.model.load import check_same_tokens, check_vocabulary, load_base, load_tokenizer
+from lorafocal.model.stored import check_as_stored
 from lorafocal.objectives import PairLogps, mean_loss
 from lorafocal.optimizers import check_given, settle
 from lorafocal.policy import evaluating, sequence_logps
@@ -103,6 +104,7 @@ class FocalPOTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_base(model)
+        check_as_stored(model)
         if processing_class is not None:
             check_vocabulary(model, processing_class)
             if isinstance(ref_model, str):
