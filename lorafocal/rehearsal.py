@@ -25,8 +25,10 @@ from lorafocal.data.held_out import HELD_OUT_FILE
 from lorafocal.data.toy import DIGITS, toy_preferences, toy_tokenizer
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.evaluate.score import score_file
-from lorafocal.model.adapters import linear_names
-from lorafocal.model.load import DTYPES, check_place, check_shape
+from lorafocal.lineage import lineage_of
+from lorafocal.model.adapters import linear_names, trainable_token_ids
+from lorafocal.model.continued import check_same_quantization
+from lorafocal.model.load import DTYPES, check_place, check_shape, load_tokenizer, planned
 from lorafocal.model.quantized import prequantized
 from lorafocal.model.saved import read_lora_config
 from lorafocal.model.shrunk import build, shrunk
@@ -138,7 +140,8 @@ def set_stage(config: Config, folder: Path) -> Stage:
     real, quantization = architecture(config)
     if quantization != config.model.quantization:
         instead.append(f"{config.model.name} is stored as {quantization}; the tiny base is quantised while it loads")
-    adapter = _adapter(config, instead)
+    adapter = _adapter(config, quantization, instead)
+    _look_up_tokens(config, instead)
     tokenizer = _tokenizer(config, adapter)
     numbered = any(re.search(r"\d", name) for name in _layer_names(adapter))
     small = shrunk(real, tokens=len(tokenizer), eos=int(tokenizer.eos_token_id), all_layers=numbered)
@@ -192,7 +195,12 @@ def architecture(config: Config) -> tuple[PreTrainedConfig, str | None]:
     stored = prequantized(found, name)
     if stored is not None:
         del found.quantization_config
-    return found, stored or config.model.quantization
+        if config.adapter.init == "loftq":
+            raise InputError(
+                f"adapter.init: loftq needs the float weights of the base, and {name} is stored as {stored}: use its"
+                " float original (`model.quantization: nf4`), or `adapter.init: default`"
+            )
+    return found, planned(config.model.quantization, stored, name)
 
 
 def changed_keys(config: Config, derived: Config) -> tuple[str, ...]:
@@ -257,8 +265,11 @@ def _tokenizer(config: Config, adapter: Mapping[str, Any]) -> PreTrainedTokenize
 # --- the adapter --------------------------------------------------------------------------------------------
 
 
-def _adapter(config: Config, instead: list[str]) -> dict[str, Any]:
-    """The section `adapter` of a fresh adapter: the config's own, or one like that which it continues."""
+def _adapter(config: Config, quantization: str | None, instead: list[str]) -> dict[str, Any]:
+    """The section `adapter` of a fresh adapter: the config's own, or one like that which it continues.
+
+    Raises InputError where that one was trained on a base held otherwise.
+    """
     section = config.adapter.model_dump(mode="json")
     if config.adapter.start_from is None:
         return section
@@ -267,7 +278,11 @@ def _adapter(config: Config, instead: list[str]) -> dict[str, Any]:
     if not folder.exists():
         instead.append(f"adapter.start_from: a new LoRA of rank 8, for {folder} is not here")
         return section | {"r": 8, "alpha": 16}
-    lora = read_lora_config(folder)
+    lora, lineage = read_lora_config(folder), lineage_of(folder)
+    if lineage is not None and (quantization is not None or config.model.shape is None):
+        check_same_quantization(
+            folder, lineage, quantization
+        )  # a base known by its shape alone may be stored in 4 bits
     instead.append(f"adapter.start_from: a new adapter of rank {lora.r}, as {folder} has it, trained for one step")
     return section | {
         "r": lora.r,
@@ -280,6 +295,17 @@ def _adapter(config: Config, instead: list[str]) -> dict[str, Any]:
         "modules_to_save": list(lora.modules_to_save or []),
         "trainable_tokens": list(lora.trainable_token_indices or []),
     }
+
+
+def _look_up_tokens(config: Config, instead: list[str]) -> None:
+    """Find the trained tokens in the real tokenizer where it is a file here; the tiny model's has them all."""
+    name, tokens = config.model.name, config.adapter.trainable_tokens
+    if not tokens:
+        return
+    if (Path(name) / "tokenizer.json").is_file():
+        trainable_token_ids(tokens, load_tokenizer(name))
+    else:
+        instead.append(f"adapter.trainable_tokens: of a made-up vocabulary; whether {name} has them was not looked up")
 
 
 def _layer_names(adapter: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from lorafocal import rehearsal, run
 from lorafocal.cli import app
 from lorafocal.config import Config, check_config, load_config, resolved_yaml
 from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.lineage import BaseIdentity, Lineage
 from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.model.quantized import quantization_of
 from lorafocal.rehearsal import Rehearsal, changed_keys, rehearse, set_stage
@@ -291,6 +292,38 @@ def test_a_base_that_is_stored_quantised_is_one_here(tmp_path: Path) -> None:
     stage = set_stage(described(model={"name": str(tmp_path / "mine"), "dtype": "float32"}), tmp_path / "stage")
     assert stage.config.model.quantization == "nf4"
     assert any("stored as nf4" in note for note in stage.instead)
+    for changes, told in (
+        ({"model__quantization": "fp4"}, r"model\.quantization is fp4, but .* is stored as nf4"),
+        (
+            {"model__quantization": "nf4", "adapter__init": "loftq", "reference": {"kind": "frozen_copy"}},
+            r"adapter\.init: loftq needs the float weights .* stored as nf4",
+        ),
+    ):
+        model = {"name": str(tmp_path / "mine"), "dtype": "float32"}
+        with pytest.raises(InputError, match=told):
+            set_stage(described(model=model, **changes), tmp_path / "refused")
+
+
+def test_trained_tokens_are_looked_up_where_the_tokenizer_is_here(tmp_path: Path) -> None:
+    save_base(tmp_path / "mine")
+    for tokens in (["<|nowhere|>"], [99999]):
+        config = described(model={"name": str(tmp_path / "mine"), "dtype": "float32"}, adapter__trainable_tokens=tokens)
+        with pytest.raises(InputError, match=r"adapter\.trainable_tokens: .*nowhere|99999 is no id"):
+            set_stage(config, tmp_path / "stage")
+    stage = set_stage(described(adapter__trainable_tokens=["<|nowhere|>"]), tmp_path / "stage")
+    assert any("whether nobody/nowhere has them was not looked up" in note for note in stage.instead)
+
+
+def test_an_adapter_of_a_base_held_otherwise_is_not_continued_here_either(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    record = {"peft_type": "LORA", "r": 6, "lora_alpha": 9, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(record))
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    made = Lineage(BaseIdentity("nowhere", None, "0" * 64), {"name": "dpo"}, 1, 1, quantization="nf4")
+    made.write(tmp_path / "adapter")
+    adapter, reference = {"start_from": str(tmp_path / "adapter")}, {"kind": "frozen_copy"}
+    with pytest.raises(InputError, match=r"base quantised to nf4, but is to go on with a base quantised to int8"):
+        set_stage(described(model__quantization="int8", adapter=adapter, reference=reference), tmp_path / "stage")
 
 
 # --- architectures, bases, references, objectives, adapters -------------------------------------------------

@@ -78,7 +78,7 @@ def load_base(
         config = AutoConfig.from_pretrained(name, revision=revision)
         check_shape(config, shape or {})
         stored = prequantized(config, name)
-        plan = _planned(quantization, stored, name)
+        plan = planned(quantization, stored, name)
         how = {} if plan == stored else {"quantization_config": bitsandbytes_config(str(plan), DTYPES[dtype])}
         # Its attention is transformers' default: SDPA, or eager where a model has none (Gemma-2).
         model, report = _door(config, name).from_pretrained(
@@ -123,7 +123,7 @@ def _check_complete(report: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _planned(quantization: str | None, stored: str | None, name: str) -> str | None:
+def planned(quantization: str | None, stored: str | None, name: str) -> str | None:
     """How a base is to be held: as asked for, or as its checkpoint is stored.
 
     Raises InputError where the two differ, and where bitsandbytes is needed and does not work.
