@@ -56,8 +56,8 @@ def library(device: torch.device | None = None) -> ModuleType:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"model.quantization needs bitsandbytes, which does not work here ({reason}): install it with"
-            " `pip install 'lorafocal[quant]'`, or leave `model.quantization` out"
+            f"a base in 4 or 8 bits needs bitsandbytes, which does not work here ({reason}): install it with"
+            " `pip install 'lorafocal[quant]'`, or train on a float base (without `model.quantization`)"
         ) from error
     return module
 
@@ -118,7 +118,8 @@ def quantization_of(model: nn.Module) -> str | None:
 def word_of(layer: nn.Module) -> str | None:
     """The word for one layer; None where it is not quantised. Raises InputError where its scales are missing."""
     if _is_eight_bit(layer):
-        if layer.weight.dtype != torch.int8 or (layer.weight.SCB is None and layer.state.SCB is None):  # type: ignore[union-attr]
+        scales = getattr(layer.weight, "SCB", None)  # a plain parameter where transformers had nothing to quantise
+        if layer.weight.dtype != torch.int8 or (scales is None and layer.state.SCB is None):  # type: ignore[union-attr]
             raise InputError(f"an 8-bit layer has no quantised weight: {_BROKEN}")
         return "int8"
     if not _is_four_bit(layer):
