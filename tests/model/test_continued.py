@@ -244,7 +244,7 @@ def test_loftq_that_peft_put_into_a_plain_adapter_is_plain(tmp_path: Path, monke
     def best_of_rank(_: object, weight: torch.Tensor, *, num_bits: int, reduced_rank: int) -> tuple[torch.Tensor, ...]:
         """What PEFT computes for A and B, but on a CPU, and of the whole weight."""
         u, s, v = torch.linalg.svd(weight)
-        return v[:reduced_rank], u[:, :reduced_rank] * s[:reduced_rank]
+        return v[:reduced_rank].contiguous(), (u[:, :reduced_rank] * s[:reduced_rank]).contiguous()
 
     monkeypatch.setattr("peft.utils.loftq_utils._loftq_init_new", best_of_rank)
     base = save_base(tmp_path / "base", dtype=torch.float32)
