@@ -35,6 +35,7 @@ from lorafocal.model.trained_modules import (
     is_tied,
     resolve_modules,
     resolve_tokens,
+    wrap_once,
 )
 
 ALL_LINEAR = "all-linear"
@@ -279,6 +280,7 @@ def add_frozen_copy(policy: PeftModel) -> dict[str, nn.Parameter]:
     config.inference_mode = False  # PEFT would freeze the active adapter with it
     config.init_lora_weights = True  # PEFT would take PiSSA's part out of the base once more
     policy.add_adapter(FROZEN_COPY, config)
+    wrap_once(policy, FROZEN_COPY)
     exact_dora(policy)
     parameters, copies = dict(policy.named_parameters()), {}
     for path, original in originals.items():

@@ -51,6 +51,18 @@ def compute_as_base(model: nn.Module) -> None:
             module.__class__ = _OURS[type(module)]
 
 
+def wrap_once(model: nn.Module, adapter: str) -> None:
+    """Of a tied head whose wrapper was wrapped again for a second `adapter`, take the inner wrapper out.
+
+    PEFT 0.18 does so with transformers 5, and finds a log-prob head no more. Nothing to do after newer releases.
+    """
+    for wrapper in [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]:
+        tokens = wrapper.token_adapter
+        if isinstance(inner := tokens.base_layer, TrainableTokensWrapper):
+            tokens.base_layer = inner.token_adapter.base_layer
+            wrapper.update(adapter, tied_adapter=tokens.tied_adapter)  # rows are the embeddings' own
+
+
 def plain_modules(module: nn.Module) -> list[nn.Module]:
     """The base's own module under PEFT's wrappers, and after it the copies of it that are trained in full."""
     if isinstance(module, TrainableTokensWrapper):
