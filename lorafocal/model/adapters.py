@@ -305,6 +305,7 @@ def check_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     copy of tied embeddings.
     """
     check_ties(causal_lm(model))
+    check_linear(model)
     adapter = adapter_parameters(model)
     frozen = sorted(name for name, parameter in adapter.items() if not parameter.requires_grad)
     stray = sorted(n for n, p in model.named_parameters() if p.requires_grad and n not in adapter)
@@ -321,6 +322,16 @@ def check_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             " `requires_grad_(False)`: the switched-off adapter must stay the reference"
         )
     return adapter
+
+
+def check_linear(model: nn.Module) -> None:
+    """Refuse low-rank adapters on anything but linear layers: one that was brought may sit on the embeddings."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), LINEAR):
+            raise InputError(
+                f"the adapter changes {name}, which is {type(layer.get_base_layer()).__name__} and no linear layer:"
+                " leave it out of its `target_modules`; single tokens are trained by `trainable_token_indices`"
+            )
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafocal.errors import InputError
 
@@ -137,6 +138,12 @@ def _check_trainable_in_full(model: nn.Module, name: str, module: nn.Module) -> 
         _refuse_tied(name)
     if not weights or isinstance(module, nn.ModuleList | nn.ModuleDict):
         raise InputError(f"adapter.modules_to_save: {name} is {type(module).__name__}, which has nothing to train")
+    if any(isinstance(part, GradientCheckpointingLayer) for part in module.modules()):
+        raise InputError(
+            f"adapter.modules_to_save: {name} is or holds a whole layer of the decoder, which activation"
+            " checkpointing would compute again from weights that are not rounded as in the forward: name parts of"
+            " layers (`layers.0.mlp`, `layers.0.self_attn`)"
+        )
     if any(map(is_quantized, weights)):
         raise InputError(
             f"adapter.modules_to_save: {name} is quantised, so it cannot be trained in full: give it an adapter"

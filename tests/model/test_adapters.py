@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import EvaConfig, LoraRuntimeConfig
+from peft import EvaConfig, LoraConfig, LoraRuntimeConfig, get_peft_model
 from torch import nn
 
 from lorafocal.data.toy import toy_tokenizer
@@ -15,6 +15,7 @@ from lorafocal.model.adapters import (
     adapter_layers,
     adapter_parameters,
     attach_lora,
+    check_trainable,
     features,
     linear_names,
     resolve_targets,
@@ -169,3 +170,16 @@ def test_the_switch_comes_back_on_after_an_error_and_keeps_what_was_off():
 def test_a_model_without_adapters_has_nothing_to_switch():
     with pytest.raises(InputError, match="no adapter"):
         AdapterSwitch(tiny_base())
+
+
+def test_an_adapter_on_the_embeddings_is_refused():
+    policy = get_peft_model(tiny_base(), LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    with pytest.raises(InputError, match=r"embed_tokens, which is Embedding and no linear layer.*trainable_token"):
+        check_trainable(policy)
+
+
+@pytest.mark.parametrize("name", ["layers.1", "model"])
+def test_a_whole_layer_is_not_trained_in_full_but_its_parts_are(name):
+    with pytest.raises(InputError, match=rf"{name} is or holds a whole layer .*`layers\.0\.mlp`"):
+        attach_lora(tiny_base(), lora(modules_to_save=[name]))
+    attach_lora(tiny_base(), lora(modules_to_save=["layers.1.mlp", "layers.1.self_attn"]))
