@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError
 
 LINEAGE_FILE = "lorafocal.json"
@@ -141,6 +142,10 @@ def lineage_of(folder: Path) -> Lineage | None:
         found = record["format"]
         if found not in READ_FORMATS:
             raise InputError(f"{path}: format {found!r}; only 1 to {FORMAT} are read. Use the version that wrote it.")
+        if (held := record.get("quantization")) not in (None, *QUANTIZED):
+            raise InputError(
+                f"{path}: quantization {held!r}; known are {', '.join(QUANTIZED)} and null. Restore it from the run."
+            )
         return Lineage(
             base=BaseIdentity(**record["base"]),
             objective=record["objective"],
@@ -149,7 +154,7 @@ def lineage_of(folder: Path) -> Lineage | None:
             reference=record["reference"],
             parents=tuple(Stage(**parent) for parent in record["parents"]),
             origin=BaseIdentity(**record["origin"]) if record.get("origin") else None,
-            quantization=record.get("quantization"),
+            quantization=held,
             dtype=record.get("dtype"),
             lorafocal=record["lorafocal"],
         )

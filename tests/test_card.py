@@ -137,6 +137,14 @@ def test_a_file_of_the_first_version_is_still_read(tmp_path: Path) -> None:
     assert "dpo (beta 0.1, gamma 0)" in adapter_card(lineage)
 
 
+@pytest.mark.parametrize("quantization", ["nf5", 4])
+def test_a_quantisation_that_is_none_is_told_with_its_file(tmp_path: Path, quantization: object) -> None:
+    record = LINEAGE.as_dict() | {"quantization": quantization}
+    (tmp_path / LINEAGE_FILE).write_text(json.dumps(record))
+    with pytest.raises(InputError, match=rf"lorafocal\.json: quantization {quantization!r}; known are nf4, .*Restore"):
+        lineage_of(tmp_path)
+
+
 def test_a_card_of_sft_claims_no_preferences() -> None:
     card = adapter_card(replace(LINEAGE, objective={"name": "sft"}, reference=None))
     assert "supervised-fine-tuning" in front_matter(card)["tags"]  # type: ignore[operator]
