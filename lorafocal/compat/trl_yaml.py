@@ -241,10 +241,13 @@ def _model(file: File, notes: list[str]) -> dict[str, Any]:
 def _quantization(file: File, notes: list[str]) -> dict[str, str]:
     """TRL's four keys are one word here; nothing where the base is not quantised."""
     four, eight = file["load_in_4bit"], file["load_in_8bit"]
-    if not four and not eight:
-        return {}
     if four and eight:
         raise InputError("load_in_8bit: load_in_4bit is set too; say one of them")
+    if not four:
+        idle = [key for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant") if key in file.said]
+        notes += [f"{key}: no effect, in TRL neither, without load_in_4bit: true" for key in idle]
+    if not four and not eight:
+        return {}
     notes.append("adapter: TRL trains adapters on a quantised base in bfloat16; here they are float32")
     if eight:
         notes.append("load_in_8bit: without outlier columns here, which depend on what else is in the batch")

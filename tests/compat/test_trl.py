@@ -282,6 +282,15 @@ def test_a_key_arrives_at_its_place(tmp_path: Path, line: str, section: str, exp
     assert {key: before[section].get(key) for key in expected} != expected
 
 
+@pytest.mark.row("32")
+@pytest.mark.parametrize("held", ["", "load_in_8bit: true\n"])
+def test_details_of_4_bits_without_4_bits_are_told(tmp_path: Path, held: str) -> None:
+    config, notes = config_from_trl(written(tmp_path, f"{held}bnb_4bit_quant_type: fp4\nuse_bnb_nested_quant: true\n"))
+    assert config["model"].get("quantization") == ("int8" if held else None)
+    for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant"):
+        assert f"{key}: no effect, in TRL neither, without load_in_4bit: true" in notes
+
+
 def test_checkpointing_switched_off(tmp_path: Path) -> None:
     config, _ = config_from_trl(written(tmp_path, "gradient_checkpointing: false\nmax_steps: 3\n"))
     assert not {"activation_checkpointing", "num_train_epochs"} & config["training"].keys()
