@@ -24,7 +24,7 @@ from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.model.adapters import trainable_token_ids
+from lorafocal.model.adapters import features, trainable_token_ids
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import base_fingerprint, check_place, check_same_tokens, load_base, load_tokenizer
 from lorafocal.model.quantized import describe
@@ -94,12 +94,18 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
     manifest |= {"loaded": loaded.as_dict(), "layout": asdict(trainer.layout)}
     say(str(loaded))
+    lora = trainer.model.peft_config["default"]
     adapter = manifest["adapter"] = {
-        "targets": sorted(trainer.model.peft_config["default"].target_modules),
+        "kind": sorted(features(lora)),
+        "rank": lora.r,
+        "targets": sorted(lora.target_modules),
         "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
         "trainable_tensors": sorted(trainer.adapter),
     }
-    say(f"adapter: {adapter['trainable_parameters']:,} parameters on {', '.join(adapter['targets'])}")
+    say(
+        f"adapter: {', '.join(adapter['kind'])} of rank {lora.r}; {adapter['trainable_parameters']:,} parameters on"
+        f" {', '.join(adapter['targets'])}"
+    )
     if "eval" not in data:
         say("no held-out pairs: nothing is evaluated, and a merge will need some by --pairs (give data.held_out: 0.05)")
     if trainer.args.should_save:

@@ -88,6 +88,7 @@ def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, b
     assert manifest["versions"]["torch"] == torch.__version__
     policy = PeftModel.from_pretrained(load_base(str(root / "base"), dtype="float32"), finished.folder / "adapter")
     lora = {name: parameter for name, parameter in policy.named_parameters() if "lora_" in name}
+    assert (manifest["adapter"]["kind"], manifest["adapter"]["rank"]) == (["lora"], policy.peft_config["default"].r)
     assert manifest["adapter"]["trainable_tensors"] == sorted(lora)
     assert manifest["adapter"]["trainable_parameters"] == sum(p.numel() for p in lora.values())
     resolved = load_config(finished.folder / "config.yaml")
