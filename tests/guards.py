@@ -204,6 +204,9 @@ GUARDS: list[Guard] = [
     Guard("9 20", "lorafocal.model.quantized:_settle_eight_bit", lambda _: lambda *a: None, "tests/model/test_quantized.py::test_a_user_cannot_switch_them_on"),
     Guard("44", "lorafocal.model.continued:continue_adapter", lambda _: careless.merged_into_the_base, "tests/test_quantized_training.py::test_two_stages_share_one_quantised_base_that_never_moves"),
     Guard("50", "lorafocal.model.load:local_device", lambda _: lambda: __import__("torch").device("cuda", 0), "tests/model/test_load_quantized.py::test_each_process_loads_onto_its_own_device"),
+    Guard("55", "lorafocal.saving:TrainedAdapter.check_same", lambda _: lambda *a: None, "tests/test_saving.py::test_a_checkpoint_whose_tensors_would_mean_something_else_is_refused"),
+    Guard("5 S13", "lorafocal.model.stored:check_as_stored", lambda _: lambda model: None, "tests/model/test_stored.py::test_a_base_with_an_adapter_merged_into_it_is_not_taken_for_the_one_it_was"),
+    Guard("9 22", "lorafocal.model.saved:_dtype", lambda _: lambda run, lineage: None, "tests/model/test_continued.py::test_a_base_is_opened_in_the_dtype_of_training_whatever_it_is_stored_in"),
     Guard("60", "lorafocal.model.quantized:to_dtype", lambda _: lambda *a: None, "tests/model/test_load_quantized.py::test_a_base_stored_for_half_precision_computes_in_the_dtype_that_was_asked_for"),
     Guard("62", "lorafocal.model.quantized:library", lambda _: lambda device=None: importlib.import_module("bitsandbytes"), "tests/model/test_load_quantized.py::test_without_bitsandbytes_float_bases_load_and_quantised_ones_say_what_to_install"),
 ]
