@@ -183,3 +183,15 @@ def test_a_whole_layer_is_not_trained_in_full_but_its_parts_are(name):
     with pytest.raises(InputError, match=rf"{name} is or holds a whole layer .*`layers\.0\.mlp`"):
         attach_lora(tiny_base(), lora(modules_to_save=[name]))
     attach_lora(tiny_base(), lora(modules_to_save=["layers.1.mlp", "layers.1.self_attn"]))
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "model.embed_tokens"])
+def test_tokens_of_embeddings_that_are_trained_in_full_are_refused(name):
+    with pytest.raises(InputError, match=r"trainable_tokens: .*rows of model\.embed_tokens.*leave one of the two out"):
+        attach_lora(tiny_base(), lora(modules_to_save=[name], trainable_token_indices=[3]))
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_key_of_a_pattern_that_is_no_regular_expression_is_refused(setting):
+    with pytest.raises(InputError, match=rf"adapter\.{setting}: '\(q_proj' is no regular expression \(missing \)"):
+        attach_lora(tiny_base(), lora(**{setting: {"(q_proj": 4}}))

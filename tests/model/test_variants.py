@@ -361,18 +361,6 @@ def test_modules_that_cannot_be_trained_in_full_are_refused(names, reason):
         attach_lora(tiny_base(), lora(modules_to_save=names))
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "model.embed_tokens"])
-def test_tokens_of_embeddings_that_are_trained_in_full_are_refused(name):
-    with pytest.raises(InputError, match=r"trainable_tokens: .*rows of model\.embed_tokens.*leave one of the two out"):
-        attach_lora(tiny_base(), lora(modules_to_save=[name], trainable_token_indices=[3]))
-
-
-@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
-def test_a_key_of_a_pattern_that_is_no_regular_expression_is_refused(setting):
-    with pytest.raises(InputError, match=rf"adapter\.{setting}: '\(q_proj' is no regular expression \(missing \)"):
-        attach_lora(tiny_base(), lora(**{setting: {"(q_proj": 4}}))
-
-
 @pytest.mark.parametrize("settings", [{"modules_to_save": ["up_proj"]}, {"exclude_modules": ["up_proj"]}])
 def test_a_target_of_which_no_layer_is_left_is_refused(settings):
     with pytest.raises(InputError, match=r"'up_proj'.*trained in full.*excluded"):
