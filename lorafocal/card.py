@@ -22,7 +22,9 @@ def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -
     base = f'"{name}", revision="{lineage.base.revision}"' if lineage.base.revision else f'"{name}"'
     if "/" not in name:
         base = '"FOLDER_OF_THE_BASE"'  # a local base: its name is known, its place is nobody's business
-    held = "" if quantization is None else f", quantization_config={_bitsandbytes_config(quantization)}"
+    held = "" if lineage.dtype is None else f', dtype="{lineage.dtype}"'
+    if quantization is not None:
+        held += f", quantization_config={_bitsandbytes_config(quantization, lineage.dtype or 'bfloat16')}"
     return (
         "\n\n".join(
             [
@@ -101,8 +103,11 @@ def _origin(lineage: Lineage) -> str:
         ("base revision", base.revision or "none (a local folder)"),
         ("base weights, sha256", base.sha256),
     ]
-    if lineage.quantization is not None:
-        rows.append(("base in training", f"quantised to {_title(lineage.quantization)} with bitsandbytes"))
+    as_trained = [f"quantised to {_title(lineage.quantization)} with bitsandbytes"] if lineage.quantization else []
+    if lineage.dtype is not None:
+        as_trained.append(f"computing in {lineage.dtype}")
+    if as_trained:
+        rows.append(("base in training", ", ".join(as_trained)))
     if lineage.origin is not None:
         rows.append(("first base", f"{lineage.origin.name}, sha256 {lineage.origin.sha256}"))
     for number, stage in enumerate(lineage.parents, 1):
@@ -130,13 +135,13 @@ def _title(quantization: str) -> str:
     return f"{kind.upper()} (double quantisation)" if double else kind.upper()
 
 
-def _bitsandbytes_config(quantization: str) -> str:
+def _bitsandbytes_config(quantization: str, dtype: str) -> str:
     """The call that gives transformers the settings of training, as source."""
     if quantization == "int8":
         return "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
     kind, _, double = quantization.partition("-")
     settings = f'bnb_4bit_quant_type="{kind}", bnb_4bit_use_double_quant={bool(double)}'
-    return f'BitsAndBytesConfig(load_in_4bit=True, {settings}, bnb_4bit_compute_dtype="bfloat16")'
+    return f'BitsAndBytesConfig(load_in_4bit=True, {settings}, bnb_4bit_compute_dtype="{dtype}")'
 
 
 def _trained_on(quantization: str | None) -> tuple[str, ...]:

@@ -166,6 +166,16 @@ def test_the_card_of_an_adapter_on_a_quantised_base_opens_that_base(quantization
     assert "BitsAndBytesConfig" not in adapter_card(LINEAGE)
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_the_card_opens_the_base_in_the_dtype_of_training(quantization: str | None) -> None:
+    """A checkpoint may be stored in another, which transformers takes if nothing is said."""
+    card = adapter_card(replace(LINEAGE, quantization=quantization, dtype="float32"))
+    assert re.search(r'AutoModelForCausalLM\.from_pretrained\(.*, dtype="float32"[,)]', card)
+    assert ('bnb_4bit_compute_dtype="float32"' in card) == (quantization is not None)
+    assert re.search(r"\| base in training \| .*computing in float32 \|", card)
+    assert "bfloat16" not in card
+
+
 def test_a_stage_on_a_quantised_base_is_told_in_the_card() -> None:
     lineage = replace(LINEAGE, quantization="int8", parents=(Stage("sft", "12" * 32, CONTINUED, quantization="nf4"),))
     card = adapter_card(lineage)
