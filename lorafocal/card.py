@@ -16,8 +16,11 @@ _TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 _QUANTIZED = _TRANSFORMERS + ", BitsAndBytesConfig"
 
 
-def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -> str:
-    """Card of a LoRA adapter; `results` are measured numbers to print, e.g. held-out metrics by name."""
+def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None, *, adapter: str = "LoRA") -> str:
+    """Card of an adapter; `results` are measured numbers to print, e.g. held-out metrics by name.
+
+    `adapter` says what it is, such as "DoRA of rank 8".
+    """
     name, quantization = lineage.base.name, lineage.quantization
     base = f'"{name}", revision="{lineage.base.revision}"' if lineage.base.revision else f'"{name}"'
     if "/" not in name:
@@ -30,7 +33,7 @@ def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None) -
             [
                 _front_matter(lineage, library="peft", relation="adapter"),
                 f"# LoRA adapter for {name}",
-                _origin(lineage),
+                _origin(lineage, adapter),
                 _results(results),
                 _loading(
                     "from peft import PeftModel\n" + (_QUANTIZED if quantization else _TRANSFORMERS),
@@ -96,9 +99,10 @@ def _of_preferences(lineage: Lineage) -> bool:
     return not entries or any(entry is None or entry.rejected for entry in entries)
 
 
-def _origin(lineage: Lineage) -> str:
+def _origin(lineage: Lineage, adapter: str | None = None) -> str:
     base = lineage.base
-    rows = [
+    rows = [("adapter", adapter)] if adapter else []
+    rows += [
         ("base", base.name),
         ("base revision", base.revision or "none (a local folder)"),
         ("base weights, sha256", base.sha256),

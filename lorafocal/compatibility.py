@@ -43,6 +43,9 @@ TITLES = {
     "fsdp": "FSDP",
 }
 
+# What a merge folds into the base's linear weights: a delta that is scaling * B A.
+MERGES = frozenset(("lora", "rslora", "patterns", *STARTS))
+
 # What an adapter's setting is called in the table, by its name in a config or in `peft.LoraConfig`.
 _WORDS = {
     "use_rslora": "rslora",
@@ -201,7 +204,7 @@ RULES: tuple[Rule, ...] = (
         "loftq-without-4-bit",
         "adapter",
         lambda cell: cell.adapter & {"loftq"} if cell.base not in FOUR_BIT else (),
-        "with {found}, training starts from what rounding to 4 bits lost, and a {base} base was not rounded so",
+        "with {found}, training starts from what rounding to 4 bits lost, and a base in {base} was not rounded so",
         "quantise the base to 4 bits (`model.quantization: nf4`), or use the default start",
     ),
     Rule(

@@ -73,7 +73,7 @@ class Rehearsal:
             f"  {self.steps} steps: loss {self.first_loss:.6f} at the first, {self.last_loss:.6f} at the last;"
             f" {_counted(self.evaluations, 'evaluation')}, {_counted(self.checkpoints, 'checkpoint')}",
             f"  the saved adapter, loaded again, {scored}",
-            f"this config runs ({self.elapsed_s:.0f} s); nothing was kept",
+            f"this config runs ({self.elapsed_s:.0f} s); nothing was kept. Its data: `lorafocal check`",
         ]
         return "\n".join(lines)
 

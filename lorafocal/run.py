@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.checkpoint import latest_complete
+from lorafocal.compatibility import MERGES
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
@@ -106,6 +107,10 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
         f"adapter: {', '.join(adapter['kind'])} of rank {lora.r}; {adapter['trainable_parameters']:,} parameters on"
         f" {', '.join(adapter['targets'])}"
     )
+    if unmerged := ", ".join(sorted(features(lora) - MERGES)):
+        say(f"note: merge does not fold {unmerged} into a base yet; PEFT, score and start_from take it as it is")
+    if trainer.args.device.type == "cpu" and config.model.dtype == "bfloat16":
+        say("note: bfloat16 on a CPU can be ten times slower than float32; to try things out, model.dtype=float32")
     if "eval" not in data:
         say("no held-out pairs: nothing is evaluated, and a merge will need some by --pairs (give data.held_out: 0.05)")
     if trainer.args.should_save:

@@ -10,7 +10,19 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from lorafocal.compatibility import ADAPTERS, BASES, ENGINES, REFERENCES, RULES, STARTS, TITLES, Cell, verdict
+from lorafocal.compatibility import (
+    ADAPTERS,
+    BASES,
+    ENGINES,
+    MERGES,
+    REFERENCES,
+    RULES,
+    STARTS,
+    TITLES,
+    VARIANTS,
+    Cell,
+    verdict,
+)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 
@@ -69,6 +81,8 @@ def page() -> str:
         ("Adapter and reference", _references(notes)),
         ("Engines", _engines(notes)),
         ("Layouts", LAYOUTS),
+        ("Optimisers", OPTIMISERS),
+        ("Afterwards", _afterwards()),
         ("Notes", notes.text()),
         ("What is proved, and where", _proofs()),
     ]
@@ -79,6 +93,29 @@ LAYOUTS = """\
 `packed` and `padded` train the same cells with the same gradients. Which of them a model can is a matter of its
 architecture ([architectures.md](architectures.md)), and `auto` finds out.
 """
+
+OPTIMISERS = """\
+AdamW of torch, and of bitsandbytes in 8 bits or paged (`adamw_8bit`, `paged_adamw_32bit`, `paged_adamw_8bit`), go with
+every cell, LoRA+ with each of them; paging needs a GPU and is refused without one.
+"""
+
+
+def _afterwards() -> str:
+    merges = ", ".join(title(word) for word in ADAPTERS if word in MERGES)
+    kept = ", ".join(title(word) for word in VARIANTS if word not in MERGES)
+    return (
+        _wrapped(
+            "- Every adapter that trains is saved as files that PEFT opens, scored (`lorafocal score`) and continued"
+            " (`adapter.start_from`), on a base held as in training."
+        )
+        + "\n"
+        + _wrapped(
+            f"- `lorafocal merge` folds {merges} into the base, a quantised one after de-quantising it; {kept} it refuses"
+            " by name: such an adapter is published as it is."
+        )
+        + "\n"
+    )
+
 
 NUMBERS = {rule.name: number for number, rule in enumerate(RULES, 1)}
 

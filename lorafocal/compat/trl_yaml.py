@@ -150,6 +150,8 @@ def _translated(path: Path, options: Options) -> tuple[dict[str, Any], list[str]
     translation = translate(training, defaults(FocalPOConfig), defaults(DPOConfig), said=file.said)
     problems += translation.problems
     notes = [f"{key}: no effect, {why}" for key in file.said if (why := _without_effect(key))]
+    if options.objective == "focalpo":
+        notes.append("objective: the file is for DPO; FocalPO takes its place here (--objective dpo keeps it)")
     config: dict[str, Any] = {"name": _name(file, path)}
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "model": lambda: _model(file, notes),

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.lineage import Lineage
+from lorafocal.model.adapters import features
 from lorafocal.model.starts import plain_adapter
 from lorafocal.tensor_files import check_saved
 
@@ -45,7 +46,14 @@ def save_adapter(
     (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's card knows nothing of this run
     if lineage is not None:
         lineage.write(folder)
-        (folder / CARD_FILE).write_text(adapter_card(lineage, results), encoding="utf-8")
+        card = adapter_card(lineage, results, adapter=_in_words(plain))
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _in_words(config: LoraConfig) -> str:
+    """What an adapter is, as it is saved: "lora, dora of rank 8, alpha 16"."""
+    kind = ", ".join(sorted(features(config), key=lambda word: (word != "lora", word)))
+    return f"{kind} of rank {config.r}, alpha {config.lora_alpha:g}"
 
 
 def _flatten(folder: Path, adapter: str) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from lorafocal.card import CARD_FILE, merged_card
-from lorafocal.compatibility import STARTS
+from lorafocal.compatibility import MERGES
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
@@ -52,7 +52,6 @@ from lorafocal.release.gate import MAX_DRIFT, GateReport, check, compare
 
 DTYPES = ("bfloat16", "float32")
 FEW_PAIRS = 20  # below this the gate says little
-MERGES = {"lora", "rslora", "patterns", *STARTS}  # the compatibility table's words for a delta that is scaling * B A
 KEPT_WARNING = 0.9  # share of a layer's delta below which the report warns (row 43)
 REPORT_FILE = "merge.json"
 
