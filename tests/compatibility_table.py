@@ -110,8 +110,8 @@ def _afterwards() -> str:
         )
         + "\n"
         + _wrapped(
-            f"- `lorafocal merge` folds {merges} into the base, a quantised one after de-quantising it; {kept} it refuses"
-            " by name: such an adapter is published as it is."
+            f"- `lorafocal merge` folds {merges} into the base, a quantised one after de-quantising it; {kept} it"
+            " refuses by name: such an adapter is published as it is."
         )
         + "\n"
     )
