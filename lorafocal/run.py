@@ -233,7 +233,10 @@ def _trainer(
     start, reference = config.adapter.start_from, config.reference
     ref_model = None
     if reference is not None and reference.model is not None:
-        ref_model = _load(reference.model, reference.revision, config)
+        try:
+            ref_model = _load(reference.model, reference.revision, config)
+        except InputError as error:
+            raise InputError(f"reference.model, which is held as the policy's base is: {error}") from error
     return FocalPOTrainer(
         base if start is None else continue_adapter(base, Path(start)),
         ref_model,

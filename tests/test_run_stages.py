@@ -14,6 +14,7 @@ from lorafocal import run
 from lorafocal.config import Config, check_config
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import score_file
+from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.release.merge import merge_adapter
 from tests.saved_run import other_tokenizer, save_base
@@ -110,6 +111,18 @@ def test_a_separate_model_of_another_tokenizer_is_refused_before_anything_is_mad
     with pytest.raises(InputError, match=r"other does not share the tokenizer: 2 tokens have another id"):
         run.train(config, quiet=True, runs_dir=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_separate_model_that_is_held_otherwise_is_told_as_the_references_mistake(root: Path, tmp_path: Path) -> None:
+    quantised = tmp_path / "quantised"
+    load_base(str(root / "base"), dtype="float32", quantization="nf4").save_pretrained(quantised)
+    load_tokenizer(str(root / "base")).save_pretrained(quantised)
+    config = changed(
+        run_config(root, model__quantization="int8"),
+        reference={"kind": "separate_model", "model": str(quantised)},
+    )
+    with pytest.raises(InputError, match=r"^reference\.model, which is held as the policy's base is: .*nf4"):
+        run.train(config, quiet=True, runs_dir=tmp_path / "runs")
 
 
 def test_what_a_run_builds_on_must_be_there(root: Path, tmp_path: Path) -> None:
