@@ -37,7 +37,7 @@ quickstart: $(STAMP) ## train, evaluate, merge and check a tiny model; prints a 
 test: $(STAMP) ## the whole suite, offline
 	$(PYTEST) -n 2
 
-test-fast: $(STAMP) ## the working loop, a bit over a minute
+test-fast: $(STAMP) ## the working loop, a minute and a half
 	$(PYTEST) -n 2 -m "not slow and not engine and not gpu"
 
 test-engine: $(STAMP) ## tests that start several processes

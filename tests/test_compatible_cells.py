@@ -25,6 +25,8 @@ from tests.compatibility_table import PROVED_ADAPTERS, PROVED_BASES, PROVED_REFE
 from tests.peft_twin import Step, Tensors, as_float, step_of
 from tests.tiny import lora, pairs, relative_difference, tiny_base, trainer
 
+pytestmark = pytest.mark.slow  # many small runs
+
 FURTHER = 2  # than the twin in the base's own dtype
 STEPS = 3
 PAIRS = pairs(4)

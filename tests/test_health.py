@@ -12,6 +12,8 @@ from lorafocal.errors import UnhealthyRun
 from lorafocal.model.load import load_base
 from tests.tiny import VOCABULARY, lora, pairs, tiny_base, trainer
 
+pytestmark = pytest.mark.slow  # many small runs
+
 DATA = pairs(12)
 SEEN = {token for pair in DATA for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for token in ids}
 OFTEN, NEVER = DATA[0].chosen_ids[0], next(token for token in range(VOCABULARY) if token not in SEEN)
@@ -59,7 +61,6 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.row("2", "39")
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)

@@ -20,6 +20,8 @@ from lorafocal.optimizers import kind_of, of_bitsandbytes, separate_rates
 from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import SIZES, enlarged, lora, pairs, tiny_base, tiny_policy, trainer
 
+pytestmark = pytest.mark.slow  # many small runs
+
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # with rank 64, adapter tensors of 4096 entries and more
 SMALLEST_IN_8_BITS = 4096
 
@@ -206,7 +208,6 @@ def test_rows_of_tokens_keep_32_bits(tmp_path, base, adapter, dtype):
     assert found == dtype
 
 
-@pytest.mark.slow
 @pytest.mark.row("13")
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_small_rates_move_every_entry_of_an_fp32_adapter_with_8_bit_moments(tmp_path, base, quantization):
@@ -233,7 +234,6 @@ def end_of(folder, base, quantization, settings, checkpoint=None):
     return tensors
 
 
-@pytest.mark.slow
 @pytest.mark.row("54", "56")
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from lorafocal.trainer import FocalPOTrainer
 from tests.repacking import repacking_cpu
 from tests.tiny import SIZES, disturb, lora, pairs, tiny_base, trainer
 
+pytestmark = pytest.mark.slow  # many small runs
+
 FIRST_LOSS = 0.669536  # 0.5 ** 0.05 * ln 2
 WORDS = ["nf4", "nf4-double", "fp4", "int8"]
 
@@ -101,7 +103,6 @@ def test_two_stages_share_one_quantised_base_that_never_moves(tmp_path, base, wo
     assert sha_of_base(second.model) == untouched
 
 
-@pytest.mark.slow
 @pytest.mark.row("54", "55")
 @pytest.mark.parametrize("word", ["nf4", "nf4-double", "int8"])
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path, base, word):
@@ -181,7 +182,6 @@ def test_a_separate_reference_may_be_quantised_as_the_policy_is(tmp_path, base):
         assert run.state.log_history[0]["loss"] == pytest.approx(FIRST_LOSS, abs=5e-7)
 
 
-@pytest.mark.slow
 def test_a_quantised_base_learns_as_its_dequantised_weights_do(tmp_path, base):
     """NF4 in fp32 and a float model holding the de-quantised weights: the same run to rounding."""
     from tests.peft_twin import as_float

@@ -26,6 +26,8 @@ from lorafocal.rehearsal import Rehearsal, changed_keys, rehearse, set_stage
 from tests.saved_run import save_base
 from tests.test_configs import CONFIGS, FOLDER, name_of
 
+pytestmark = pytest.mark.slow  # many small runs
+
 AT_THE_START = 0.669536  # FocalPO's loss at gamma 0.05 where policy and reference agree
 LLAMA = {
     "model_type": "llama",
@@ -66,7 +68,6 @@ def rehearsed(path: Path) -> Rehearsal:
 # --- every shipped config -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_every_shipped_config_rehearses(path: Path) -> None:
     result = rehearsed(path)
@@ -77,7 +78,6 @@ def test_every_shipped_config_rehearses(path: Path) -> None:
     assert math.isfinite(result.last_loss)
 
 
-@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("qlora/*.yaml")), ids=name_of)
 def test_on_a_gpu_nothing_stands_in_for_the_paged_optimiser(path: Path) -> None:
@@ -213,7 +213,6 @@ def test_only_what_is_listed_is_changed(tmp_path: Path) -> None:
     assert rendered == "<|user|>sort 2 1<|end|>"
 
 
-@pytest.mark.slow
 def test_it_runs_with_all_of_that(tmp_path: Path) -> None:
     config = described(
         data={
@@ -345,7 +344,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_rehearse_from_their_shape(family: str) -> None:
     result = rehearse(described(model__shape=FAMILIES[family], model__dtype="bfloat16"), quiet=True)
@@ -353,7 +351,6 @@ def test_families_rehearse_from_their_shape(family: str) -> None:
     assert result.scored == 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-double", "fp4", "fp4-double", "int8"])
 def test_quantised_bases_rehearse(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[str | None] = []
@@ -371,7 +368,6 @@ def test_quantised_bases_rehearse(quantization: str, monkeypatch: pytest.MonkeyP
     assert f"{quantization} in bfloat16" in str(result)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "expected"),
     [
@@ -389,7 +385,6 @@ def test_references_rehearse(reference: dict[str, Any], expected: float | None) 
     assert ("reference.model" in " ".join(result.instead)) == ("model" in reference)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "reference", "expected"),
     [({"name": "dpo", "beta": 0.1}, {"kind": "disabled_adapter"}, math.log(2)), ({"name": "sft"}, None, None)],
@@ -400,7 +395,6 @@ def test_objectives_rehearse(objective: dict[str, Any], reference: dict[str, Any
     assert expected is None or result.first_loss == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -422,13 +416,11 @@ def test_adapters_rehearse(adapter: dict[str, Any]) -> None:
     assert result.last_loss < result.first_loss
 
 
-@pytest.mark.slow
 def test_loftq_rehearses() -> None:
     config = described(adapter__init="loftq", model__quantization="nf4", reference={"kind": "frozen_copy"})
     assert rehearse(config, quiet=True).first_loss == pytest.approx(AT_THE_START, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_a_continued_adapter_rehearses_on_one_of_its_kind(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     record = {"peft_type": "LORA", "r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}

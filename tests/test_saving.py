@@ -13,6 +13,8 @@ from lorafocal.model.load import load_base
 from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import lora, pairs, tiny_base, trainer
 
+pytestmark = pytest.mark.slow  # many small runs
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -24,6 +24,8 @@ from tests.test_references_in_training import StopAfter
 from tests.tiny import adapter_gradients, lora, pairs, relative_difference, tiny_base, trainer
 from tests.toy_run import run_config, write_inputs
 
+pytestmark = pytest.mark.slow  # many small runs
+
 DATA = pairs(24)
 
 
@@ -70,7 +72,6 @@ def test_the_reference_is_exactly_the_start(tmp_path, folder, init, dtype):
     assert second["rewards/ties"] < 1.0
 
 
-@pytest.mark.slow
 @pytest.mark.row("55")
 @pytest.mark.parametrize("init", ["pissa_niter_2", "olora", "loftq", "eva"])
 def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, folder, init):
@@ -88,7 +89,6 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, folder, init):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
 @pytest.mark.row("6", "8")
 @pytest.mark.parametrize(
     ("init", "settings"),
@@ -137,7 +137,6 @@ def test_gradients_are_those_of_pefts_own_model(init):
     assert relative_difference(adapter_gradients(policy), adapter_gradients(twin)) < 1e-5
 
 
-@pytest.mark.slow
 def test_a_base_that_is_prepared_already_can_start_by_eva(tmp_path):
     """A second run in one session, on the base that the first has unloaded."""
     base = tiny_base()
@@ -148,7 +147,6 @@ def test_a_base_that_is_prepared_already_can_start_by_eva(tmp_path):
     assert all(torch.equal(p, again.adapter[name]) for name, p in fresh.adapter.items())
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*(EVA config|post-training conversion|low_cpu_mem)")
 @pytest.mark.parametrize(
     ("init", "quantization", "kind"),

@@ -83,6 +83,7 @@ def test_live_model_and_reloaded_adapter_score_alike(run: SavedRun) -> None:
         assert numbers(before) == pytest.approx(numbers(after), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.row("22", "9")
 @pytest.mark.parametrize(
     ("quantization", "variant"),

@@ -174,6 +174,7 @@ def test_every_variant_that_trains_goes_on_where_it_stopped(
     assert before == tensors_sha256({name: own[name] for name, _ in reloaded.named_parameters()})
 
 
+@pytest.mark.slow
 @pytest.mark.row("53")
 @pytest.mark.parametrize(
     ("variant", "part"),

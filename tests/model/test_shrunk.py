@@ -14,6 +14,8 @@ from lorafocal.model import shrunk as module
 from lorafocal.model.adapters import linear_names
 from lorafocal.model.shrunk import BLOCK, build, shrunk
 
+pytestmark = pytest.mark.slow  # many small runs
+
 TYPES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe",
     "olmo2", "smollm3", "granite", "cohere2", "gpt_oss", "deepseek_v3", "opt", "starcoder2", "falcon",
@@ -106,7 +108,6 @@ def test_tied_embeddings_stay_tied() -> None:
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3", "llava", "mistral3"])
 def test_of_an_image_text_model_both_parts_are_small(kind: str) -> None:
     _, small, model = tiny(kind)

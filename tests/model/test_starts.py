@@ -27,6 +27,8 @@ from lorafocal.policy import prepare_policy, sequence_logps
 from tests.model.families import random_model
 from tests.tiny import lora, pairs, tiny_base
 
+pytestmark = pytest.mark.slow  # many small runs
+
 PAIRS = pairs(40)
 PACK = PairCollator("packed", 4096)(pairs(10)).packs[0]
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}
@@ -312,7 +314,6 @@ def test_an_eva_adapter_loads_with_plain_peft_and_no_data(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["eva_config"] is None
 
 
-@pytest.mark.slow
 def test_eva_is_a_function_of_pairs_and_seed():
     one, same, other = (started(tiny_base(), "eva", seed=seed) for seed in (1, 1, 2))
     assert same_adapter(one, same)

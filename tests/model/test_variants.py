@@ -34,6 +34,8 @@ from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.reference import Reference, build_reference, check_identity
 from tests.tiny import SIZES, adapter_gradients, enlarged, lora, pairs, relative_difference, tiny_base, trainer
 
+pytestmark = pytest.mark.slow  # many small runs
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
