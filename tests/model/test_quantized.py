@@ -295,6 +295,7 @@ def test_outlier_columns_would_let_a_pair_move_its_neighbours_and_are_off(tmp_pa
         check_packing(model)
 
 
+@pytest.mark.row("9", "20")
 def test_a_user_cannot_switch_them_on(llama):
     own = AutoModelForCausalLM.from_pretrained(llama, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     assert {layer.state.threshold for layer in layers(own)} == {6.0}

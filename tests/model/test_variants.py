@@ -440,6 +440,7 @@ def test_tied_tokens_are_trained_in_the_head_too():
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
+@pytest.mark.row("6", "13")
 def test_a_trained_module_computes_in_the_dtype_of_the_base():
     policy = adapted(tiny_base(dtype=torch.bfloat16), {"modules_to_save": ["embed_tokens", "norm", "lm_head"]})
     base = policy.get_base_model()
