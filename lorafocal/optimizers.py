@@ -15,15 +15,16 @@ from torch.optim import Optimizer
 
 from lorafocal.errors import InputError
 
-_UNPAGED = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
+# What gives the same result without paging.
+UNPAGED = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
 
 
 def check_device(optim: str, device: torch.device) -> None:
     """Raise InputError for an optimiser that `device` would silently make another one, with the one to name instead."""
-    if optim in _UNPAGED and device.type != "cuda":
+    if optim in UNPAGED and device.type != "cuda":
         raise InputError(
             f"optim: {optim} moves moments between a GPU's memory and the machine's, and there is no CUDA device here"
-            f" (bitsandbytes would go on without paging): use {_UNPAGED[optim]}, which gives the same result"
+            f" (bitsandbytes would go on without paging): use {UNPAGED[optim]}, which gives the same result"
         )
 
 

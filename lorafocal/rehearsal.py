@@ -32,6 +32,7 @@ from lorafocal.model.load import DTYPES, check_place, check_shape, load_tokenize
 from lorafocal.model.quantized import prequantized
 from lorafocal.model.saved import read_lora_config
 from lorafocal.model.shrunk import build, shrunk
+from lorafocal.optimizers import UNPAGED
 
 STEPS, PAIRS_PER_STEP = 3, 4
 ROWS, HELD_OUT_ROWS = STEPS * PAIRS_PER_STEP + 4, 4  # of each source
@@ -382,8 +383,8 @@ def _training(config: Config, instead: list[str]) -> dict[str, Any]:
         instead.append(f"training.report_to: none, and nothing was sent to {loggers}")
     on_gpu = torch.cuda.is_available() and not section.get("use_cpu", False)
     optimizer = str(section.get("optim", ""))
-    if optimizer.startswith("paged_") and not on_gpu:
-        section["optim"] = "adamw_8bit" if optimizer.endswith("_8bit") else "adamw_torch"
+    if optimizer in UNPAGED and not on_gpu:
+        section["optim"] = UNPAGED[optimizer]
         instead.append(f"training.optim: {section['optim']}, for {optimizer} pages a GPU's memory, and there is none")
     if section.get("tf32") and not on_gpu:
         del section["tf32"]

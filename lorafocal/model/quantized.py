@@ -149,7 +149,7 @@ def base_dtype(model: nn.Module) -> torch.dtype:
 
 
 def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what a quantised checkpoint stores in float (norms, embeddings, head, biases): transformers leaves it."""
+    """Cast what a model holds in float (if quantised: norms, embeddings, head, biases); codes and buffers stay."""
     for module in model.modules():
         held = word_of(module) is not None
         for name, parameter in module.named_parameters(recurse=False):

@@ -21,7 +21,7 @@ from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
 from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_base
-from lorafocal.model.quantized import prequantized, settle, word_of
+from lorafocal.model.quantized import prequantized, settle, to_dtype
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.yaml12 import parse_yaml
 
@@ -124,11 +124,7 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
     Weights in 4 or 8 bits stay too: what is multiplied by them is computed in `dtype` from then on.
     """
-    for module in model.modules():
-        quantized = word_of(module) is not None
-        for name, parameter in module.named_parameters(recurse=False):
-            if not (quantized and name == "weight"):
-                parameter.data = parameter.data.to(dtype)
+    to_dtype(model, dtype)
     settle(model)
 
 
