@@ -1,0 +1,113 @@
+"""The functions of a decoder layer that multiply no matrices: their definitions in torch, and which set to use.
+
+`TORCH` holds the definitions; `load("triton")` gives kernels of the same signatures. Forward values round where
+transformers' own modules do (after the activation, after the normalisation), so a fused layer is the base's to the
+last bit wherever torch computes both. A name that ends in `_` may overwrite what its docstring names.
+Rows are tokens: T tokens, F the inner width, D the hidden width or that of a head, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from lorafocal.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """One set of these functions; see the definition of the same name for what each computes."""
+
+    name: str
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    swiglu_backward_: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rope_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    head_fold_: Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, (T, F): silu in fp32 or wider, rounded to the inputs' dtype before the product."""
+    return silu(gate) * up
+
+
+def swiglu_backward_(upstream: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(swiglu(gate, up), to_gate, to_up), each (T, F) in the inputs' dtype. Overwrites `upstream`."""
+    activated = silu(gate)
+    to_activated = upstream * up
+    to_gate = torch.ops.aten.silu_backward.grad_input(to_activated, gate, grad_input=to_activated)
+    to_up = upstream.mul_(activated)
+    return activated.mul_(up), to_gate, to_up
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y (T, D) in x's dtype, rstd (T,) fp32 or wider) for x (T, D) and a frozen weight (D,).
+
+    x * rstd is computed in fp32 or wider, rounded to the weight's dtype, multiplied by it, then rounded to x's dtype:
+    a weight in x's dtype gives Llama's norm, one in fp32 OLMo 2's, 1 + weight in fp32 Gemma's.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+    return ((wide * rstd[:, None]).to(weight.dtype) * weight).to(x.dtype), rstd
+
+
+def rms_norm_backward(upstream: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient towards x, (T, D) in x's dtype, computed in rstd's."""
+    normal = x.to(rstd.dtype) * rstd[:, None]
+    to_normal = upstream.to(rstd.dtype) * weight
+    along = (to_normal * normal).mean(-1, keepdim=True)
+    return ((to_normal - normal * along) * rstd[:, None]).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (T, H, D) turned by cos, sin (T, D), in x's dtype; halves are paired, as transformers' `rotate_half` does."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def rope_backward(upstream: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient towards x, (T, H, D): the transpose of `rope`, whatever cos and sin hold."""
+    first, second = (upstream * sin[:, None]).chunk(2, dim=-1)
+    return upstream * cos[:, None] + torch.cat((second, -first), dim=-1)
+
+
+def head_fold_(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(logps (n,) of the labels (n,), onehot - softmax (n, V) in `dtype`) for logits (n, V) in fp32 or wider.
+
+    Overwrites `logits`.
+    """
+    picked = logits.gather(-1, labels[:, None])
+    top = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    logps = (picked - top - total.log()).squeeze(-1)
+    error = weights.div_(-total).scatter_add_(-1, labels[:, None], torch.ones_like(total))
+    return logps, error.to(dtype)
+
+
+TORCH = Elementwise("torch", swiglu, swiglu_backward_, rms_norm, rms_norm_backward, rope, rope_backward, head_fold_)
+
+
+def load(name: str) -> Elementwise:
+    """The set called "torch" or "triton". Raises InputError for another name, and where Triton cannot run."""
+    if name == "torch":
+        return TORCH
+    if name != "triton":
+        raise InputError(f"kernels.elementwise: {name!r} is unknown; choose torch or triton")
+    if not torch.cuda.is_available():
+        raise InputError("kernels.elementwise: triton needs a CUDA device and there is none here: use torch")
+    try:
+        module = importlib.import_module("lorafocal.ops.triton")
+    except ImportError as error:
+        raise InputError(
+            f"kernels.elementwise: Triton cannot be imported ({error}): `pip install triton`, or use torch"
+        ) from error
+    found: Elementwise = module.TRITON
+    return found
