@@ -61,7 +61,8 @@ from lorafocal.tensor_files import check_keys, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
-FILLER = TokenizedPair("\0filler", [0], [0], [0])  # keeps a rank with fewer packs in step; its weight is 0
+# Keeps a rank with fewer packs in step; its weight is 0.
+FILLER = TokenizedPair("\0filler", [0], [0], [0], reference=(0.0, 0.0))
 
 # transformers counts a step as one sample of batch size 1, estimates FLOPs of unpacked text, and averages the loss
 # over the steps since the last resume.
@@ -165,7 +166,9 @@ class FocalPOTrainer(Trainer):
         """Packs as the models can compute them, of the answers that the objective looks at."""
         if self.layout.reason and self.is_world_process_zero():
             logger.warning("training padded, each prompt twice: %s", self.layout.reason)
-        return PairCollator(self.layout.layout, self.args.tokens_per_pack, rejected=self.objective.entry.rejected)
+        return PairCollator(
+            self.layout.layout, self.args.tokens_per_pack or 2048, rejected=self.objective.entry.rejected
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole steps of pairs in an order of their own each epoch."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
+from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.ops.attention import PairSpan, Segments
 
 
@@ -35,7 +36,10 @@ class CompletionIndex:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One forward pass: whole pairs, with their index. Packed rows carry `segments`, padded ones a mask."""
+    """One forward pass: whole pairs, with their index. Packed rows carry `segments`, padded ones a mask.
+
+    `reference` are the looked-up log-probs of its pairs, (B,) each, in nats and float64 as they were read.
+    """
 
     input_ids: Tensor  # (1, T) packed, (2B, T) padded
     position_ids: Tensor  # like input_ids
@@ -43,6 +47,7 @@ class Pack:
     pair_ids: tuple[str, ...]
     segments: Segments | None = None
     attention_mask: Tensor | None = None
+    reference: PairLogps | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -67,18 +72,20 @@ class Pack:
             index=CompletionIndex(*map(move, (index.positions, index.labels, index.sequence, index.lengths))),
             segments=self.segments and self.segments.to(device, non_blocking=non_blocking),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            reference=self.reference and PairLogps(*map(move, self.reference)),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One optimiser step's share of one rank, as packs. May be empty."""
+    """One optimiser step's share of one rank, as packs, and the pairs they were made of. May be empty."""
 
     packs: tuple[Pack, ...]
+    pairs: tuple[TokenizedPair, ...]  # to pack again with a smaller budget
 
     @property
     def num_pairs(self) -> int:
-        return sum(pack.num_pairs for pack in self.packs)
+        return len(self.pairs)
 
 
 def share_prefixes(pairs: Sequence[TokenizedPair]) -> Pack:
@@ -133,6 +140,33 @@ def pad_sequences(pairs: Sequence[TokenizedPair], *, pad_token_id: int = 0) -> P
     )
 
 
+def fill_up(pack: Pack, bucket: int) -> Pack:
+    """A packed row of T tokens rounded up to a multiple of `bucket` by a last span that no one sees or is scored on.
+
+    Compiled layers see few lengths that way. The filler's positions are all 0: models whose rotary embedding goes by
+    the longest position must not notice it.
+    """
+    missing = -pack.num_rows % bucket
+    if not missing or pack.segments is None:
+        return pack
+    spans = (*pack.segments.spans, PairSpan(pack.num_rows, missing, 0, 0))
+    filler = torch.zeros(1, missing, dtype=torch.int64)
+    return replace(
+        pack,
+        input_ids=torch.cat((pack.input_ids, filler), dim=1),
+        position_ids=torch.cat((pack.position_ids, filler), dim=1),
+        segments=Segments.of(spans),
+    )
+
+
+def looked_up(pairs: Sequence[TokenizedPair]) -> PairLogps | None:
+    """The reference's log-probs of B pairs, (B,) each, in nats; None unless every pair has them."""
+    known = [pair.reference for pair in pairs if pair.reference is not None]
+    if not pairs or len(known) < len(pairs):
+        return None
+    return PairLogps(*torch.tensor(known, dtype=torch.float64).unbind(1))
+
+
 def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionIndex:
     labels = [token for pair in pairs for token in pair.chosen_ids]
     labels += [token for pair in pairs for token in pair.rejected_ids]
@@ -180,29 +214,44 @@ class PairCollator:
     """Pairs of one optimiser step to packs of at most `tokens_per_pack` token rows.
 
     The budget changes memory and speed, never the result. Without `rejected`, rejected answers are not in the packs:
-    for objectives of the chosen one alone.
+    for objectives of the chosen one alone. Packed rows come in multiples of `bucket` tokens.
     """
 
     layout: str = "packed"
     tokens_per_pack: int = 2048
     pad_token_id: int = 0
     rejected: bool = True
+    bucket: int = 1
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise InputError(f"packing.layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
         if self.tokens_per_pack < 1:
             raise InputError(f"packing.tokens: {self.tokens_per_pack} is not a positive number of tokens")
+        if self.bucket < 1 or (self.bucket > 1 and self.layout == "padded"):
+            raise InputError(
+                f"bucket is {self.bucket}: packed rows are rounded up to a positive multiple, padded never"
+            )
 
     def __call__(self, pairs: Iterable[TokenizedPair]) -> StepBatch:
         pairs = list(pairs) if self.rejected else [replace(pair, rejected_ids=[]) for pair in pairs]
+        together = [[pairs[i] for i in members] for members in self._bins(pairs)]
+        return StepBatch(tuple(map(self._pack, together)), tuple(pairs))
+
+    def _bins(self, pairs: list[TokenizedPair]) -> list[list[int]]:
         if not pairs:
-            return StepBatch(())
-        if self.layout == "packed":
-            bins = fill_bins([pair.shared_length for pair in pairs], self.tokens_per_pack)
-            return StepBatch(tuple(share_prefixes([pairs[i] for i in members]) for members in bins))
-        bins = _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack, rows=1 + self.rejected)
-        return StepBatch(tuple(pad_sequences([pairs[i] for i in m], pad_token_id=self.pad_token_id) for m in bins))
+            return []
+        if self.layout == "padded":
+            return _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack, rows=1 + self.rejected)
+        budget = max(self.tokens_per_pack // self.bucket, 1) * self.bucket  # still the budget after rounding up
+        return fill_bins([pair.shared_length for pair in pairs], budget)
+
+    def _pack(self, pairs: list[TokenizedPair]) -> Pack:
+        if self.layout == "padded":
+            pack = pad_sequences(pairs, pad_token_id=self.pad_token_id)
+        else:
+            pack = fill_up(share_prefixes(pairs), self.bucket)
+        return replace(pack, reference=looked_up(pairs))
 
 
 def _padded_bins(lengths: Sequence[int], budget: int, *, rows: int) -> list[list[int]]:

@@ -43,7 +43,10 @@ REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """Token ids of one pair; P, C and R tokens, each at least one. Scores are a judge's, where the data has them."""
+    """Token ids of one pair; P, C and R tokens, each at least one. Scores are a judge's, where the data has them.
+
+    `reference` are the reference's summed log-probs of chosen and rejected in nats, where they were looked up.
+    """
 
     id: str
     prompt_ids: list[int]
@@ -51,6 +54,7 @@ class TokenizedPair:
     rejected_ids: list[int]
     score_chosen: float | None = None
     score_rejected: float | None = None
+    reference: tuple[float, float] | None = None
 
     @property
     def shared_length(self) -> int:
