@@ -3,9 +3,9 @@
     python examples/02_lora_single_gpu.py --model mistralai/Mistral-7B-Instruct-v0.3 --data pairs.jsonl --out mine
 
 `--data` holds one pair a line: {"prompt": "...", "chosen": "...", "rejected": "..."}, strings or message lists; other
-common forms are recognised. A 7B model in bfloat16 with these settings wants about 24 GB; if memory runs out, lower
-`--tokens`: it changes memory and speed, never the result. The same steps on the command line are `lorafocal train`,
-`lorafocal score` and `lorafocal merge`.
+common forms are recognised. How much is computed at once is chosen by the memory there is; `lorafocal plan` says
+beforehand what a card holds. The same steps on the command line are `lorafocal train`, `lorafocal score` and
+`lorafocal merge`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ def main(given: argparse.Namespace) -> None:
                 "learning_rate": given.learning_rate,
                 "lr_scheduler_type": "cosine",
                 "warmup_ratio": 0.1,
-                "activation_checkpointing": True,
                 "eval_strategy": "epoch",
             },
-            "packing": {"tokens": given.tokens},
         }
     )
     # Ctrl-C finishes the step and saves; `lorafocal train OUT/run/config.yaml --runs OUT --resume` goes on from there.
@@ -72,7 +70,6 @@ if __name__ == "__main__":
         "--pairs-per-step", type=int, default=128, help="the paper's batch; 32 for a few thousand pairs"
     )
     parser.add_argument("--learning-rate", type=float, default=5e-6, help="peak; try 1e-6 to 5e-5")
-    parser.add_argument("--tokens", type=int, default=4096, help="token rows of one forward pass")
     try:
         main(parser.parse_args())
     except InputError as error:

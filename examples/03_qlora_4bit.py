@@ -6,10 +6,8 @@
 `--data` holds one pair a line: {"prompt": "...", "chosen": "...", "rejected": "..."}, strings or message lists; other
 common forms are recognised. `lorafocal train mine/run/config.yaml --tiny` rehearses such a run on any machine.
 
-What must fit on the GPU, for Llama-3-8B, by arithmetic and not by measurement: 3.9 GB for its linear layers in nf4,
-2.1 GB for embeddings and head in bfloat16, and 16 bytes (weight, gradient, two moments) for each parameter of the
-adapters, 5.4 GB at rank 128 and 0.7 GB at rank 16. That is 11.4 GB or 6.7 GB before activations, which grow with
-`--tokens` (memory and speed, never the result): a GPU of 12 GB is for small ranks. A merge needs the whole model as
+What must fit on the GPU, `lorafocal plan mine/run/config.yaml --gpus 1xRTX4090` says beforehand; how much is computed
+at once is chosen by the memory there is (memory and speed, never the result). A merge needs the whole model as
 floats, 16 GB in bfloat16 and twice that while it is checked in float32: `--no-merge` leaves it for
 `lorafocal merge mine/run/adapter --out mine/merged` on a larger machine.
 """
@@ -52,10 +50,8 @@ def main(given: argparse.Namespace) -> None:
                 "warmup_ratio": 0.1,
                 # AdamW; the paged one moves its moments off a full GPU, and wants a GPU for it.
                 "optim": "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch",
-                "activation_checkpointing": True,
                 "eval_strategy": "epoch",
             },
-            "packing": {"tokens": given.tokens},
         }
     )
     # Ctrl-C finishes the step and saves; `lorafocal train OUT/run/config.yaml --runs OUT --resume` goes on from there.
@@ -88,7 +84,6 @@ if __name__ == "__main__":
         "--pairs-per-step", type=int, default=128, help="the paper's batch; 32 for a few thousand pairs"
     )
     parser.add_argument("--learning-rate", type=float, default=5e-6, help="peak; try 1e-6 to 5e-5")
-    parser.add_argument("--tokens", type=int, default=4096, help="token rows of one forward pass")
     parser.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True, help="also merge")
     parser.add_argument("--gate-dtype", default="float32", help="what checks the merge; bfloat16 halves its memory")
     try:

@@ -13,12 +13,13 @@ from transformers.training_args import OptimizerNames
 from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
 from lorafocal.launch import check_launch
+from lorafocal.memory import TIERS
 from lorafocal.objectives import Objective, build_objective, entry_of
 from lorafocal.optimizers import check_device
 from lorafocal.reference import REFERENCES
 from lorafocal.training_fields import check_training_fields, classify, forced_values
 
-_OF_THE_OBJECTIVE = ("beta", "gamma", "reference", "identity_probe")
+_OF_THE_OBJECTIVE = ("beta", "gamma", "reference", "identity_probe", "reference_store")
 
 # Words that people bring along from TRL's DPOConfig and DPOTrainer.
 _CONFIG_WORDS_OF_TRL = {
@@ -26,7 +27,7 @@ _CONFIG_WORDS_OF_TRL = {
     "truncation_mode": "say truncation",
     "disable_dropout": "say allow_dropout",
     "padding_free": "say layout; packed is padding-free",
-    "precompute_ref_log_probs": "leave it out: the reference is computed in each step, by the same weights",
+    "precompute_ref_log_probs": "say reference='cached', and call trainer.cache_reference() before trainer.train()",
 }
 TRAINER_WORDS_OF_TRL = {
     "tokenizer": "say processing_class",
@@ -37,6 +38,14 @@ TRAINER_WORDS_OF_TRL = {
     "data_collator": "leave it out: pairs are packed here",
     "compute_metrics": "leave it out: evaluation adds up sums over pairs",
     "quantization_config": "load the base yourself: lorafocal.load_base(name, quantization='nf4')",
+}
+
+
+_WORDS = {
+    "layout": ("auto", *LAYOUTS),
+    "recompute": ("auto", *TIERS),
+    "adapter_kernels": ("auto", "peft"),
+    "elementwise_kernels": ("torch", "triton"),
 }
 
 
@@ -52,8 +61,9 @@ class FocalPOConfig(TrainingArguments):
 
     objective ("focalpo", "dpo", or "sft" on the chosen answers), beta, gamma; pairs_per_step, the one batch size, over
     all processes; max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
-    they are); layout and tokens_per_pack, which change memory and speed and never the result; reference and
-    identity_probe; allow_dropout; loraplus_lr_ratio.
+    they are); layout, tokens_per_pack and recompute, which change memory and speed and never the result, like the
+    kernels (adapter_kernels, elementwise_kernels, compile_layers); reference, reference_store and identity_probe;
+    allow_dropout; loraplus_lr_ratio.
 
     beta, gamma, reference and identity_probe are None where the objective has none of them, and get the defaults of
     the objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
@@ -79,9 +89,23 @@ class FocalPOConfig(TrainingArguments):
     layout: str = field(
         default="auto", metadata={"help": "auto, packed (prompts shared, no padding) or padded, which any model can"}
     )
-    tokens_per_pack: int = field(default=2048, metadata={"help": "token rows of one forward: memory, not results"})
+    tokens_per_pack: int | None = field(
+        default=None, metadata={"help": "token rows of one forward; None: as many as the memory holds"}
+    )
+    recompute: str = field(
+        default="auto",
+        metadata={"help": "what the backward computes again to save memory: auto, none, mlp (gate and up) or full"},
+    )
+    adapter_kernels: str = field(
+        default="auto", metadata={"help": "auto (fused where that is exact) or peft, which is the definition"}
+    )
+    elementwise_kernels: str = field(default="torch", metadata={"help": "torch, or triton on a GPU"})
+    compile_layers: bool = field(default=False, metadata={"help": "torch.compile of the decoder layers"})
     reference: str | None = field(
-        default=None, metadata={"help": "disabled_adapter (the default), frozen_copy or separate_model"}
+        default=None, metadata={"help": "disabled_adapter (the default), frozen_copy, separate_model or cached"}
+    )
+    reference_store: str | None = field(
+        default=None, metadata={"help": "folder of stored reference log-probs (references), for reference=cached"}
     )
     identity_probe: bool | None = field(
         default=None, metadata={"help": "refuse a reference that is not the starting policy; None: by its kind"}
@@ -113,16 +137,28 @@ class FocalPOConfig(TrainingArguments):
             raise InputError(
                 f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; LoRA+ gives B a rate of at least A's: 1 to 32"
             )
-        if self.layout not in ("auto", *LAYOUTS):
-            raise InputError(f"layout is {self.layout!r}; choose one of auto, {', '.join(LAYOUTS)}")
+        for name, words in _WORDS.items():
+            if (value := getattr(self, name)) not in words:
+                raise InputError(f"{name} is {value!r}; choose one of {', '.join(words)}")
+        if self.tokens_per_pack is not None and self.tokens_per_pack < 1:
+            raise InputError(f"tokens_per_pack is {self.tokens_per_pack}; a pack needs tokens (None: chosen for you)")
         self._settle_objective()
         try:
             super().__post_init__()
         except ValueError as error:  # what this machine or these values cannot do, in transformers' words
             raise InputError(f"FocalPOConfig: {error}") from error
+        self._settle_recompute()
         _ = self.device  # decides the number of GPUs, which transformers would otherwise join by DataParallel
         self._n_gpu = min(self.n_gpu, 1)
         check_device(OptimizerNames(self.optim).value, self.device)
+
+    def _settle_recompute(self) -> None:
+        """transformers' own word for the tier full is a field of its own."""
+        names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if getattr(self, n, False)]
+        if names and self.recompute not in ("auto", "full"):
+            raise InputError(f"{names[0]}=True recomputes everything, but recompute is {self.recompute!r}: keep one")
+        if names:
+            self.recompute = "full"
 
     def build_objective(self) -> Objective:
         """The objective with its checked parameters."""
@@ -131,7 +167,7 @@ class FocalPOConfig(TrainingArguments):
     def _settle_objective(self) -> None:
         """Defaults of what the objective has; refuse what it has not, which would be ignored."""
         entry = entry_of(self.objective)
-        has = {*entry.parameters} | ({"reference", "identity_probe"} if entry.reference else set())
+        has = {*entry.parameters} | ({"reference", "identity_probe", "reference_store"} if entry.reference else set())
         stray = [name for name in _OF_THE_OBJECTIVE if name not in has and getattr(self, name) is not None]
         if stray:
             raise InputError(f"{self.objective} has no {' and no '.join(stray)}, which would be ignored: leave it out")
@@ -143,6 +179,12 @@ class FocalPOConfig(TrainingArguments):
                 raise InputError(f"reference is {self.reference!r}; choose one of {', '.join(REFERENCES)}")
             if self.identity_probe is None:
                 self.identity_probe = REFERENCES[self.reference].starts_as_policy
+            if self.reference_store is not None and self.reference != "cached":
+                raise InputError(
+                    f"reference_store is for reference='cached'; {self.reference} would ignore it: leave it out"
+                )
+            if self.reference == "cached":
+                self.reference_store = self.reference_store or "references"
 
     def _given(self) -> dict[str, Any]:
         """Inherited fields away from their default: what somebody chose."""

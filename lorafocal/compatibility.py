@@ -22,7 +22,7 @@ VARIANTS = ("lora", "rslora", "dora", "patterns", "modules_to_save", "trainable_
 STARTS = ("gaussian", "eva", "orthogonal", "random", "pissa", "olora", "loftq")
 ADAPTERS = (*VARIANTS, *STARTS, "bias", "corda", "lora_ga", "mica")
 
-REFERENCES = ("none", "disabled_adapter", "frozen_copy", "separate_model")
+REFERENCES = ("none", "disabled_adapter", "frozen_copy", "separate_model", "cached")
 LAYOUTS = ("packed", "padded")
 ENGINES = ("one-process", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp")
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lorafocal.errors import InputError
-from lorafocal.schema import WORDED, Config, Source
+from lorafocal.schema import WORDED, Config, Reference, Source
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml, parse_yaml
 
@@ -123,13 +123,18 @@ def training_arguments(config: Config) -> dict[str, Any]:
         "beta": objective.beta,
         "gamma": objective.gamma,
         "reference": reference and reference.kind,
-        "identity_probe": reference and reference.identity_probe,
+        "reference_store": reference.store if reference is not None and reference.kind == "cached" else None,
+        "identity_probe": reference and _identity_probe(reference),
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,
         "truncation": config.data.truncation,
         "chat_template_kwargs": config.data.chat_template_kwargs or None,
         "layout": config.packing.layout,
-        "tokens_per_pack": config.packing.tokens,
+        "tokens_per_pack": None if config.packing.tokens == "auto" else config.packing.tokens,
+        "recompute": training.activation_checkpointing,
+        "adapter_kernels": config.kernels.adapters,
+        "elementwise_kernels": config.kernels.elementwise,
+        "compile_layers": config.kernels.compile,
         "allow_dropout": config.adapter.allow_dropout,
         "pairs_per_step": training.pairs_per_step,
         "loraplus_lr_ratio": training.loraplus_lr_ratio,
@@ -142,11 +147,13 @@ def training_arguments(config: Config) -> dict[str, Any]:
         arguments["warmup_steps"] = (
             training.warmup_ratio
         )  # below 1 it is a share of all steps, in transformers 5.5 and later
-    if training.activation_checkpointing:
-        prefix = "activation" if "activation_checkpointing" in installed_fields() else "gradient"
-        arguments[f"{prefix}_checkpointing"] = True
-        arguments[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": False}
     return arguments
+
+
+def _identity_probe(reference: Reference) -> bool | None:
+    """Stored log-probs of another model need not be the policy's start; None leaves it to the kind."""
+    other = reference.kind == "cached" and reference.model is not None
+    return False if other and reference.identity_probe is None else reference.identity_probe
 
 
 def lora_arguments(config: Config) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def set_stage(config: Config, folder: Path) -> Stage:
     values["adapter"] = _fitted(adapter, narrowest)
     values["data"] = _data(config, folder)
     values["training"] = _training(config, instead)
-    values["packing"]["tokens"] = min(config.packing.tokens, PACK)
+    asked = config.packing.tokens
+    values["packing"]["tokens"] = PACK if asked == "auto" else min(asked, PACK)
     if config.adapter.start_from is not None:
         start = _first_adapter(values, folder)
         values["adapter"] = {"start_from": str(start), "allow_dropout": config.adapter.allow_dropout}

@@ -40,13 +40,16 @@ WHY_NOT: dict[str, str] = {
     "training.data_seed": "it decides the order of the pairs",
     "packing.tokens": "another split into packs adds in another order, so the last bits differ",
     "packing.layout": "another layout adds in another order, so the last bits differ",
+    "kernels.adapters": "other kernels round otherwise, so the last bits differ",
+    "kernels.elementwise": "other kernels round otherwise, so the last bits differ",
+    "kernels.compile": "compiled layers round otherwise, so the last bits differ",
 }
 """Reasons worth printing, for keys likely to be changed; every key not in `MAY_CHANGE` is refused."""
 
 IDENTITY = ("base", "reference_model", "data")
 """Manifest sections beside `config` that must be equal: fingerprints of the models' weights and of the data."""
 
-NOTED = ("versions", "processes", "threads", "hardware")
+NOTED = ("versions", "processes", "threads", "hardware", "kernels")
 """Manifest sections whose change is allowed, but ends the promise of equal bits."""
 
 _ABSENT = "(absent)"
@@ -66,7 +69,7 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     """Raises `InputError` naming every forbidden change; returns notes about the allowed ones, to be printed.
 
     Of a manifest these sections are read: `config` (the resolved config), `base` and `data` (fingerprints),
-    `versions`, `processes`, `threads` and `hardware`. An absent section counts as empty. The run's `name` is part of
+    `versions`, `processes`, `threads`, `hardware` and `kernels`. An absent section counts as empty. The run's `name` is part of
     `config`.
     """
     old, new = old_manifest.get("config", {}), new_manifest.get("config", {})

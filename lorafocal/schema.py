@@ -17,6 +17,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lorafocal.bounds import check_beta, check_dropout, check_gamma
 from lorafocal.compatibility import QUANTIZED, Cell, adapter_words, verdict
+from lorafocal.memory import TIERS
 from lorafocal.training_fields import RULES, check_training_fields, installed_fields
 
 RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -91,6 +92,21 @@ def _listed(value: Any) -> Any:
     if not listed:
         raise ValueError("found an empty list; name at least one file or hub id")
     return [{"path": entry} if isinstance(entry, str) else entry for entry in listed]
+
+
+def _tier(value: Any) -> Any:
+    words = {True: "full", False: "none"}
+    if isinstance(value, bool):
+        return words[value]
+    if value in ("auto", *TIERS):
+        return value
+    raise ValueError(f"found {value!r}; allowed: auto, {', '.join(TIERS)} (true is full, false is none)")
+
+
+def _token_budget(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"found {value!r}; allowed: auto, or a number of tokens such as 8192")
 
 
 def _pairs_or_share(value: Any) -> Any:
@@ -245,10 +261,12 @@ class Objective(Section):
 class Reference(Section):
     """What the policy is compared with; no default, because a wrong reference trains without complaint.
 
-    `identity_probe` left out means on, except for a separate model, which may deliberately be another one.
+    `cached`: log-probs that `lorafocal cache-reference` keeps in the folder `store`, of the policy as it starts, or of
+    `model`. `identity_probe` left out means on, except for another model, which may deliberately be another one.
     """
 
-    kind: Literal["disabled_adapter", "frozen_copy", "separate_model"]
+    kind: Literal["disabled_adapter", "frozen_copy", "separate_model", "cached"]
+    store: Place = "references"
     model: Place | None = None
     revision: Revision = None
     identity_probe: bool | None = None
@@ -263,8 +281,12 @@ class Reference(Section):
         if self.kind == "separate_model" and self.model is None:
             raise _mistake("model", "missing; kind: separate_model needs the hub id or folder of that model")
         stray = [key for key in ("model", "revision") if getattr(self, key) is not None]
-        if self.kind != "separate_model" and stray:
+        if self.kind not in ("separate_model", "cached") and stray:
             raise _mistakes((key, f"only kind: separate_model has one; {self.kind} is the base's own") for key in stray)
+        if self.revision is not None and self.model is None:
+            raise _mistake("revision", "belongs to reference.model, which is not given; the base's is model.revision")
+        if self.kind != "cached" and self.store != _default(Reference, "store"):
+            raise _mistake("store", f"only kind: cached keeps log-probs; {self.kind} would ignore it; remove it")
         return self
 
 
@@ -275,7 +297,7 @@ class Training(BaseModel):
 
     pairs_per_step: Annotated[int, Field(ge=1)]
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[str, BeforeValidator(_tier)] = "auto"
     loraplus_lr_ratio: Annotated[float | None, Field(ge=1)] = None
     seed: Annotated[int, Field(ge=0)] = 42
     data_seed: Annotated[int, Field(ge=0)] = 42
@@ -296,11 +318,23 @@ class Training(BaseModel):
 class Packing(Section):
     """How pairs are laid out for the model: changes memory and speed, never the result.
 
-    `auto` packs where the model's probes allow it, and says why where they do not.
+    `layout: auto` packs where the model's probes allow it, and says why where they do not; `tokens: auto` is as many as
+    the memory holds.
     """
 
     layout: Literal["auto", "packed", "padded"] = "auto"
-    tokens: Annotated[int, Field(ge=1)] = 2048
+    tokens: Annotated[int | str, BeforeValidator(_token_budget)] = "auto"
+
+
+class Kernels(Section):
+    """Which code computes what: changes speed and memory, the result up to rounding.
+
+    `adapters: auto` is fused where that is exact and PEFT's own elsewhere; `compile` is torch.compile of the layers.
+    """
+
+    adapters: Literal["auto", "peft"] = "auto"
+    elementwise: Literal["torch", "triton"] = "torch"
+    compile: bool = False
 
 
 class Config(Section):
@@ -314,6 +348,7 @@ class Config(Section):
     reference: Reference | None = None
     training: Training
     packing: Packing = Packing()
+    kernels: Kernels = Kernels()
 
     @model_validator(mode="wrap")
     @classmethod

@@ -46,7 +46,7 @@ READ_BY_THE_RUN = {
 FOCALPO_FIELDS = {
     "objective", "beta", "gamma", "pairs_per_step", "max_length", "max_prompt_length", "truncation",
     "chat_template_kwargs", "layout", "tokens_per_pack", "identity_probe", "allow_dropout", "reference",
-    "loraplus_lr_ratio",
+    "loraplus_lr_ratio", "recompute", "adapter_kernels", "elementwise_kernels", "compile_layers", "reference_store",
 }  # fmt: skip
 # A value other than the one in VALUES or the default, where the annotation does not give it.
 OTHER_VALUES = {
@@ -83,7 +83,7 @@ OTHER_VALUES = {
     "reference.identity_probe": "false",
     "training.pairs_per_step": "7",
     "training.warmup_ratio": "0.1",
-    "training.activation_checkpointing": "true",
+    "training.activation_checkpointing": "mlp",
     "training.seed": "7",
     "training.data_seed": "7",
     "training.report_to": "none",
@@ -91,6 +91,9 @@ OTHER_VALUES = {
     "training.log_level_replica": "info",
     "packing.layout": "padded",
     "packing.tokens": "77",
+    "kernels.adapters": "peft",
+    "kernels.elementwise": "triton",
+    "kernels.compile": "true",
 }
 ANOTHER_SOURCE = {
     "path": "another.jsonl", "weight": 0.5, "form": "sharegpt", "columns": {"prompt": "question"},
@@ -105,6 +108,7 @@ TOGETHER = {
     "data.truncation": ["data.truncation=keep_start"],
     "data.max_prompt_length": ["data.truncation=recipe", "data.max_prompt_length=512"],
     "reference.kind": ["reference.kind=frozen_copy"],
+    "reference.store": ["reference={kind: cached, store: elsewhere}"],
     "reference.model": ["reference={kind: separate_model, model: another}"],
     "reference.revision": [
         "reference={kind: separate_model, model: another, revision: 0123456789abcdef0123456789abcdef01234567}"
@@ -119,6 +123,10 @@ CHOICES = (
     "reference.kind",
     "objective.name",
     "packing.layout",
+    "packing.tokens",
+    "kernels.adapters",
+    "kernels.elementwise",
+    "training.activation_checkpointing",
     "model.quantization",
     "adapter.init",
 )
@@ -192,7 +200,7 @@ def test_defaults_are_written_down(file: Path) -> None:
         "gamma: 0.05",
         "max_length: 1024",
         "truncation: drop",
-        "tokens: 2048",
+        "tokens: auto",
         "data_seed: 42",
         "dropout: 0.0",
     ):
@@ -328,31 +336,32 @@ def test_the_reference_has_no_default() -> None:
 
 
 @pytest.mark.row("F19")
-def test_warmup_and_checkpointing_are_translated_to_the_installed_transformers(file: Path, tmp_path: Path) -> None:
+def test_warmup_is_translated_to_the_installed_transformers(file: Path, tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
-    overrides = [
-        "training.warmup_ratio=0.1",
-        "training.activation_checkpointing=true",
-        "training.use_cpu=true",
-    ]
-    given = training_arguments(load_config(file, overrides))
+    given = training_arguments(load_config(file, ["training.warmup_ratio=0.1", "training.use_cpu=true"]))
     arguments = TrainingArguments(
         output_dir=str(tmp_path), **{key: value for key, value in given.items() if key not in FOCALPO_FIELDS}
     )
     assert arguments.get_warmup_steps(200) == 20
-    assert arguments.gradient_checkpointing is True
-    assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
-@pytest.mark.row("F19")
-def test_older_transformers_get_the_old_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(file, ["training.activation_checkpointing=true"])
-    older = {name: kind for name, kind in installed_fields().items() if not name.startswith("activation_")}
-    monkeypatch.setattr(config_module, "installed_fields", lambda: older)
-    given = training_arguments(config)
-    assert given["gradient_checkpointing"] is True
-    assert not any(name.startswith("activation_") for name in given)
+@pytest.mark.parametrize(
+    ("word", "tier"), [("true", "full"), ("false", "none"), ("mlp", "mlp"), ("auto", "auto"), ("full", "full")]
+)
+def test_what_is_recomputed_is_a_tier_or_yes_or_no(word: str, tier: str, file: Path) -> None:
+    config = load_config(file, [f"training.activation_checkpointing={word}"])
+    assert training_arguments(config)["recompute"] == tier
+
+
+def test_stored_log_probs_are_of_the_start_or_of_a_model(file: Path) -> None:
+    start = training_arguments(load_config(file, ["reference={kind: cached}"]))
+    assert start["reference_store"] == "references"
+    assert "identity_probe" not in start
+    other = training_arguments(load_config(file, ["reference={kind: cached, model: another, store: there}"]))
+    assert (other["reference_store"], other["identity_probe"]) == ("there", False)
+    text = mistakes(changed("reference", {"kind": "frozen_copy", "store": "there"}))
+    assert "reference.store: only kind: cached keeps log-probs; frozen_copy would ignore it" in text
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_only_what_is_listed_is_changed(tmp_path: Path) -> None:
             "loraplus_lr_ratio": 4.0,
             "weight_decay": 0.1,
             "max_grad_norm": 0.3,
-            "activation_checkpointing": True,
+            "activation_checkpointing": "full",
             "logging_strategy": "epoch",
             "eval_strategy": "steps",
             "eval_steps": 500,
@@ -225,7 +225,7 @@ def test_it_runs_with_all_of_that(tmp_path: Path) -> None:
             "chat_template_kwargs": {"enable_thinking": False},
         },
         packing={"tokens": 4096, "layout": "padded"},
-        training__activation_checkpointing=True,
+        training__activation_checkpointing="full",
         training__save_strategy="no",
     )
     result = rehearse(config, quiet=True)

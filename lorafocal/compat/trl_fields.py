@@ -105,10 +105,8 @@ def checkpointing(values: Values) -> bool:
 
 
 def _checkpointing(given: Given) -> dict[str, Any]:
-    if not checkpointing(given.values):
-        return {}
-    name = "activation_checkpointing" if "activation_checkpointing" in installed_fields() else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    """On is for memory, which "auto" looks after; off is said."""
+    return {} if checkpointing(given.values) else {"recompute": "none"}
 
 
 def trains_in_bf16(values: Values) -> bool:

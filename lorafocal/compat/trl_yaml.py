@@ -346,10 +346,9 @@ def _training(file: File, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "seed",
     }
     own: dict[str, Any] = {"pairs_per_step": arguments["pairs_per_step"]}
-    passed = {key: value for key, value in arguments.items() if key not in elsewhere and "checkpointing" not in key}
+    passed = {key: value for key, value in arguments.items() if key not in elsewhere and key != "recompute"}
     if 0 < passed.get("warmup_steps", 0) < 1:
         own["warmup_ratio"] = passed.pop("warmup_steps")
-    if checkpointing(file.values):
-        own["activation_checkpointing"] = True
+    own["activation_checkpointing"] = "auto" if checkpointing(file.values) else "none"
     seed = file["seed"]
     return own | passed | {"seed": seed, "data_seed": seed if file["data_seed"] is None else file["data_seed"]}

@@ -126,7 +126,7 @@ def test_trls_defaults_are_carried_over(monkeypatch: pytest.MonkeyPatch) -> None
     config = focalpo_config(dpo_config())
     assert (config.learning_rate, config.beta, config.num_train_epochs) == (1e-6, 0.1, 3.0)
     assert (config.max_length, config.truncation, config.pairs_per_step) == (1024, "keep_start", 8)
-    assert config.gradient_checkpointing
+    assert config.recompute == "auto"
     assert not config.allow_dropout
     assert (config.objective, config.gamma) == ("focalpo", 0.05)
     assert focalpo_config(dpo_config(), objective="dpo").objective == "dpo"
@@ -171,7 +171,7 @@ def test_a_later_trls_field_is_refused_once_it_is_set() -> None:
 def test_an_earlier_trls_missing_fields_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     newer = {"trust_remote_code", "router_aux_loss_coef", "activation_checkpointing", "activation_checkpointing_kwargs"}
     monkeypatch.setattr(trl, "fields", lambda config: [s for s in dataclasses.fields(config) if s.name not in newer])
-    assert focalpo_config(dpo_config()).gradient_checkpointing
+    assert focalpo_config(dpo_config()).recompute == "auto"
 
 
 # ---- the oracle
@@ -231,7 +231,7 @@ def test_the_text_is_a_config_with_trls_defaults(tmp_path: Path) -> None:
     assert (config.objective.name, config.objective.beta) == ("focalpo", 0.1)
     assert (config.training.pairs_per_step, config.training.warmup_ratio) == (8, 0.1)
     assert (config.training.seed, config.training.data_seed) == (7, 7)
-    assert config.training.activation_checkpointing
+    assert config.training.activation_checkpointing == "auto"
     assert config.training.fields == {
         "learning_rate": 5e-6, "eval_strategy": "steps", "eval_steps": 50, "num_train_epochs": 3.0,
     }  # fmt: skip
@@ -293,7 +293,8 @@ def test_details_of_4_bits_without_4_bits_are_told(tmp_path: Path, held: str) ->
 
 def test_checkpointing_switched_off(tmp_path: Path) -> None:
     config, _ = config_from_trl(written(tmp_path, "gradient_checkpointing: false\nmax_steps: 3\n"))
-    assert not {"activation_checkpointing", "num_train_epochs"} & config["training"].keys()
+    assert config["training"]["activation_checkpointing"] == "none"
+    assert "num_train_epochs" not in config["training"]
 
 
 def test_without_bf16_the_stated_dtype_holds(tmp_path: Path) -> None:
