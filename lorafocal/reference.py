@@ -37,6 +37,12 @@ REFERENCES = {
     "separate_model": ReferenceKind(
         False, "Give the model that the policy starts from, in the same dtype, or use `reference.kind: frozen_copy`"
     ),
+    "cached": ReferenceKind(
+        True,
+        "The stored log-probs are of another model than the policy starts from, or the policy was changed after it was"
+        " built. Build the trainer on the model that the store was computed with, or compute the log-probs of this one:"
+        " `lorafocal cache-reference CONFIG`",
+    ),
 }
 
 
@@ -86,6 +92,19 @@ class SeparateModelReference:
         return sequence_logps(self.model, pack)
 
 
+class CachedReference:
+    """Log-probs that were looked up in a store before training began: no model, no forward."""
+
+    def logps(self, pack: Pack) -> PairLogps:
+        """Raises InputError for a pack of pairs that were not looked up: there is no default."""
+        if pack.reference is None:
+            raise InputError(
+                f"pair {pack.pair_ids[0]!r} comes without its reference log-probs: look its pairs up in the reference"
+                " store first (`store.look_up(pairs)`), or use a live reference"
+            )
+        return pack.reference
+
+
 def build_reference(kind: str | None, model: nn.Module, ref_model: nn.Module | None = None) -> Reference:
     """The reference of `kind` for the policy `model`, as it is called in training; `ref_model` is the separate one.
 
@@ -94,6 +113,8 @@ def build_reference(kind: str | None, model: nn.Module, ref_model: nn.Module | N
     if kind not in REFERENCES:
         raise InputError(f"reference is {kind!r}; choose one of {', '.join(REFERENCES)}")
     check_ref_model(kind, ref_model)
+    if kind == "cached":
+        return CachedReference()
     if ref_model is not None:
         return SeparateModelReference(ref_model)
     return DisabledAdapterReference(model) if kind == "disabled_adapter" else FrozenCopyReference(model)
@@ -101,11 +122,11 @@ def build_reference(kind: str | None, model: nn.Module, ref_model: nn.Module | N
 
 def check_ref_model(kind: str | None, ref_model: object) -> None:
     """Refuse a second model that would not be used, and a kind whose model is missing."""
-    if ref_model is not None and kind != "separate_model":
+    if ref_model is not None and kind not in ("separate_model", "cached"):
         raise InputError(
             f"ref_model was given, but the reference is {kind or 'not needed by this objective'}: it would be ignored."
             " Leave `ref_model` out (the base with its adapter off costs no second model), or set"
-            ' `reference="separate_model"`'
+            ' `reference="separate_model"`, or "cached" to keep its log-probs in a store'
         )
     if ref_model is None and kind == "separate_model":
         raise InputError(
@@ -123,6 +144,12 @@ def check_same_reference(saved: Mapping[str, str | None], now: Mapping[str, str 
             "ref_model is not the one that this run began with (sha256 of a sample of its tensors"
             f" {saved['sha256']}, now {now['sha256']}): resume with that model, in the same dtype"
         )
+    if saved["sha256"] != now["sha256"] and now["kind"] == "cached":
+        raise InputError(
+            "the stored log-probs are of another reference than this run began with (sha256 of its weights"
+            f" {saved['sha256']}, now {now['sha256']}): resume on the same base, in the same dtype and quantisation, with"
+            " the adapter that the run started from"
+        )
     if saved["sha256"] != now["sha256"]:
         raise InputError(
             "the frozen copy is not the one that this run began with (sha256 of its tensors"
@@ -133,20 +160,27 @@ def check_same_reference(saved: Mapping[str, str | None], now: Mapping[str, str 
 
 @torch.no_grad()
 def check_identity(
-    policy: PairLogps, reference: PairLogps, pair_ids: tuple[str, ...], *, kind: str = "disabled_adapter"
+    policy: PairLogps,
+    reference: PairLogps,
+    pair_ids: tuple[str, ...],
+    *,
+    kind: str = "disabled_adapter",
+    tolerance: float = 0.0,
 ) -> None:
     """The identity probe: before the first step, policy and reference must be the same model.
 
-    A live reference in the same pack differs by exactly 0. Raises InputError with the remedies otherwise.
+    A live reference in the same pack differs by exactly 0; a stored one, which was packed otherwise, by `tolerance`
+    nats at most (`caching.spot_check` measures it). Raises InputError with the remedies otherwise.
     """
     gaps: Tensor = torch.stack(
         ((policy.chosen - reference.chosen).abs(), (policy.rejected - reference.rejected).abs())
     ).amax(0)
     worst = int(gaps.argmax())
-    if gaps[worst] != 0 or not torch.isfinite(gaps).all():
+    if not gaps[worst] <= tolerance:  # NaN among them is the maximum, and no number at most
+        allowed = f"by at most {tolerance:.4g} (its noise)" if tolerance else "by exactly 0"
         raise InputError(
             "the reference is not the policy's starting point: before the first step their log-probs differ by"
-            f" {float(gaps[worst]):.4g} nats on pair {pair_ids[worst]!r}, and must differ by exactly 0."
+            f" {float(gaps[worst]):.4g} nats on pair {pair_ids[worst]!r}, and must differ {allowed}."
             f" {REFERENCES[kind].remedy}. If another model is deliberately the reference, set"
             " `reference.identity_probe: false`"
         )
