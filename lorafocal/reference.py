@@ -147,8 +147,8 @@ def check_same_reference(saved: Mapping[str, str | None], now: Mapping[str, str 
     if saved["sha256"] != now["sha256"] and now["kind"] == "cached":
         raise InputError(
             "the stored log-probs are of another reference than this run began with (sha256 of its weights"
-            f" {saved['sha256']}, now {now['sha256']}): resume on the same base, in the same dtype and quantisation, with"
-            " the adapter that the run started from"
+            f" {saved['sha256']}, now {now['sha256']}): resume on the same base, in the same dtype and quantisation,"
+            " with the adapter that the run started from"
         )
     if saved["sha256"] != now["sha256"]:
         raise InputError(
