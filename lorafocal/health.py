@@ -37,6 +37,10 @@ class HealthCheck(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """The packs of this step begin, or begin again."""
         self._step_ids = []
 
     def on_pre_optimizer_step(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from lorafocal.assembly import (
     sample_of,
     tokenized,
 )
+from lorafocal.budget import Retry, settle_budget
 from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
 from lorafocal.checkpoint import load_state
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
@@ -141,8 +143,10 @@ class FocalPOTrainer(Trainer):
             optimizers=optimizers,
         )
         policy.eval()  # each step sets its own mode again
+        self.budget = settle_budget(policy, args, args.device, [p for part in self.data.values() for p in part.pairs])
         self.layout = choose_common_layout(self._scorers, args.layout)
         self.data_collator = self._collator()
+        self._retry = Retry(self.data_collator, args.device)
         self.remove_callback(PrinterCallback)
         output = Path(args.output_dir)
         self.health = HealthCheck(self.adapter, self._pairs("train_dataset") or [], output)
@@ -166,9 +170,7 @@ class FocalPOTrainer(Trainer):
         """Packs as the models can compute them, of the answers that the objective looks at."""
         if self.layout.reason and self.is_world_process_zero():
             logger.warning("training padded, each prompt twice: %s", self.layout.reason)
-        return PairCollator(
-            self.layout.layout, self.args.tokens_per_pack or 2048, rejected=self.objective.entry.rejected
-        )
+        return PairCollator(self.layout.layout, self.budget.tokens, rejected=self.objective.entry.rejected)
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole steps of pairs in an order of their own each epoch."""
@@ -209,14 +211,25 @@ class FocalPOTrainer(Trainer):
     # ---- the step ---------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one whole optimiser step on this rank; the step's mean loss, detached.
-
-        Gradients add up over packs; only the last one synchronises ranks and lets the optimiser step.
-        """
+        """Forward and backward of one whole optimiser step on this rank; the step's mean loss, detached."""
         model.train()
+        before = copy(self.metrics)  # sums that are never changed in place
+
+        def undo() -> None:
+            self.metrics = copy(before)
+            self.health.forget_step()
+            for parameter in self.adapter.values():
+                parameter.grad = None
+
+        loss, step_pairs = self._retry.run(inputs, lambda batch: self._step(model, batch), undo=undo)
+        self.pairs_seen += step_pairs
+        return loss
+
+    def _step(self, model: nn.Module, batch: StepBatch) -> tuple[Tensor, int]:
+        """Gradients add up over packs; only the last one synchronises ranks and lets the optimiser step."""
         if self.args.allow_dropout:
             set_seed(self.args.seed + self.state.global_step)  # so that a resumed run draws the same noise
-        packs, step_pairs = self._in_step(inputs)
+        packs, step_pairs = self._in_step(batch)
         world = self.args.world_size
         total = torch.zeros((), device=self.args.device)
         for number, pack in enumerate(packs):
@@ -226,8 +239,7 @@ class FocalPOTrainer(Trainer):
                 loss = self._pack_loss(model, pack, step_pairs) * world  # engines average over ranks
                 self.accelerator.backward(loss)
             total = total + loss.detach()  # not in place: a float64 model keeps a float64 loss
-        self.pairs_seen += step_pairs
-        return total
+        return total, step_pairs
 
     def _pack_loss(self, model: nn.Module, pack: Pack, step_pairs: int) -> Tensor:
         """This pack's share of the step's mean loss."""
@@ -291,16 +303,22 @@ class FocalPOTrainer(Trainer):
         model.eval()
         pairs = dataloader.dataset.pairs  # type: ignore[attr-defined]
         metrics, table = PairMetrics(self.metrics.keys), PairTable(len(pairs), self.args.device)
-        for batch in dataloader:
+
+        def seen(batch: StepBatch) -> PairMetrics:
+            sums = copy(metrics)
             for pack in self._in_step(batch)[0]:
                 pack = pack.to(self.args.device, non_blocking=True)
                 policy, reference = self._logps(model, pack)
                 if pack.pair_ids == (FILLER.id,):
                     continue
                 losses = self.objective(policy, reference, pack.index.lengths)
-                metrics.add(pair_values(self.objective, losses, policy, reference))
+                sums.add(pair_values(self.objective, losses, policy, reference))
                 if reference is not None:
                     table.add([int(place) for place in pack.pair_ids], policy, reference)
+            return sums
+
+        for batch in dataloader:
+            metrics = self._retry.run(batch, seen)
         if pairs is self.eval_dataset and self.objective.entry.reference:
             rows = table.rows([pair.id for pair in pairs])
             if self.is_world_process_zero():

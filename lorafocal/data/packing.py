@@ -238,6 +238,12 @@ class PairCollator:
         together = [[pairs[i] for i in members] for members in self._bins(pairs)]
         return StepBatch(tuple(map(self._pack, together)), tuple(pairs))
 
+    def rows_alone(self, pair: TokenizedPair) -> int:
+        """Token rows of a pack of this pair alone, the smallest that it can be in."""
+        if self.layout == "padded":
+            return (1 + self.rejected) * pair.longest
+        return -(-pair.shared_length // self.bucket) * self.bucket
+
     def _bins(self, pairs: list[TokenizedPair]) -> list[list[int]]:
         if not pairs:
             return []

@@ -1,0 +1,144 @@
+"""How many token rows a pack may have on this device: settled before the first step, halved where it was too many."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lorafocal import launch, memory
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.data.packing import PairCollator, StepBatch
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.model.head import causal_lm
+from lorafocal.model.quantized import base_dtype, quantization_of
+
+logger = logging.getLogger(__name__)
+
+CPU_TOKENS = 2048  # more are no faster there
+SLACK = 0.06  # of the free memory: what the allocator cannot use, workspaces of the matrix products
+STILL_TO_COME = 12  # bytes a trained entry before the first step: its gradient and AdamW's moments, in fp32
+SMALLER = (
+    "recompute more (`training.activation_checkpointing: mlp` or `full`), quantise the base (`model.quantization`) or"
+    " lower `data.max_length`"
+)
+
+T = TypeVar("T")
+
+
+# ---- before the first step ----------------------------------------------------------------------------------------
+
+
+def settle_budget(
+    policy: PeftModel, args: FocalPOConfig, device: torch.device, pairs: Sequence[TokenizedPair]
+) -> memory.Choice:
+    """Token rows of a pack and the tier of activations for `policy`, which is on `device` by now.
+
+    What `args` states wins; the rest is what `memory.choose` finds for the device's free memory and the lengths of
+    `pairs`. Without CUDA, and for models that its arithmetic does not know, packs of 2048 that keep everything.
+    """
+    stated = args.tokens_per_pack
+    tier = "none" if args.recompute == "auto" else args.recompute
+    alone = PairCollator("padded" if args.layout == "padded" else "packed").rows_alone
+    longest = max(map(alone, pairs), default=1)
+    if stated is not None and args.recompute != "auto":
+        return memory.Choice(stated, tier, "as stated")
+    if device.type != "cuda":
+        return memory.Choice(stated or max(CPU_TOKENS, longest), tier, "not on a GPU")
+    try:
+        shape = memory.Shape.of(causal_lm(policy).config.to_dict())
+        setup = setup_of(policy, args, pairs)
+    except InputError as problem:
+        return memory.Choice(stated or max(CPU_TOKENS, longest), tier, str(problem))
+    tiers = memory.TIERS if args.recompute == "auto" else (args.recompute,)
+    if setup.adapter_kernels == "peft":
+        tiers = tuple(name for name in tiers if name != "mlp") or tiers
+    choice = memory.choose(shape, setup, free_bytes(policy, device), max(longest, stated or 0), tiers)
+    if not choice.fits:
+        logger.warning("packs may not fit into the device's memory: %s. If they do not, %s", choice.reason, SMALLER)
+    return choice if stated is None else replace(choice, tokens=stated)
+
+
+def setup_of(policy: PeftModel, args: FocalPOConfig, pairs: Sequence[TokenizedPair]) -> memory.Setup:
+    """What the arithmetic asks of a run, read from the policy itself and the mean lengths of `pairs`."""
+    adapter = next(iter(policy.peft_config.values()))
+    dtype = str(base_dtype(policy)).removeprefix("torch.")
+    number = max(len(pairs), 1)
+    sides = ((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    return memory.Setup(
+        dtype=dtype,
+        quantization=quantization_of(policy),
+        r=adapter.r,
+        use_dora=adapter.use_dora,
+        reference=args.reference or "none",
+        adapter_kernels="peft" if args.adapter_kernels == "peft" else "fused",
+        attention="flash" if dtype == "bfloat16" else "sdpa",
+        lengths=memory.Lengths(*(sum(side) / number for side in zip(*sides, strict=True))),
+    )
+
+
+def free_bytes(policy: nn.Module, device: torch.device) -> float:
+    """Bytes for activations: the device's free memory without slack, gradients and moments that are still to come."""
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    to_come = sum(p.numel() * STILL_TO_COME for p in policy.parameters() if p.requires_grad)
+    return (1 - SLACK) * (free + cached) - to_come
+
+
+# ---- in a step ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Retry:
+    """Runs the work of a step; where CUDA runs out of memory, packs its pairs smaller and runs it again.
+
+    `collator` is the one of later steps too.
+    """
+
+    collator: PairCollator
+    device: torch.device
+    shrunk: bool = False
+
+    def run(self, batch: StepBatch, work: Callable[[StepBatch], T], *, undo: Callable[[], None] = lambda: None) -> T:
+        """`work(batch)`; `undo` takes back what a broken attempt has left.
+
+        Raises InputError where no smaller packs exist, and beyond one process, where the others wait for this one.
+        """
+        if self.shrunk:  # a loader goes on with the packs of its own collator
+            batch = self.collator(batch.pairs)
+        while True:
+            try:
+                return work(batch)
+            except torch.OutOfMemoryError as error:
+                self._shrink(batch, error)
+            # Here, not while the exception is handled: until then its frames keep the step's tensors.
+            undo()
+            self._give_back()
+            batch = self.collator(batch.pairs)
+
+    def _shrink(self, batch: StepBatch, error: torch.OutOfMemoryError) -> None:
+        rows = max((pack.num_rows for pack in batch.packs), default=1)
+        longest = max(map(self.collator.rows_alone, batch.pairs), default=1)
+        smaller = max(rows // 2, longest)
+        found = f"the device ran out of memory with packs of up to {rows} token rows"
+        if smaller >= rows:
+            raise InputError(f"{found}, which the longest pair needs by itself: {SMALLER}") from error
+        if (engine := launch.engine()) != "one-process":
+            raise InputError(
+                f"process {launch.rank()} ({engine}): {found}. The other processes are inside the step and cannot do it"
+                f" again, so the run ends here: start it with `packing.tokens: {smaller}`, or {SMALLER}"
+            ) from error
+        self.collator, self.shrunk = replace(self.collator, tokens_per_pack=smaller), True
+        logger.warning("%s: the step is computed again with packs of %d, and so are later ones", found, smaller)
+
+    def _give_back(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
