@@ -14,9 +14,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from lorafocal.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """activation(gate) * up, and its gradients from (upstream, gate, up); `backward_` overwrites upstream."""
+
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward_: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,11 @@ class Elementwise:
     rope_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
     head_fold_: Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
+    @property
+    def gated(self) -> Gated:
+        """SwiGLU; `GEGLU` is Gemma's, of which there is no other set."""
+        return Gated(self.swiglu, self.swiglu_backward_)
+
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, (T, F): silu in fp32 or wider, rounded to the inputs' dtype before the product."""
@@ -43,6 +56,19 @@ def swiglu_backward_(upstream: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     activated = silu(gate)
     to_activated = upstream * up
     to_gate = torch.ops.aten.silu_backward.grad_input(to_activated, gate, grad_input=to_activated)
+    to_up = upstream.mul_(activated)
+    return activated.mul_(up), to_gate, to_up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, (T, F), gelu by tanh and rounded as in `swiglu`."""
+    return gelu(gate, approximate="tanh") * up
+
+
+def geglu_backward_(upstream: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(geglu(gate, up), to_gate, to_up), each (T, F) in the inputs' dtype. Overwrites `upstream`."""
+    activated = gelu(gate, approximate="tanh")
+    to_gate = torch.ops.aten.gelu_backward(upstream * up, gate, approximate="tanh")
     to_up = upstream.mul_(activated)
     return activated.mul_(up), to_gate, to_up
 
@@ -92,6 +118,7 @@ def head_fold_(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tens
     return logps, error.to(dtype)
 
 
+GEGLU = Gated(geglu, geglu_backward_)
 TORCH = Elementwise("torch", swiglu, swiglu_backward_, rms_norm, rms_norm_backward, rope, rope_backward, head_fold_)
 
 

@@ -1,0 +1,244 @@
+"""The one removable door through which fused functions come into a policy: `fuse` and `unfuse`.
+
+It exchanges the `forward` of generic blocks and touches no attention code: gated MLP blocks, linear layers that read
+one tensor (query, key, value), single adapted layers, RMS norms. Parameters, names, saved files and the adapter switch
+stay as they are. Each block is tried on random input beside its own forward first; what is not known, or computes
+something else, stays as it is and is reported by name.
+
+Rotary embeddings are functions inside attention code, which is not rewritten: they keep transformers' own, whose
+backward saves nothing of a token's size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafocal.errors import InputError
+from lorafocal.model.adapters import AdapterSwitch, adapter_layers
+from lorafocal.model.head import causal_lm
+from lorafocal.model.quantized import base_dtype, quantization_of
+from lorafocal.model.stand_ins import Arithmetic, FusedLinear, FusedMlp, FusedNorm, SharedInput, StandIn, read
+from lorafocal.ops.elementwise import GEGLU, TORCH, Elementwise, load
+
+RECOMPUTE = ("none", "mlp")
+_MLPS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"), _MLPS[0][:2], _MLPS[1][:2])
+_NORM_FORMS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda weight: weight,  # Llama, Mistral, Qwen
+    lambda weight: weight.float(),  # OLMo 2
+    lambda weight: weight.float() + 1,  # Gemma
+)
+_PROBE_TOKENS = 3
+_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 0.03,
+}  # of the norm; a wrong formula is off by more
+
+
+@dataclass(frozen=True, slots=True)
+class FusedReport:
+    """What a fused policy computes through fused functions, and what it does not."""
+
+    mlps: int  # gated MLP blocks
+    shared: int  # groups of linear layers that read one tensor
+    linears: int  # single linear layers
+    norms: int
+    elementwise: str  # torch or triton
+    recompute: str  # none, or mlp
+    fallbacks: dict[str, int]  # why PEFT's or transformers' own forward stays, and for how many blocks or layers
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def __str__(self) -> str:
+        counts = {"MLP blocks": self.mlps, "shared inputs": self.shared, "linear layers": self.linears}
+        said = [f"{count} {what}" for what, count in (counts | {"norms": self.norms}).items() if count]
+        line = f"fused ({self.elementwise}): {', '.join(said) or 'nothing'}"
+        line += "; gate and up computed again" if self.recompute == "mlp" else ""
+        left = ", ".join(f"{count} for {reason}" for reason, count in self.fallbacks.items())
+        return line + (f"; left as they are: {left}" if left else "")
+
+
+def fuse(policy: nn.Module, elementwise: str = "torch", recompute: str = "none") -> FusedReport:
+    """Install fused functions wherever they compute what `policy` does; a second call replaces the first.
+
+    `recompute="mlp"` has the gate and up products of MLP blocks computed again in the backward: 2 of their 3 saved
+    tensors less, for 2 matrix products more a block. Raises InputError for an unknown word, where Triton cannot run,
+    and where there is no MLP block for `recompute` to work on.
+    """
+    unfuse(policy)
+    if recompute not in RECOMPUTE:
+        raise InputError(f"recompute: {recompute!r} is unknown; choose one of {', '.join(RECOMPUTE)}")
+    door = _Door(policy, load(elementwise), recompute=recompute == "mlp")
+    door.open()
+    report = door.report()
+    if recompute == "mlp" and not report.mlps:
+        unfuse(policy)
+        raise InputError(
+            f"training.activation_checkpointing: mlp computes gate and up products again, but in"
+            f" {type(causal_lm(policy)).__name__} no MLP block can be fused ({report}): use full or none"
+        )
+    return report
+
+
+def unfuse(policy: nn.Module) -> None:
+    """Give every module its own forward back."""
+    for module in policy.modules():
+        StandIn.remove(module)
+
+
+class _Door:
+    """One run of `fuse`: what was installed, and what was left and why."""
+
+    def __init__(self, policy: nn.Module, functions: Elementwise, *, recompute: bool) -> None:
+        self.modules = list(causal_lm(policy).modules())
+        self.functions, self.recompute = functions, recompute
+        self.dtype = base_dtype(policy)
+        self.arithmetic = Arithmetic(self.dtype, self.dtype == torch.bfloat16)
+        self.fused: Counter[str] = Counter()
+        self.left: Counter[str] = Counter()
+        self._done: set[nn.Module] = set()
+        self.switch = AdapterSwitch(policy) if adapter_layers(policy) else None
+        self.four_bit = quantization_of(policy) is not None
+        device = next(policy.parameters()).device
+        if functions is not TORCH and device.type != "cuda":
+            raise InputError(f"kernels.elementwise: {functions.name} computes on CUDA, and the model is on {device}")
+
+    def open(self) -> None:
+        if self.dtype not in _TOLERANCE:
+            self.left[f"a base in {str(self.dtype).removeprefix('torch.')}"] += 1
+            return
+        for module in self.modules:
+            self._mlp(module)
+        for module in self.modules:
+            for names in _SHARED:
+                self._shared([getattr(module, name, None) for name in names])
+        for module in self.modules:
+            if isinstance(module, LoraLayer):
+                self._shared([module])
+        for module in self.modules:
+            self._norm(module)
+
+    def report(self) -> FusedReport:
+        counts = {kind: self.fused[kind] for kind in ("mlps", "shared", "linears", "norms")}
+        recompute = "mlp" if self.recompute else "none"
+        return FusedReport(**counts, elementwise=self.functions.name, recompute=recompute, fallbacks=dict(self.left))
+
+    def _mlp(self, block: nn.Module) -> None:
+        names = next((names for names in _MLPS if all(hasattr(block, name) for name in names)), None)
+        if names is None or "forward" in vars(block):
+            return
+        stand_in = FusedMlp(block, names, TORCH.gated, recompute=False)
+        if isinstance(stand_in.read(self.arithmetic), str):
+            return  # its layers are told of one by one
+        gate = getattr(block, names[0])
+        x = self._input(gate)
+        x = x / self._run(gate, x).square().mean().sqrt().clamp(min=1e-6) * 2  # where activations differ most
+        for gated, own in ((TORCH.gated, self.functions.gated), (GEGLU, GEGLU)):
+            stand_in.gated = gated
+            if self._agree(stand_in, x):
+                stand_in.gated, stand_in.recompute = own, self.recompute
+                stand_in.install()
+                self._done.update(getattr(block, name) for name in names)
+                self.fused["mlps"] += 1
+                return
+        self.left[f"an MLP ({type(block).__name__}) with another formula than SwiGLU or GeGLU"] += 1
+
+    def _shared(self, layers: Sequence[Any]) -> None:
+        """Fuse those of the layers that are not yet, together where they can read one tensor."""
+        layers = [layer for layer in layers if isinstance(layer, nn.Module) and layer not in self._done]
+        if not any(isinstance(layer, LoraLayer) for layer in layers):
+            return
+        reasons = {layer: read(layer, self.arithmetic) for layer in layers}
+        self._done.update(layers)
+        for layer, reason in reasons.items():
+            if isinstance(reason, str) and isinstance(layer, LoraLayer):
+                self.left[reason] += 1
+        fit = [layer for layer, reason in reasons.items() if not isinstance(reason, str)]
+        for width in sorted({_width(layer) for layer in fit}):
+            self._install_shared([layer for layer in fit if _width(layer) == width])
+
+    def _install_shared(self, layers: list[nn.Module]) -> None:
+        shared = SharedInput(layers)
+        stand_ins = [FusedLinear(shared, position) for position in range(len(layers))]
+        x = self._input(layers[0])
+        if not any(isinstance(layer, LoraLayer) for layer in layers) or any("forward" in vars(m) for m in layers):
+            return
+        if not all(self._agree(stand_in, x) for stand_in in stand_ins):
+            self.left["linear layers that compute otherwise than PEFT's"] += len(layers)
+            return
+        for stand_in in stand_ins:
+            stand_in.install()
+        self.fused["shared" if len(layers) > 1 else "linears"] += 1
+
+    def _norm(self, module: nn.Module) -> None:
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        own = dict(module.named_parameters())
+        if "Norm" not in type(module).__name__ or list(module.children()):
+            return
+        weight = own.get("weight")
+        if eps is None or weight is None or len(own) > 1 or weight.ndim != 1:
+            self.left[f"{type(module).__name__}, which is no RMS norm with one weight"] += 1
+            return
+        if weight.requires_grad or "forward" in vars(module):
+            self.left["norms that are trained" if weight.requires_grad else "norms exchanged by others"] += 1
+            return
+        x = _random(_PROBE_TOKENS, len(weight), weight)
+        for form in _NORM_FORMS:
+            stand_in = FusedNorm(module, form, eps, TORCH)
+            if self._agree(stand_in, x):
+                stand_in.functions = self.functions
+                stand_in.install()
+                self.fused["norms"] += 1
+                return
+        self.left[f"{type(module).__name__}, which rounds or computes otherwise"] += 1
+
+    def _input(self, layer: nn.Module) -> Tensor:
+        return _random(_PROBE_TOKENS, _width(layer), next(layer.parameters()), self.dtype)
+
+    @torch.no_grad()
+    def _run(self, call: Callable[[Tensor], Any], x: Tensor) -> Any:
+        cast = torch.autocast(x.device.type, dtype=torch.bfloat16) if self.arithmetic.casts else nullcontext()
+        with cast:
+            return call(x[None])
+
+    def _agree(self, stand_in: StandIn, x: Tensor) -> bool:
+        """Whether the stand-in computes what its module does: with adapters off the same bits, but on a 4-bit base."""
+        with self.switch.off() if self.switch else nullcontext():
+            base = self._difference(stand_in, x)
+        exact = base == 0 or (self.four_bit and base <= _TOLERANCE[self.dtype])
+        return exact and self._difference(stand_in, x) <= _TOLERANCE[self.dtype]
+
+    def _difference(self, stand_in: StandIn, x: Tensor) -> float:
+        """Norm of the difference over the norm; infinite where the outputs cannot be compared."""
+        try:
+            ours, theirs = self._run(stand_in.fused, x), self._run(stand_in.module, x)
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # a block that is called otherwise
+            return float("inf")
+        if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+            return float("inf")
+        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            return float("inf")
+        return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def _width(layer: nn.Module) -> int:
+    """Inputs of a linear layer, adapted or not."""
+    base: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    return int(base.nx if isinstance(base, Conv1D) else base.in_features)
+
+
+def _random(rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Always the same numbers; the process's own generator is left alone."""
+    values = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    return values.to(like.device, like.dtype if dtype is None else dtype)
