@@ -1,20 +1,25 @@
 """Per-token log-probabilities from hidden states, without keeping an (N, V) tensor.
 
-`token_logps_plain` is the definition. `token_logps` equals it and works in row chunks. With a frozen head the
-gradient of a row does not depend on the loss: d logp / d hidden = (onehot(label) - softmax) W, so it is computed in
-the forward, kept in the hidden dtype, and only scaled in the backward: two matrix products, no recompute.
+`token_logps_plain` is the definition. `token_logps` equals it and works in row chunks: a matrix product, a fold
+(`head_fold_`, or a kernel of the same signature) and, where a gradient is wanted, a second product. With a frozen head
+the gradient of a row does not depend on the loss: d logp / d hidden = (onehot(label) - softmax) W, so it is computed
+in the forward, kept in the hidden dtype, and only scaled in the backward: two matrix products, no recompute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
-CHUNK_ELEMENTS = 2**26  # entries of the largest logits chunk: 256 MiB in fp32
+from lorafocal.memory import HEAD_CHUNK_ELEMENTS as CHUNK_ELEMENTS
+
+if TYPE_CHECKING:
+    from lorafocal.ops.elementwise import Elementwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,52 @@ class LogitTransform:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def slope(self, transformed: Tensor) -> Tensor | float:
-        """Derivative with respect to the raw logits, from the transformed ones."""
+    def in_place_(self, logits: Tensor, *, slope: bool) -> Tensor | None:
+        """Overwrite `logits` with their transform; returns its derivative over `scale` where asked and not 1."""
         if self.softcap is None:
-            return self.scale
-        return self.scale * (1 - (transformed / self.softcap).square())
+            if self.scale != 1.0:
+                logits.mul_(self.scale)
+            return None
+        capped = logits.mul_(self.scale / self.softcap).tanh_()
+        derivative = torch.addcmul(capped.new_ones(()), capped, capped, value=-1) if slope else None
+        capped.mul_(self.softcap)
+        return derivative
+
+
+class Fold(NamedTuple):
+    """Log-probs of some rows, and their gradients towards the raw logits: factor * error."""
+
+    logps: Tensor  # (n,) nats
+    error: Tensor | None  # (n, V)
+    factor: Tensor | float  # (n, 1)
+
+
+def head_fold_(
+    logits: Tensor,  # (n, V) as the head makes them, fp32 or wider
+    labels: Tensor,  # (n,) int64
+    dtype: torch.dtype | None,
+    transform: LogitTransform = LogitTransform(),
+) -> Fold:
+    """Log-probs of the labels and, in `dtype`, the gradient of each; no gradient where `dtype` is None.
+
+    factor * error = (onehot(label) - softmax) * d transformed / d logits: whatever is one number a row may stay in
+    the factor, which is applied after the product with the head's weight. Overwrites `logits`.
+    """
+    slope = transform.in_place_(logits, slope=dtype is not None)
+    picked = logits.gather(-1, labels[:, None])
+    top = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(top).exp_()  # softmax * total
+    total = weights.sum(-1, keepdim=True)
+    logps = (picked - top - total.log()).squeeze(-1)
+    if dtype is None:
+        return Fold(logps, None, 1.0)
+    error = weights.scatter_add_(-1, labels[:, None], -total)
+    if slope is not None:
+        error.mul_(slope)
+    return Fold(logps, error.to(dtype), transform.scale / -total)
+
+
+HeadFold = Callable[[Tensor, Tensor, torch.dtype | None, LogitTransform], Fold]
 
 
 def token_logps_plain(
@@ -57,15 +103,17 @@ def token_logps(
     transform: LogitTransform = LogitTransform(),
     *,
     rows_per_chunk: int | None = None,
+    fold: HeadFold = head_fold_,
 ) -> Tensor:
     """`token_logps_plain` in row chunks, with gradients only for the inputs that require them.
 
-    At most one (rows_per_chunk, V) tensor of logits is alive at a time, in forward and backward.
+    At most one (rows_per_chunk, V) tensor of logits is alive at a time, in forward and backward, and where the fold
+    makes them its error in the weight's dtype and a soft-cap's slope. Products are accumulated in fp32 or wider.
     """
     rows = rows_per_chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     head = _TrainedHeadLogps if trains_head and torch.is_grad_enabled() else _FrozenHeadLogps
-    result: Tensor = head.apply(hidden, weight, labels, bias, transform, rows)
+    result: Tensor = head.apply(hidden, weight, labels, bias, transform, rows, fold)
     return result
 
 
@@ -73,16 +121,14 @@ class _FrozenHeadLogps(torch.autograd.Function):
     """Log-probs under a frozen head, the gradient towards the hidden states computed in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, transform, rows):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logps = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+    def forward(ctx, hidden, weight, labels, bias, transform, rows, fold):  # type: ignore[no-untyped-def]
+        head = _Head.of(weight, bias, transform, fold, hidden.dtype)
+        logps = torch.empty(hidden.shape[0], dtype=head.wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        wide_weight = weight if _has_wide_product(weight) else weight.to(wide)
         for at in _chunks(hidden, rows):
-            chunk = _Chunk.of(hidden[at], wide_weight, labels[at], bias, transform, slope=gradient is not None)
-            logps[at] = chunk.logps
+            logps[at], to_hidden = head.score(hidden[at], labels[at], differentiated=gradient is not None)
             if gradient is not None:
-                gradient[at] = chunk.error().to(wide_weight.dtype) @ wide_weight * chunk.factor
+                gradient[at] = to_hidden
         ctx.save_for_backward(gradient)
         return logps
 
@@ -90,101 +136,96 @@ class _FrozenHeadLogps(torch.autograd.Function):
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
         scaled = None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)
-        return scaled, None, None, None, None, None
+        return scaled, None, None, None, None, None, None
 
 
 class _TrainedHeadLogps(torch.autograd.Function):
     """The same log-probs, to the last bit, under a head that is trained: its logits are computed again backwards."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, transform, rows):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, labels, bias, transform, rows, fold):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(hidden, weight, labels, bias)
-        ctx.transform, ctx.rows = transform, rows
+        ctx.transform, ctx.rows, ctx.fold = transform, rows, fold
         with torch.no_grad():
-            return _FrozenHeadLogps.apply(hidden.detach(), weight.detach(), labels, bias, transform, rows)
+            return _FrozenHeadLogps.apply(hidden.detach(), weight.detach(), labels, bias, transform, rows, fold)
 
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         hidden, weight, labels, bias = ctx.saved_tensors
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        wide_weight = weight if _has_wide_product(weight) else weight.to(wide)
-        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
-        to_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        head = _Head.of(weight, bias, ctx.transform, ctx.fold, hidden.dtype)
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=head.wide)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=head.wide)
         for at in _chunks(hidden, ctx.rows):
-            chunk = _Chunk.of(hidden[at], wide_weight, labels[at], bias, ctx.transform, slope=True)
-            error = chunk.error() * (chunk.factor * upstream[at, None])
-            if to_bias is not None:
-                to_bias += error.sum(0)
-            error = error.to(wide_weight.dtype)
-            to_hidden[at] = error @ wide_weight
-            to_weight += _wide_product(error.T, hidden[at].T.to(error.dtype), wide)
-        return (
-            to_hidden,
-            to_weight.to(weight.dtype),
-            None,
-            None if to_bias is None else to_bias.to(bias.dtype),
-            None,
-            None,
-        )
+            to_hidden[at] = head.differentiate(hidden[at], labels[at], upstream[at, None], to_weight, to_bias)
+        to_bias = None if bias is None else to_bias.to(bias.dtype)
+        return to_hidden, to_weight.to(weight.dtype), None, to_bias, None, None, None
 
 
 def _chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
-    return (slice(start, start + rows) for start in range(0, hidden.shape[0], rows))
+    """Slices of at most `rows` rows, as even as they can be: a last chunk of few rows would be a slow product."""
+    total = hidden.shape[0]
+    size = -(-total // max(1, -(-total // rows)))
+    return (slice(start, start + size) for start in range(0, total, size or 1))
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Log-probs of some rows, and what their gradient towards the logits is made of."""
+class _Head:
+    """The head as it is multiplied by, one chunk of rows at a time; what a chunk needs dies with the call."""
 
-    logps: Tensor  # (n,)
-    labels: Tensor  # (n,)
-    weights: Tensor  # (n, V), softmax times `total`
-    total: Tensor  # (n, 1)
-    slope: Tensor | float  # of the logits' transform
+    weight: Tensor  # (V, D), wide where this device cannot multiply narrow matrices into a wide result
+    bias: Tensor | None
+    transform: LogitTransform
+    fold: HeadFold
+    wide: torch.dtype  # of sums and log-probs
 
     @classmethod
     def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        transform: LogitTransform,
-        *,
-        slope: bool,
-    ) -> _Chunk:
-        logits = _wide_product(hidden, weight, torch.promote_types(hidden.dtype, torch.float32))
-        if bias is not None:
-            logits += bias
-        logits = transform(logits)
-        slopes = transform.slope(logits) if slope else 1.0
-        picked = logits.gather(-1, labels[:, None])
-        top = logits.amax(-1, keepdim=True)
-        weights = logits.sub_(top).exp_()  # in the logits' own memory
-        total = weights.sum(-1, keepdim=True)
-        return cls((picked - top - total.log()).squeeze(-1), labels, weights, total, slopes)
+        cls, weight: Tensor, bias: Tensor | None, transform: LogitTransform, fold: HeadFold, dtype: torch.dtype
+    ) -> _Head:
+        wide = torch.promote_types(dtype, torch.float32)
+        return cls(weight if _multiplies_into_wide(weight) else weight.to(wide), bias, transform, fold, wide)
 
-    def error(self) -> Tensor:
-        """(onehot - softmax) * slope, (n, V), still to be multiplied by `factor`; overwrites `weights`."""
-        error = self.weights.scatter_add_(-1, self.labels[:, None], -self.total)
-        return error.mul_(self.slope) if isinstance(self.slope, Tensor) else error
+    def score(self, hidden: Tensor, labels: Tensor, *, differentiated: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (n,) and, where asked, their gradients towards the hidden rows, (n, D)."""
+        logps, error, factor = self._folded(hidden, labels, self.weight.dtype if differentiated else None)
+        return logps, None if error is None else self._product(error, self.weight) * factor
 
-    @property
-    def factor(self) -> Tensor:
-        """(n, 1)"""
-        return (1.0 if isinstance(self.slope, Tensor) else self.slope) / -self.total
+    def differentiate(
+        self, hidden: Tensor, labels: Tensor, upstream: Tensor, to_weight: Tensor, to_bias: Tensor | None
+    ) -> Tensor:
+        """Gradient towards the hidden rows (n, D); those towards weight and bias are added to what is given."""
+        _, error, factor = self._folded(hidden, labels, self.weight.dtype)
+        assert error is not None  # a dtype was asked for
+        scale = factor * upstream
+        _add_product_(to_weight, error.T, hidden * scale)
+        if to_bias is not None:
+            _add_product_(to_bias[:, None], error.T, scale)
+        return self._product(error, self.weight) * scale
+
+    def _folded(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Fold:
+        logits = self._product(hidden, self.weight.T)
+        if self.bias is not None:
+            logits += self.bias
+        return self.fold(logits, labels, dtype, self.transform)
+
+    def _product(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """rows @ matrix, accumulated and returned in `wide`."""
+        if _multiplies_into_wide(matrix):
+            return torch.mm(rows.to(matrix.dtype), matrix, out_dtype=self.wide)
+        return rows.to(self.wide) @ matrix
 
 
-def _has_wide_product(weight: Tensor) -> bool:
+def _multiplies_into_wide(weight: Tensor) -> bool:
     """Whether this device multiplies low-precision matrices into fp32 output without widening the inputs."""
     return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
 
 
-def _wide_product(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
-    """hidden @ weight.T with a result of dtype `wide`."""
-    if _has_wide_product(weight):
-        return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=wide)
-    return hidden.to(wide) @ weight.T
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated in total's dtype, without a second tensor of its size."""
+    if _multiplies_into_wide(left):
+        torch.addmm(total, left, right.to(left.dtype), out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left, right.to(left.dtype))
 
 
 class LogProbHead(nn.Linear):
@@ -197,6 +238,7 @@ class LogProbHead(nn.Linear):
     transform: LogitTransform
     labels: Tensor | None
     rows: Tensor | None
+    fold: HeadFold = staticmethod(head_fold_)  # type: ignore[assignment]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> logits (B, T, V) without labels; (1, N) log-probs in nats with them, fp32 or wider."""
@@ -206,4 +248,11 @@ class LogProbHead(nn.Linear):
         if self.rows is not None:
             flat = flat[self.rows]
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 sums would be off by 0.04 nats a token
-            return token_logps(flat, self.weight, self.labels, self.bias, self.transform)[None]
+            return token_logps(flat, self.weight, self.labels, self.bias, self.transform, fold=self.fold)[None]
+
+
+def use_elementwise(model: nn.Module, elementwise: Elementwise) -> None:
+    """Let every `LogProbHead` of `model` fold its logits with the chosen set of functions."""
+    for module in model.modules():
+        if isinstance(module, LogProbHead):
+            module.fold = elementwise.head_fold_
