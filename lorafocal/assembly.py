@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.bounds import check_dropout
+from lorafocal.caching import SpotCheck, context_of, spot_check
 from lorafocal.compatibility import Cell, check
+from lorafocal.data.packing import PairCollator
 from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
 from lorafocal.errors import InputError
 from lorafocal.launch import engine
 from lorafocal.model.adapters import (
     FROZEN_COPY,
+    add_frozen_copy,
     attach_lora,
     features,
     freeze,
@@ -29,16 +32,39 @@ from lorafocal.model.adapters import (
     widen_adapters,
 )
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import check_length, load_base
+from lorafocal.model.load import check_length, check_same_tokens, check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.quantized import base_dtype, quantization_of, settle
 from lorafocal.model.starts import attaching, initialize, rewrites_base
+from lorafocal.model.stored import check_as_stored
 from lorafocal.model.trained_modules import embeddings_of
 from lorafocal.policy import plain_attention
 from lorafocal.probes import LayoutChoice, choose_layout
+from lorafocal.store import ReferenceStore
+from lorafocal.tensor_files import tensors_sha256
 
 logger = logging.getLogger(__name__)
 
 Rows = Iterable[Any]
+
+
+def opened(
+    model: str | PreTrainedModel | PeftModel,
+    ref_model: str | PreTrainedModel | PeftModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase | None]:
+    """The model, loaded in bfloat16 where it is a name, and its tokenizer; a named reference must share that.
+
+    Raises InputError where these do not fit together, or an adapter has been merged into the model.
+    """
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_base(model)
+    check_as_stored(model)
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
+        if isinstance(ref_model, str):
+            check_same_tokens(tokenizer, load_tokenizer(ref_model), ref_model)
+    return model, tokenizer
 
 
 def assemble_policy(
@@ -131,6 +157,17 @@ def assemble_ref_model(
     return model.to(device).eval()
 
 
+def reference_identity(kind: str | None, policy: PeftModel, ref_model: nn.Module | None) -> dict[str, str | None]:
+    """What a resumed run must find again: the kind, and the digest of a separate model or of a frozen copy.
+
+    The copy is made here, of the adapter as it is now.
+    """
+    fixed: Mapping[str, torch.Tensor] = {} if ref_model is None else sample_of(ref_model)
+    if kind == "frozen_copy":
+        fixed = add_frozen_copy(policy)
+    return {"kind": kind, "sha256": tensors_sha256(fixed) if fixed else None}
+
+
 def sample_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Up to 4096 entries of each tensor, spread over it: they tell models of one shape apart, and hash in a second."""
     flat = {name: parameter.detach().reshape(-1) for name, parameter in model.named_parameters()}
@@ -147,6 +184,39 @@ def choose_common_layout(models: Sequence[nn.Module], layout: str) -> LayoutChoi
         if choice.layout != padded.layout:
             choose_layout(model, padded.layout)
     return padded
+
+
+@dataclass(slots=True)
+class StoredReference:
+    """The reference "cached": `model`, the policy at its start or a separate one, as far as a store speaks for it."""
+
+    model: nn.Module
+    store: ReferenceStore
+    collator: PairCollator
+    checked: SpotCheck | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, args: FocalPOConfig, collator: PairCollator) -> StoredReference:
+        """Call it before the first step: the identity of `model` is read from its weights as they are."""
+        kernels = f"{args.adapter_kernels} {args.elementwise_kernels}" + " compiled" * args.compile_layers
+        attention = causal_lm(model).config.get_text_config()._attn_implementation
+        context = context_of(model, layout=collator.layout, attention=attention, kernels=kernels)
+        return cls(model, ReferenceStore(str(args.reference_store), context), collator)
+
+    def look_up(self, pairs: Sequence[TokenizedPair], *, seed: int) -> list[TokenizedPair]:
+        """The pairs with their reference. At the first call, before any step, some are checked against a live pass.
+
+        Raises InputError for what is missing, altered, foreign or further from a live pass than noise explains.
+        """
+        found = self.store.look_up(pairs)
+        if self.checked is None:
+            self.checked = spot_check(self.model, found, collator=self.collator, seed=seed)
+        return found
+
+    @property
+    def noise(self) -> float:
+        """Largest difference of a live pass, in nats, that is none."""
+        return 0.0 if self.checked is None else self.checked.tolerance
 
 
 def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig) -> TokenizedData:

@@ -7,9 +7,10 @@ forward and backward. The loss is the sum over pairs divided by the pairs of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,17 @@ from lorafocal.arguments import TRAINER_WORDS_OF_TRL, FocalPOConfig, refuse_unkn
 from lorafocal.assembly import (
     NumberedPairs,
     Rows,
+    StoredReference,
     assemble_policy,
     assemble_ref_model,
     check_pairs,
     choose_common_layout,
-    sample_of,
+    opened,
+    reference_identity,
     tokenized,
 )
 from lorafocal.budget import Retry, settle_budget
+from lorafocal.caching import CacheReport, cache_reference
 from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
 from lorafocal.checkpoint import load_state
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
@@ -49,9 +53,7 @@ from lorafocal.evaluations import evaluation_file, write_evaluation
 from lorafocal.health import HealthCheck
 from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
-from lorafocal.model.adapters import add_frozen_copy, check_trainable
-from lorafocal.model.load import check_same_tokens, check_vocabulary, load_base, load_tokenizer
-from lorafocal.model.stored import check_as_stored
+from lorafocal.model.adapters import check_trainable
 from lorafocal.objectives import PairLogps, mean_loss
 from lorafocal.optimizers import check_given, settle
 from lorafocal.policy import evaluating, sequence_logps
@@ -59,7 +61,7 @@ from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Sp
 from lorafocal.reference import Reference, build_reference, check_identity, check_ref_model, check_same_reference
 from lorafocal.sampler import step_loader
 from lorafocal.saving import TrainedAdapter, find_checkpoint, progress_at, publish_adapter, write_checkpoint
-from lorafocal.tensor_files import check_keys, tensors_sha256
+from lorafocal.tensor_files import check_keys
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,8 @@ class FocalPOTrainer(Trainer):
     a name or folder, loaded in bfloat16.
 
     `args.reference` says what the policy is compared with: "disabled_adapter" (the base), "frozen_copy" (the adapter
-    as it is given: to continue one that is already trained), or "separate_model" (`ref_model`, a model or its name).
+    as it is given: to continue one that is already trained), "separate_model" (`ref_model`, a model or its name), or
+    "cached" (the policy as it starts, or `ref_model`, by log-probs that `cache_reference` has stored).
 
     Raises InputError for anything the caller can put right, before the first step.
     """
@@ -104,14 +107,7 @@ class FocalPOTrainer(Trainer):
         args = args or FocalPOConfig(output_dir="focalpo_output")
         check_ref_model(args.reference, ref_model)
         check_given(optimizers[0], args.loraplus_lr_ratio)
-        if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer(model)
-            model = load_base(model)
-        check_as_stored(model)
-        if processing_class is not None:
-            check_vocabulary(model, processing_class)
-            if isinstance(ref_model, str):
-                check_same_tokens(processing_class, load_tokenizer(ref_model), ref_model)
+        model, processing_class = opened(model, ref_model, processing_class)
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.data = {
             name: tokenized(rows, name, processing_class, args) for name, rows in given.items() if rows is not None
@@ -128,11 +124,7 @@ class FocalPOTrainer(Trainer):
         self._scorers = [policy, *filter(None, [self.ref_model])]
         for name, part in self.data.items():
             check_pairs(part.pairs, name, self._scorers)  # the reference's lengths too
-        fixed: Mapping[str, Tensor] = {} if self.ref_model is None else sample_of(self.ref_model)
-        if args.reference == "frozen_copy":
-            fixed = add_frozen_copy(policy)
-        digest = tensors_sha256(fixed) if fixed else None
-        self.reference_identity: dict[str, str | None] = {"kind": args.reference, "sha256": digest}
+        self.reference_identity = reference_identity(args.reference, policy, self.ref_model)
         super().__init__(
             model=policy,
             args=args,
@@ -143,10 +135,14 @@ class FocalPOTrainer(Trainer):
             optimizers=optimizers,
         )
         policy.eval()  # each step sets its own mode again
-        self.budget = settle_budget(policy, args, args.device, [p for part in self.data.values() for p in part.pairs])
+        self.budget = settle_budget(policy, args, args.device, self._all_pairs())
         self.layout = choose_common_layout(self._scorers, args.layout)
         self.data_collator = self._collator()
         self._retry = Retry(self.data_collator, args.device)
+        self.stored: StoredReference | None = None
+        if args.reference == "cached":
+            self.stored = StoredReference.of(self.ref_model or policy, args, self.data_collator)
+            self.reference_identity["sha256"] = self.stored.store.context.weights_sha256
         self.remove_callback(PrinterCallback)
         output = Path(args.output_dir)
         self.health = HealthCheck(self.adapter, self._pairs("train_dataset") or [], output)
@@ -164,6 +160,9 @@ class FocalPOTrainer(Trainer):
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
         return self.data[name].pairs if name in self.data else None
 
+    def _all_pairs(self) -> list[TokenizedPair]:
+        return [pair for part in self.data.values() for pair in part.pairs]
+
     # ---- data -------------------------------------------------------------------------------------------------
 
     def _collator(self) -> PairCollator:
@@ -171,6 +170,31 @@ class FocalPOTrainer(Trainer):
         if self.layout.reason and self.is_world_process_zero():
             logger.warning("training padded, each prompt twice: %s", self.layout.reason)
         return PairCollator(self.layout.layout, self.budget.tokens, rejected=self.objective.entry.rejected)
+
+    def cache_reference(self, *, per_token: bool = False, say: Callable[[str], None] = logger.info) -> CacheReport:
+        """Compute and store the reference's log-probs of all pairs, as far as the store lacks them.
+
+        Raises InputError where the reference is not "cached".
+        """
+        if self.stored is None:
+            raise InputError(f'the reference is {self.args.reference}: nothing is stored; set `reference="cached"`')
+        rank, world, collator = self.args.process_index, self.args.world_size, self.data_collator
+        scored, store, pairs = self.stored.model, self.stored.store, self._all_pairs()
+        return cache_reference(
+            scored, pairs, store, collator=collator, per_token=per_token, say=say, rank=rank, world=world
+        )
+
+    def look_up_reference(self, say: Callable[[str], None] = logger.info) -> None:
+        """Give all pairs their stored reference, and check some; training and evaluation begin with it.
+
+        Raises InputError for what is missing, altered, foreign, or further from a live pass than noise explains.
+        """
+        if self.stored is None or self.stored.checked is not None or not (pairs := self._all_pairs()):
+            return
+        found = iter(self.stored.look_up(pairs, seed=self.args.seed))
+        for part in self.data.values():
+            part.pairs[:] = islice(found, len(part.pairs))  # the lists that the loaders know
+        say(str(self.stored.checked))
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole steps of pairs in an order of their own each epoch."""
@@ -183,11 +207,14 @@ class FocalPOTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Held-out pairs in their own order."""
+        self.look_up_reference()
         if eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str):
             pairs = self.eval_dataset
         else:
             pairs = tokenized(eval_dataset, "eval_dataset", self.processing_class, self.args).pairs
             check_pairs(pairs, "eval_dataset", self._scorers)
+            if self.stored is not None:
+                pairs = self.stored.look_up(pairs, seed=self.args.seed)
         if pairs is None:
             raise InputError("eval_dataset is missing: there is nothing to evaluate on")
         return step_loader(NumberedPairs(pairs), self.data_collator, self.args, seed=None)
@@ -263,14 +290,18 @@ class FocalPOTrainer(Trainer):
         if self.objective.entry.reference:
             with evaluating(model) if self.args.allow_dropout else nullcontext():
                 reference = self._reference_of(model).logps(pack)
-        return sequence_logps(model, pack), reference
+        policy = sequence_logps(model, pack)
+        if reference is not None:  # stored ones are wider
+            reference = PairLogps(*(side.to(policy.chosen.dtype) for side in reference))
+        return policy, reference
 
     def _check_start(self, pack: Pack, policy: PairLogps, reference: PairLogps) -> None:
         """The identity probe, of the policy without its noise."""
         if self.args.allow_dropout:
             with evaluating(self.model), torch.no_grad():  # not an engine's wrapper: ranks may call unequally often
                 policy = sequence_logps(self.model, pack)
-        check_identity(policy, reference, pack.pair_ids, kind=str(self.args.reference))
+        tolerance = 0.0 if self.stored is None else self.stored.noise
+        check_identity(policy, reference, pack.pair_ids, kind=str(self.args.reference), tolerance=tolerance)
 
     def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
         """Packs of this rank, filled up to the longest rank's, and the pairs of the step over all ranks."""
@@ -344,6 +375,7 @@ class FocalPOTrainer(Trainer):
 
         Raises InputError where the checkpoint is torn or missing; a torn one is never loaded.
         """
+        self.look_up_reference()  # while the policy is at its start
         found = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir), writes=self.args.should_save)
         self.metrics.reset()  # on every rank: what an earlier call left is not of this one
         self.pairs_seen = 0
