@@ -1,4 +1,4 @@
-"""Stored log-probs: found by content, whole or absent, and refused by name where they are missing, altered or foreign."""
+"""Stored log-probs: found by content, whole or absent, refused by name where missing, altered or foreign."""
 
 from __future__ import annotations
 
@@ -131,11 +131,11 @@ def test_the_disk_figure_of_the_docs(tmp_path):
 def test_a_missing_entry_is_an_error_that_names_the_pair_and_never_a_number(tmp_path):
     of = pairs(6)
     store = filled(tmp_path, of[:5])
-    with pytest.raises(InputError, match="2 of 12 .* missing.* chosen answer of pair 'pair-5'.*cache-reference"):
+    with pytest.raises(InputError, match=r"2 of 12 .* missing.* chosen answer of pair 'pair-5'.*cache-reference"):
         store.look_up(of)
     short = ReferenceStore(tmp_path / "short", CONTEXT)
     short.write(scores(of)[:-1])  # all but one row
-    with pytest.raises(InputError, match="1 of 12 .* missing.* rejected answer of pair 'pair-5'"):
+    with pytest.raises(InputError, match=r"1 of 12 .* missing.* rejected answer of pair 'pair-5'"):
         short.look_up(of)
     parts(store)[0].unlink()
     with pytest.raises(InputError, match="10 of 10"):
@@ -193,7 +193,7 @@ def test_a_part_that_was_moved_into_another_context_is_refused(tmp_path):
     there = filled(tmp_path, of[2:], replace(CONTEXT, quantization="nf4"))
     (moved,) = parts(there)
     moved.rename(here.folder / moved.name)
-    with pytest.raises(InputError, match="another context .quantization is nf4 there and None here"):
+    with pytest.raises(InputError, match=r"another context .quantization is nf4 there and None here"):
         here.look_up(of)
     (there.folder / CONTEXT_FILE).unlink()
     with pytest.raises(InputError, match="knows nothing"):
@@ -203,7 +203,7 @@ def test_a_part_that_was_moved_into_another_context_is_refused(tmp_path):
 def test_a_folder_under_another_contexts_name_is_refused(tmp_path):
     other = replace(CONTEXT, dtype="bfloat16")
     filled(tmp_path, pairs(4)).folder.rename(tmp_path / other.sha256[:16])
-    with pytest.raises(InputError, match="another context .dtype is float32 there and bfloat16 here"):
+    with pytest.raises(InputError, match=r"another context .dtype is float32 there and bfloat16 here"):
         ReferenceStore(tmp_path, other)
 
 
@@ -221,7 +221,7 @@ def test_what_is_not_a_finite_number_is_not_stored(tmp_path, value, in_tokens):
     good, bad = scores(pairs(1), tokens=True)
     tokens = torch.tensor([-1.0, value]) if in_tokens else bad.token_logps
     bad = replace(bad, logps=-1.0 if in_tokens else value, token_logps=tokens)
-    with pytest.raises(InputError, match="rejected answer of pair 'pair-0'.*nothing"):
+    with pytest.raises(InputError, match=r"rejected answer of pair 'pair-0'.*nothing"):
         ReferenceStore(tmp_path, CONTEXT).write([good, bad])
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,335 @@
+"""What identifies a reference, what it answers in large packs, how a killed call goes on, and spot checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+
+from lorafocal import caching
+from lorafocal.caching import cache_reference, context_of, fingerprint, score, spot_check
+from lorafocal.data.packing import PairCollator, share_prefixes
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.model.adapters import attach_lora
+from lorafocal.model.load import load_base
+from lorafocal.policy import prepare_policy, sequence_logps
+from lorafocal.store import ReferenceStore, answers_of
+from tests.killing import moments
+from tests.tiny import disturb, lora, pairs, tiny_base, tiny_policy
+
+WORDS = {"layout": "packed", "attention": "sdpa", "kernels": "torch"}
+FP32 = 2.0**-24  # what rounding to fp32 changes at most, relative
+
+
+def prepared(kind: str = "llama", dtype: torch.dtype = torch.float32, *, layout: str = "packed", trained: bool = True):
+    model = tiny_policy(kind, dtype, trained=trained)
+    prepare_policy(model, layout=layout)
+    return model
+
+
+def store_of(folder: Path, model) -> ReferenceStore:
+    return ReferenceStore(folder, context_of(model, **WORDS))
+
+
+def stored(folder: Path, model, of: list[TokenizedPair], **settings) -> list[TokenizedPair]:
+    store = store_of(folder, model)
+    cache_reference(model, of, store, collator=PairCollator(**settings))
+    return store.look_up(of)
+
+
+def values(of: list[TokenizedPair]) -> Tensor:
+    return torch.tensor([logps for pair in of for logps in pair.reference or ()], dtype=torch.float64)
+
+
+def one_at_a_time(model, of: list[TokenizedPair]) -> Tensor:
+    """Live log-probs, each pair in a pack of its own."""
+    with torch.no_grad():
+        return torch.stack([torch.cat(sequence_logps(model, share_prefixes([pair]))) for pair in of]).flatten().double()
+
+
+# ---- identity
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"r": 8, "lora_alpha": 1}, {"target_modules": ["q_proj"]}, {"use_rslora": True}],
+    ids=str,
+)
+def test_an_adapter_that_changes_nothing_leaves_the_bases_fingerprint(settings):
+    torch.manual_seed(len(settings))
+    policy = attach_lora(tiny_base(), lora(**settings))
+    assert fingerprint(policy) == fingerprint(tiny_base())
+    assert context_of(policy, **WORDS) == context_of(tiny_base(), **WORDS)
+    prepare_policy(policy)
+    assert context_of(policy, **WORDS) == context_of(tiny_base(), **WORDS)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}], ids=str
+)
+def test_seeds_share_what_other_adapters_start_from(settings):
+    found = set()
+    for seed in (1, 2):
+        base = tiny_base()
+        torch.manual_seed(seed)
+        found.add(fingerprint(attach_lora(base, lora(**settings))))
+    assert len(found) == 1
+
+
+@pytest.mark.row("35")
+def test_every_tensor_of_the_base_counts():
+    base = tiny_base()
+    seen = {fingerprint(base)}
+    for tensor in base.state_dict().values():
+        before = tensor.flatten()[-1].clone()
+        tensor.view(-1)[-1] = torch.nextafter(before, torch.tensor(torch.inf))
+        seen.add(fingerprint(base))
+        tensor.view(-1)[-1] = before
+    assert len(seen) == 1 + len(base.state_dict())
+    assert fingerprint(tiny_base(dtype=torch.bfloat16)) not in seen
+
+
+def test_a_continued_adapter_counts_with_its_scaling():
+    policy = tiny_policy()
+    seen = {fingerprint(tiny_base()), fingerprint(policy), fingerprint(disturb(tiny_policy(), scale=0.3))}
+    for layer in policy.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling["default"] *= 2
+    seen.add(fingerprint(policy))
+    assert len(seen) == 4
+
+
+def test_a_configuration_counts_where_it_changes_the_answer():
+    base = context_of(tiny_base(), **WORDS)
+    assert context_of(tiny_base(rope_theta=500.0), **WORDS).differences(base.as_dict())[0].startswith("model_sha256")
+    assert context_of(tiny_base(use_cache=False), **WORDS) == base
+
+
+def test_the_size_of_the_hashed_pieces_changes_nothing(monkeypatch):
+    whole = fingerprint(tiny_base())
+    monkeypatch.setattr(caching, "CHUNK_BYTES", 100)
+    assert fingerprint(tiny_base()) == whole
+
+
+@pytest.mark.row("35")
+def test_bases_in_few_bits_are_contexts_of_their_own(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    found = {}
+    for word in ("nf4", "nf4-double", "int8", None):
+        base = load_base(str(tmp_path / "base"), dtype="float32", quantization=word)
+        policy = attach_lora(base, lora())
+        prepare_policy(policy)
+        before = context_of(policy, **WORDS)
+        stored(tmp_path / "store", policy, pairs(4))
+        assert context_of(policy, **WORDS) == before  # what bitsandbytes keeps of a pass is no part of it
+        found[word] = before
+    assert len({context.weights_sha256 for context in found.values()}) == 4
+    assert [context.quantization for context in found.values()] == list(found)
+    others = store_of(tmp_path / "store", tiny_base(dtype=torch.bfloat16))
+    with pytest.raises(InputError, match="quantization is nf4 there and None here"):
+        others.look_up(pairs(4))
+
+
+# ---- log-probs
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("settings", [{}, {"tokens_per_pack": 40}, {"layout": "padded"}, {"bucket": 16}], ids=str)
+def test_what_is_stored_is_the_models_own_answer_rounded_to_fp32(tmp_path, kind, settings):
+    """A float64 model: its answers differ by 1e-12 however they are packed, the stored ones by fp32's rounding."""
+    layout = {key: value for key, value in settings.items() if key == "layout"}
+    of, model = pairs(30), prepared(kind, torch.float64, **layout)
+    found = values(stored(tmp_path, model, of, **settings))
+    prepare_policy(model)
+    exact = one_at_a_time(model, of)
+    assert bool(((found - exact).abs() <= FP32 * exact.abs() + 1e-12).all())
+    assert not torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_stored_is_a_live_answer_to_the_noise(tmp_path, dtype):
+    of, model = pairs(30, longest=40), prepared(dtype=dtype)
+    found = stored(tmp_path, model, of)
+    check = spot_check(model, found, collator=PairCollator(tokens_per_pack=60), seed=0, count=30)
+    gaps = (values(found) - one_at_a_time(model, of)).abs()
+    assert float(gaps.max()) <= check.tolerance < (2e-4 if dtype == torch.float32 else 0.25)
+
+
+def watched_scores(monkeypatch: pytest.MonkeyPatch, note: Callable[[int], object]) -> None:
+    """`note` gets the number of answers of every call."""
+
+    def watched(model, rows, collator):
+        note(sum(map(len, rows)))
+        return score(model, rows, collator)
+
+    monkeypatch.setattr(caching, "score", watched)
+
+
+@pytest.mark.row("35")
+def test_each_distinct_answer_is_computed_once(tmp_path, monkeypatch):
+    computed: list[int] = []
+    watched_scores(monkeypatch, computed.append)
+    a, b, c, d = [5, 9], [6, 7], [8], [4]
+    of = [TokenizedPair(str(n), [1, 2], *two) for n, two in enumerate([(a, b), (a, c), (b, c), (b, a), (a, b)])]
+    of.append(TokenizedPair("other prompt", [1, 3], a, d))
+    model = prepared()
+    found = stored(tmp_path, model, of)
+    assert sum(computed) == 5
+    assert torch.allclose(values(found), one_at_a_time(model, of), rtol=0, atol=1e-4)
+    more = [*of, TokenizedPair("more", [1, 2], d, a)]
+    assert len(stored(tmp_path, model, more)) == 7
+    assert sum(computed) == 6
+
+
+def test_a_second_call_computes_nothing_and_says_so(tmp_path, monkeypatch):
+    of, model = pairs(9), prepared()
+    store = store_of(tmp_path, model)
+    first = cache_reference(model, of, store, collator=PairCollator())
+    computed: list[int] = []
+    watched_scores(monkeypatch, computed.append)
+    second = cache_reference(model, [*of, *of], store, collator=PairCollator())
+    assert (first.computed, first.found, second.computed, second.found) == (18, 0, 0, 18)
+    assert computed == []
+    assert "0 answers computed" in str(second)
+    assert second.as_dict()["found"] == 18
+
+
+def test_the_tokens_own_log_probs_sum_up(tmp_path):
+    of, model = pairs(9), prepared()
+    store = store_of(tmp_path, model)
+    cache_reference(model, of, store, collator=PairCollator())
+    again = cache_reference(model, of, store, collator=PairCollator(), per_token=True)
+    assert again.computed == 18
+    sums = [float(tokens.double().sum()) for two in store.token_logps(of) for tokens in two]
+    assert sums == pytest.approx(values(store.look_up(of)).tolist(), rel=1e-6)
+
+
+def test_dropout_is_off_and_every_module_keeps_its_mode(tmp_path):
+    model = attach_lora(tiny_base(attention_dropout=0.0), lora(lora_dropout=0.5))
+    prepare_policy(disturb(model))
+    model.train()
+    found = values(stored(tmp_path, model, pairs(5)))
+    assert model.training
+    model.eval()
+    assert torch.allclose(found, one_at_a_time(model, pairs(5)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_damaged_model_stores_nothing(tmp_path, dtype):
+    model = prepared(dtype=dtype)
+    model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="answer of pair 'pair-0' a log-prob of nan"):
+        stored(tmp_path, model, pairs(5))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- ranks and kills
+
+
+def test_shares_of_ranks_are_whole_together_and_overlap_nowhere(tmp_path):
+    of, model = [*pairs(15), *pairs(4, seed=5)], prepared()
+    store, counts = store_of(tmp_path / "shared", model), []
+    for rank in (2, 0, 1):  # whatever the others have written by then
+        report = cache_reference(model, of, store, collator=PairCollator(), rank=rank, world=3)
+        counts.append(report.computed)
+    assert sum(counts) == len(store_of(tmp_path / "none", model).missing(of))
+    assert min(counts) > 0
+    alone = values(stored(tmp_path / "alone", model, of))
+    assert torch.allclose(values(store.look_up(of)), alone, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.row("35")
+def test_killed_at_any_moment_at_most_one_shard_is_computed_twice(tmp_path, monkeypatch):
+    of, model, shard = pairs(5), prepared(), 4
+    monkeypatch.setattr(caching, "SHARD_ROWS", shard // 2)
+    folder, log = tmp_path / "store", tmp_path / "computed"
+    store = ReferenceStore(folder, context_of(model, **WORDS))
+    expected = values(stored(tmp_path / "whole", model, of))
+
+    def note(count: int) -> None:
+        with log.open("a") as file:
+            print(count, file=file)
+
+    def work() -> None:
+        cache_reference(model, of, store, collator=PairCollator())
+
+    watched_scores(monkeypatch, note)
+    twice = []
+    for number, _ in enumerate(moments(work, folder)):
+        work()
+        twice.append(sum(map(int, log.read_text().split())) - 2 * len(of))
+        assert torch.equal(values(store.look_up(of)), expected)
+        folder.rename(tmp_path / f"done-{number}")
+        log.unlink()
+    assert set(twice) == {0, 2, shard}  # the last shard has one pair
+    assert len(twice) > 10
+
+
+# ---- spot checks
+
+
+def perturbed(of: list[TokenizedPair], by: float) -> list[TokenizedPair]:
+    """One stored value among many, elsewhere."""
+    chosen, rejected = of[4].reference
+    return [*of[:4], replace(of[4], reference=(chosen, rejected + by)), *of[5:]]
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by", [0.25, -3.0, float("nan")])
+def test_one_perturbed_value_fails_the_spot_check(tmp_path, dtype, by):
+    of, model = pairs(12), prepared(dtype=dtype)
+    found = stored(tmp_path, model, of)
+    spot_check(model, found, collator=PairCollator(), seed=3)
+    with pytest.raises(InputError, match=r"rejected answer of pair 'pair-4'.*a live pass gives.*more than noise"):
+        spot_check(model, perturbed(found, by), collator=PairCollator(), seed=3)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_noise_is_measured_and_said(tmp_path, layout):
+    of, model = pairs(40), prepared(dtype=torch.bfloat16, layout=layout)
+    found = stored(tmp_path, model, of, layout=layout)
+    check = spot_check(model, found, collator=PairCollator(layout), seed=3, count=7)
+    assert check.worst <= check.tolerance
+    assert check.noise < check.tolerance
+    assert "7 of 40 pairs checked" in str(check)
+    assert "nats in bfloat16" in str(check)
+    assert set(check.as_dict()) == {"pairs", "of", "worst", "noise", "tolerance", "dtype"}
+
+
+def test_seeds_draw_other_pairs(tmp_path, monkeypatch):
+    of, model = pairs(40), prepared()
+    found, drawn = stored(tmp_path, model, of), []
+
+    def seen(model, rows, collator):
+        drawn.append({answer.key for row in rows for answer in row})
+        return score(model, rows, collator)
+
+    monkeypatch.setattr(caching, "score", seen)
+    for seed in (0, 0, 1):
+        spot_check(model, found, collator=PairCollator(), seed=seed, count=5)
+    first, again, other = drawn[::3]
+    assert first == again != other
+    assert first <= {answer.key for answer in answers_of(of)}
+
+
+def test_pairs_that_were_not_looked_up_cannot_be_checked():
+    with pytest.raises(InputError, match="were not looked up"):
+        spot_check(prepared(), pairs(3), collator=PairCollator(), seed=0)
+
+
+def test_a_store_of_other_weights_fails_the_check(tmp_path):
+    """As when a context said too little: the log-probs of the base for a policy that is continued."""
+    found = stored(tmp_path, prepared(trained=False), pairs(12))
+    with pytest.raises(InputError, match="more than noise"):
+        spot_check(prepared(trained=True), found, collator=PairCollator(), seed=0)
