@@ -47,6 +47,7 @@ HEAVY_LIBRARIES = {
     "matplotlib",
     "pandas",
     "bitsandbytes",
+    "triton",
 }
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "joblib", "dill", "cloudpickle", "shelve"}
