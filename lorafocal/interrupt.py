@@ -27,15 +27,28 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self._heard: signal.Signals | None = None
 
+    @property
+    def heard(self) -> signal.Signals | None:
+        """What this process has heard, whether or not a step has ended since."""
+        return self._heard
+
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within, the two signals are ours; the handlers before are restored afterwards."""
+        """Within, the two signals are ours; the handlers before are restored afterwards.
+
+        Of two that watch one inside the other, as a run inside a sweep, each knows what the other has heard.
+        """
         before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        outer = getattr(before[signal.SIGINT], "__self__", None)
+        if isinstance(outer, StopOnSignal):
+            self._heard = outer._heard
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if isinstance(outer, StopOnSignal):
+                outer._heard = self._heard
 
     def _hear(self, number: int, frame: Any) -> None:
         if self._heard is not None:

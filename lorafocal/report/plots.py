@@ -29,7 +29,7 @@ from lorafocal.report.numbers import (
 from lorafocal.report.read import RunRecord, Series
 
 DPI = 140
-_PANEL_INCHES = (5.6, 3.3)
+PANEL_INCHES = (5.6, 3.3)
 _IN_VIEW = 0.995  # share of the pairs that a histogram must show
 _NARROWEST_VIEW = 0.05  # width of a histogram, in margin, of runs that hardly moved
 _BINS = 48
@@ -131,16 +131,16 @@ def run_colours(count: int, theme: Theme) -> list[str]:
 
 def panel_png(panel: Panel, records: Sequence[RunRecord], theme: Theme) -> bytes:
     """One panel; which colour is which run is said beside it."""
-    figure = _figure(_PANEL_INCHES, theme)
+    figure = new_figure(PANEL_INCHES, theme)
     _draw_panel(figure.subplots(), panel, records, theme)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def overview_png(records: Sequence[RunRecord], theme: Theme = LIGHT) -> bytes:
     """All panels on one picture, with the names of the runs once, on top."""
     panels = drawable(records)
     rows = math.ceil(len(panels) / 2)
-    figure = _figure((2 * _PANEL_INCHES[0], rows * _PANEL_INCHES[1] + 0.5), theme)
+    figure = new_figure((2 * PANEL_INCHES[0], rows * PANEL_INCHES[1] + 0.5), theme)
     places = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axes, panel in zip(places, panels, strict=False):
         _draw_panel(axes, panel, records, theme)
@@ -153,8 +153,8 @@ def overview_png(records: Sequence[RunRecord], theme: Theme = LIGHT) -> bytes:
         frameon=False,
     )  # fmt: skip
     for text, record in zip(legend.get_texts(), records, strict=True):
-        _write(text, shortened(record.name, 28 if len(records) > 1 else 72), theme)
-    return _png(figure)
+        write_words(text, shortened(record.name, 28 if len(records) > 1 else 72), theme)
+    return png_bytes(figure)
 
 
 def margins_png(record: RunRecord, colour: str, theme: Theme) -> bytes | None:
@@ -167,7 +167,7 @@ def margins_png(record: RunRecord, colour: str, theme: Theme) -> bytes | None:
     tables = first_middle_last(record.tables)
     margins = {table.step: table_margins(table, record.beta) for table in tables}
     low, high = _view(torch.cat(list(margins.values())), record.gamma or 0.0)
-    figure = _figure((_PANEL_INCHES[0], 1.9 + 1.25 * len(tables)), theme)
+    figure = new_figure((PANEL_INCHES[0], 1.9 + 1.25 * len(tables)), theme)
     top, *below = figure.subplots(
         1 + len(tables), 1, sharex=True, squeeze=False, height_ratios=[1.5] + [1.0] * len(tables)
     ).flat
@@ -178,17 +178,17 @@ def margins_png(record: RunRecord, colour: str, theme: Theme) -> bytes | None:
         axes.axvline(0, color=theme.soft, linewidth=0.8)
         if record.gamma and low < (turn := turning_point(record.gamma)) < high:
             axes.axvline(turn, color=theme.soft, linewidth=1.2, linestyle=":", label=f"turns at {turn:.1f}")
-    _key(top, theme)
+    draw_key(top, theme)
     below[-1].set_xlabel("margin of a pair", color=theme.text)
     below[-1].set_xlim(low, high)
     title = f"Margins of held-out pairs: {shortened(record.name, 32)}"
-    _write(top.set_title("", fontsize=11, loc="left"), title, theme)
-    return _png(figure)
+    write_words(top.set_title("", fontsize=11, loc="left"), title, theme)
+    return png_bytes(figure)
 
 
 def _draw_weights(axes: Axes, gamma: float | None, low: float, high: float, theme: Theme) -> None:
     """FocalPO's and DPO's weight of a pair in the gradient, over its margin."""
-    _dress(axes, theme)
+    dress(axes, theme)
     margin = torch.linspace(low, high, 400, dtype=torch.float64)
     axes.plot(margin, dpo_weight(margin), "--", color=theme.soft, linewidth=1.6, label="DPO")
     if gamma:
@@ -204,7 +204,7 @@ def _draw_histogram(
     axes: Axes, step: int, margins: torch.Tensor, low: float, high: float, colour: str, theme: Theme
 ) -> None:
     """Share of pairs a bin, on its own scale: at the start all pairs may lie in one."""
-    _dress(axes, theme)
+    dress(axes, theme)
     inside = margins[(margins >= low) & (margins <= high)]
     counts, edges = torch.histogram(inside, bins=_BINS, range=(low, high))
     shares = counts / len(margins)
@@ -236,7 +236,7 @@ def _view(margins: torch.Tensor, gamma: float) -> tuple[float, float]:
 
 
 def _draw_panel(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: Theme) -> None:
-    _dress(axes, theme)
+    dress(axes, theme)
     colours = run_colours(len(records), theme)
     keys: dict[str, Line2D] = {}
     for curve in panel.curves:
@@ -260,7 +260,7 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[RunRecord], theme: T
         axes.set_ylim(-0.04, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(keys) > 1:
-        _key(axes, theme, list(keys.values()), list(keys))
+        draw_key(axes, theme, list(keys.values()), list(keys))
 
 
 def _style(kind: str, points: int, scale: float) -> dict[str, Any]:
@@ -276,13 +276,13 @@ def _style(kind: str, points: int, scale: float) -> dict[str, Any]:
     }[kind]
 
 
-def _figure(inches: tuple[float, float], theme: Theme) -> Figure:
+def new_figure(inches: tuple[float, float], theme: Theme) -> Figure:
     figure = Figure(figsize=inches, layout="constrained", facecolor=theme.back)
     FigureCanvasAgg(figure)  # no window system, no global state
     return figure
 
 
-def _dress(axes: Axes, theme: Theme) -> None:
+def dress(axes: Axes, theme: Theme) -> None:
     axes.set_facecolor(theme.back)
     axes.grid(color=theme.grid, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -294,7 +294,7 @@ def _dress(axes: Axes, theme: Theme) -> None:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
 
 
-def _key(axes: Axes, theme: Theme, *entries: Any) -> None:
+def draw_key(axes: Axes, theme: Theme, *entries: Any) -> None:
     """What the kinds of line mean, on a ground of its own where curves pass behind."""
     axes.legend(*entries, fontsize=8, labelcolor=theme.text, facecolor=theme.back, edgecolor="none", framealpha=0.8)
 
@@ -305,14 +305,14 @@ def shortened(name: str, limit: int) -> str:
     return name if len(name) <= limit else f"{name[:half]} … {name[-half:]}"
 
 
-def _write(text: matplotlib.text.Text, words: str, theme: Theme) -> None:
+def write_words(text: matplotlib.text.Text, words: str, theme: Theme) -> None:
     """A user's own words are never read as mathematics, nor as a legend's entry to hide."""
     text.set_parse_math(False)
     text.set_text(words)
     text.set_color(theme.text)
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()

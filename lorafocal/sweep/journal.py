@@ -1,0 +1,150 @@
+"""`sweep.json`: what a sweep was asked and what came of it, written anew after each change, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorafocal.errors import InputError
+from lorafocal.publish import write_atomically
+from lorafocal.report.sweep_page import best_dict
+from lorafocal.report.sweep_results import Point, SweepRecord, choose
+from lorafocal.resume import IDENTITY, MAY_CHANGE, changes
+from lorafocal.sweep.grid import Grid, Planned, choose_criterion, value_of
+
+SWEEP_FILE = "sweep.json"
+MANIFEST_FILE, ADAPTER_DIR = "manifest.json", "adapter"
+
+
+class Journal:
+    """The points of a sweep in the order they were asked for, those of earlier calls among them."""
+
+    def __init__(self, folder: Path, grid: Grid, best: str | None) -> None:
+        self.folder, self.grid = folder, grid
+        self.axes = {key: list(values) for key, values in grid.axes.items()}
+        self.config: Mapping[str, Any] = grid.points[0].config.model_dump(mode="json")  # of the first point
+        self.inputs: Mapping[str, Any] | None = None  # fingerprints of models and pairs, as the first run found them
+        self.entries: dict[str, Planned] = {}  # by identity
+        if (folder / SWEEP_FILE).exists():
+            self._take_up(_read(folder / SWEEP_FILE))
+        for entry in grid.points:
+            self._add(entry)
+        self.criterion = choose_criterion(best, self.axes, grid.points[0].config)
+
+    def _take_up(self, saved: Mapping[str, Any]) -> None:
+        """The earlier calls' points, each made again from the config as it is now, which must give the same run."""
+        self.config, self.inputs = saved["config"], saved["inputs"]
+        asked = {entry.point.identity for entry in self.grid.points}
+        for record in saved["points"]:
+            point = Point(**record)
+            entry = self._made_again(point)
+            if point.identity in asked or (self.folder / point.slug).is_dir():
+                self.entries[point.identity] = Planned(_as_left(point, self.folder), entry.config)
+        for key, values in saved["axes"].items():
+            ours = self.axes.setdefault(key, [])
+            ours += [value for value in values if repr(value) not in map(repr, ours)]
+
+    def _made_again(self, point: Point) -> Planned:
+        way_out = f"{self.folder} is a sweep of another config, and its runs would not be comparable:\n  "
+        remedy = "\nset it back, or give this sweep another `name`"
+        try:
+            entry = self.grid.plan(point.values)
+        except InputError as error:
+            raise InputError(f"{way_out}{point.slug} cannot be run by it any more: {error}{remedy}") from error
+        if entry.point.identity != point.identity:
+            told = changes(self.config, entry.config.model_dump(mode="json"), {"name", *MAY_CHANGE, *point.values})
+            raise InputError(f"{way_out}{(chr(10) + '  ').join(told) or point.slug}{remedy}")
+        return entry
+
+    def _add(self, entry: Planned) -> None:
+        """Take up a point of this grid; one that is known keeps its name and what came of it."""
+        if entry.point.identity in self.entries:
+            return
+        if entry.point.slug in {known.point.slug for known in self.entries.values()}:
+            raise InputError(f"{entry.point.slug} is in this sweep already, with its value written in another way")
+        self.entries[entry.point.identity] = entry
+
+    def entry(self, identity: str) -> Planned:
+        return self.entries[identity]
+
+    def note(self, identity: str, **changes_: Any) -> Point:
+        """Change what is known of a point, on disk too."""
+        entry = self.entries[identity]
+        self.entries[identity] = replace(entry, point=replace(entry.point, **changes_))
+        self.save()
+        return self.entries[identity].point
+
+    def check_inputs(self, point: Point) -> None:
+        """Refuse a run whose models or held-out pairs are not those of the runs before it. Raises InputError."""
+        manifest = json.loads((self.folder / point.slug / MANIFEST_FILE).read_text(encoding="utf-8"))
+        found = {name: manifest.get(name) for name in IDENTITY}
+        if "data.train" in self.axes:
+            found["data"] = {"eval": found["data"]["eval"]}
+        if self.inputs is None:
+            self.inputs = found
+        if told := changes(self.inputs, found, ()):
+            raise InputError(
+                f"{self.folder / point.slug} was trained or measured on other inputs than the runs before it, and"
+                " cannot be compared:\n  "
+                + "\n  ".join(told)
+                + "\nput them back and remove that folder, or start a sweep under"
+                " another `name`"
+            )
+
+    def record(self) -> SweepRecord:
+        """The sweep as reports show it: every point with its value of every axis."""
+        points = [
+            replace(
+                entry.point,
+                values={key: entry.point.values.get(key, value_of(entry.config, key)) for key in self.axes},
+            )
+            for entry in self.entries.values()
+        ]
+        return SweepRecord(self.grid.name, self.folder, self.criterion, self.axes, self.config["objective"], points)
+
+    def save(self) -> None:
+        record = self.record()
+        content = {
+            "format": 1,
+            "name": record.name,
+            "criterion": {"key": self.criterion.key, "why": self.criterion.why},
+            "axes": self.axes,
+            "best": best_dict(record, choose(record)),
+            "points": [entry.point.as_dict() for entry in self.entries.values()],
+            "inputs": self.inputs,
+            "config": self.config,
+        }
+        write_atomically(self.folder / SWEEP_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def held_out_metrics(logged: Mapping[str, Any]) -> dict[str, float]:
+    """The finite `eval_` metrics of a log, without what the machine did."""
+    return {
+        key: float(value)
+        for key, value in logged.items()
+        if key.startswith("eval_")
+        and not key.endswith(("_runtime", "_per_second"))
+        and isinstance(value, int | float)
+        and math.isfinite(value)
+    }
+
+
+def _as_left(point: Point, folder: Path) -> Point:
+    """What can be relied on of a point: one whose folder is gone runs again, one that was killed was interrupted."""
+    if not (folder / point.slug / MANIFEST_FILE).exists():
+        return replace(point, status="waiting", reason="", steps=0, held_out={})
+    return replace(point, status="interrupted") if point.status == "running" else point
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if saved["format"] != 1 or not {"axes", "points", "inputs", "config"} <= saved.keys():
+            raise KeyError("format")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} cannot be read as a sweep ({error}); put it back, or move its folder away") from error
+    return saved

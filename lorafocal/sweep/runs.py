@@ -1,0 +1,172 @@
+"""The runs of a sweep, one after the other in this process, and what is computed once for all of them."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lorafocal import launch, run
+from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.interrupt import StopOnSignal
+from lorafocal.publish import inside
+from lorafocal.report.sweep_page import SweepReport, write_sweep
+from lorafocal.schema import Config
+from lorafocal.sweep.grid import Grid, Planned
+from lorafocal.sweep.journal import ADAPTER_DIR, MANIFEST_FILE, Journal, held_out_metrics
+
+STARTS_AS_THE_BASE = ("default", "gaussian", "eva")  # B = 0, whatever A is: one reference for all ranks and seeds
+
+
+def sweep(
+    config: str | Path,
+    grid: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    runs_dir: Path = Path("runs"),
+    best: str | None = None,
+    quiet: bool = False,
+) -> SweepReport:
+    """Train every point of `grid` (`section.key=value,value`) that has not been yet, and choose the best.
+
+    All points are checked before the first runs. A run that fails is recorded and the others go on; after a signal
+    the run stops as `run.train` does, and the same call goes on there. More values extend a sweep. Raises InputError
+    where nothing can be run as asked.
+    """
+    say = _silent if quiet else _to_stderr
+    _check_one_process()
+    asked = Grid.read(config, grid, overrides)
+    folder = inside(runs_dir, asked.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
+        journal = Journal(folder, asked, best)
+        journal.save()
+        stop = StopOnSignal()
+        left = [entry for entry in asked.points if _is_left(journal, entry)]
+        say(f"sweep {asked.name}: {len(asked.points)} runs, {len(left)} to train, best by {journal.criterion}")
+        for note in notes(asked, left):
+            say(note)
+        cache_references(left, quiet=quiet)
+        with stop.watching():
+            for number, entry in enumerate(left, start=1):
+                if stop.heard is not None:
+                    break
+                slug = journal.entry(entry.point.identity).point.slug
+                say(f"run {number} of {len(left)}: {slug}")
+                _train(journal, entry.point.identity, quiet=quiet)
+                say(f"{slug}: {_outcome(journal, entry.point.identity)}")
+        unfinished = any(_is_left(journal, entry) for entry in left)
+        return write_sweep(journal.record(), interrupted_by=int(stop.heard) if stop.heard and unfinished else None)
+
+
+def _train(journal: Journal, identity: str, *, quiet: bool) -> None:
+    """One run from its start or from its last checkpoint, and what came of it in the journal."""
+    entry = journal.entry(identity)
+    config = entry.config.model_copy(update={"name": entry.point.slug})
+    begun = (journal.folder / config.name / MANIFEST_FILE).exists()
+    journal.note(identity, status="running", reason="")
+    try:
+        summary = run.train(config, resume=begun, quiet=quiet, runs_dir=journal.folder)
+    except UnhealthyRun as error:
+        journal.note(identity, status="failed", reason=str(error))
+    except InputError as error:
+        journal.note(identity, status="refused", reason=str(error))
+    else:
+        ended = "finished" if summary.interrupted_by is None else "interrupted"
+        held_out = held_out_metrics(summary.held_out)
+        journal.check_inputs(journal.note(identity, status=ended, steps=summary.steps, held_out=held_out))
+    gc.collect()  # trainer and callbacks hold each other, and with them the model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_left(journal: Journal, entry: Planned) -> bool:
+    """Whether a point is still to be trained: what has failed would fail again, what was refused may be put right."""
+    point = journal.entry(entry.point.identity).point
+    if point.status == "finished":
+        return not (journal.folder / point.slug / ADAPTER_DIR).is_dir()
+    return point.status != "failed"
+
+
+def cache_references(left: Sequence[Planned], *, quiet: bool) -> None:
+    """Compute what the runs will look up, once for all that share it, before the first of them loads a model."""
+    shared: dict[str, Config] = {}
+    for entry in left:
+        reference = entry.config.reference
+        if reference is not None and reference.kind == "cached":
+            shared.setdefault(_reference_inputs(entry.config), entry.config)
+    for config in shared.values():
+        run.cache_reference(config, quiet=quiet)
+        gc.collect()
+
+
+def _reference_inputs(config: Config) -> str:
+    """What a stored reference depends on, as one text: the adapter only where it does not start with B = 0."""
+    values = config.model_dump(mode="json")
+    parts = [values["model"], values["data"], values["reference"], values["adapter"]["start_from"]]
+    if config.adapter.init not in STARTS_AS_THE_BASE:
+        parts += [values["adapter"], values["training"]["seed"]]
+    return json.dumps(parts, sort_keys=True)
+
+
+def notes(asked: Grid, left: Sequence[Planned]) -> list[str]:
+    """What is worth knowing before hours are spent."""
+    found = [f"warning: {line}" for line in dict.fromkeys(w for entry in left for w in entry.config.warnings())]
+    first = asked.points[0].config
+    if first.reference is not None and first.reference.kind != "cached" and len(left) > 1:
+        found.append(
+            "note: every run computes the reference again; reference.kind=cached would compute it once for all of them"
+        )
+    if not first.data.cache:
+        found.append("note: every run tokenises the data again; data.cache=true would keep the tokens")
+    return found
+
+
+def _outcome(journal: Journal, identity: str) -> str:
+    """One line on a run that has ended."""
+    point = journal.entry(identity).point
+    if point.reason:
+        return f"{point.status}: {point.reason}"
+    key = journal.criterion.key
+    return f"{point.status} at step {point.steps}" + (
+        f", {key} {point.held_out[key]:.4f}" if key in point.held_out else ""
+    )
+
+
+def _check_one_process() -> None:
+    if launch.world_size() > 1:
+        one = launch.several("train CONFIG --runs runs/NAME name=RUN KEY=VALUE")
+        raise InputError(
+            "a sweep runs in one process, because a run that fails on one rank alone would leave the others waiting:"
+            f" start it without the launcher. Single points may be trained before it by `{one}`; it takes them up"
+        )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within, this process alone sweeps `folder`. Raises InputError where another one does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(f"{folder} is being swept by another process: wait for it, or stop it first") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _silent(line: str) -> None:
+    pass
