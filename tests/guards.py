@@ -141,7 +141,7 @@ GUARDS: list[Guard] = [
     Guard("F11", "lorafocal.model.head:logit_transform", lambda _: careless.no_transform, "tests/model/test_head.py::test_scaled_and_capped_logits_are_followed_exactly_and_the_model_is_left_as_it_was"),
     Guard("F11 21", "lorafocal.probes:check_scores", lambda _: lambda *a: None, "tests/test_probes.py::test_a_head_that_misses_the_models_transform_is_found"),
     Guard("F15", "lorafocal.ops.attention:sdpa_shared_prefix_attention", lambda original: lambda *a, softcap=None, sinks=None, **k: original(*a, **k), "tests/ops/test_attention.py::test_caps_and_sinks_equal_the_definition_in_value_and_gradient"),
-    Guard("F15", "lorafocal.ops.attention:_softmax_attention", lambda original: lambda *a, sinks, **k: original(*a, sinks=None, **k), "tests/ops/test_attention.py::test_caps_and_sinks_are_those_of_the_models_that_have_them"),
+    Guard("F15", "lorafocal.ops.plain_attention:softmax_attention", lambda original: lambda *a, sinks=None, **k: original(*a, **k), "tests/ops/test_attention.py::test_caps_and_sinks_are_those_of_the_models_that_have_them"),
     Guard("F15", "lorafocal.policy:own_attention", lambda _: lambda base: "sdpa", "tests/model/test_architectures.py::test_caps_and_sinks_are_not_dropped_in_either_layout_or_outside"),
     Guard("27", "lorafocal.policy:_arguments", lambda original: lambda *a: {k: v for k, v in original(*a).items() if k != "attention_mask"}, "tests/model/test_architectures.py::test_rows_are_called_with_the_mask_of_their_padding"),
     Guard("20", "lorafocal.probes:check_future", lambda _: lambda *a: None, "tests/test_probes.py::test_a_model_that_sees_the_future_or_the_padding_is_refused"),

@@ -8,15 +8,12 @@ chosen answer. That is plain causal attention over two segments a pair:
 
 `shared_prefix_attention_plain` is the definition, with the whole (T, T) mask. On a CPU, and in fp32, each segment is
 one SDPA call (a plain softmax where a model caps its scores or has sinks, which SDPA knows nothing of); on a GPU in
-half precision all of them are one variable-length FlashAttention call.
+half precision all of them are one call of a variable-length kernel (`attention_kernels.py`).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,100 +21,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lorafocal.errors import InputError
+from lorafocal.ops.attention_kernels import Kernel, KernelChoice, Needs, a_call_a_segment, autograd_anywhere, choose
+from lorafocal.ops.plain_attention import softmax_attention
+from lorafocal.ops.segments import PairSpan, Segments, segments_of, visible
 
 SHARED_PREFIX_ATTENTION = "lorafocal_shared_prefix"
-
-
-@dataclass(frozen=True, slots=True)
-class PairSpan:
-    """Where one pair lies in its row, in tokens."""
-
-    start: int
-    prompt: int
-    chosen: int
-    rejected: int
-
-    @property
-    def answers(self) -> int:
-        """First row of the rejected answer."""
-        return self.start + self.prompt + self.chosen
-
-    @property
-    def stop(self) -> int:
-        return self.answers + self.rejected
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Attention bounds of a pack of B pairs in a row of T tokens: built once a pack, from host integers.
-
-    One opaque object, so that wrappers which walk a model's arguments leave it alone.
-    """
-
-    spans: tuple[PairSpan, ...]
-    key_index: Tensor  # (K,) int64: rows of the keys, segment after segment
-    query_bounds: Tensor  # (S + 1,) int32: cumulative query lengths of the S segments, two a pair
-    key_bounds: Tensor  # (S + 1,) int32: cumulative key lengths
-    longest_query: int
-    longest_key: int
-
-    @classmethod
-    def of(cls, spans: tuple[PairSpan, ...]) -> Segments:
-        keys: list[int] = []
-        query_lengths: list[int] = []
-        key_lengths: list[int] = []
-        for span in spans:
-            keys += range(span.start, span.answers)
-            query_lengths.append(span.prompt + span.chosen)
-            key_lengths.append(span.prompt + span.chosen)
-            if span.rejected:  # a lone answer has no second segment
-                keys += range(span.start, span.start + span.prompt)
-                keys += range(span.answers, span.stop)
-                query_lengths.append(span.rejected)
-                key_lengths.append(span.prompt + span.rejected)
-        return cls(
-            spans,
-            torch.tensor(keys, dtype=torch.int64),
-            _cumulative(query_lengths),
-            _cumulative(key_lengths),
-            max(query_lengths),
-            max(key_lengths),
-        )
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Segments:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            key_index=move(self.key_index),
-            query_bounds=move(self.query_bounds),
-            key_bounds=move(self.key_bounds),
-        )
-
-
-def _cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) boolean: the last query sees the last key; `window` counts the keys seen, itself included."""
-    query = torch.arange(keys - queries, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)[None]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
-
-
-def visible(spans: tuple[PairSpan, ...], window: int | None, device: torch.device) -> Tensor:
-    """(T, T) boolean: which row sees which."""
-    mask = torch.zeros(spans[-1].stop, spans[-1].stop, dtype=torch.bool, device=device)
-    for span in spans:
-        first = slice(span.start, span.answers)
-        mask[first, first] = causal_mask(span.prompt + span.chosen, span.prompt + span.chosen, window, device)
-        rejected = causal_mask(span.rejected, span.prompt + span.rejected, window, device)
-        mask[span.answers : span.stop, span.start : span.start + span.prompt] = rejected[:, : span.prompt]
-        mask[span.answers : span.stop, span.answers : span.stop] = rejected[:, span.prompt :]
-    return mask
 
 
 def shared_prefix_attention_plain(
@@ -133,37 +41,7 @@ def shared_prefix_attention_plain(
 ) -> Tensor:
     """The definition: softmax over the visible keys, (1, H, T, D)."""
     seen = visible(segments.spans, window, query.device)
-    return _softmax_attention(query, key, value, seen, scaling=scaling, softcap=softcap, sinks=sinks)
-
-
-def _softmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention written out, in fp32 or wider, to the input's dtype.
-
-    `softcap` bends scores before they are masked (Gemma-2); a head's sink is a score without a value, which takes its
-    share of the weight (gpt-oss).
-    """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (tensor.to(wide).repeat_interleave(groups, 1) for tensor in (key, value))
-    with torch.autocast(query.device.type, enabled=False):
-        scores = (query.to(wide) @ keys.transpose(-1, -2)) * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~seen, -torch.inf)
-        if sinks is not None:
-            sink = sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-            scores = torch.cat((scores, sink), dim=-1)
-        weights = scores.softmax(-1)[..., : seen.shape[-1]]
-        return (weights @ values).to(query.dtype)
+    return softmax_attention(query, key, value, seen, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 def sdpa_shared_prefix_attention(
@@ -179,32 +57,31 @@ def sdpa_shared_prefix_attention(
 ) -> Tensor:
     """The same with one SDPA call a segment, or one softmax where SDPA would drop a cap or sinks."""
     grouped = query.shape[1] != key.shape[1]
-    outputs = []
+    written_out = softcap is not None or sinks is not None
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> None:
-        if softcap is not None or sinks is not None:
-            seen = causal_mask(q.shape[2], k.shape[2], window, q.device)
-            outputs.append(_softmax_attention(q, k, v, seen, scaling=scaling, softcap=softcap, sinks=sinks))
-            return
-        square = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
-        mask = None if square else causal_mask(q.shape[2], k.shape[2], window, q.device)
-        outputs.append(
-            scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scaling, enable_gqa=grouped)
-        )
+    def attend(q: Tensor, k: Tensor, v: Tensor, span: PairSpan | None = None) -> Tensor:
+        """Rows first, (1, Q, H, D): pieces are then joined row by row, as the model wants them."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if written_out:
+            seen = segments.mask(q.shape[2], k.shape[2], window, q.device, span)
+            return softmax_attention(q, k, v, seen, scaling=scaling, softcap=softcap, sinks=sinks).transpose(1, 2)
+        causal = span is None and q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
+        mask = None if causal else segments.mask(q.shape[2], k.shape[2], window, q.device, span)
+        out = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2)
 
     # Split once: the backward of a slice is a zero tensor of the whole row, one a slice.
-    lengths = [length for span in segments.spans for length in (span.prompt + span.chosen, span.rejected)]
-    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    for number, span in enumerate(segments.spans):
-        first, rejected = 2 * number, 2 * number + 1
-        attend(queries[first], keys[first], values[first])
-        if span.rejected:
-            attend(
-                queries[rejected],
-                torch.cat((keys[first][:, :, : span.prompt], keys[rejected]), dim=2),
-                torch.cat((values[first][:, :, : span.prompt], values[rejected]), dim=2),
-            )
-    return torch.cat(outputs, dim=2)
+    lengths = [length for span in segments.spans for length in span.pieces]
+    pieces = zip(*(tensor.transpose(1, 2).split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for span in segments.spans:
+        q, k, v = next(pieces)
+        outputs.append(attend(q, k, v, span if span.is_short else None))
+        if len(span.pieces) == 2:
+            rejected, keys, values = next(pieces)
+            keys, values = (torch.cat((x[:, : span.prompt], y), dim=1) for x, y in ((k, keys), (v, values)))
+            outputs.append(attend(rejected, keys, values))
+    return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
 def varlen_shared_prefix_attention(
@@ -213,69 +90,79 @@ def varlen_shared_prefix_attention(
     value: Tensor,
     segments: Segments,
     *,
+    kernel: Kernel,
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    kernel: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """The same with one variable-length FlashAttention call; `kernel` has the signature of torch's `varlen_attn`.
-
-    Raises InputError for a soft-cap or sinks, which that kernel has not.
-    """
-    for name, asked in (("soft-capped scores", softcap), ("attention sinks", sinks)):
-        if asked is not None:
-            raise InputError(f"the model has {name}, which packs on a GPU do not support")
-    kernel = kernel or _torch_varlen_kernel()
-    accepted = _parameters(kernel)
-    options: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)}
-    if "window_size" not in accepted:
-        if window is not None and window < segments.longest_key:
-            raise InputError(
-                "sliding-window attention needs a variable-length kernel with `window_size`, which this torch lacks;"
-                " upgrade torch or set `packing.layout: padded`"
-            )
-        options = {"is_causal": True}
-    q = query[0].transpose(0, 1)  # (T, H, D)
-    k = key[0].transpose(0, 1).index_select(0, segments.key_index)  # (K, H_kv, D)
-    v = value[0].transpose(0, 1).index_select(0, segments.key_index)
-    if "scale" in accepted:
-        options["scale"] = scaling
-    else:
-        q = q * (scaling * q.shape[-1] ** 0.5)
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in accepted:
-            options["enable_gqa"] = True
-        else:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    """The same with one call of a variable-length kernel, which must take what is asked for."""
     out = kernel(
-        q,
-        k,
-        v,
+        query[0].transpose(0, 1),  # (T, H, D)
+        _GatheredKeys.apply(key[0].transpose(0, 1), segments),  # (K, H_kv, D)
+        _GatheredKeys.apply(value[0].transpose(0, 1), segments),
         segments.query_bounds,
         segments.key_bounds,
         segments.longest_query,
         segments.longest_key,
-        **options,
+        scaling=scaling,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
     )
     return out.transpose(0, 1)[None]
 
 
-def _torch_varlen_kernel() -> Callable[..., Tensor]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise InputError(
-            "packed training on a GPU needs torch.nn.attention.varlen (torch >= 2.10);"
-            " upgrade torch or set `packing.layout: padded`"
-        ) from error
-    return varlen_attn  # type: ignore[return-value]  # without `return_aux` it returns the output alone
+class _GatheredKeys(torch.autograd.Function):
+    """Keys (or values), segment after segment. Backward, a row is taken once from each of the one or two places it
+    went to: no atomic additions, so the same bits every time."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
+        return rows.index_select(0, segments.key_index)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        segments: Segments = ctx.segments
+        to_rows = upstream[0].index_select(0, segments.first_place)
+        to_rows[segments.shared_rows] += upstream[0].index_select(0, segments.second_place)
+        return to_rows, None
 
 
-@cache
-def _parameters(kernel: Callable[..., Tensor]) -> frozenset[str]:
-    return frozenset(inspect.signature(kernel).parameters)
+def attend(
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, H_kv, T, D)
+    value: Tensor,  # (1, H_kv, T, D_v)
+    segments: Segments,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The fastest exact attention there is for these tensors, (1, H, T, D_v)."""
+    if window is not None and window >= segments.longest_key:
+        window = None
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap, "sinks": sinks}
+    kernel = choice_for(query, value, window=window, softcap=softcap, sinks=sinks).function
+    if kernel is None:
+        return sdpa_shared_prefix_attention(query, key, value, segments, **options)
+    return varlen_shared_prefix_attention(query, key, value, segments, kernel=kernel, **options)
+
+
+def choice_for(
+    query: Tensor, value: Tensor, *, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> KernelChoice:
+    """The kernel for tensors like these; none has a gradient of sinks, or values wider or narrower than the keys."""
+    needs = Needs(window is not None, softcap is not None, sinks is not None)
+    if sinks is not None and sinks.requires_grad:
+        return a_call_a_segment(needs, "sinks are trained")
+    if query.shape[-1] != value.shape[-1]:
+        return a_call_a_segment(needs, f"keys have {query.shape[-1]} dimensions, values {value.shape[-1]}")
+    return choose(
+        query.device, query.dtype, window=window, softcap=softcap, sinks=needs.sinks, head_dim=query.shape[-1]
+    )
 
 
 def shared_prefix_attention(
@@ -288,13 +175,14 @@ def shared_prefix_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    segments: Segments | None = None,
+    segments: Segments | Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """The registered attention function: (1, H, T, D) queries to (1, T, H, D) outputs.
 
+    Compiled layers give the bounds as the tensor of `segments.roles`.
     Raises InputError where a pack's bounds did not arrive or the model asks for something this attention has not.
     """
     if segments is None:
@@ -306,10 +194,84 @@ def shared_prefix_attention(
         if asked is not None:
             raise InputError(f"{type(module).__name__} {what}, which packs do not support")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    attend = varlen_shared_prefix_attention if flash else sdpa_shared_prefix_attention
+    if softcap is None and s_aux is None:  # as SDPA itself does; what is written out stays in fp32
+        query, key, value = _autocast(query, key, value)
+    if isinstance(segments, Tensor):
+        return packed_attention(query, key, value, segments, s_aux, scaling, sliding_window, softcap), None
     output = attend(query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
     return output.transpose(1, 2), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+# One opaque operator for compiled layers: whatever the pack, the graph around it is the same (row F16 of the
+# feasibility table). Its backward attends again, which is cheap beside the layer's matrix products.
+
+
+@torch.library.custom_op(
+    "lorafocal::packed_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor roles, Tensor? sinks, float scaling, SymInt? window,"
+    " float? softcap) -> Tensor",
+)
+def packed_attention(  # type: ignore[no-untyped-def]
+    query, key, value, roles, sinks, scaling, window, softcap
+):
+    """`attend` with the bounds as `segments.roles` tells them; (1, T, H, D_v)."""
+    segments = segments_of(roles, query.device)
+    out = attend(query, key, value, segments, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+    return out.transpose(1, 2).contiguous()
+
+
+@packed_attention.register_fake
+def _(query, key, value, roles, sinks, scaling, window, softcap):  # type: ignore[no-untyped-def]
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+@torch.library.custom_op(
+    "lorafocal::packed_attention_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor query, Tensor key, Tensor value, Tensor roles, Tensor? sinks, float scaling,"
+    " SymInt? window, float? softcap) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _packed_attention_backward(  # type: ignore[no-untyped-def]
+    upstream, query, key, value, roles, sinks, scaling, window, softcap
+):
+    with autograd_anywhere(), torch.autocast(query.device.type, enabled=False):
+        q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        sinks = None if sinks is None else sinks.detach().requires_grad_()
+        segments = segments_of(roles, query.device)
+        out = attend(q, k, v, segments, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+        leaves = (q, k, v) if sinks is None else (q, k, v, sinks)
+        gradients = torch.autograd.grad(out.transpose(1, 2), leaves, upstream)
+    to_sinks = query.new_empty(0) if sinks is None else gradients[3]
+    return *(gradient.contiguous() for gradient in gradients[:3]), to_sinks
+
+
+@_packed_attention_backward.register_fake
+def _(upstream, query, key, value, roles, sinks, scaling, window, softcap):  # type: ignore[no-untyped-def]
+    to_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    contiguous = torch.contiguous_format
+    return *(torch.empty_like(tensor, memory_format=contiguous) for tensor in (query, key, value)), to_sinks
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    query, key, value, to_sinks = _packed_attention_backward(upstream, *ctx.saved_tensors, *ctx.options)
+    has_sinks = ctx.saved_tensors[4] is not None
+    return query, key, value, None, to_sinks if has_sinks else None, None, None, None
+
+
+packed_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _no_mask(*_: object, **__: object) -> None:

@@ -1,0 +1,80 @@
+"""`torch.compile` of a model's decoder layers, on packed rows of bucketed lengths.
+
+The bounds of a pack reach a compiled layer as one byte a token and leave it unread into one opaque operator, so a new
+pack makes no new graph: there is one for each length, kind of layer, and state of the adapters. Rows that are no
+multiple of the bucket (probes, evaluations of single sequences, generation) run uncompiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lorafocal.errors import InputError
+from lorafocal.ops.segments import Segments, roles
+
+# Graphs that one kind of layer may have; past it torch would quietly go on uncompiled.
+MOST_GRAPHS = 64
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_layers(model: nn.Module, bucket: int, *, backend: str | Callable[..., Any] = "inductor") -> str | None:
+    """Compile the decoder layers for rows that are multiples of `bucket`; None, or why they stay as they are.
+
+    Call it last: after adapters, heads and fused functions are in place. Values and gradients stay, up to rounding.
+    Raises InputError for a bucket that is none.
+    """
+    if bucket < 2:
+        raise InputError(f"compiled layers need packs of few lengths: a bucket of {bucket} rounds nothing up")
+    layers = decoder_layers(model)
+    if not layers:
+        return f"{type(model).__name__} has no decoder layers that are known here"
+    if reason := _not_compiled(model):
+        return reason
+    _allow_graphs()
+    compiled: dict[type, Callable[..., Any]] = {}
+    for layer in layers:
+        kind = type(layer)
+        if kind not in compiled:
+            compiled[kind] = torch.compile(kind.forward, dynamic=False, backend=backend)
+        layer.forward = _forward(layer, compiled[kind], bucket)
+    return None
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Take the compiled forwards away again."""
+    for layer in decoder_layers(model):
+        vars(layer).pop("forward", None)
+
+
+def _not_compiled(model: nn.Module) -> str | None:
+    for layer in decoder_layers(model):
+        if "forward" in vars(layer):
+            return f"the forward of {type(layer).__name__} has been exchanged already"
+    return None
+
+
+def _allow_graphs() -> None:
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MOST_GRAPHS)
+
+
+def _forward(layer: nn.Module, compiled: Callable[..., Any], bucket: int) -> Callable[..., Any]:
+    plain = layer.forward
+
+    @functools.wraps(plain)
+    def forward(hidden_states: Tensor, *args: Any, segments: Segments | None = None, **kwargs: Any) -> Any:
+        if segments is None or hidden_states.shape[1] % bucket:
+            return plain(hidden_states, *args, segments=segments, **kwargs)
+        return compiled(layer, hidden_states, *args, segments=roles(segments), **kwargs)
+
+    return forward

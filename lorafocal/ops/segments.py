@@ -1,0 +1,186 @@
+"""Where the pairs of a pack lie in their row, and which of its rows see which."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafocal.ops.plain_attention import causal_mask
+
+# Pairs of at most so many tokens are one masked call instead of two: on a CPU the calls cost more than the products.
+SHORT_PAIR = 96
+
+
+@dataclass(frozen=True, slots=True)
+class PairSpan:
+    """Where one pair lies in its row, in tokens."""
+
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def answers(self) -> int:
+        """First row of the rejected answer."""
+        return self.start + self.prompt + self.chosen
+
+    @property
+    def stop(self) -> int:
+        return self.answers + self.rejected
+
+    @property
+    def is_short(self) -> bool:
+        """Whether one masked call serves both segments; a lone answer has only one."""
+        return 0 < self.rejected and self.stop - self.start <= SHORT_PAIR
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Rows of the calls that attend to the pair, one or two."""
+        first = self.prompt + self.chosen
+        return (first, self.rejected) if self.rejected and not self.is_short else (first + self.rejected,)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Attention bounds of a pack of B pairs in a row of T tokens: built once a pack, from host integers.
+
+    One opaque object, so that wrappers which walk a model's arguments leave it alone.
+    """
+
+    spans: tuple[PairSpan, ...]
+    key_index: Tensor  # (K,) int64: rows of the keys, segment after segment
+    query_bounds: Tensor  # (S + 1,) int32: cumulative query lengths of the S segments, two a pair
+    key_bounds: Tensor  # (S + 1,) int32: cumulative key lengths
+    first_place: Tensor  # (T,) int64: where in `key_index` a row occurs first
+    second_place: Tensor  # (P,) int64: where it occurs again,
+    shared_rows: Tensor  # (P,) int64: of the rows that do, those of prompts with two answers
+    longest_query: int
+    longest_key: int
+    _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, spans: tuple[PairSpan, ...]) -> Segments:
+        keys: list[int] = []
+        first: list[int] = []
+        second: list[int] = []
+        shared: list[int] = []
+        query_lengths: list[int] = []
+        key_lengths: list[int] = []
+        for span in spans:
+            first += range(len(keys), len(keys) + span.prompt + span.chosen)
+            keys += range(span.start, span.answers)
+            query_lengths.append(span.prompt + span.chosen)
+            key_lengths.append(span.prompt + span.chosen)
+            if span.rejected:  # a lone answer has no second segment
+                second += range(len(keys), len(keys) + span.prompt)
+                shared += range(span.start, span.start + span.prompt)
+                keys += shared[-span.prompt :]
+                first += range(len(keys), len(keys) + span.rejected)
+                keys += range(span.answers, span.stop)
+                query_lengths.append(span.rejected)
+                key_lengths.append(span.prompt + span.rejected)
+        return cls(
+            spans,
+            torch.tensor(keys, dtype=torch.int64),
+            _cumulative(query_lengths),
+            _cumulative(key_lengths),
+            torch.tensor(first, dtype=torch.int64),
+            torch.tensor(second, dtype=torch.int64),
+            torch.tensor(shared, dtype=torch.int64),
+            max(query_lengths),
+            max(key_lengths),
+        )
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Segments:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            key_index=move(self.key_index),
+            query_bounds=move(self.query_bounds),
+            key_bounds=move(self.key_bounds),
+            first_place=move(self.first_place),
+            second_place=move(self.second_place),
+            shared_rows=move(self.shared_rows),
+        )
+
+    def mask(
+        self, queries: int, keys: int, window: int | None, device: torch.device, whole: PairSpan | None = None
+    ) -> Tensor:
+        """(queries, keys) boolean: a segment's causal mask, or that of a `whole` pair; made once for all layers."""
+        pair = whole and PairSpan(0, whole.prompt, whole.chosen, whole.rejected)
+        key = (queries, keys, window, device, pair)
+        if key not in self._masks:
+            made = causal_mask(queries, keys, window, device) if pair is None else visible((pair,), window, device)
+            self._masks[key] = made
+        return self._masks[key]
+
+
+def _cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def visible(spans: tuple[PairSpan, ...], window: int | None, device: torch.device) -> Tensor:
+    """(T, T) boolean: which row sees which."""
+    mask = torch.zeros(spans[-1].stop, spans[-1].stop, dtype=torch.bool, device=device)
+    for span in spans:
+        first = slice(span.start, span.answers)
+        mask[first, first] = causal_mask(span.prompt + span.chosen, span.prompt + span.chosen, window, device)
+        rejected = causal_mask(span.rejected, span.prompt + span.rejected, window, device)
+        mask[span.answers : span.stop, span.start : span.start + span.prompt] = rejected[:, : span.prompt]
+        mask[span.answers : span.stop, span.answers : span.stop] = rejected[:, span.prompt :]
+    return mask
+
+
+# What a row of the pack is. One byte a token tells the spans, so that the bounds of any pack of T tokens are one
+# tensor of T values: compiled layers see a shape and never what is in it.
+PAIR_BEGINS, PROMPT, CHOSEN, REJECTED = range(4)
+REMEMBERED = 64  # packs between their forward and their backward; a forgotten one is built again
+
+_packs: OrderedDict[tuple[bytes, torch.device], Segments] = OrderedDict()
+
+
+def roles(segments: Segments) -> Tensor:
+    """The bounds as (T,) int8 on the host; `segments_of` finds this very object again."""
+    told = bytes(
+        role
+        for span in segments.spans
+        for role in (
+            PAIR_BEGINS,
+            *(PROMPT,) * (span.prompt - 1),
+            *(CHOSEN,) * span.chosen,
+            *(REJECTED,) * span.rejected,
+        )
+    )
+    _remember(told, segments.key_index.device, segments)
+    return torch.frombuffer(bytearray(told), dtype=torch.int8)
+
+
+def segments_of(told: Tensor, device: torch.device) -> Segments:
+    """The bounds that `roles` told, on `device`."""
+    written = told.numpy().tobytes()
+    known = _packs.get((written, device))
+    return known or _remember(written, device, Segments.of(_spans(written)).to(device))
+
+
+def _remember(told: bytes, device: torch.device, segments: Segments) -> Segments:
+    _packs[told, device] = segments
+    _packs.move_to_end((told, device))
+    if len(_packs) > REMEMBERED:
+        _packs.popitem(last=False)
+    return segments
+
+
+def _spans(told: bytes) -> tuple[PairSpan, ...]:
+    begins = [row for row, role in enumerate(told) if role == PAIR_BEGINS]
+    return tuple(
+        PairSpan(start, 1 + pair.count(PROMPT), pair.count(CHOSEN), pair.count(REJECTED))
+        for start, stop in zip(begins, [*begins[1:], len(told)], strict=True)
+        for pair in (told[start:stop],)
+    )
