@@ -1,0 +1,53 @@
+"""A run on a stored reference that its own ranks have computed: started by torchrun, or called alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lorafocal import launch
+from lorafocal.model.head import causal_lm
+from tests.engine.ragged_run import HANGS_S, HELD_OUT, PAIRS, make
+from tests.tiny import pairs
+
+
+def cached_run(root: Path) -> dict[str, Any]:
+    """Compute the store, train to the end; what this rank saw. The store is `root`/references."""
+    settings = {"reference": "cached", "reference_store": str(root / "references")}
+    made = make(root / "run", **settings)
+    report = made.cache_reference()
+    stored = made.stored.store.look_up([*pairs(PAIRS), *pairs(HELD_OUT, seed=2)])
+    made.look_up_reference()
+    counts = {"forwards": 0, "packs": 0}
+    pack_loss = made._pack_loss
+
+    def counted(*arguments: Any) -> Any:
+        counts["packs"] += 1
+        return pack_loss(*arguments)
+
+    def count(*_: Any) -> None:
+        counts["forwards"] += made.model.training  # evaluation's are not counted
+
+    made._pack_loss = counted  # type: ignore[method-assign]
+    causal_lm(made.model).register_forward_pre_hook(count)
+    made.train()
+    return {
+        "world": made.args.world_size,
+        "computed": report.computed,
+        "again": made.cache_reference().computed,
+        "stored": [pair.reference for pair in stored],
+        "logs": [line for line in made.state.log_history if "loss" in line or "eval_loss" in line],
+        **counts,
+    }
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
+    folder = Path(sys.argv[1])
+    (folder / f"rank-{launch.rank()}.json").write_text(json.dumps(cached_run(folder)))
+    launch.shutdown()
