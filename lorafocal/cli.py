@@ -127,6 +127,78 @@ def check(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
+    overrides: OverridesArgument = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", metavar="NxGPU", help="As 1xRTX4090 or 8xA100-40.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option("--tflops", help="TFLOP/s of one GPU as measured; a share of its peak if absent.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="Of one GPU for an hour, in any currency.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a run needs: memory by part, what fits on a GPU, how long it takes. Loads nothing, downloads nothing."""
+    from lorafocal.config import load_config
+    from lorafocal.plan import plan as make_plan
+
+    _print_report(make_plan(load_config(config, overrides or []), gpus, tflops=tflops, price_per_hour=price), as_json)
+
+
+@app.command("cache-reference")
+def cache_reference(
+    config: Annotated[Path, typer.Argument(help="The YAML file that describes the run; its reference.kind: cached.")],
+    overrides: OverridesArgument = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Keep the log-prob of each token too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute the reference's log-probs once and keep them: training then runs no reference forward.
+
+    A call that was killed goes on where it was; runs of other learning rates and seeds share what is there.
+    """
+    from lorafocal.config import load_config
+
+    checked = load_config(config, overrides or [])
+    launch.check_launch()
+    _no_loading_bars()
+    launch.quiet_unless_main()
+
+    from lorafocal import run
+
+    report = run.cache_reference(checked, per_token=per_token, quiet=quiet)
+    if launch.is_main():
+        typer.echo(json.dumps(report.as_dict()) if as_json else str(report))
+    launch.meet()
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="The YAML file that the runs have in common.")],
+    overrides: OverridesArgument = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="KEY=V1,V2,...", help="Values of a key, as training.learning_rate=1e-6,5e-6."),
+    ] = None,
+    best: Annotated[
+        str | None, typer.Option("--best", metavar="METRIC", help="Held-out criterion, as eval_rewards/accuracies.")
+    ] = None,
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")] = Path(
+        "runs"
+    ),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress line.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train every point of a grid, compare the runs on held-out pairs, name the best. The same command resumes."""
+    from lorafocal.sweep import sweep as run_sweep
+
+    _no_loading_bars()
+    report = run_sweep(config, grid or [], overrides or [], runs_dir=runs, best=best, quiet=quiet)
+    _print_report(report, as_json)
+    if report.interrupted_by is not None:
+        raise typer.Exit(128 + report.interrupted_by)
+
+
+@app.command()
 def score(
     target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
     pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],

@@ -91,6 +91,8 @@ def rehearse(config: Config, *, quiet: bool = False) -> Rehearsal:
     with tempfile.TemporaryDirectory(prefix="lorafocal-rehearsal-") as folder:
         try:
             stage = set_stage(config, Path(folder))
+            if stage.config.reference is not None and stage.config.reference.kind == "cached":
+                run.cache_reference(stage.config, quiet=quiet)
             summary = run.train(stage.config, quiet=quiet, runs_dir=Path(folder) / "runs")
             if summary.interrupted_by is not None:
                 return _stopped(config, stage, summary.interrupted_by)
@@ -161,6 +163,8 @@ def set_stage(config: Config, folder: Path) -> Stage:
     }
     if config.reference is not None and config.reference.model is not None:
         values["reference"] |= {"model": str(folder / "reference"), "revision": None}
+    if config.reference is not None and config.reference.kind == "cached":
+        values["reference"]["store"] = str(folder / "references")
     values["adapter"] = _fitted(adapter, narrowest)
     values["data"] = _data(config, folder)
     values["training"] = _training(config, instead)

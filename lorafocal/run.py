@@ -6,10 +6,12 @@ import hashlib
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.caching import CacheReport
 from lorafocal.checkpoint import latest_complete
 from lorafocal.compatibility import MERGES
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
@@ -68,24 +71,15 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     would give another result; UnhealthyRun where numbers stop being finite. Under a launcher all processes call it
     alike; rank 0 alone writes and speaks.
     """
-    say = _to_stderr if launch.is_main() and not quiet else _silent
+    say = _speaker(quiet)
     folder = inside(runs_dir, config.name)
     _check_folder(folder, resume)
     _check_places(config)
-    args = _arguments(config, folder)
+    args = _arguments(config, folder, began_with=_settled(folder) if resume else {})
     if note := launch.idle_gpus(torch.cuda.device_count() if args.device.type == "cuda" else 0):
         say(note)
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
-    tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    if config.reference is not None and config.reference.model is not None:
-        other, revision = config.reference.model, config.reference.revision
-        check_same_tokens(tokenizer, load_tokenizer(other, revision), other)
-    with launch.main_process_first():
-        data = prepare_data(config.data, tokenizer)
-    for name, part in data.items():
-        say(f"{name}: {part}")
-    for note in template_notes(data, config.data, tokenizer):
-        say(f"note: {note}")
+    tokenizer, data = _tokenized(config, say)
     manifest = _manifest(config, tokenizer, data)
     if resume:
         _check_same_run(folder, manifest, say)
@@ -93,8 +87,11 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     loaded = describe(base)
     trainer = _trainer(config, args, data, tokenizer, base, quiet)
     loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
-    manifest |= {"loaded": loaded.as_dict(), "layout": asdict(trainer.layout)}
+    manifest |= {"loaded": loaded.as_dict(), "layout": asdict(trainer.layout), "kernels": trainer.kernels}
+    manifest["settled"] = {"tokens_per_pack": trainer.budget.tokens, "recompute": trainer.budget.tier}
     say(str(loaded))
+    for what, choice in trainer.kernels.items():
+        say(f"{what}: {choice}")
     lora = trainer.model.peft_config["default"]
     adapter = manifest["adapter"] = {
         "kind": sorted(features(lora)),
@@ -127,6 +124,41 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     return RunSummary(folder, state.global_step, state.max_steps, held_out)
 
 
+def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = False) -> CacheReport:
+    """Compute and store the reference log-probs that a run of `config` looks up, as far as the store lacks them.
+
+    With `per_token` those of each token too. Raises InputError where the config keeps none, or its input is wrong.
+    """
+    kind = None if config.reference is None else config.reference.kind
+    if kind != "cached":
+        raise InputError(
+            f"reference.kind is {kind or 'not set'}, and only `cached` looks log-probs up: set reference.kind=cached"
+        )
+    say = _speaker(quiet)
+    _check_places(config)
+    with tempfile.TemporaryDirectory(prefix="lorafocal-cache-") as folder:  # a trainer's, which writes nothing here
+        args = _arguments(config, Path(folder))
+        tokenizer, data = _tokenized(config, say)
+        base = _load(config.model.name, config.model.revision, config)
+        trainer = _trainer(config, args, data, tokenizer, base, quiet)
+        return trainer.cache_reference(per_token=per_token, say=say)
+
+
+def _tokenized(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, Mapping[str, Part]]:
+    """The tokenizer and the pairs of `train` and `eval`, with what is worth saying about them."""
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    if config.reference is not None and config.reference.model is not None:
+        other, revision = config.reference.model, config.reference.revision
+        check_same_tokens(tokenizer, load_tokenizer(other, revision), other)
+    with launch.main_process_first():
+        data = prepare_data(config.data, tokenizer)
+    for name, part in data.items():
+        say(f"{name}: {part}")
+    for note in template_notes(data, config.data, tokenizer):
+        say(f"note: {note}")
+    return tokenizer, data
+
+
 def _check_places(config: Config) -> None:
     """What the config names must be there: it costs nothing to look, and a model may take long to load."""
     check_sources(config.data)
@@ -147,9 +179,19 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise InputError(f"{folder} holds no run to resume; start it without --resume")
 
 
-def _arguments(config: Config, folder: Path) -> FocalPOConfig:
+def _settled(folder: Path) -> Mapping[str, Any]:
+    """What the run that `folder` holds was packed with, where its config left that open: on it depend the last bits."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    settled: Mapping[str, Any] = manifest.get("settled", {})
+    return settled
+
+
+def _arguments(config: Config, folder: Path, *, began_with: Mapping[str, Any] = MappingProxyType({})) -> FocalPOConfig:
     """The trainer's arguments; making them decides this process's device and joins it to the others."""
     arguments = training_arguments(config)
+    for name, value in began_with.items():
+        if arguments.get(name, "auto") == "auto":
+            arguments[name] = value
     if config.data.eval is not None or config.data.held_out is not None:
         arguments.setdefault("eval_strategy", "epoch")
     args = FocalPOConfig(output_dir=str(folder), **arguments)
@@ -269,6 +311,10 @@ def _write_run_files(folder: Path, config: Config, manifest: Mapping[str, Any], 
         write_held_out(folder / HELD_OUT_FILE, data["eval"].tokens.pairs[:GATE_PAIRS])
     write_atomically(folder / CONFIG_FILE, resolved_yaml(config))
     write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+
+
+def _speaker(quiet: bool) -> Callable[[str], None]:
+    return _to_stderr if launch.is_main() and not quiet else _silent
 
 
 def _to_stderr(line: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from lorafocal import config as config_module
 from lorafocal.config import (
     Config,
     check_config,

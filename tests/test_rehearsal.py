@@ -372,6 +372,7 @@ def test_quantised_bases_rehearse(quantization: str, monkeypatch: pytest.MonkeyP
     ("reference", "expected"),
     [
         ({"kind": "frozen_copy"}, AT_THE_START),
+        ({"kind": "cached", "store": "not-made"}, AT_THE_START),
         ({"kind": "separate_model", "model": "nobody/other", "identity_probe": True}, AT_THE_START),
         ({"kind": "separate_model", "model": "nobody/other"}, None),
     ],
@@ -383,6 +384,7 @@ def test_references_rehearse(reference: dict[str, Any], expected: float | None) 
     else:
         assert result.first_loss == pytest.approx(expected, abs=1e-6)
     assert ("reference.model" in " ".join(result.instead)) == ("model" in reference)
+    assert not Path("not-made").exists()
 
 
 @pytest.mark.parametrize(

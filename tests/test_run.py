@@ -74,7 +74,7 @@ def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, b
     assert set(manifest) == {
         "format", "config", "config_sha256", "base", "reference_model", "chat_template_sha256", "data", "seeds",
         "versions", "threads", "processes", "hardware", "may_change_on_resume", "adapter",
-        "loaded", "layout",
+        "loaded", "layout", "kernels", "settled",
     }  # fmt: skip
     assert manifest["base"]["name"] == "base"
     assert manifest["layout"] == {"layout": "packed", "reason": ""}
