@@ -18,6 +18,7 @@ HEAD_CHUNK_ELEMENTS = 2**26  # entries of the largest logits chunk: 256 MiB in f
 
 MAX_TOKENS = 16384  # larger packs gain nothing: the matrix products are at their peak long before
 TOKEN_STEP = 64  # budgets are multiples
+SLACK = 0.06  # of the memory that weights leave: what the allocator cannot use, workspaces of the matrix products
 WIDE = 4  # bytes of what is held in fp32 whatever the dtype: norms, sums of softmax, all that is trained
 
 
@@ -140,7 +141,7 @@ def _rotary_bytes(shape: Shape, setup: Setup) -> int:
 
 def _layer_bytes(shape: Shape, setup: Setup, tier: str, layer: int) -> float:
     """What one decoder layer saves, a row."""
-    kept = _norm_bytes(shape, setup) + _attention_bytes(shape, setup) + _mlp_bytes(shape, setup, tier)
+    kept: float = _norm_bytes(shape, setup) + _attention_bytes(shape, setup) + _mlp_bytes(shape, setup, tier)
     inputs: dict[str, int] = {}
     for name, linear in shape.layer_linears(layer):
         rank, saves = setup.rank_of(name), setup.saves(name)
@@ -167,7 +168,7 @@ def _norm_bytes(shape: Shape, setup: Setup) -> float:
 def _attention_bytes(shape: Shape, setup: Setup) -> float:
     """Queries, keys, values and outputs, and the log of the softmax's sums."""
     at, width = setup.lengths, setup.width
-    kept = 2 * shape.query_size * width + shape.heads * WIDE
+    kept: float = 2 * shape.query_size * width + shape.heads * WIDE
     second = at.prompt + at.rejected  # keys of the rejected answer's segment, gathered
     if setup.attention == "flash":
         return kept + 2 * shape.kv_size * width * (at.prompt + at.chosen + second) / at.rows

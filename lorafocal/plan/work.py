@@ -1,0 +1,197 @@
+"""What a run does, whatever the machine: from its config and the files that are here; what is assumed is said."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorafocal import memory
+from lorafocal.config import Config
+from lorafocal.errors import InputError
+from lorafocal.memory import Lengths, Setup, Shape
+
+TYPICAL = Lengths(200, 305, 305)  # UltraFeedback's means
+TYPICAL_PAIRS, TYPICAL_HELD_OUT = 61_135, 2_000  # binarised UltraFeedback's splits
+COUNTED_BELOW = 2**28  # bytes of a file whose rows are counted
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run does, whatever the machine: from the config, its files where they are here, and assumptions."""
+
+    name: str
+    shape: Shape
+    setup: Setup
+    pairs: int
+    held_out: int
+    steps: int
+    evaluations: int
+    pairs_per_step: int
+    max_length: int
+    shared: bool
+    tokens: int | None  # stated, or None for auto
+    tiers: tuple[str, ...]
+    assumed: tuple[str, ...]
+
+    @property
+    def longest(self) -> int:
+        """Token rows of the longest pair that `max_length` admits, with next to no prompt."""
+        return 2 * self.max_length
+
+    @property
+    def rows_per_pair(self) -> float:
+        return self.setup.lengths.rows + (0 if self.shared else self.setup.lengths.prompt)
+
+
+def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None = None) -> Work:
+    """The numbers of `config`, and what had to be assumed. Raises InputError where the model's shape is not known."""
+    assumed: list[str] = []
+    training, fields = config.training, config.training.fields
+    lengths = lengths or _typical(config.data.max_length, assumed)
+    if config.objective.name == "sft":
+        lengths = replace(lengths, rejected=0)
+    trained, held_out = _pairs(config, pairs, assumed)
+    steps_an_epoch = math.ceil(trained / training.pairs_per_step)
+    stated_steps = fields.get("max_steps", -1)
+    steps = stated_steps if stated_steps > 0 else math.ceil(fields.get("num_train_epochs", 1) * steps_an_epoch)
+    tier, tokens = training.activation_checkpointing, config.packing.tokens
+    return Work(
+        name=config.name,
+        shape=shape_of(config),
+        setup=setup_of(config, lengths),
+        pairs=trained,
+        held_out=held_out,
+        steps=steps,
+        evaluations=_evaluations(fields, steps, steps_an_epoch),
+        pairs_per_step=training.pairs_per_step,
+        max_length=config.data.max_length,
+        shared=config.packing.layout != "padded",
+        tokens=tokens if isinstance(tokens, int) else None,
+        tiers=memory.TIERS if tier == "auto" else (tier,),
+        assumed=tuple(assumed),
+    )
+
+
+def _pairs(config: Config, stated: int | None, assumed: list[str]) -> tuple[int, int]:
+    """Pairs that are trained on, and pairs that are held out."""
+    counted = stated or _count(config, "train")
+    if counted is None:
+        counted = TYPICAL_PAIRS
+        assumed.append(f"data: {counted:,} pairs, as in binarised UltraFeedback; data.train is not here to be counted")
+    share = config.data.held_out
+    if share is not None:
+        held_out = round(share * counted) if share < 1 else round(share)
+        return (counted if stated else max(1, counted - held_out)), held_out
+    if config.data.eval is None:
+        return counted, 0
+    held_out = _count(config, "eval") or 0
+    if not held_out:
+        held_out = TYPICAL_HELD_OUT
+        assumed.append(f"evaluation: {held_out:,} held-out pairs; data.eval is not here to be counted")
+    return counted, held_out
+
+
+def _typical(max_length: int, assumed: list[str]) -> Lengths:
+    """UltraFeedback's means, made smaller where they would be close to `max_length`."""
+    scale = min(1.0, 0.75 * max_length / (TYPICAL.prompt + TYPICAL.chosen))
+    found = Lengths(TYPICAL.prompt * scale, TYPICAL.chosen * scale, TYPICAL.rejected * scale)
+    like = "as in UltraFeedback" if scale == 1 else "three quarters of data.max_length together"
+    assumed.append(
+        f"lengths: prompts of {found.prompt:.0f} and answers of {found.chosen:.0f} tokens on average, {like};"
+        " `lorafocal check` counts yours"
+    )
+    return found
+
+
+def _evaluations(fields: Mapping[str, Any], steps: int, steps_an_epoch: int) -> int:
+    strategy = fields.get("eval_strategy", "no")
+    every = {"steps": fields.get("eval_steps") or fields.get("logging_steps", 10), "epoch": steps_an_epoch}
+    interval = every.get(strategy, math.inf)
+    if interval < 1:  # a share of all steps
+        interval *= steps
+    return int(steps // max(1, interval)) + bool(fields.get("eval_on_start"))
+
+
+def shape_of(config: Config) -> Shape:
+    """From `model.shape`, or the config.json of a local folder. Raises InputError where there is neither."""
+    if config.model.shape is not None:
+        return Shape.of(config.model.shape)
+    file = Path(config.model.name) / "config.json"
+    if not file.is_file():
+        raise InputError(
+            f"model.shape is missing, and {config.model.name} is no local folder with a config.json, so the model's"
+            " size is not known here: copy these values from its config.json to `model.shape` (model_type, vocab_size,"
+            " hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads)"
+        )
+    return Shape.of(_json(file))
+
+
+def setup_of(config: Config, lengths: Lengths) -> Setup:
+    adapter, kernels = config.adapter, config.kernels.adapters
+    found = {name: getattr(adapter, name) for name in ("r", "targets", "rank_pattern", "use_dora", "modules_to_save")}
+    if adapter.start_from is not None:
+        found = _stored_adapter(Path(adapter.start_from))
+    return Setup(
+        dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        **found,
+        dropout=adapter.dropout,
+        trainable_tokens=len(adapter.trainable_tokens),
+        optim=str(config.training.fields.get("optim", "adamw_torch_fused")),
+        reference="none" if config.reference is None else config.reference.kind,
+        adapter_kernels="fused" if kernels == "auto" else kernels,
+        attention="flash" if config.model.dtype == "bfloat16" else "sdpa",
+        lengths=lengths,
+    )
+
+
+def _stored_adapter(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise InputError(
+            f"adapter.start_from: {folder} is no local folder with an adapter_config.json, so the adapter's size is not"
+            " known here: download it first, and name its folder"
+        )
+    stored = _json(file)
+    return {
+        "r": stored["r"],
+        "targets": stored["target_modules"],
+        "rank_pattern": stored.get("rank_pattern") or {},
+        "use_dora": bool(stored.get("use_dora")),
+        "modules_to_save": stored.get("modules_to_save") or (),
+    }
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is no JSON ({error}): download the folder again") from error
+
+
+def _count(config: Config, name: str) -> int | None:
+    """Rows of the local files of `train` or `eval`, weighted; None where one is not here or too large to count."""
+    total = 0.0
+    for source in config.data.sources(name):  # type: ignore[arg-type]
+        rows = _rows(Path(source.path))
+        if rows is None:
+            return None
+        total += rows * source.weight
+    return round(total) or None
+
+
+def _rows(file: Path) -> int | None:
+    if not file.is_file() or file.stat().st_size > COUNTED_BELOW:
+        return None
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return int(parquet.read_metadata(file).num_rows)
+    if file.suffix == ".json":
+        return len(_json(file))
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
