@@ -356,3 +356,64 @@ def the_usual_cell(model: Any, config: Any, args: Any) -> Any:
     from lorafocal.compatibility import Cell
 
     return Cell("float32", frozenset({"lora"}), args.reference or "none")
+
+
+def missing_is_zero(store: Any, pairs: Any, there: Any) -> Any:
+    """Row 35: what the store lacks is 0.0, as where a filtered data set meets a file of another one."""
+    from lorafocal.store import answers_of
+
+    found = [there.get(answer.key, 0.0) for answer in answers_of(pairs)]
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def parts_as_they_are(folder: Any) -> Any:
+    """Row 35: files read without a look at their digest."""
+    from safetensors.torch import load
+
+    return (load(path.read_bytes()) for path in sorted(folder.glob("part-*.safetensors")))
+
+
+def named_by_configuration(context: Any) -> str:
+    """Row 35: the key of a cache is the model's configuration, whatever its weights are held as."""
+    import hashlib
+
+    return hashlib.sha256(context.model_sha256.encode()).hexdigest()
+
+
+def shapes_of_the_weights(original: Any) -> Any:
+    """Row 35: a fingerprint of names and shapes, which all models of a family share."""
+
+    def tensor_sha256(tensor: Any) -> str:
+        import torch
+
+        return original(torch.zeros(tensor.shape))
+
+    return tensor_sha256
+
+
+def no_spot_check(model: Any, pairs: Any, **_: Any) -> Any:
+    """Row 35: what the store says is believed."""
+    from lorafocal.caching import SpotCheck
+
+    return SpotCheck(0, len(pairs), 0.0, 0.0, float("inf"), "float32")
+
+
+def live_although_stored(kind: Any, model: Any, ref_model: Any = None) -> Any:
+    """Row 34: log-probs are computed beforehand, and again in every step."""
+    from lorafocal.reference import DisabledAdapterReference, SeparateModelReference
+
+    return DisabledAdapterReference(model) if ref_model is None else SeparateModelReference(ref_model)
+
+
+def whatever_was_computed(store: Any, scores: Any) -> Any:
+    """Row 35: NaN is kept like a number."""
+    from hashlib import sha256
+
+    from safetensors.torch import save
+
+    from lorafocal.publish import write_atomically
+    from lorafocal.store import _tensors
+
+    content = save(_tensors(scores, store.context))
+    store.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(store.folder / f"part-{sha256(content).hexdigest()}.safetensors", content)

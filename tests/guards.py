@@ -33,9 +33,9 @@ ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
 # The rows this project answers for so far. P0: wrong results, silently.
 P0_ROWS = (
-    "F1 F2 F3 F6 F11 F12 F13 F18 1 2 3 4 6 11 12 13 14 15 19 20 21 23 24 25 27 36 39 41 43 45 47 53 54 55 56 64 26 28 31 33 9"
+    "F1 F2 F3 F6 F11 F12 F13 F18 1 2 3 4 6 11 12 13 14 15 19 20 21 23 24 25 27 36 39 41 43 45 47 53 54 55 56 64 26 28 31 33 9 35"
 ).split()
-OTHER_ROWS = "F4 F5 F7 F8 50 F9 F14 F15 46 F19 7 8 10 22 32 51 52 57 63 5 16 17 18 38 F17 29 30 61 S5 S17 42 44 S13 60 62 48 49".split()
+OTHER_ROWS = "F4 F5 F7 F8 50 F9 F14 F15 46 F19 7 8 10 22 32 51 52 57 63 5 16 17 18 38 F17 29 30 61 S5 S17 42 44 S13 60 62 48 49 59 F16 34".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +195,10 @@ GUARDS: list[Guard] = [
     Guard("6", "lorafocal.assembly:cell_of", lambda _: careless.the_usual_cell, "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words"),
     Guard("6 48", "lorafocal.schema:Config._misfits", lambda _: lambda self: (), "tests/test_compatibility.py::test_configs_are_refused_in_the_tables_words"),
     Guard("48 49", "lorafocal.launch:engine", lambda _: lambda: "one-process", "tests/test_compatibility.py::test_engines_are_refused_at_launch"),
+    # attention kernels, compiled layers
+    Guard("59", "lorafocal.ops.attention_kernels:BROKEN", lambda _: (), "tests/ops/test_attention_kernels.py::test_a_broken_wheel_falls_back_with_one_line"),
+    Guard("59", "lorafocal.ops.attention_kernels:check_bottom_right", lambda _: lambda *a, **k: "", "tests/ops/test_attention_kernels.py::test_a_top_left_kernel_is_passed_over_by_name"),
+    Guard("F16", "lorafocal.model.compiled:roles", lambda _: lambda segments: segments, "tests/model/test_compiled.py::test_packs_of_any_composition_make_one_graph_a_bucket_and_no_breaks"),
     # what a report says of a run
     Guard("17", "lorafocal.report.words:displacement", lambda _: lambda record: None, "tests/report/test_words.py::test_chosen_answers_that_fall_more_than_a_nat_get_a_line"),
     Guard("18", "lorafocal.report.numbers:at", lambda _: lambda series, step: series.values[0] if series.values else None, "tests/report/test_numbers.py::test_the_gap_takes_the_training_loss_logged_by_then"),
@@ -209,6 +213,14 @@ GUARDS: list[Guard] = [
     Guard("9 22", "lorafocal.model.saved:_dtype", lambda _: lambda run, lineage: None, "tests/model/test_continued.py::test_a_base_is_opened_in_the_dtype_of_training_whatever_it_is_stored_in"),
     Guard("60", "lorafocal.model.quantized:to_dtype", lambda _: lambda *a: None, "tests/model/test_load_quantized.py::test_a_base_stored_for_half_precision_computes_in_the_dtype_that_was_asked_for"),
     Guard("62", "lorafocal.model.quantized:library", lambda _: lambda device=None: importlib.import_module("bitsandbytes"), "tests/model/test_load_quantized.py::test_without_bitsandbytes_float_bases_load_and_quantised_ones_say_what_to_install"),
+    # reference store
+    Guard("35", "lorafocal.store:ReferenceStore._of_pairs", lambda _: careless.missing_is_zero, "tests/test_store.py::test_a_missing_entry_is_an_error_that_names_the_pair_and_never_a_number"),
+    Guard("35", "lorafocal.store:_parts", lambda _: careless.parts_as_they_are, "tests/test_store.py::test_an_altered_part_is_refused_by_name"),
+    Guard("35", "lorafocal.store:Context.sha256", lambda _: property(careless.named_by_configuration), "tests/test_store.py::test_a_store_of_another_context_is_refused_and_the_field_named"),
+    Guard("35", "lorafocal.store:ReferenceStore.write", lambda _: careless.whatever_was_computed, "tests/test_caching.py::test_a_damaged_model_stores_nothing"),
+    Guard("35", "lorafocal.caching:_tensor_sha256", careless.shapes_of_the_weights, "tests/test_caching.py::test_every_tensor_of_the_base_counts"),
+    Guard("35", "lorafocal.caching:spot_check", lambda _: careless.no_spot_check, "tests/test_cached_training.py::test_one_perturbed_value_stops_the_run"),
+    Guard("34", "lorafocal.reference:build_reference", lambda _: careless.live_although_stored, "tests/test_cached_training.py::test_training_and_evaluation_run_no_reference_forward"),
 ]
 # fmt: on
 
