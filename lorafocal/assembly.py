@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.bounds import check_dropout
+from lorafocal.budget import settle_budget
 from lorafocal.caching import SpotCheck, context_of, spot_check
 from lorafocal.compatibility import Cell, check
 from lorafocal.data.packing import PairCollator
@@ -22,6 +23,7 @@ from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
 from lorafocal.errors import InputError
 from lorafocal.launch import engine
+from lorafocal.memory import Choice
 from lorafocal.model.adapters import (
     FROZEN_COPY,
     add_frozen_copy,
@@ -31,12 +33,16 @@ from lorafocal.model.adapters import (
     switch_dropout_off,
     widen_adapters,
 )
+from lorafocal.model.compiled import compile_layers
+from lorafocal.model.fused import fuse
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens, check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.quantized import base_dtype, quantization_of, settle
 from lorafocal.model.starts import attaching, initialize, rewrites_base
 from lorafocal.model.stored import check_as_stored
 from lorafocal.model.trained_modules import embeddings_of
+from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
+from lorafocal.ops.attention_kernels import KernelChoice, choose
 from lorafocal.policy import plain_attention
 from lorafocal.probes import LayoutChoice, choose_layout
 from lorafocal.store import ReferenceStore
@@ -45,6 +51,8 @@ from lorafocal.tensor_files import tensors_sha256
 logger = logging.getLogger(__name__)
 
 Rows = Iterable[Any]
+
+BUCKET = 256  # token rows that compiled layers' packs are multiples of: at most 3 % of 8192 on average are filler
 
 
 def opened(
@@ -174,6 +182,84 @@ def sample_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: values[:: 1 + values.numel() // 4096].contiguous() for name, values in flat.items()}
 
 
+class Prepared(NamedTuple):
+    """How a policy is computed."""
+
+    budget: Choice
+    layout: LayoutChoice
+    bucket: int  # token rows that packed rows are multiples of
+    words: dict[str, str]  # what of all this a reader should know
+
+
+def prepare_layers(scorers: Sequence[PeftModel], args: FocalPOConfig, pairs: Sequence[TokenizedPair]) -> Prepared:
+    """Fused functions, budget, layout and compilation of the policy, the first of `scorers`, on its device by now.
+
+    A reference model, the second, gets the same layout. Raises InputError where something would be ignored.
+    """
+    policy = scorers[0]
+    budget, words = assemble_kernels(policy, args, pairs)
+    layout = choose_common_layout(scorers, args.layout)
+    if layout.reason and args.process_index == 0:
+        logger.warning("training padded, each prompt twice: %s", layout.reason)
+    bucket, compiled = compile_packed(policy, args, layout.layout)
+    words |= {"attention": str(attention_of(policy, args.device)), "compiled": compiled}
+    return Prepared(budget, layout, bucket, words)
+
+
+def assemble_kernels(
+    policy: PeftModel, args: FocalPOConfig, pairs: Sequence[TokenizedPair]
+) -> tuple[Choice, dict[str, str]]:
+    """The fused functions that `args` allows and that are exact, the token budget and the tier; each also in words."""
+    fused = None
+    if args.adapter_kernels == "auto":
+        fused = fuse(policy, args.elementwise_kernels)
+    elif args.elementwise_kernels != "torch" or args.recompute == "mlp":
+        stray = "recompute=mlp" if args.recompute == "mlp" else f"elementwise_kernels={args.elementwise_kernels}"
+        raise InputError(
+            f"{stray} is a matter of the fused adapter functions: set adapter_kernels=auto, or leave it out"
+        )
+    choice = settle_budget(policy, args, args.device, pairs, fused=fused is not None and fused.mlps > 0)
+    if choice.tier == "mlp":
+        fused = fuse(policy, args.elementwise_kernels, "mlp")
+    if choice.tier == "full":
+        checkpoint_layers(args)
+    return choice, {
+        "adapters": "PEFT's own" if fused is None else str(fused),
+        "recomputed": {"none": "nothing", "mlp": "gate and up", "full": "every layer"}[choice.tier],
+        "packs": f"at most {choice.tokens} token rows ({choice.reason})",
+    }
+
+
+def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
+    """What attends in `policy`, prepared for its layout: transformers' own where rows are padded."""
+    config = causal_lm(policy).config.get_text_config()
+    if config._attn_implementation != SHARED_PREFIX_ATTENTION:
+        return KernelChoice(f"transformers' {config._attn_implementation}", None, "padded rows")
+    return choose(
+        device,
+        base_dtype(policy),
+        window=getattr(config, "sliding_window", None),
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+
+
+def compile_packed(policy: nn.Module, args: FocalPOConfig, layout: str) -> tuple[int, str]:
+    """Compile the decoder layers where that is asked for and can be: the bucket of packed rows, and what was done."""
+    if not args.compile_layers:
+        return 1, "no"
+    reason = compile_layers(policy, BUCKET) if layout == "packed" else "rows are padded"
+    return (BUCKET, f"decoder layers, for multiples of {BUCKET} token rows") if reason is None else (1, f"no: {reason}")
+
+
+def checkpoint_layers(args: FocalPOConfig) -> None:
+    """Have transformers compute every decoder layer again in the backward, as `recompute="full"` asks."""
+    name = "activation" if hasattr(args, "activation_checkpointing") else "gradient"  # transformers before 5.20
+    setattr(args, f"{name}_checkpointing", True)
+    if getattr(args, f"{name}_checkpointing_kwargs") is None:
+        setattr(args, f"{name}_checkpointing_kwargs", {"use_reentrant": False})
+
+
 def choose_common_layout(models: Sequence[nn.Module], layout: str) -> LayoutChoice:
     """One layout for policy and reference: packed where all of them can, each prepared for it."""
     choices = [choose_layout(model, layout) for model in models]
@@ -199,7 +285,7 @@ class StoredReference:
     def of(cls, model: nn.Module, args: FocalPOConfig, collator: PairCollator) -> StoredReference:
         """Call it before the first step: the identity of `model` is read from its weights as they are."""
         kernels = f"{args.adapter_kernels} {args.elementwise_kernels}" + " compiled" * args.compile_layers
-        attention = causal_lm(model).config.get_text_config()._attn_implementation
+        attention = attention_of(model, args.device).name
         context = context_of(model, layout=collator.layout, attention=attention, kernels=kernels)
         return cls(model, ReferenceStore(str(args.reference_store), context), collator)
 
@@ -229,7 +315,7 @@ def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, 
     preferences = (
         rows if rows and all(isinstance(row, Preference) for row in rows) else preferences_from_rows(rows, name).pairs
     )
-    return tokenize_preferences(
+    made = tokenize_preferences(
         preferences,
         tokenizer,
         max_length=args.max_length,
@@ -237,6 +323,9 @@ def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, 
         max_prompt_length=args.max_prompt_length,
         chat_template_kwargs=args.chat_template_kwargs,
     )
+    for reason, count in made.drops.items():
+        logger.warning("%s: %d pairs dropped: %s", name, count, reason)
+    return made
 
 
 def check_pairs(pairs: Sequence[TokenizedPair], name: str, models: Sequence[nn.Module]) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from peft import PeftModel
-from torch import nn
+from transformers.training_args import OptimizerNames
 
 from lorafocal import launch, memory
 from lorafocal.arguments import FocalPOConfig
@@ -19,12 +19,12 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 from lorafocal.model.quantized import base_dtype, quantization_of
+from lorafocal.ops.shapes import Lengths, Setup, Shape
 
 logger = logging.getLogger(__name__)
 
 CPU_TOKENS = 2048  # more are no faster there
 SLACK = 0.06  # of the free memory: what the allocator cannot use, workspaces of the matrix products
-STILL_TO_COME = 12  # bytes a trained entry before the first step: its gradient and AdamW's moments, in fp32
 SMALLER = (
     "recompute more (`training.activation_checkpointing: mlp` or `full`), quantise the base (`model.quantization`) or"
     " lower `data.max_length`"
@@ -37,12 +37,18 @@ T = TypeVar("T")
 
 
 def settle_budget(
-    policy: PeftModel, args: FocalPOConfig, device: torch.device, pairs: Sequence[TokenizedPair]
+    policy: PeftModel,
+    args: FocalPOConfig,
+    device: torch.device,
+    pairs: Sequence[TokenizedPair],
+    *,
+    fused: bool = True,
 ) -> memory.Choice:
     """Token rows of a pack and the tier of activations for `policy`, which is on `device` by now.
 
     What `args` states wins; the rest is what `memory.choose` finds for the device's free memory and the lengths of
     `pairs`. Without CUDA, and for models that its arithmetic does not know, packs of 2048 that keep everything.
+    `fused`: the MLP blocks run through the fused functions, which save less and alone have the tier "mlp".
     """
     stated = args.tokens_per_pack
     tier = "none" if args.recompute == "auto" else args.recompute
@@ -51,45 +57,51 @@ def settle_budget(
     if stated is not None and args.recompute != "auto":
         return memory.Choice(stated, tier, "as stated")
     if device.type != "cuda":
-        return memory.Choice(stated or max(CPU_TOKENS, longest), tier, "not on a GPU")
+        reason = "as stated" if stated else f"on {device.type}"
+        return memory.Choice(stated or max(CPU_TOKENS, longest), tier, reason)
     try:
-        shape = memory.Shape.of(causal_lm(policy).config.to_dict())
-        setup = setup_of(policy, args, pairs)
+        shape = Shape.of(causal_lm(policy).config.to_dict())
+        setup = setup_of(policy, args, pairs, fused=fused)
     except InputError as problem:
         return memory.Choice(stated or max(CPU_TOKENS, longest), tier, str(problem))
     tiers = memory.TIERS if args.recompute == "auto" else (args.recompute,)
-    if setup.adapter_kernels == "peft":
-        tiers = tuple(name for name in tiers if name != "mlp") or tiers
-    choice = memory.choose(shape, setup, free_bytes(policy, device), max(longest, stated or 0), tiers)
+    free = free_bytes(device) - memory.gradient_bytes(shape, setup, args.world_size)
+    free -= memory.optimizer_bytes(shape, setup, on_gpu=True)
+    choice = memory.choose(shape, setup, free, max(longest, stated or 0), tiers)
     if not choice.fits:
         logger.warning("packs may not fit into the device's memory: %s. If they do not, %s", choice.reason, SMALLER)
     return choice if stated is None else replace(choice, tokens=stated)
 
 
-def setup_of(policy: PeftModel, args: FocalPOConfig, pairs: Sequence[TokenizedPair]) -> memory.Setup:
-    """What the arithmetic asks of a run, read from the policy itself and the mean lengths of `pairs`."""
+def setup_of(policy: PeftModel, args: FocalPOConfig, pairs: Sequence[TokenizedPair], *, fused: bool) -> Setup:
+    """What the arithmetic asks of a run on a GPU, read from the policy itself and the mean lengths of `pairs`."""
     adapter = next(iter(policy.peft_config.values()))
     dtype = str(base_dtype(policy)).removeprefix("torch.")
-    number = max(len(pairs), 1)
-    sides = ((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
-    return memory.Setup(
+    sides = [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    means = [sum(side) / len(sides) for side in zip(*sides, strict=True)]
+    named = not isinstance(adapter.target_modules, str)  # else by an expression, of which the most is assumed
+    return Setup(
         dtype=dtype,
         quantization=quantization_of(policy),
         r=adapter.r,
+        targets=sorted(adapter.target_modules or ()) if named else "all-linear",
+        rank_pattern=adapter.rank_pattern,
         use_dora=adapter.use_dora,
+        dropout=adapter.lora_dropout if args.allow_dropout else 0.0,
+        modules_to_save=adapter.modules_to_save or (),
+        optim=OptimizerNames(args.optim).value,
         reference=args.reference or "none",
-        adapter_kernels="peft" if args.adapter_kernels == "peft" else "fused",
+        adapter_kernels="fused" if fused else "peft",
         attention="flash" if dtype == "bfloat16" else "sdpa",
-        lengths=memory.Lengths(*(sum(side) / number for side in zip(*sides, strict=True))),
+        lengths=Lengths(*means) if means else Lengths(),
     )
 
 
-def free_bytes(policy: nn.Module, device: torch.device) -> float:
-    """Bytes for activations: the device's free memory without slack, gradients and moments that are still to come."""
+def free_bytes(device: torch.device) -> float:
+    """Bytes of the device that nothing holds by now, without slack."""
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    to_come = sum(p.numel() * STILL_TO_COME for p in policy.parameters() if p.requires_grad)
-    return (1 - SLACK) * (free + cached) - to_come
+    return (1 - SLACK) * (free + cached)
 
 
 # ---- in a step ----------------------------------------------------------------------------------------------------

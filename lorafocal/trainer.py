@@ -37,12 +37,12 @@ from lorafocal.assembly import (
     assemble_policy,
     assemble_ref_model,
     check_pairs,
-    choose_common_layout,
     opened,
+    prepare_layers,
     reference_identity,
     tokenized,
 )
-from lorafocal.budget import Retry, settle_budget
+from lorafocal.budget import Retry
 from lorafocal.caching import CacheReport, cache_reference
 from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
 from lorafocal.checkpoint import load_state
@@ -113,8 +113,6 @@ class FocalPOTrainer(Trainer):
             name: tokenized(rows, name, processing_class, args) for name, rows in given.items() if rows is not None
         }
         for name, part in self.data.items():
-            for reason, count in part.drops.items():
-                logger.warning("%s: %d pairs dropped: %s", name, count, reason)
             check_pairs(part.pairs, name, [model])  # some adapters start from what the model computes of pairs
         policy = assemble_policy(model, peft_config, args, self._pairs("train_dataset") or [])
         self.objective = args.build_objective()
@@ -135,9 +133,9 @@ class FocalPOTrainer(Trainer):
             optimizers=optimizers,
         )
         policy.eval()  # each step sets its own mode again
-        self.budget = settle_budget(policy, args, args.device, self._all_pairs())
-        self.layout = choose_common_layout(self._scorers, args.layout)
-        self.data_collator = self._collator()
+        self.budget, self.layout, bucket, self.kernels = prepare_layers(self._scorers, args, self._all_pairs())
+        rejected = self.objective.entry.rejected
+        self.data_collator = PairCollator(self.layout.layout, self.budget.tokens, rejected=rejected, bucket=bucket)
         self._retry = Retry(self.data_collator, args.device)
         self.stored: StoredReference | None = None
         if args.reference == "cached":
@@ -164,12 +162,6 @@ class FocalPOTrainer(Trainer):
         return [pair for part in self.data.values() for pair in part.pairs]
 
     # ---- data -------------------------------------------------------------------------------------------------
-
-    def _collator(self) -> PairCollator:
-        """Packs as the models can compute them, of the answers that the objective looks at."""
-        if self.layout.reason and self.is_world_process_zero():
-            logger.warning("training padded, each prompt twice: %s", self.layout.reason)
-        return PairCollator(self.layout.layout, self.budget.tokens, rejected=self.objective.entry.rejected)
 
     def cache_reference(self, *, per_token: bool = False, say: Callable[[str], None] = logger.info) -> CacheReport:
         """Compute and store the reference's log-probs of all pairs, as far as the store lacks them.

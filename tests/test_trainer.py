@@ -14,6 +14,7 @@ from transformers import FalconConfig, FalconForCausalLM, TrainerCallback
 from lorafocal import assembly
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.packing import PairCollator
+from lorafocal.data.tokens import TokenizedData
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.model import load
 from lorafocal.objectives.focal import identity_loss
@@ -371,7 +372,12 @@ def test_rows_need_a_tokenizer(tmp_path):
 
 def test_every_setting_of_tokenisation_reaches_the_rows(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(assembly, "tokenize_preferences", lambda rows, tokenizer, **settings: seen.update(settings))
+
+    def note(rows, tokenizer, **settings):
+        seen.update(settings)
+        return TokenizedData()
+
+    monkeypatch.setattr(assembly, "tokenize_preferences", note)
     settings = {"max_length": 20, "truncation": "recipe", "max_prompt_length": 8, "chat_template_kwargs": {"think": 1}}
     args = FocalPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assembly.tokenized([{"prompt": "a", "chosen": "b", "rejected": "c"}], "train_dataset", object(), args)
