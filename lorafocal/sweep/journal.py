@@ -78,21 +78,21 @@ class Journal:
         self.save()
         return self.entries[identity].point
 
-    def check_inputs(self, point: Point) -> None:
+    def check_inputs(self, identity: str) -> None:
         """Refuse a run whose models or held-out pairs are not those of the runs before it. Raises InputError."""
-        manifest = json.loads((self.folder / point.slug / MANIFEST_FILE).read_text(encoding="utf-8"))
+        folder = self.folder / self.entries[identity].point.slug
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         found = {name: manifest.get(name) for name in IDENTITY}
         if "data.train" in self.axes:
             found["data"] = {"eval": found["data"]["eval"]}
         if self.inputs is None:
-            self.inputs = found
+            self.inputs = found  # on disk with the run's outcome
         if told := changes(self.inputs, found, ()):
+            reason = "\n  ".join(["it was trained or measured on other inputs than the runs before it:", *told])
+            self.note(identity, status="refused", reason=reason)
             raise InputError(
-                f"{self.folder / point.slug} was trained or measured on other inputs than the runs before it, and"
-                " cannot be compared:\n  "
-                + "\n  ".join(told)
-                + "\nput them back and remove that folder, or start a sweep under"
-                " another `name`"
+                f"{folder} cannot be compared, because {reason}\nput them back and remove that folder, or start a sweep"
+                " under another `name`"
             )
 
     def record(self) -> SweepRecord:

@@ -16,7 +16,7 @@ import torch
 from lorafocal import launch, run
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.publish import inside
+from lorafocal.publish import inside, recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
 from lorafocal.schema import Config
 from lorafocal.sweep.grid import Grid, Planned
@@ -46,6 +46,7 @@ def sweep(
     folder = inside(runs_dir, asked.name)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
+        recover(folder)
         journal = Journal(folder, asked, best)
         journal.save()
         stop = StopOnSignal()
@@ -79,9 +80,9 @@ def _train(journal: Journal, identity: str, *, quiet: bool) -> None:
     except InputError as error:
         journal.note(identity, status="refused", reason=str(error))
     else:
+        journal.check_inputs(identity)
         ended = "finished" if summary.interrupted_by is None else "interrupted"
-        held_out = held_out_metrics(summary.held_out)
-        journal.check_inputs(journal.note(identity, status=ended, steps=summary.steps, held_out=held_out))
+        journal.note(identity, status=ended, steps=summary.steps, held_out=held_out_metrics(summary.held_out))
     gc.collect()  # trainer and callbacks hold each other, and with them the model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -155,7 +155,7 @@ def test_a_small_but_steady_advantage_on_the_same_pairs_is_told_apart(tmp_path: 
 
 @pytest.mark.parametrize(
     ("value", "word"),
-    [(3e-7, "3e-7"), (1.5e-4, "1.5e-4"), (5e-4, "5e-4"), (1e-3, "0.001"), (0.05, "0.05"), (1.0, "1"), (2e7, "2e7"), (0.0, "0")],
+    [(3e-7, "3e-7"), (1.5e-4, "1.5e-4"), (5e-4, "5e-4"), (1e-3, "0.001"), (0.05, "0.05"), (1.0, "1"), (2e7, "2e7")],
 )  # fmt: skip
 def test_numbers_read_as_people_write_them(value: float, word: str) -> None:
     assert (number_word(value), float(number_word(value))) == (word, value)
@@ -169,7 +169,8 @@ def test_the_table_has_a_row_a_setting_and_the_verdict_below() -> None:
     assert "7 runs: 6 finished, 1 failed" in text
     assert "2e-6 (best)     2/2  0.5100 ± 0.0141" in text
     assert "best     learning_rate 2e-6: eval_loss 0.5100 ± 0.0141 over 2 seeds" in text
-    assert "failed   0.01-0: step 3 was stopped\n" in text
+    assert "failed   0.01-0: step 3 was stopped" in text
+    assert "and more" not in text
     assert "its own value flatters it" in text
 
 
@@ -179,7 +180,9 @@ def test_losses_of_different_objectives_are_not_shown_side_by_side() -> None:
     assert any("loss" in name for name in setting_rows(record([point({LR: 1e-6}, 0.6)]), None)[0])
 
 
-@pytest.mark.parametrize(("losses", "said"), [((0.5, 0.6, 0.7), "smallest"), ((0.6, 0.5, 0.7), None), ((0.7, 0.6, 0.5), "largest")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("losses", "said"), [((0.5, 0.6, 0.7), "smallest"), ((0.6, 0.5, 0.7), None), ((0.7, 0.6, 0.5), "largest")]
+)
 def test_a_best_value_at_the_edge_of_what_was_tried_is_told(losses: Sequence[float], said: str | None) -> None:
     sweep = record([point({LR: lr}, loss) for lr, loss in zip((1e-6, 2e-6, 3e-6), losses, strict=True)])
     choice = choose(sweep)

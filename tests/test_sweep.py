@@ -1,0 +1,549 @@
+"""`lorafocal sweep`: the grid is checked whole, every point is an ordinary run, and the same call goes on."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorafocal.reference
+from lorafocal import run
+from lorafocal.config import load_config, resolved_yaml
+from lorafocal.errors import InputError
+from lorafocal.publish import sha256
+from lorafocal.report import sweep_page
+from lorafocal.report.sweep_page import SweepReport
+from lorafocal.report.sweep_results import ACCURACY, LOSS, Point
+from lorafocal.report.write import write_report
+from lorafocal.run import RunSummary
+from lorafocal.sweep import sweep
+from lorafocal.sweep.grid import Grid, choose_criterion, parse_grid, slug_of
+from lorafocal.trainer import FocalPOTrainer
+from tests.toy_run import metric_lines, run_config, write_inputs
+
+RATES, SEEDS = "training.learning_rate=1e-3,1e-2", "training.seed=1,2"
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def config(root: Path) -> Path:
+    """Three steps a run, a checkpoint after each."""
+    return write_config(root, "run.yaml")
+
+
+def write_config(root: Path, name: str, **changes: Any) -> Path:
+    steps = {"training__num_train_epochs": 1, "training__save_steps": 1}
+    file = root / name
+    file.write_text(resolved_yaml(run_config(root, **(steps | changes))))
+    return file
+
+
+# --- the grid -----------------------------------------------------------------------------------------------
+
+
+def test_values_are_read_as_yaml() -> None:
+    grid = ["training.learning_rate=3e-7, 1e-6", "adapter.targets=all-linear,[q_proj,v_proj]", "training.seed=1,2"]
+    assert parse_grid(grid) == {
+        "training.learning_rate": [3e-7, 1e-6],
+        "adapter.targets": ["all-linear", ["q_proj", "v_proj"]],
+        "training.seed": [1, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ([], r"a sweep needs --grid: for example --grid training\.learning_rate="),
+        (["training.seed"], "is no axis of a grid; write key=value,value"),
+        (["training.seed="], "is no axis of a grid"),
+        (["training.seed=1", "training.seed=2"], "--grid training.seed is given twice; list its values once"),
+        (["training.seed=1],[2"], "--grid training.seed"),
+        (["training.seed=&a 1,*a"], "--grid training.seed"),
+    ],
+)
+def test_what_is_no_grid_is_refused(grid: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_grid(grid)
+
+
+@pytest.mark.parametrize(
+    ("values", "slug"),
+    [
+        ({"training.learning_rate": 3e-7, "objective.gamma": 0.05, "training.seed": 1}, "lr3e-7-gamma0.05-seed1"),
+        ({"objective.name": "dpo", "adapter.r": 8}, "dpo-r8"),
+        ({"adapter.init": "pissa", "adapter.use_dora": True}, "init-pissa-use-dora-true"),
+        ({"training.weight_decay": 0.0, "training.data_seed": 7}, "decay0-order7"),
+    ],
+)
+def test_runs_are_named_by_their_values(values: dict[str, Any], slug: str) -> None:
+    assert slug_of(values) == slug
+
+
+def test_values_that_no_name_can_hold_still_give_names_of_their_own() -> None:
+    lists = [{"adapter.targets": [f"{name}_proj" for name in names]} for names in ("qk", "qv", "qkvo" * 9)]
+    slugs = {slug_of(values) for values in (*lists, {"data.train": "a/x.jsonl"}, {"data.train": "b/x.jsonl"})}
+    assert len(slugs) == 5
+    assert all(len(slug) <= 64 and "/" not in slug and not slug.startswith(".") for slug in slugs)
+
+
+@pytest.mark.parametrize(
+    ("axis", "why"),
+    [
+        ("name=a,b", "each run is named by its values"),
+        ("model.dtype=float32,bfloat16", "rewards are relative to the base"),
+        ("reference.kind=frozen_copy,disabled_adapter", "rewards are relative to the reference"),
+        ("adapter.start_from=a,b", "the reference is the start"),
+        ("data.held_out=0.1,0.2", "which held-out pairs there are"),
+        ("data.max_length=32,64", "which held-out pairs there are"),
+        ("packing.tokens=52,64", "memory and speed, never the result"),
+        ("kernels.compile=true,false", "memory and speed, never the result"),
+        ("training.activation_checkpointing=none,full", "memory and speed, never the result"),
+        ("training.logging_steps=1,2", "all its values give the same adapter"),
+        ("objective={name: dpo, beta: 0.1},{name: dpo, beta: 0.2}", "it is a whole section; vary keys inside it"),
+    ],
+)
+def test_keys_that_runs_could_not_be_compared_over_are_refused_with_the_reason(
+    config: Path, axis: str, why: str
+) -> None:
+    with pytest.raises(InputError, match=why):
+        Grid.read(config, [axis])
+
+
+def test_all_mistakes_of_a_grid_are_told_at_once(config: Path) -> None:
+    grid = ["objective.gamma=0.05,2", "training.lerning_rate=1e-3", "training.seed=1,-1"]
+    with pytest.raises(InputError) as error:
+        Grid.read(config, grid)
+    text = str(error.value)
+    assert "this grid has mistakes, and nothing was run" in text
+    assert "did you mean training.learning_rate?  (4 of 4 points)" in text
+    assert "training.seed" in text
+    assert "gamma is 2" in text
+    assert text.count("(2 of 4 points)") == 2
+
+
+@pytest.mark.parametrize(
+    ("grid", "named"),
+    [
+        (["training.seed=1,2,1"], "training.seed=1"),
+        (["training.learning_rate=1e-3,0.001"], r"training\.learning_rate=0\.001"),
+        (["training.learning_rate=1,1.0"], r"training\.learning_rate=1 and training\.learning_rate=1\.0"),
+    ],
+)
+def test_points_that_are_the_same_run_are_refused(config: Path, grid: list[str], named: str) -> None:
+    with pytest.raises(InputError, match=f"two points of the grid are the same run: {named}"):
+        Grid.read(config, grid)
+
+
+def test_what_a_grid_would_replace_is_refused(config: Path) -> None:
+    with pytest.raises(InputError, match=r"training\.seed: it is given as an override too"):
+        Grid.read(config, [SEEDS], ["training.seed=3"])
+
+
+def test_a_grid_has_an_end(config: Path) -> None:
+    seeds = ",".join(map(str, range(40)))
+    with pytest.raises(InputError, match="the grid has 1,600 points"):
+        Grid.read(config, [f"training.seed={seeds}", f"training.data_seed={seeds}"])
+
+
+def test_held_out_pairs_are_needed(root: Path) -> None:
+    with pytest.raises(InputError, match=r"chooses by held-out pairs, and there are none: give data\.held_out=0\.05"):
+        Grid.read(write_config(root, "blind.yaml", data__eval=None), [RATES])
+
+
+def test_training_files_are_compared_on_held_out_pairs_of_their_own(root: Path, config: Path) -> None:
+    axis = f"data.train={root / 'train.jsonl'},{root / 'eval.jsonl'}"
+    assert len(Grid.read(config, [axis]).points) == 2
+    split = write_config(root, "split.yaml", data__eval=None, data__held_out=0.2)
+    with pytest.raises(InputError, match=r"--grid data\.train: .*give data\.eval=FILE"):
+        Grid.read(split, [axis])
+
+
+def test_the_last_axis_is_the_fastest(config: Path) -> None:
+    grid = Grid.read(config, [RATES, SEEDS])
+    slugs = ["lr0.001-seed1", "lr0.001-seed2", "lr0.01-seed1", "lr0.01-seed2"]
+    assert [entry.point.slug for entry in grid.points] == slugs
+    assert [entry.config.name for entry in grid.points] == slugs
+    assert [entry.config.training.fields["learning_rate"] for entry in grid.points] == [1e-3, 1e-3, 1e-2, 1e-2]
+
+
+# --- the criterion ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axes", "best", "key"),
+    [
+        (["training.learning_rate"], None, LOSS), (["training.learning_rate"], ACCURACY, ACCURACY),
+        (["training.seed", "objective.gamma"], None, ACCURACY), (["objective.beta"], None, ACCURACY),
+        (["objective.name"], None, ACCURACY),
+    ],
+)  # fmt: skip
+def test_losses_choose_only_where_they_are_one_loss(config: Path, axes: list[str], best: str | None, key: str) -> None:
+    assert choose_criterion(best, dict.fromkeys(axes), load_config(config)).key == key
+
+
+def test_criteria_that_cannot_choose_are_refused(config: Path) -> None:
+    checked = load_config(config)
+    with pytest.raises(InputError, match="losses of different gamma are on different scales; use eval_rewards/acc"):
+        choose_criterion(LOSS, {"objective.gamma": []}, checked)
+    with pytest.raises(InputError, match=r"--best is 'eval_rewards/margins'; choose eval_loss, or eval_rewards/acc"):
+        choose_criterion("eval_rewards/margins", {}, checked)
+    values = checked.model_dump(mode="json") | {"objective": {"name": "sft"}, "reference": None}
+    with pytest.raises(InputError, match="sft ranks no pairs"):
+        choose_criterion(ACCURACY, {}, type(checked).model_validate(values))
+
+
+# --- bookkeeping, with runs that train nothing ---------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for `run.train`: leaves a run folder as training does, and writes down what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        self.loss: Callable[[float], float] = lambda rate: rate
+        self.failing: dict[str, Exception | type[BaseException]] = {}
+        self.base = "b"
+
+    def __call__(self, config: Any, *, resume: bool, quiet: bool, runs_dir: Path) -> RunSummary:
+        self.asked.append((config.name, resume))
+        folder = runs_dir / config.name
+        folder.mkdir(exist_ok=True)
+        data = {"eval": {"pairs": 5}, "train": {"pairs": 21}}
+        (folder / "manifest.json").write_text(json.dumps({"base": self.base, "data": data}))
+        if config.name in self.failing:
+            raise self.failing[config.name]
+        (folder / "adapter").mkdir(exist_ok=True)
+        rate = config.training.fields["learning_rate"]
+        return RunSummary(folder, STEPS, STEPS, {LOSS: self.loss(rate), ACCURACY: 0.5, "eval_runtime": 1.0})
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.asked]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    monkeypatch.setattr(run, "train", made)
+    monkeypatch.setattr(sweep_page, "sweep_png", lambda *a: b"")  # drawn in tests/report
+    return made
+
+
+@pytest.fixture
+def swept(config: Path, tmp_path: Path) -> Callable[..., SweepReport]:
+    """A sweep into a folder of this test's own."""
+
+    def again(*grid: str, overrides: tuple[str, ...] = (), file: Path = config, **options: Any) -> SweepReport:
+        return sweep(file, grid, overrides, runs_dir=tmp_path / "runs", quiet=True, **options)
+
+    return again
+
+
+def saved(tmp_path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((tmp_path / "runs" / "toy" / "sweep.json").read_text())
+    return record
+
+
+def states(report: SweepReport) -> dict[str, str]:
+    return {point.slug: point.status for point in report.record.points}
+
+
+def test_nothing_runs_before_all_of_the_grid_is_checked(recorder: Recorder, swept: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing was run"):
+        swept("training.learning_rate=1e-3,fast")
+    assert recorder.asked == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_record_has_every_value_metric_and_state(recorder: Recorder, swept: Any, tmp_path: Path) -> None:
+    swept(RATES)
+    record = saved(tmp_path)
+    assert record["axes"] == {"training.learning_rate": [1e-3, 1e-2]}
+    assert record["criterion"]["key"] == LOSS
+    assert record["best"]["run"] == "lr0.001"
+    point = Point(**record["points"][1])
+    assert (point.slug, point.status, point.steps) == ("lr0.01", "finished", STEPS)
+    assert point.held_out == {LOSS: 1e-2, ACCURACY: 0.5}
+
+
+def test_the_same_call_trains_nothing_twice(recorder: Recorder, swept: Any) -> None:
+    first = swept(RATES, SEEDS)
+    again = swept(SEEDS, RATES)  # axes in another order give the same runs
+    assert len(recorder.asked) == 4
+    assert states(again) == states(first) == dict.fromkeys(recorder.names, "finished")
+
+
+def test_more_values_extend_a_sweep(recorder: Recorder, swept: Any) -> None:
+    swept(RATES)
+    report = swept("training.learning_rate=1e-4,1e-3")
+    assert recorder.names == ["lr0.001", "lr0.01", "lr1e-4"]
+    assert len(report.record.points) == 3
+    assert report.choice is not None
+    assert report.choice.point.slug == "lr1e-4"
+
+
+def test_an_axis_more_takes_up_the_runs_there_are(recorder: Recorder, swept: Any) -> None:
+    swept(RATES)
+    report = swept(RATES, "training.seed=42,1")  # 42 is what the config says
+    assert recorder.names == ["lr0.001", "lr0.01", "lr0.001-seed1", "lr0.01-seed1"]
+    assert [len(setting["runs"]) for setting in report.as_dict()["settings"]] == [2, 2]
+
+
+def test_another_config_is_refused_by_name(recorder: Recorder, swept: Any, root: Path) -> None:
+    swept(RATES)
+    other = write_config(root, "other.yaml", adapter__r=8)
+    with pytest.raises(InputError, match=r"is a sweep of another config.*\n  adapter\.r: 4 -> 8\n.*another `name`"):
+        swept("training.learning_rate=1e-4", file=other)
+    with pytest.raises(InputError, match=r"objective\.beta: 0\.1 -> 0\.2"):
+        swept(RATES, overrides=("objective.beta=0.2",))
+    assert len(recorder.asked) == 2
+
+
+def test_what_cannot_reach_the_weights_may_change(recorder: Recorder, swept: Any) -> None:
+    swept(RATES)
+    swept(RATES, overrides=("training.logging_steps=1", "training.save_total_limit=1"))
+    assert len(recorder.asked) == 2
+
+
+def test_a_refused_run_is_recorded_and_tried_again(recorder: Recorder, swept: Any) -> None:
+    recorder.failing["lr0.001"] = InputError("no such layer")
+    report = swept(RATES)
+    assert states(report) == {"lr0.001": "refused", "lr0.01": "finished"}
+    assert "refused  lr0.001: no such layer" in report.table()
+    recorder.failing.clear()
+    assert states(swept(RATES)) == {"lr0.001": "finished", "lr0.01": "finished"}
+    assert recorder.asked[-1] == ("lr0.001", True)
+
+
+def test_a_process_that_dies_loses_nothing_that_was_finished(recorder: Recorder, swept: Any, tmp_path: Path) -> None:
+    recorder.failing["lr0.01"] = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        swept(RATES)
+    assert [point["status"] for point in saved(tmp_path)["points"]] == ["finished", "running"]
+    recorder.failing.clear()
+    swept(RATES)
+    assert recorder.asked[2:] == [("lr0.01", True)]
+
+
+def test_a_run_whose_folder_is_gone_is_trained_again(recorder: Recorder, swept: Any, tmp_path: Path) -> None:
+    swept(RATES)
+    shutil.rmtree(tmp_path / "runs" / "toy" / "lr0.01")
+    swept(RATES)
+    assert recorder.asked[2:] == [("lr0.01", False)]
+
+
+def test_runs_on_other_inputs_are_never_compared(recorder: Recorder, swept: Any) -> None:
+    swept("training.learning_rate=1e-3")
+    recorder.base = "another"
+    with pytest.raises(InputError, match=r"on other inputs than the runs before it.*\n  base: 'b' -> 'another'"):
+        swept(RATES)
+    recorder.base = "b"
+    assert states(swept("training.learning_rate=1e-3")) == {"lr0.001": "finished", "lr0.01": "refused"}
+
+
+def test_two_sweeps_of_one_folder_do_not_run_at_once(recorder: Recorder, swept: Any, tmp_path: Path) -> None:
+    def meet(rate: float) -> float:
+        with pytest.raises(InputError, match="is being swept by another process"):
+            swept(RATES)
+        return rate
+
+    recorder.loss = meet
+    swept("training.learning_rate=1e-3")
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, swept: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="a sweep runs in one process"):
+        swept(RATES)
+
+
+def test_a_damaged_record_is_told(recorder: Recorder, swept: Any, tmp_path: Path) -> None:
+    swept(RATES)
+    (tmp_path / "runs" / "toy" / "sweep.json").write_text("{}")
+    with pytest.raises(InputError, match=r"sweep\.json cannot be read as a sweep"):
+        swept(RATES)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("disabled_adapter", True), ("cached", False)])
+def test_what_is_computed_again_for_every_run_is_told(
+    recorder: Recorder, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, kind: str, said: bool
+) -> None:
+    computed = []
+    monkeypatch.setattr(run, "cache_reference", lambda config, quiet: computed.append(config.name))
+    sweep(write_config(root, f"{kind}.yaml", reference__kind=kind), [RATES, SEEDS], runs_dir=tmp_path)
+    heard = capsys.readouterr().err
+    assert "sweep toy: 4 runs, 4 to train, best by eval_loss" in heard
+    assert ("reference.kind=cached would compute it once" in heard) is said
+    assert len(computed) == (0 if said else 1)
+
+
+# --- real runs ----------------------------------------------------------------------------------------------
+
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, root: Path) -> SweepReport:
+    """Two rates, of which one moves nothing, with two seeds each."""
+    grid = ["training.learning_rate=1e-2,1e-30", SEEDS]
+    return sweep(config, grid, runs_dir=root / "runs", quiet=True)
+
+
+@pytest.mark.slow
+@pytest.mark.row("57")
+def test_a_point_is_the_run_that_train_gives(finished: SweepReport, config: Path, tmp_path: Path) -> None:
+    alone = run.train(load_config(config, ["training.learning_rate=1e-2", "training.seed=2"]), runs_dir=tmp_path)
+    folder = finished.record.folder / "lr0.01-seed2"
+    assert sha256(alone.folder / ADAPTER) == sha256(folder / ADAPTER)
+    assert metric_lines(folder, key="eval_loss")[-1][LOSS] == finished.record.points[1].held_out[LOSS]
+    resolved = load_config(folder / "config.yaml")
+    assert run.train(resolved, resume=True, quiet=True, runs_dir=folder.parent).steps == STEPS
+    assert write_report([folder], tmp_path / "report").page.exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_recorded_with_its_reason_and_the_others_go_on(finished: SweepReport) -> None:
+    assert list(states(finished).values()) == ["finished", "finished", "failed", "failed"]
+    assert "no adapter weight moved at step 1" in finished.record.points[2].reason
+    assert finished.choice is not None
+    assert finished.choice.setting.values == {"training.learning_rate": 1e-2}
+
+
+@pytest.mark.slow
+def test_what_failed_is_not_tried_again_until_its_folder_is_gone(
+    finished: SweepReport, config: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(run, "train", lambda config, **options: asked.append(config.name))
+    grid = ["training.learning_rate=1e-2,1e-30", SEEDS]
+    again = sweep(config, grid, runs_dir=root / "runs", quiet=True)
+    assert asked == []
+    assert again.as_dict() == finished.as_dict()
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_its_table_page_and_picture(finished: SweepReport) -> None:
+    folder = finished.record.folder
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {
+        "sweep.json", "sweep.csv", "sweep.html", "sweep.png",
+    }  # fmt: skip
+    assert str(folder) not in (folder / "sweep.csv").read_text()
+    assert finished.page == folder / "sweep.html"
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, *, run_number: int, step: int) -> None:
+    """A signal in one step of one run of this process."""
+    original, begun = FocalPOTrainer.training_step, [0]
+
+    def step_and_signal(self: FocalPOTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        begun[0] += self.state.global_step == 0
+        if (begun[0], self.state.global_step) == (run_number, step):
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(FocalPOTrainer, "training_step", step_and_signal)
+
+
+@pytest.mark.slow
+def test_a_signal_stops_after_the_step_and_the_same_call_goes_on(
+    finished: SweepReport, swept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = ("training.learning_rate=1e-2", SEEDS)
+    with monkeypatch.context() as patched:
+        signalled(patched, run_number=2, step=1)
+        stopped = swept(*grid)
+    assert stopped.interrupted_by == signal.SIGTERM
+    assert states(stopped) == {"lr0.01-seed1": "finished", "lr0.01-seed2": "interrupted"}
+    assert stopped.choice is None
+    first = tmp_path / "runs" / "toy" / "lr0.01-seed1" / ADAPTER
+    written = first.stat().st_mtime_ns
+    again = swept(*grid)
+    assert again.interrupted_by is None
+    assert first.stat().st_mtime_ns == written
+    for slug, status in states(again).items():
+        assert status == "finished"
+        assert sha256(again.record.folder / slug / ADAPTER) == sha256(finished.record.folder / slug / ADAPTER)
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_of_a_run_keeps_the_next_from_beginning(
+    swept: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled(monkeypatch, run_number=1, step=STEPS - 1)
+    stopped = swept("training.learning_rate=1e-2", SEEDS)
+    assert states(stopped) == {"lr0.01-seed1": "finished", "lr0.01-seed2": "waiting"}
+    assert stopped.interrupted_by == signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_model_is_loaded_is_not_lost(swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = run.prepare_data
+
+    def prepare_and_signal(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(run, "prepare_data", prepare_and_signal)
+    stopped = swept("training.learning_rate=1e-2", SEEDS)
+    assert states(stopped) == {"lr0.01-seed1": "interrupted", "lr0.01-seed2": "waiting"}
+    assert (stopped.interrupted_by, stopped.record.points[0].steps) == (signal.SIGINT, 1)
+
+
+@pytest.mark.slow
+def test_with_a_stored_reference_no_run_computes_one(root: Path, swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards: list[Any] = []
+    original = lorafocal.reference.sequence_logps
+
+    def counted(model: Any, pack: Any) -> Any:
+        forwards.append(pack.pair_ids)
+        return original(model, pack)
+
+    monkeypatch.setattr(lorafocal.reference, "sequence_logps", counted)
+    stored = {"reference__kind": "cached", "reference__store": str(root / "references")}
+    rates = "training.learning_rate=1e-3,1e-2,2e-2"
+    cached = swept(rates, file=write_config(root, "stored.yaml", **stored))
+    assert list(states(cached).values()) == ["finished"] * 3
+    assert forwards == []
+    live = swept(rates, overrides=("name=live",))
+    assert len(forwards) >= 3 * STEPS
+    for one, other in zip(cached.record.points, live.record.points, strict=True):
+        assert one.held_out[LOSS] == pytest.approx(other.held_out[LOSS], rel=1e-5)
+
+
+def live_parameters() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects())
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Live parameters before each run of a sweep."""
+    found: list[int] = []
+    original = run.train
+
+    def train(*args: Any, **options: Any) -> RunSummary:
+        found.append(live_parameters())
+        return original(*args, **options)
+
+    monkeypatch.setattr(run, "train", train)
+    return found
+
+
+@pytest.mark.slow
+def test_models_do_not_pile_up(counts: list[int], swept: Any) -> None:
+    """Also after a run that failed, whose traceback holds all of its frames."""
+    report = swept("training.learning_rate=1e-30,1e-2", SEEDS)
+    assert list(states(report).values()).count("failed") == 2
+    assert counts == counts[:1] * 4
