@@ -127,7 +127,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in _chunks(hidden, rows):
             logps[at], to_hidden = head.score(hidden[at], labels[at], differentiated=gradient is not None)
-            if gradient is not None:
+            if gradient is not None and to_hidden is not None:
                 gradient[at] = to_hidden
         ctx.save_for_backward(gradient)
         return logps
@@ -157,8 +157,8 @@ class _TrainedHeadLogps(torch.autograd.Function):
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=head.wide)
         for at in _chunks(hidden, ctx.rows):
             to_hidden[at] = head.differentiate(hidden[at], labels[at], upstream[at, None], to_weight, to_bias)
-        to_bias = None if bias is None else to_bias.to(bias.dtype)
-        return to_hidden, to_weight.to(weight.dtype), None, to_bias, None, None, None
+        to_narrow_bias = None if to_bias is None else to_bias.to(bias.dtype)
+        return to_hidden, to_weight.to(weight.dtype), None, to_narrow_bias, None, None, None
 
 
 def _chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
@@ -238,7 +238,7 @@ class LogProbHead(nn.Linear):
     transform: LogitTransform
     labels: Tensor | None
     rows: Tensor | None
-    fold: HeadFold = staticmethod(head_fold_)  # type: ignore[assignment]
+    fold: HeadFold = staticmethod(head_fold_)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> logits (B, T, V) without labels; (1, N) log-probs in nats with them, fp32 or wider."""
