@@ -122,16 +122,24 @@ def activation_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
 
     Raises InputError for the tier `mlp` where PEFT's own adapter functions are used, which have it not.
     """
-    width, answers = setup.width, setup.lengths.answers / setup.lengths.rows
-    last_norm = shape.hidden_size * (width if setup.fused else WIDE) + WIDE
-    head = answers * (width * shape.hidden_size + 12)  # the gradient of each row, its label and its log-prob
-    ends = last_norm + head
+    ends = _end_bytes(shape, setup)
     if tier == "full":
-        return ends + shape.layers * width * shape.hidden_size
-    ends += _rotary_bytes(shape, setup)
-    # The first norm reads embeddings, which nothing trains, so PEFT's way saves nothing there.
-    first_norm = WIDE if setup.fused else last_norm
-    return ends - first_norm + sum(_layer_bytes(shape, setup, tier, layer) for layer in range(shape.layers))
+        return ends + shape.layers * setup.width * shape.hidden_size
+    # The first norm reads embeddings, which nothing trains, so transformers' own saves nothing there.
+    first_norm = WIDE if setup.fused else (shape.hidden_size + 1) * WIDE
+    return (
+        ends
+        + _rotary_bytes(shape, setup)
+        - first_norm
+        + sum(_layer_bytes(shape, setup, tier, layer) for layer in range(shape.layers))
+    )
+
+
+def _end_bytes(shape: Shape, setup: Setup) -> float:
+    """What the last norm and the head save: of each answer's row its gradient, label and log-prob."""
+    answers = setup.lengths.answers / setup.lengths.rows
+    last_norm = shape.hidden_size * (setup.width if setup.fused else WIDE) + WIDE
+    return last_norm + answers * (setup.width * shape.hidden_size + 12)
 
 
 def _rotary_bytes(shape: Shape, setup: Setup) -> int:
@@ -159,7 +167,7 @@ def _layer_bytes(shape: Shape, setup: Setup, tier: str, layer: int) -> float:
 def _norm_bytes(shape: Shape, setup: Setup) -> float:
     """Inputs of the norms, widened to fp32 by transformers' own, and a scale a row."""
     width = setup.width if setup.fused else WIDE
-    kept = len(shape.family.norms) * (shape.hidden_size * width + WIDE)
+    kept: float = len(shape.family.norms) * (shape.hidden_size * width + WIDE)
     if shape.family.head_norms:
         kept += (shape.query_size + shape.kv_size) * width + (shape.heads + shape.kv_heads) * WIDE
     return kept
@@ -188,17 +196,22 @@ def _mlp_bytes(shape: Shape, setup: Setup, tier: str) -> float:
 
 
 def work_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
-    """Bytes beside the saved ones at the peak, in the backward of one layer, a row.
+    """Bytes beside the saved ones at the peak, a row: in the backward of the last norm, or of the last layer.
 
-    The tier `full` has one layer's activations there again, and keeps the rotations, as each layer's argument.
+    The tier `full` has that layer's activations there again, and keeps the rotations as every layer's argument.
     """
     hidden, inner, width = shape.hidden_size, shape.intermediate_size, setup.width
-    work = 3 * WIDE * hidden + (width + (0 if width >= WIDE else WIDE)) * inner
+    narrow = width < WIDE
+    if setup.fused:
+        layer: float = (3 * inner + 2 * hidden) * width
+        layer += WIDE * inner if narrow and setup.attention == "sdpa" else 0  # no GPU: products widen their factors
+    else:
+        layer = 2 * inner * width + (WIDE * inner + 10 * hidden if narrow else hidden * width)
     if tier == "mlp":
-        work += 2 * width * inner
+        layer += 2 * inner * width
     if tier == "full":
-        work += _layer_bytes(shape, setup, "none", 0) + _rotary_bytes(shape, setup)
-    return work
+        layer += _layer_bytes(shape, setup, "none", 0) + _rotary_bytes(shape, setup)
+    return max(18 * hidden, layer - _end_bytes(shape, setup))  # what the ends saved is gone by then
 
 
 def head_chunk_bytes(shape: Shape, setup: Setup) -> int:
