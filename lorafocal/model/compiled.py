@@ -1,8 +1,9 @@
 """`torch.compile` of a model's decoder layers, on packed rows of bucketed lengths.
 
 The bounds of a pack reach a compiled layer as one byte a token and leave it unread into one opaque operator, so a new
-pack makes no new graph: there is one for each length, kind of layer, and state of the adapters. Rows that are no
-multiple of the bucket (probes, evaluations of single sequences, generation) run uncompiled.
+pack makes no new graph: there is one for each length, kind of layer, and state of the adapters (and one more for the
+first layer, whose input needs no gradient). Rows that are no multiple of the bucket, as those of probes and of
+generation, run uncompiled.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafocal.errors import InputError
+from lorafocal.model.stand_ins import StandIn
 from lorafocal.ops.segments import Segments, roles
 
 # Graphs that one kind of layer may have; past it torch would quietly go on uncompiled.
@@ -59,6 +61,8 @@ def _not_compiled(model: nn.Module) -> str | None:
     for layer in decoder_layers(model):
         if "forward" in vars(layer):
             return f"the forward of {type(layer).__name__} has been exchanged already"
+    if any(isinstance(getattr(vars(module).get("forward"), "__self__", None), StandIn) for module in model.modules()):
+        return "fused adapter functions would break the graph; set kernels.adapters: peft"
     return None
 
 
