@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -130,19 +130,21 @@ def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """What one process did: answers that it computed and that were there, and how long it took."""
+    """What one of `processes` did: answers of its share that it computed and that were there, and how long it took."""
 
     computed: int
     found: int
     duration_s: float
+    processes: int = 1
 
     def __str__(self) -> str:
         return (
             f"reference store: {self.computed:,} answers computed in {self.duration_s:.1f} s, {self.found:,} were there"
+            + (f" (one of {self.processes} processes' shares)" if self.processes > 1 else "")
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {"computed": self.computed, "found": self.found, "duration_s": self.duration_s}
+        return asdict(self)
 
 
 def cache_reference(
@@ -176,7 +178,7 @@ def cache_reference(
             say(f"reference store: {done:,} of {len(mine):,} answers, {done / (said - start):,.1f} a second")
     launch.meet()
     asked = {answer.key for answer in answers_of(pairs) if tuple(answer.prompt_ids) in share}
-    return CacheReport(len(mine), len(asked) - len(mine), time.monotonic() - start)
+    return CacheReport(len(mine), len(asked) - len(mine), time.monotonic() - start, world)
 
 
 def _rows(answers: Sequence[Answer]) -> list[tuple[Answer, ...]]:
@@ -231,7 +233,7 @@ class SpotCheck:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("pairs", "of", "worst", "noise", "tolerance", "dtype")}
+        return asdict(self)
 
 
 def spot_check(
@@ -252,10 +254,14 @@ def spot_check(
     stored = torch.tensor([logps for pair in chosen for logps in pair.reference or ()], dtype=torch.float64)
     if len(stored) != len(answers):
         raise InputError(f"pairs were not looked up in the reference store before they are checked: {COMMAND}")
-    alone = replace(collator, tokens_per_pack=1)
     rows = list(zip(answers[::2], answers[1::2], strict=True))
-    passes = [(rows, collator), (rows, alone), ([(answer,) for answer in answers], alone)]
-    live = torch.stack([_sums(score(model, of, packed_by), answers) for of, packed_by in passes])
+    alone = replace(collator, tokens_per_pack=1)
+    passes = (
+        score(model, rows, collator),
+        score(model, rows, alone),
+        score(model, [(answer,) for answer in answers], alone),
+    )
+    live = torch.stack([_sums(of_pass, answers) for of_pass in passes])
     noise = float((live.amax(0) - live.amin(0)).max())
     tolerance = _tolerance(model, noise, live, longest=max(len(answer.completion_ids) for answer in answers))
     gaps = (stored - live[0]).abs()

@@ -1,23 +1,27 @@
-"""The three kinds of reference, and the identity probe."""
+"""The kinds of reference, and the identity probe."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lorafocal.data.packing import share_prefixes
+from lorafocal.data.packing import PairCollator, share_prefixes
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import add_frozen_copy, check_trainable
 from lorafocal.objectives import PairLogps
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.reference import (
     REFERENCES,
+    CachedReference,
     DisabledAdapterReference,
     FrozenCopyReference,
     build_reference,
     check_identity,
+    check_ref_model,
+    check_same_reference,
 )
 from tests.tiny import disturb, pairs, tiny_base, tiny_policy
 
@@ -146,3 +150,39 @@ def test_kinds_and_models_that_do_not_go_together_are_refused_with_the_way_out()
         build_reference("frozen_copy", model, tiny_base())
     with pytest.raises(InputError, match=r'pass `ref_model`.*"disabled_adapter" or "frozen_copy"'):
         build_reference("separate_model", model)
+
+
+def test_a_stored_reference_answers_with_what_was_looked_up_and_with_nothing_else():
+    of = [replace(pair, reference=(-float(number), -2.0)) for number, pair in enumerate(pairs(3), 1)]
+    reference = build_reference("cached", tiny_policy())
+    assert isinstance(reference, CachedReference)
+    (pack,) = PairCollator()(of).packs
+    assert [side.tolist() for side in reference.logps(pack)] == [[-1.0, -2.0, -3.0], [-2.0, -2.0, -2.0]]
+    (half,) = PairCollator()([*of[:2], replace(of[2], reference=None)]).packs
+    with pytest.raises(InputError, match="without its reference log-probs"):
+        reference.logps(half)
+    assert isinstance(build_reference("cached", tiny_policy(), tiny_base()), CachedReference)
+    check_ref_model("cached", None)
+
+
+@pytest.mark.row("1")
+def test_the_probe_allows_a_stored_reference_its_noise_and_no_more():
+    reference = PairLogps(torch.zeros(2), torch.zeros(2))
+
+    def probe(gap: float) -> None:
+        policy = PairLogps(torch.tensor([0.0, gap]), torch.zeros(2))
+        check_identity(policy, reference, ("a", "b"), kind="cached", tolerance=0.01)
+
+    probe(0.009)
+    for gap in (0.02, -0.02, float("nan")):
+        with pytest.raises(InputError, match=r"pair 'b'.*at most 0\.01 .its noise.*lorafocal cache-reference"):
+            probe(gap)
+
+
+def test_a_run_goes_on_with_the_stored_reference_of_the_same_weights():
+    saved = {"kind": "cached", "sha256": "a"}
+    check_same_reference(saved, dict(saved))
+    with pytest.raises(InputError, match="stored log-probs are of another reference"):
+        check_same_reference(saved, saved | {"sha256": "b"})
+    with pytest.raises(InputError, match="trained with reference cached, this run has disabled_adapter"):
+        check_same_reference(saved, {"kind": "disabled_adapter", "sha256": None})

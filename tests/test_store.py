@@ -179,11 +179,14 @@ def test_a_store_of_another_context_is_refused_and_the_field_named(tmp_path, fie
 
 
 def test_a_context_that_does_not_hold_the_pair_is_not_named(tmp_path):
-    filled(tmp_path, pairs(4))
+    held = filled(tmp_path, pairs(4))
     other = ReferenceStore(tmp_path, replace(CONTEXT, dtype="bfloat16"))
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError, match="are missing") as refusal:
         other.look_up(pairs(4, seed=9)[3:])
     assert "holds it" not in str(refusal.value)
+    parts(held)[0].write_bytes(b"")
+    with pytest.raises(InputError, match="are missing"):  # a damage elsewhere is not what is wrong here
+        other.look_up(pairs(4))
 
 
 @pytest.mark.row("35")
