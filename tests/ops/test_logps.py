@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from lorafocal.ops.logps import LogitTransform, LogProbHead, token_logps, token_logps_plain
+from lorafocal.ops.elementwise import TORCH
+from lorafocal.ops.logps import (
+    LogitTransform,
+    LogProbHead,
+    head_fold_,
+    token_logps,
+    token_logps_plain,
+    use_elementwise,
+)
 
 TRANSFORMS = [
     LogitTransform(),
@@ -104,6 +115,95 @@ def test_no_tensor_of_all_rows_by_the_vocabulary_is_ever_made(train_head):
     assert 0 < largest <= 16
 
 
+class LiveLogits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts rows of a vocabulary alive at a time, by storage: what is computed in place counts once."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.vocabulary, self.weight = len(weight), weight.untyped_storage()._cdata
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+                storage, rows = tensor.untyped_storage(), tensor.numel() // self.vocabulary
+                if storage._cdata != self.weight:  # seen from its other side
+                    self.alive[storage._cdata] = (weakref.ref(storage), rows)
+        self.alive = {key: (ref, rows) for key, (ref, rows) in self.alive.items() if ref() is not None}
+        self.peak = max(self.peak, sum(rows for _, rows in self.alive.values()))
+        return out
+
+
+@pytest.mark.row("36")
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize(("softcap", "chunks"), [(None, 1), (3.0, 2)])
+def test_one_chunk_of_logits_is_alive_at_a_time(train_head, softcap, chunks):
+    """The error takes the logits' place, and a chunk is gone before the next is made; a soft-cap keeps its slope."""
+    hidden, weight, labels, _ = inputs(64, 8, 301, torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_(train_head)
+    with LiveLogits(weight) as live:
+        token_logps(hidden, weight, labels, None, LogitTransform(softcap=softcap), rows_per_chunk=16).sum().backward()
+    assert live.peak == 16 * chunks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_fold_is_the_log_softmax_and_its_gradient(transform, dtype):
+    """Towards the logits as the head makes them; rounded to `dtype` only then, and not made where none is asked for."""
+    logits = torch.randn(5, 31, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(31, (5,))
+    expected = transform(logits).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    expected.sum().backward()
+    logps, error, factor = head_fold_(logits.detach().clone(), labels, dtype, transform)
+    torch.testing.assert_close(logps, expected.detach(), rtol=1e-12, atol=1e-12)
+    assert error.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(error.double() * factor, logits.grad, rtol=step, atol=1e-12)
+    alone = head_fold_(logits.detach().clone(), labels, None, transform)
+    assert torch.equal(alone.logps, logps)
+    assert alone.error is None
+
+
+def test_chunks_are_even():
+    """17 rows in chunks of at most 16 are 9 and 8: a product of a single row would cost as much as one of many."""
+    hidden, weight, labels, _ = inputs(17, 4, 7)
+    sizes = []
+
+    def counted(logits, *rest):
+        sizes.append(len(logits))
+        return head_fold_(logits, *rest)
+
+    token_logps(hidden, weight, labels, rows_per_chunk=16, fold=counted)
+    assert sizes == [9, 8]
+    assert token_logps(hidden[:0], weight, labels[:0], fold=counted).shape == (0,)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("train_head", [False, True])
+def test_trl_computes_the_same(transform, train_head):
+    """Its chunked function: same log-probs and gradients, the frozen head's without our second look at the logits."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    hidden, weight, labels, _ = inputs(40, 16, 97, torch.float32)
+    upstream = torch.linspace(-1, 2, 40)
+    results = []
+    for ours in (True, False):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(train_head)]
+        if ours:
+            logps = token_logps(*leaves, labels, None, transform, rows_per_chunk=16)
+        else:
+            given = (*leaves, None, labels, 1.0, 32, transform.softcap, transform.scale, ())
+            logps = ChunkedLogProbFunction.apply(*given)[0]
+        logps.backward(upstream)
+        results.append((logps.detach(), *[leaf.grad for leaf in leaves if leaf.grad is not None]))
+    assert len(results[0]) == 2 + train_head
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
 def test_nothing_is_saved_for_a_reference_pass():
     hidden, weight, labels, _ = inputs()
     with torch.no_grad():
@@ -144,3 +244,21 @@ def test_autocast_does_not_make_the_log_probs_coarse():
     assert ours.dtype == torch.float32
     assert (ours - exact).abs().max() < 1e-5
     assert hidden.grad.isfinite().all()
+
+
+def test_the_chosen_functions_fold_the_heads_logits():
+    """Every head of a model, and asked for an error only where a gradient is wanted."""
+    asked = []
+
+    def noted(logits, labels, dtype, transform):
+        asked.append(dtype)
+        return head_fold_(logits, labels, dtype, transform)
+
+    model, hidden = nn.Sequential(nn.Linear(8, 8), head()), torch.randn(1, 3, 8)
+    model[1].labels = torch.tensor([0, 1, 2])
+    expected = model(hidden)
+    use_elementwise(model, replace(TORCH, head_fold_=noted))
+    assert torch.equal(model(hidden), expected)
+    with torch.no_grad():
+        assert torch.equal(model(hidden), expected)
+    assert asked == [torch.float32, None]
