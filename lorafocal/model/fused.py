@@ -169,16 +169,15 @@ class _Door:
             self._install_shared([layer for layer in fit if _width(layer) == width])
 
     def _install_shared(self, layers: list[nn.Module]) -> None:
-        shared = SharedInput(layers)
-        stand_ins = [FusedLinear(shared, position) for position in range(len(layers))]
-        x = self._input(layers[0])
         if not any(isinstance(layer, LoraLayer) for layer in layers) or any("forward" in vars(m) for m in layers):
             return
-        if not all(self._agree(stand_in, x) for stand_in in stand_ins):
+        x = self._input(layers[0])
+        if not all(self._agree(FusedLinear(SharedInput([layer]), 0), x) for layer in layers):
             self.left["linear layers that compute otherwise than PEFT's"] += len(layers)
             return
-        for stand_in in stand_ins:
-            stand_in.install()
+        shared = SharedInput(layers)
+        for position in range(len(layers)):
+            FusedLinear(shared, position).install()
         self.fused["shared" if len(layers) > 1 else "linears"] += 1
 
     def _norm(self, module: nn.Module) -> None:

@@ -40,6 +40,8 @@ def read(layer: nn.Module, arithmetic: Arithmetic) -> Linear | str:
     """A linear layer with or without PEFT's adapter as it computes now, or why PEFT must compute it, in plain words."""
     if not isinstance(layer, LoraLayer):
         return _read_base(layer, None, arithmetic)
+    if word_of(layer.get_base_layer()) == "int8":
+        return _INT8
     if type(layer) is not LoraLinear and type(layer).__name__ != "Linear4bit":
         return f"an adapter of PEFT's class {type(layer).__name__}"
     if layer.merged:
@@ -70,7 +72,7 @@ def _read_base(base: nn.Module, adapter: Adapter | None, arithmetic: Arithmetic)
     weight: Any = getattr(base, "weight", None)
     word = word_of(base)
     if word == "int8":
-        return "a base in int8, which rounds its inputs"
+        return _INT8
     if word is None and type(base) not in (nn.Linear, Conv1D):
         return f"a layer of class {type(base).__name__}"
     if word is None and (type(weight) is not nn.Parameter or weight.ndim != 2):
@@ -82,9 +84,10 @@ def _read_base(base: nn.Module, adapter: Adapter | None, arithmetic: Arithmetic)
     held = weight.quant_state.dtype if word else weight.dtype
     if not arithmetic.casts and held != arithmetic.dtype:
         return f"weights in {str(held).removeprefix('torch.')} without autocast"
-    return Linear(partial(_dense, base), base.bias, adapter)  # type: ignore[arg-type]
+    return Linear(partial(_dense, base), base.bias, adapter)
 
 
+_INT8 = "a base in int8, which rounds its inputs"
 _HOOKS = "hooks on parts of the layer"
 
 
@@ -94,12 +97,13 @@ def _watched(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
-def _dense(base: Any, dtype: torch.dtype) -> Tensor:
+def _dense(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) that a layer multiplies by, in `dtype`."""
-    weight = base.weight
+    weight: Any = base.weight
     if getattr(weight, "quant_state", None) is not None:
-        return library().functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
-    return (weight.T if isinstance(base, Conv1D) else weight).to(dtype)  # type: ignore[no-any-return]
+        weight = library().functional.dequantize_4bit(weight.data, weight.quant_state)
+    dense: Tensor = (weight.T if isinstance(base, Conv1D) else weight).to(dtype)
+    return dense
 
 
 class StandIn:
@@ -175,8 +179,9 @@ class FusedMlp(StandIn):
         layers = self.read(arithmetic) if arithmetic else "fp16"
         if isinstance(layers, str) or arithmetic is None:
             return None
+        gate, up, down = layers
         rows, normed = _rows(x.to(arithmetic.dtype)), _normed(x, arithmetic.dtype)
-        output = gated_mlp(rows, *layers, self.gated, recompute=self.recompute, normed=normed)
+        output = gated_mlp(rows, gate, up, down, self.gated, recompute=self.recompute, normed=normed)
         return output.view(*x.shape[:-1], output.shape[-1])
 
     def read(self, arithmetic: Arithmetic) -> list[Linear] | str:

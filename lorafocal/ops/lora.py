@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -110,7 +110,10 @@ def gated_mlp(
     return output
 
 
-def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _as_given(method: _Method) -> _Method:
     """A function's forward or backward in the dtypes it is given, whatever autocast it is called under."""
 
     @wraps(method)
@@ -118,7 +121,7 @@ def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(first.device.type, enabled=False):
             return method(ctx, first, *others)
 
-    return plain
+    return cast(_Method, plain)
 
 
 class _Norm(torch.autograd.Function):
@@ -177,9 +180,10 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         kept, small, small_down, gate, up, *_ = ctx.saved_tensors
         pair, down = ctx.layers[:2], ctx.layers[2:]
-        x, weights = _restored(kept, ctx.norm), _weights(pair, small.dtype)
-        if ctx.recompute:
-            weights = list(weights)  # type: ignore[assignment]  # for both directions
+        x = _restored(kept, ctx.norm)
+        weights: Iterable[Tensor] = _weights(pair, small.dtype)
+        if ctx.recompute and x is not None:
+            weights = list(weights)  # for both directions
             (gate, up), _ = _project(x, pair, weights, small)
         to_inner, to_small_down = _towards((upstream,), down, _weights(down, small.dtype))
         inner, *to_pair = ctx.gated.backward_(to_inner, gate, up)
