@@ -1,0 +1,139 @@
+"""Token budget and tier: what is stated wins; the rest follows from the device's memory; every choice is told."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import FalconConfig, FalconForCausalLM
+
+from lorafocal import memory
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.budget import SLACK, settle_budget, setup_of
+from lorafocal.errors import InputError
+from lorafocal.model.adapters import attach_lora
+from lorafocal.ops.shapes import Shape
+from tests.tiny import lora, pairs, tiny_base, tiny_policy, trainer
+
+DATA = pairs(12)
+LONGEST = max(pair.shared_length for pair in DATA)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def arguments(tmp_path, **settings: Any) -> FocalPOConfig:
+    return FocalPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+@pytest.fixture
+def gpu_with(monkeypatch):
+    """A GPU of which so many bytes are free."""
+
+    def of(free: float) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+
+    return of
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_what_is_stated_wins(tmp_path, gpu_with, device):
+    gpu_with(1e12)
+    args = arguments(tmp_path, tokens_per_pack=123, recompute="full")
+    assert settle_budget(tiny_policy(), args, device, DATA) == memory.Choice(123, "full", "as stated")
+    stated = settle_budget(tiny_policy(), arguments(tmp_path, tokens_per_pack=123), device, DATA)
+    assert (stated.tokens, stated.tier) == (123, "none")
+    tier = settle_budget(tiny_policy(), arguments(tmp_path, recompute="mlp"), device, DATA)
+    assert (tier.tokens >= 2048, tier.tier) == (True, "mlp")
+
+
+def test_on_a_cpu_packs_are_of_2048_tokens_or_the_longest_pair(tmp_path):
+    assert settle_budget(tiny_policy(), arguments(tmp_path), CPU, DATA).tokens == 2048
+    long = replace(DATA[0], prompt_ids=[1] * 3000)
+    choice = settle_budget(tiny_policy(), arguments(tmp_path), CPU, [long])
+    assert choice.tokens == long.shared_length
+    padded = settle_budget(tiny_policy(), arguments(tmp_path, layout="padded"), CPU, [long])
+    assert padded.tokens == 2 * long.longest
+
+
+def test_on_a_gpu_the_budget_is_what_fits_and_a_tighter_one_recomputes(tmp_path, gpu_with):
+    policy, args = tiny_policy(), arguments(tmp_path)
+    shape = Shape.of(policy.get_base_model().config.to_dict())
+    setup = setup_of(policy, args, DATA, fused=True)
+    held = memory.gradient_bytes(shape, setup) + memory.optimizer_bytes(shape, setup, on_gpu=True)
+
+    def chosen(free: float) -> memory.Choice:
+        gpu_with((free + held) / (1 - SLACK))
+        return settle_budget(policy, args, CUDA, DATA)
+
+    assert chosen(1e12).tokens == memory.MAX_TOKENS
+    tiers = []
+    for tokens in (64, 256, 1024):
+        needed = memory.pack_bytes(shape, setup, "none", tokens)
+        choice = chosen(needed + 1)
+        tiers.append(choice.tier)
+        assert choice.tokens >= tokens
+        assert memory.pack_bytes(shape, setup, choice.tier, choice.tokens) <= needed + 2
+    assert choice.reason
+    without = settle_budget(policy, args, CUDA, DATA, fused=False)
+    assert without.tier != "mlp"
+
+
+def test_a_stated_budget_on_a_gpu_gets_a_tier_in_which_it_fits(tmp_path, gpu_with):
+    policy, args = tiny_policy(), arguments(tmp_path, tokens_per_pack=1024)
+    shape = Shape.of(policy.get_base_model().config.to_dict())
+    setup = setup_of(policy, args, DATA, fused=True)
+    held = memory.gradient_bytes(shape, setup) + memory.optimizer_bytes(shape, setup, on_gpu=True)
+    gpu_with((memory.pack_bytes(shape, setup, "full", 1024) + held + 1) / (1 - SLACK))
+    choice = settle_budget(policy, args, CUDA, DATA)
+    assert (choice.tokens, choice.tier) == (1024, "full")
+
+
+def test_where_nothing_fits_it_is_said(tmp_path, gpu_with, caplog):
+    gpu_with(1e4)
+    with caplog.at_level(logging.WARNING):
+        choice = settle_budget(tiny_policy(), arguments(tmp_path), CUDA, DATA)
+    assert (choice.tokens, choice.fits) == (LONGEST, False)
+    assert "the longest pair has" in caplog.text
+    assert "model.quantization" in caplog.text
+
+
+def test_a_model_that_the_arithmetic_does_not_know_trains_with_the_usual_packs(tmp_path, gpu_with):
+    gpu_with(1e12)
+    torch.manual_seed(0)
+    base = FalconForCausalLM(
+        FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_hidden_size=64)
+    )
+    choice = settle_budget(attach_lora(base, lora()), arguments(tmp_path), CUDA, DATA)
+    assert (choice.tokens, choice.tier) == (2048, "none")
+    assert "falcon" in choice.reason
+
+
+def test_the_setup_is_the_policys(tmp_path):
+    policy = attach_lora(tiny_base(dtype=torch.bfloat16), lora(r=3, target_modules=["q_proj", "v_proj"]))
+    setup = setup_of(policy, arguments(tmp_path, optim="sgd", reference="frozen_copy"), DATA, fused=False)
+    assert (setup.dtype, setup.r, setup.targets, setup.optim) == ("bfloat16", 3, ["q_proj", "v_proj"], "sgd")
+    assert (setup.reference, setup.adapter_kernels, setup.fused) == ("frozen_copy", "peft", False)
+    assert setup.lengths.rows == pytest.approx(sum(pair.shared_length for pair in DATA) / len(DATA))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("recompute", "mlp"), ("elementwise_kernels", "triton")])
+def test_what_only_fused_functions_have_is_refused_without_them(tmp_path, setting, value):
+    with pytest.raises(InputError, match=f"{setting}={value} .*adapter_kernels"):
+        trainer(tmp_path, DATA, adapter_kernels="peft", **{setting: value})
+
+
+def test_a_trainer_says_how_it_computes(tmp_path):
+    run = trainer(tmp_path, DATA, tokens_per_pack=None, recompute="mlp")
+    assert run.budget.tokens == run.data_collator.tokens_per_pack == 2048
+    assert run.kernels["recomputed"] == "gate and up"
+    assert "at most 2048 token rows" in run.kernels["packs"]
+    assert run.kernels["attention"].startswith("SDPA per segment")
+    assert run.kernels["compiled"] == "no"
+    padded = trainer(tmp_path, DATA, layout="padded", compile_layers=True)
+    assert padded.kernels["attention"].startswith("transformers' sdpa")
+    assert padded.kernels["compiled"] == "no: rows are padded"
+    assert padded.data_collator.bucket == 1
