@@ -1,4 +1,4 @@
-"""`lorafocal sweep`: the grid is checked whole, every point is an ordinary run, and the same call goes on."""
+"""`lorafocal sweep`: every point is an ordinary run, all is written down, and the same call goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from lorafocal.report.sweep_results import ACCURACY, LOSS, Point
 from lorafocal.report.write import write_report
 from lorafocal.run import RunSummary
 from lorafocal.sweep import sweep
-from lorafocal.sweep.grid import Grid, choose_criterion, parse_grid, slug_of
 from lorafocal.trainer import FocalPOTrainer
 from tests.toy_run import metric_lines, run_config, write_inputs
 
@@ -48,160 +47,6 @@ def write_config(root: Path, name: str, **changes: Any) -> Path:
     file = root / name
     file.write_text(resolved_yaml(run_config(root, **(steps | changes))))
     return file
-
-
-# --- the grid -----------------------------------------------------------------------------------------------
-
-
-def test_values_are_read_as_yaml() -> None:
-    grid = ["training.learning_rate=3e-7, 1e-6", "adapter.targets=all-linear,[q_proj,v_proj]", "training.seed=1,2"]
-    assert parse_grid(grid) == {
-        "training.learning_rate": [3e-7, 1e-6],
-        "adapter.targets": ["all-linear", ["q_proj", "v_proj"]],
-        "training.seed": [1, 2],
-    }
-
-
-@pytest.mark.parametrize(
-    ("grid", "message"),
-    [
-        ([], r"a sweep needs --grid: for example --grid training\.learning_rate="),
-        (["training.seed"], "is no axis of a grid; write key=value,value"),
-        (["training.seed="], "is no axis of a grid"),
-        (["training.seed=1", "training.seed=2"], "--grid training.seed is given twice; list its values once"),
-        (["training.seed=1],[2"], "--grid training.seed"),
-        (["training.seed=&a 1,*a"], "--grid training.seed"),
-    ],
-)
-def test_what_is_no_grid_is_refused(grid: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        parse_grid(grid)
-
-
-@pytest.mark.parametrize(
-    ("values", "slug"),
-    [
-        ({"training.learning_rate": 3e-7, "objective.gamma": 0.05, "training.seed": 1}, "lr3e-7-gamma0.05-seed1"),
-        ({"objective.name": "dpo", "adapter.r": 8}, "dpo-r8"),
-        ({"adapter.init": "pissa", "adapter.use_dora": True}, "init-pissa-use-dora-true"),
-        ({"training.weight_decay": 0.0, "training.data_seed": 7}, "decay0-order7"),
-    ],
-)
-def test_runs_are_named_by_their_values(values: dict[str, Any], slug: str) -> None:
-    assert slug_of(values) == slug
-
-
-def test_values_that_no_name_can_hold_still_give_names_of_their_own() -> None:
-    lists = [{"adapter.targets": [f"{name}_proj" for name in names]} for names in ("qk", "qv", "qkvo" * 9)]
-    slugs = {slug_of(values) for values in (*lists, {"data.train": "a/x.jsonl"}, {"data.train": "b/x.jsonl"})}
-    assert len(slugs) == 5
-    assert all(len(slug) <= 64 and "/" not in slug and not slug.startswith(".") for slug in slugs)
-
-
-@pytest.mark.parametrize(
-    ("axis", "why"),
-    [
-        ("name=a,b", "each run is named by its values"),
-        ("model.dtype=float32,bfloat16", "rewards are relative to the base"),
-        ("reference.kind=frozen_copy,disabled_adapter", "rewards are relative to the reference"),
-        ("adapter.start_from=a,b", "the reference is the start"),
-        ("data.held_out=0.1,0.2", "which held-out pairs there are"),
-        ("data.max_length=32,64", "which held-out pairs there are"),
-        ("packing.tokens=52,64", "memory and speed, never the result"),
-        ("kernels.compile=true,false", "memory and speed, never the result"),
-        ("training.activation_checkpointing=none,full", "memory and speed, never the result"),
-        ("training.logging_steps=1,2", "all its values give the same adapter"),
-        ("objective={name: dpo, beta: 0.1},{name: dpo, beta: 0.2}", "it is a whole section; vary keys inside it"),
-    ],
-)
-def test_keys_that_runs_could_not_be_compared_over_are_refused_with_the_reason(
-    config: Path, axis: str, why: str
-) -> None:
-    with pytest.raises(InputError, match=why):
-        Grid.read(config, [axis])
-
-
-def test_all_mistakes_of_a_grid_are_told_at_once(config: Path) -> None:
-    grid = ["objective.gamma=0.05,2", "training.lerning_rate=1e-3", "training.seed=1,-1"]
-    with pytest.raises(InputError) as error:
-        Grid.read(config, grid)
-    text = str(error.value)
-    assert "this grid has mistakes, and nothing was run" in text
-    assert "did you mean training.learning_rate?  (4 of 4 points)" in text
-    assert "training.seed" in text
-    assert "gamma is 2" in text
-    assert text.count("(2 of 4 points)") == 2
-
-
-@pytest.mark.parametrize(
-    ("grid", "named"),
-    [
-        (["training.seed=1,2,1"], "training.seed=1"),
-        (["training.learning_rate=1e-3,0.001"], r"training\.learning_rate=0\.001"),
-        (["training.learning_rate=1,1.0"], r"training\.learning_rate=1 and training\.learning_rate=1\.0"),
-    ],
-)
-def test_points_that_are_the_same_run_are_refused(config: Path, grid: list[str], named: str) -> None:
-    with pytest.raises(InputError, match=f"two points of the grid are the same run: {named}"):
-        Grid.read(config, grid)
-
-
-def test_what_a_grid_would_replace_is_refused(config: Path) -> None:
-    with pytest.raises(InputError, match=r"training\.seed: it is given as an override too"):
-        Grid.read(config, [SEEDS], ["training.seed=3"])
-
-
-def test_a_grid_has_an_end(config: Path) -> None:
-    seeds = ",".join(map(str, range(40)))
-    with pytest.raises(InputError, match="the grid has 1,600 points"):
-        Grid.read(config, [f"training.seed={seeds}", f"training.data_seed={seeds}"])
-
-
-def test_held_out_pairs_are_needed(root: Path) -> None:
-    with pytest.raises(InputError, match=r"chooses by held-out pairs, and there are none: give data\.held_out=0\.05"):
-        Grid.read(write_config(root, "blind.yaml", data__eval=None), [RATES])
-
-
-def test_training_files_are_compared_on_held_out_pairs_of_their_own(root: Path, config: Path) -> None:
-    axis = f"data.train={root / 'train.jsonl'},{root / 'eval.jsonl'}"
-    assert len(Grid.read(config, [axis]).points) == 2
-    split = write_config(root, "split.yaml", data__eval=None, data__held_out=0.2)
-    with pytest.raises(InputError, match=r"--grid data\.train: .*give data\.eval=FILE"):
-        Grid.read(split, [axis])
-
-
-def test_the_last_axis_is_the_fastest(config: Path) -> None:
-    grid = Grid.read(config, [RATES, SEEDS])
-    slugs = ["lr0.001-seed1", "lr0.001-seed2", "lr0.01-seed1", "lr0.01-seed2"]
-    assert [entry.point.slug for entry in grid.points] == slugs
-    assert [entry.config.name for entry in grid.points] == slugs
-    assert [entry.config.training.fields["learning_rate"] for entry in grid.points] == [1e-3, 1e-3, 1e-2, 1e-2]
-
-
-# --- the criterion ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("axes", "best", "key"),
-    [
-        (["training.learning_rate"], None, LOSS), (["training.learning_rate"], ACCURACY, ACCURACY),
-        (["training.seed", "objective.gamma"], None, ACCURACY), (["objective.beta"], None, ACCURACY),
-        (["objective.name"], None, ACCURACY),
-    ],
-)  # fmt: skip
-def test_losses_choose_only_where_they_are_one_loss(config: Path, axes: list[str], best: str | None, key: str) -> None:
-    assert choose_criterion(best, dict.fromkeys(axes), load_config(config)).key == key
-
-
-def test_criteria_that_cannot_choose_are_refused(config: Path) -> None:
-    checked = load_config(config)
-    with pytest.raises(InputError, match="losses of different gamma are on different scales; use eval_rewards/acc"):
-        choose_criterion(LOSS, {"objective.gamma": []}, checked)
-    with pytest.raises(InputError, match=r"--best is 'eval_rewards/margins'; choose eval_loss, or eval_rewards/acc"):
-        choose_criterion("eval_rewards/margins", {}, checked)
-    values = checked.model_dump(mode="json") | {"objective": {"name": "sft"}, "reference": None}
-    with pytest.raises(InputError, match="sft ranks no pairs"):
-        choose_criterion(ACCURACY, {}, type(checked).model_validate(values))
 
 
 # --- bookkeeping, with runs that train nothing ---------------------------------------------------------------
@@ -299,6 +144,11 @@ def test_an_axis_more_takes_up_the_runs_there_are(recorder: Recorder, swept: Any
     report = swept(RATES, "training.seed=42,1")  # 42 is what the config says
     assert recorder.names == ["lr0.001", "lr0.01", "lr0.001-seed1", "lr0.01-seed1"]
     assert [len(setting["runs"]) for setting in report.as_dict()["settings"]] == [2, 2]
+
+
+def test_an_axis_of_one_value_is_no_reason_to_leave_the_loss(recorder: Recorder, swept: Any) -> None:
+    assert swept(RATES, "objective.gamma=0.1").record.criterion.key == LOSS
+    assert swept(RATES, "objective.gamma=0").record.criterion.key == ACCURACY  # those at 0.1 are still there
 
 
 def test_another_config_is_refused_by_name(recorder: Recorder, swept: Any, root: Path) -> None:
@@ -528,7 +378,7 @@ def live_parameters() -> int:
 
 
 @pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Live parameters before each run of a sweep."""
     found: list[int] = []
     original = run.train

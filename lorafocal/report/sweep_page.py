@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lorafocal.errors import InputError
 from lorafocal.publish import write_atomically
@@ -25,6 +25,7 @@ from lorafocal.report.sweep_results import (
     SEEDS,
     Choice,
     Setting,
+    Status,
     SweepRecord,
     axis_label,
     choose,
@@ -32,6 +33,7 @@ from lorafocal.report.sweep_results import (
     settings,
     value_text,
     values_text,
+    varied,
 )
 from lorafocal.report.words import Remark, remarks
 
@@ -58,6 +60,7 @@ class SweepReport:
         """For a person at a terminal."""
         head, rows = setting_rows(self.record, self.choice)
         files = [] if self.page is None else [f"page     {self.page}"]
+        files += [] if self.interrupted_by is None else ["stopped  and saved; the same command goes on there"]
         return "\n\n".join(
             [
                 f"sweep {self.record.name}: {counted(self.record)}\nbest by {self.record.criterion}",
@@ -100,8 +103,7 @@ def write_sweep(record: SweepRecord, *, interrupted_by: int | None = None) -> Sw
 
 def counted(record: SweepRecord) -> str:
     """`12 runs: 9 finished, 1 failed, 2 waiting`."""
-    states = ("finished", "failed", "refused", "interrupted", "running", "waiting")
-    counts = {state: len(record.of(state)) for state in states}
+    counts = {state: len(record.of(state)) for state in get_args(Status)}
     total = len(record.points)
     shown = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     return f"{total} run{'s' * (total != 1)}: {shown}"
@@ -162,9 +164,9 @@ def axes_of_settings(record: SweepRecord) -> list[str]:
 
 def on_one_scale(record: SweepRecord) -> list[str]:
     """The columns whose numbers can be compared over this grid: losses have the objective's scale, margins beta's."""
-    varied = {key for key in record.axes if key.startswith("objective.")}
-    without = {LOSS} if varied else set()
-    return [key for key in COLUMNS if key not in without | ({MARGIN} if "objective.beta" in varied else set())]
+    keys = varied(record.points)
+    without = {LOSS} if any(key.startswith("objective.") for key in keys) else set()
+    return [key for key in COLUMNS if key not in without | ({MARGIN} if "objective.beta" in keys else set())]
 
 
 def setting_rows(record: SweepRecord, choice: Choice | None) -> tuple[list[str], list[list[str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -118,13 +119,14 @@ def _draw(axes: Axes, panel: Panel, sweep: SweepRecord, choice: Choice | None, t
         if dots:
             x, y, spread = zip(*sorted(dots), strict=True)
             behind = 1 + (len(lines) - 1 - number) / len(lines)  # equal lines stay visible
-            style = {"linestyle": "-" if joined else "none", "linewidth": 1.5 * behind, "markersize": 5 * behind}
-            bars = spread if any(spread) else None
-            axes.errorbar(x, y, bars, color=colour, marker="o", capsize=3 * behind, elinewidth=1, **style)
+            axes.errorbar(
+                x, y, spread if any(spread) else None, linestyle="-" if joined else "none", linewidth=1.5 * behind,
+                marker="o", markersize=5 * behind, capsize=3 * behind, elinewidth=1, color=colour,
+            )  # fmt: skip
         for value, setting in line:
             if choice and panel.key == sweep.criterion.key and choice.point in setting.points:
-                mark = (places[repr(value)], setting.mean(panel.key))
-                axes.plot(*mark, "o", markersize=12, markerfacecolor="none", color=theme.text, label="best")
+                at, best = [places[repr(value)]], [fmean(setting.measured(panel.key))]
+                axes.plot(at, best, "o", markersize=12, markerfacecolor="none", color=theme.text)
     if is_logarithmic(key, values):
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())

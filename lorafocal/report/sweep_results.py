@@ -24,7 +24,7 @@ DISPLACEMENT = "displacement"  # of chosen answers: policy minus reference, nats
 SEEDS = ("training.seed", "training.data_seed")
 TOLD_APART = 2.0  # standard errors of a difference
 
-Status = Literal["waiting", "running", "interrupted", "finished", "failed", "refused"]
+Status = Literal["finished", "failed", "refused", "interrupted", "running", "waiting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,12 @@ class SweepRecord:
 
     def of(self, *states: Status) -> list[Point]:
         return [point for point in self.points if point.status in states]
+
+
+def varied(points: Sequence[Point]) -> list[str]:
+    """The axes on which points have more than one value."""
+    keys = points[0].values
+    return [key for key in keys if len({repr(point.values[key]) for point in points}) > 1]
 
 
 def metric(point: Point, key: str) -> float:

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,19 +237,19 @@ def value_of(config: Config, key: str) -> Any:
 # ---- what decides
 
 
-def choose_criterion(best: str | None, axes: Mapping[str, Any], config: Config) -> Criterion:
-    """What the best is chosen by; losses of different objectives are never compared.
+def choose_criterion(best: str | None, varied: Collection[str], config: Config) -> Criterion:
+    """What the best is chosen by, over a grid of these keys; losses of different objectives are never compared.
 
     Raises InputError for a criterion that is not known, not measured, or not comparable over this grid.
     """
-    varied = [key for key in axes if key.startswith("objective.")]
-    why_not = f"losses of different {' and '.join(key.rpartition('.')[2] for key in varied)} are on different scales"
+    scales = [key.rpartition(".")[2] for key in varied if key.startswith("objective.")]
+    why_not = f"losses of different {' and '.join(scales)} are on different scales"
     if best not in (None, LOSS, ACCURACY):
         raise InputError(f"--best is {best!r}; choose {LOSS}, or {ACCURACY}")
-    if best == LOSS and varied:
+    if best == LOSS and scales:
         raise InputError(f"--best {LOSS}: {why_not}; use {ACCURACY}")
     if best == ACCURACY and config.objective.name == "sft":
         raise InputError(f"--best {ACCURACY}: sft ranks no pairs, so it has none; use {LOSS}")
     if best is not None:
         return Criterion(best, "as asked")
-    return Criterion(ACCURACY, why_not) if varied else Criterion(LOSS, "one objective in all runs")
+    return Criterion(ACCURACY, why_not) if scales else Criterion(LOSS, "one objective in all runs")

@@ -12,7 +12,7 @@ from typing import Any
 from lorafocal.errors import InputError
 from lorafocal.publish import write_atomically
 from lorafocal.report.sweep_page import best_dict
-from lorafocal.report.sweep_results import Point, SweepRecord, choose
+from lorafocal.report.sweep_results import Point, SweepRecord, choose, varied
 from lorafocal.resume import IDENTITY, MAY_CHANGE, changes
 from lorafocal.sweep.grid import Grid, Planned, choose_criterion, value_of
 
@@ -33,7 +33,7 @@ class Journal:
             self._take_up(_read(folder / SWEEP_FILE))
         for entry in grid.points:
             self._add(entry)
-        self.criterion = choose_criterion(best, self.axes, grid.points[0].config)
+        self.criterion = choose_criterion(best, varied(self._points()), grid.points[0].config)
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         """The earlier calls' points, each made again from the config as it is now, which must give the same run."""
@@ -49,16 +49,20 @@ class Journal:
             ours += [value for value in values if repr(value) not in map(repr, ours)]
 
     def _made_again(self, point: Point) -> Planned:
-        way_out = f"{self.folder} is a sweep of another config, and its runs would not be comparable:\n  "
-        remedy = "\nset it back, or give this sweep another `name`"
+        """A point of an earlier call over the config as it is now. Raises InputError where it is another run."""
         try:
             entry = self.grid.plan(point.values)
         except InputError as error:
-            raise InputError(f"{way_out}{point.slug} cannot be run by it any more: {error}{remedy}") from error
+            raise self._other_config(f"{point.slug} cannot be run by it any more: {error}") from error
         if entry.point.identity != point.identity:
-            told = changes(self.config, entry.config.model_dump(mode="json"), {"name", *MAY_CHANGE, *point.values})
-            raise InputError(f"{way_out}{(chr(10) + '  ').join(told) or point.slug}{remedy}")
+            now = entry.config.model_dump(mode="json")
+            told = changes(self.config, now, {"name", *MAY_CHANGE, *point.values})
+            raise self._other_config(*(told or [f"{point.slug} was another run"]))
         return entry
+
+    def _other_config(self, *why: str) -> InputError:
+        head = f"{self.folder} is a sweep of another config, and its runs would not be comparable:"
+        return InputError("\n  ".join([head, *why]) + "\nset it back, or give this sweep another `name`")
 
     def _add(self, entry: Planned) -> None:
         """Take up a point of this grid; one that is known keeps its name and what came of it."""
@@ -96,15 +100,16 @@ class Journal:
             )
 
     def record(self) -> SweepRecord:
-        """The sweep as reports show it: every point with its value of every axis."""
-        points = [
-            replace(
-                entry.point,
-                values={key: entry.point.values.get(key, value_of(entry.config, key)) for key in self.axes},
-            )
-            for entry in self.entries.values()
+        """The sweep as reports show it."""
+        objective = self.config["objective"]
+        return SweepRecord(self.grid.name, self.folder, self.criterion, self.axes, objective, self._points())
+
+    def _points(self) -> list[Point]:
+        """Every point with its value of every axis, those of other calls among them."""
+        return [
+            replace(point, values={key: point.values.get(key, value_of(config, key)) for key in self.axes})
+            for point, config in ((entry.point, entry.config) for entry in self.entries.values())
         ]
-        return SweepRecord(self.grid.name, self.folder, self.criterion, self.axes, self.config["objective"], points)
 
     def save(self) -> None:
         record = self.record()
