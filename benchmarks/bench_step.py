@@ -1,205 +1,197 @@
-"""Pairs a second and peak memory of a training step beside TRL's `DPOTrainer` (see README.md in this folder).
+"""A training step beside its peers: pairs/s, model TFLOP/s, share of the matrix-product peak, peak memory.
 
-    python benchmarks/bench_step.py [--data FILE --label NAME] [--grid] [--repeats 3]
+    python benchmarks/bench_step.py --data pairs.jsonl --label my-pairs [--sweep] [--minutes 12]
 
-This file imports nothing heavy: it starts one process a run, alternates the two implementations, refuses to go on
-where they do not compute the same loss, and appends medians to `results/bench_step.csv`.
+See README.md in this folder for what is compared and how.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-RESULTS = HERE / "results" / "bench_step.csv"
+from harness import OURS, Benchmark, Case, Result, Session, dtype_of, model_of, options, run, session, worker
 
 PAIRS_PER_STEP = 8  # TRL's default step: one batch of 8
-LOSS_TOLERANCE = 1e-4  # of a loss near 1: fp32 sums of thousands of nats, times beta
-RATES = ("pairs/s", "pairs/s, reference pass included", "pairs/CPU s")
-TRL_DEFAULT = {"implementation": "trl", "batch": 8, "precompute": False}
-TRL_GRID = [
-    {"implementation": "trl", "batch": batch, "precompute": precompute}
-    for precompute in (False, True)
-    for batch in (8, 4, 2, 1)
-]
-
-Result = dict[str, float]
-Couple = tuple[Result, Result]  # ours and theirs, one right after the other
+TOLERANCE = {"float32": 2e-4, "bfloat16": 0.05}  # of a loss near 0.7, at every step that is compared
+COMPARED_STEPS = 3  # after that, roundings of Adam's first steps have grown
+WITH_PASS = "pairs/s, reference pass included"  # as for one epoch
+BETTER = {"pairs/s": 1, WITH_PASS: 1, "pairs/CPU s": 1, "peak GiB": -1}
+MODELS = ("tiny", "llama-3.2-1b", "mistral-7b", "llama-3-8b")
 
 
-def worker(settings: dict[str, object], threads: int) -> dict[str, float]:
-    """Run `step_worker.py` in its own process, on this tree; its result."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+# ---- in the worker ------------------------------------------------------------------------------------------------
+
+
+def measure(settings: dict[str, Any]) -> Result:
+    """Train, and report time and memory of the steps after the warm-up."""
+    import torch
+    from measuring import DTYPES, peak_gib, product_peak, start_counting
+    from trainers import TRAINERS, Job
+
+    asked = dict(settings)
+    implementation, warmup, threads = asked.pop("implementation"), asked.pop("warmup"), asked.pop("threads")
+    cap_gib = asked.pop("cap_gib", None)
+    torch.set_num_threads(threads)
+    job = Job(**asked)
+    if cap_gib is not None:
+        whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(cap_gib / whole)
+    start_counting(job.device)
+    trained = TRAINERS[implementation](job)
+    peak = peak_gib(job.device)  # before the products below, which take memory too
+    wall_s, cpu_s = trained.watch.since(warmup)
+    pairs = (job.steps - warmup) * job.pairs_per_step
+    live = not job.precompute and job.reference != "cached"
+    rates = {
+        "pairs/s": pairs / wall_s,
+        "pairs/CPU s": pairs / cpu_s,
+        "tokens/s": trained.tokens / trained.pairs * pairs / wall_s,
+        "peak GiB": peak,
     }
-    done = subprocess.run(
-        [sys.executable, HERE / "step_worker.py", json.dumps(settings)],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"a run failed: {json.dumps(settings)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    if trained.reference_s:
+        rates[WITH_PASS] = pairs / (wall_s + trained.reference_s * pairs / trained.pairs)
+        rates["reference pass, pairs/s"] = trained.pairs / trained.reference_s
+    elif live:
+        rates[WITH_PASS] = rates["pairs/s"]
+    flops, shapes = work_of(job, live=live)
+    useful = flops * rates["pairs/s"]
+    rates["model TFLOP/s"] = useful / 1e12
+    rates["share of product peak"] = useful / product_peak(shapes, DTYPES[job.dtype], job.device)
+    note = "; ".join(f"{name}: {value}" for name, value in trained.kernels.items())
+    return {**rates, "_losses": trained.watch.losses, "_tokens": trained.tokens, "_note": note}
 
 
-def check_same(a: Result, b: Result) -> None:
-    """Both trained on the same tokens, and their first step has the same loss."""
-    if a["tokens"] != b["tokens"] or abs(a["first_loss"] - b["first_loss"]) > LOSS_TOLERANCE:
-        raise SystemExit(f"the implementations do not compute the same thing: {a} and {b}")
+def work_of(job: Any, *, live: bool) -> tuple[float, list[tuple[int, int, int]]]:
+    """Mean operations of a pair that the exact result needs, and the model's own matrix products at 2048 rows."""
+    from inputs import read_lengths
+    from shapes import config_of, lora_config
+
+    from lorafocal import memory
+    from lorafocal.ops.shapes import Lengths, Setup, Shape
+
+    config = config_of(job.model)
+    config.num_hidden_layers = job.layers or config.num_hidden_layers
+    shape = Shape.of(config.to_dict())
+    setup = Setup(dtype=job.dtype, r=lora_config().r, reference="disabled_adapter")
+    lengths = [Lengths(*map(float, row)) for row in read_lengths(Path(job.folder))]
+    flops = sum(memory.flops_per_pair(shape, setup, at, live_reference=live) for at in lengths) / len(lengths)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return flops, [(2048, hidden, inner), (2048, inner, hidden), (2048, hidden, hidden)]
 
 
-def alternate(
-    common: dict[str, object], others: list[dict[str, object]], repeats: int, threads: int
-) -> list[list[tuple]]:
-    """For each of `others`, one (ours, theirs) a repetition, always one right after the other."""
-
-    def run(settings: dict[str, object], **more: object) -> Result:
-        result = worker({**common, **settings, **more}, threads)
-        print(f"  {describe(settings):<42} {result['pairs/s']:8.3f} pairs/s {result['peak_gib']:7.2f} GiB", flush=True)
-        return result
-
-    ours = {"implementation": "lorafocal"}
-    print("check of the first two losses:", flush=True)
-    reference = run(ours, steps=2, warmup=1)
-    check_same(reference, run(others[0], steps=2, warmup=1))
-    measured: list[list[Couple]] = [[] for _ in others]
-    for repetition in range(repeats):
-        print(f"repetition {repetition + 1} of {repeats}:", flush=True)
-        for settings, pairs_of_runs in zip(others, measured, strict=True):
-            pairs_of_runs.append((run(ours), run(settings)))
-            for result in pairs_of_runs[-1]:
-                check_same(reference, result)
-    return measured
+# ---- cases --------------------------------------------------------------------------------------------------------
 
 
-def describe(settings: dict[str, object]) -> str:
-    if settings["implementation"] == "lorafocal":
-        return "lorafocal: packs, live reference"
-    reference = "precomputed" if settings["precompute"] else "live"
-    return f"trl: batch {settings['batch']}, {reference} reference"
+def ours(common: dict[str, Any], *, stored: bool, how: str = "", **more: Any) -> Case:
+    reference = "cached" if stored else "disabled_adapter"
+    words = how or f"packs, {'stored' if stored else 'live'} reference"
+    settings = {**common, "implementation": OURS, "reference": reference, **more}
+    return Case(OURS, words, settings, batch="packs, auto")
 
 
-def rows_of(settings: dict[str, object], runs: list[Couple]) -> list[dict[str, object]]:
-    """The rows of one TRL setting: its rates, and how many times faster ours is."""
-    ours, theirs = zip(*runs, strict=True)
-    name, what = "trl", describe(settings).partition(": ")[2]
-    rows = []
-    for unit in RATES:
-        rows.append(row(name, what, unit, [r[unit] for r in theirs], theirs))
-        ratios = [a[unit] / b[unit] for a, b in runs]
-        rows.append(row("lorafocal / trl", what, f"x {unit}", ratios, ours))
-    if not settings["precompute"]:
-        rows = [r for r in rows if "reference pass" not in str(r["unit"])]
-    return rows
+def peer(implementation: str, common: dict[str, Any], batch: int, **more: Any) -> Case:
+    reference = "precomputed" if more.get("precompute") else "live"
+    words = f"batch {batch}, {reference} reference" + (", checkpointing" if more.get("checkpointing") else "")
+    settings = {**common, "implementation": implementation, "batch": batch, **more}
+    return Case(implementation, words, settings, batch=f"{batch} pairs")
 
 
-def row(name: str, what: str, unit: str, values: list[float], runs: list[Result]) -> dict[str, object]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {
-        "implementation": name,
-        "settings": what,
-        "unit": unit,
-        "median": round(statistics.median(values), 4),
-        "spread": round(high - low, 4),
-        "peak_gib": round(statistics.median(r["peak_gib"] for r in runs), 3),
-    }
+def best_of(cases: Sequence[Case], benchmark: Benchmark, at: Session) -> list[Case]:
+    """The fastest of `cases` in pairs/s by one run each: of those with a live reference, and of those without."""
+    print("short runs, to find the peer's best settings:", flush=True)
+    found = run(benchmark, cases, replace(at, repeats=1), name="step_sweep")
+    rates = [(results[0].get("pairs/s", 0.0), case) for case, results in zip(cases, found, strict=True)]
+    best = []
+    for precompute in (False, True):
+        kind = [entry for entry in rates if bool(entry[1].settings.get("precompute")) is precompute]
+        rate, case = max(kind, key=lambda entry: entry[0])
+        best += [case] if rate else []
+    return best
 
 
-def environment_columns(threads: int) -> dict[str, object]:
-    libraries = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-    return {
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": cpu_name(),
-        "threads": threads,
-        "python": platform.python_version(),
-        **libraries,
-    }
+def check_same(dtype: str, results: Sequence[Result]) -> None:
+    """All trained on the same tokens, and their losses agree at the first steps: so did their gradients."""
+    for other in results[1:]:
+        gaps = [abs(a - b) for a, b in zip(results[0]["_losses"], other["_losses"], strict=False)][:COMPARED_STEPS]
+        if other["_tokens"] != results[0]["_tokens"] or not max(gaps, default=1.0) <= TOLERANCE[dtype]:
+            shown = [(r["_tokens"], r["_losses"][:COMPARED_STEPS]) for r in (results[0], other)]
+            raise SystemExit(f"the implementations do not compute the same thing: {shown[0]} and {shown[1]}")
 
 
-def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "lorafocal", "benchmarks/*.py")
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def append(rows: list[dict[str, object]]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="pairs a second and peak memory of a training step, beside TRL's")
-    parser.add_argument("--data", type=Path, help="preference rows (.jsonl, .json, .parquet); default: synthetic ones")
-    parser.add_argument("--label", help="what the results call the data; never its path")
-    parser.add_argument("--grid", action="store_true", help="TRL at batch 1, 2, 4, 8, reference live and precomputed")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="timed optimiser steps a run, of 8 pairs each")
+def main(words: Sequence[str] | None = None) -> None:
+    parser = options(argparse.ArgumentParser(description="a training step beside its peers"))
+    parser.add_argument("--model", choices=MODELS, help="default: tiny on a CPU, llama-3-8b on a GPU")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--data", default="ultrafeedback-like", help="a distribution's name, or a file of preferences")
+    parser.add_argument("--label", help="what the results call a file; its path is never recorded")
+    parser.add_argument("--sweep", action="store_true", help="find TRL's best batch, live and precomputed, first")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 2, 1], help="that are tried; 8 is the default's")
+    parser.add_argument("--peers", action="store_true", help="also TRL + Liger, PEFT by hand, unsloth")
+    parser.add_argument("--steps", type=int, default=4, help=f"timed steps a run, of {PAIRS_PER_STEP} pairs each")
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and one answer")
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
-
-
-def main() -> None:
-    given = arguments()
-    label = given.label or ("own data" if given.data else "synthetic")
-    pairs = (given.steps + given.warmup) * PAIRS_PER_STEP
-    others = TRL_GRID if given.grid else [TRL_DEFAULT]
-    columns = environment_columns(given.threads)  # now: the commit may have moved on by the end
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    given = parser.parse_args(words)
+    at = session(given)
     with tempfile.TemporaryDirectory() as folder:
-        inputs = {"folder": folder, "max_length": given.max_length}
-        data = str(given.data.resolve()) if given.data else None
-        lengths = worker({"implementation": "prepare", "data": data, "pairs": pairs, **inputs}, given.threads)
-        print(f"{label}: {pairs} pairs, mean tokens {lengths}")
-        common = {
-            "steps": given.steps + given.warmup, "warmup": given.warmup, "threads": given.threads,
-            "pairs_per_step": PAIRS_PER_STEP, **inputs,
-        }  # fmt: skip
-        measured = alternate(common, others, given.repeats, given.threads)
-    ours = [run for runs in measured for run, _ in runs]
-    rows = [
-        row("lorafocal", "packs, live reference", unit, [r[unit] for r in ours], ours)
-        for unit in ("pairs/s", "pairs/CPU s")
-    ]
-    for settings, runs in zip(others, measured, strict=True):
-        rows += rows_of(settings, runs)
-    data_columns = {"data": label, "max_length": given.max_length, "pairs": given.steps * PAIRS_PER_STEP}
-    ordered = [columns | {k: r[k] for k in ("implementation", "settings")} | data_columns | r for r in rows]
-    append(ordered)
-    print()
-    for r in rows:
-        measured_as = f"{r['unit']:<36} {r['median']:>9} +- {r['spread']:<8} {r['peak_gib']} GiB"
-        print(f"{r['implementation']:<16} {r['settings']:<32} {measured_as}")
+        compare(given, folder, at)
+
+
+def compare(given: argparse.Namespace, folder: str, at: Session) -> None:
+    """Prepare the inputs, find the peers' best settings where asked, measure everything side by side."""
+    from inputs import DISTRIBUTIONS
+
+    model, dtype = model_of(given), given.dtype or dtype_of(given)
+    data = "tiny" if given.dry_run else given.data
+    label = data if data in DISTRIBUTIONS else given.label or "own data"
+    pairs_per_step = 4 if given.dry_run else PAIRS_PER_STEP
+    common = {
+        "model": model, "dtype": dtype, "device": given.device, "threads": given.threads,
+        "warmup": given.warmup, "pairs_per_step": pairs_per_step, "max_length": given.max_length,
+        "layers": 2 if given.dry_run else given.layers,
+    }  # fmt: skip
+
+    def prepared(name: str, timed: int) -> dict[str, Any]:
+        """Settings of runs with `timed` steps after the warm-up, and their inputs."""
+        steps, place = timed + given.warmup, Path(folder, name)
+        place.mkdir()
+        source = data if data in DISTRIBUTIONS else str(Path(data).resolve())
+        drawn = {"folder": str(place), "data": source, "pairs": steps * pairs_per_step, "max_length": given.max_length}
+        means = worker("inputs", {**drawn, "vocabulary": vocabulary_of(model)}, at)
+        print(f"{label}: {steps} steps of {pairs_per_step} pairs, {_tokens(means)}", flush=True)
+        return {**common, "folder": str(place), "steps": steps}
+
+    benchmark = Benchmark(
+        "bench_step", {"model": model, "dtype": dtype, "data": label}, BETTER, lambda r: check_same(dtype, r)
+    )
+    best: list[Case] = []
+    if given.sweep:
+        short = prepared("short", 1)
+        sizes = [size for size in given.batches if size <= pairs_per_step]
+        grid = [peer("trl", short, size, precompute=flag) for flag in (False, True) for size in sizes]
+        best = best_of(grid, benchmark, at)
+    whole = prepared("whole", 1 if given.dry_run else given.steps)
+    default = peer("trl", whole, pairs_per_step, checkpointing=given.device == "cuda")
+    cases = [ours(whole, stored=False), ours(whole, stored=True), default]
+    cases += [replace(case, settings={**case.settings, **whole}) for case in best if case.how != default.how]
+    if given.peers:
+        cases += [peer(name, whole, min(4, pairs_per_step)) for name in ("trl + liger", "peft by hand", "unsloth")]
+    run(benchmark, cases, at, name="step")
+
+
+def _tokens(means: Result) -> str:
+    return ", ".join(f"{value:.0f} {name}" for name, value in means.items())
+
+
+def vocabulary_of(model: str) -> int:
+    from shapes import SHAPES
+
+    return SHAPES[model][1]["vocab_size"]
 
 
 if __name__ == "__main__":

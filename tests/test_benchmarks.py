@@ -1,0 +1,120 @@
+"""The benchmarks run end to end on tiny shapes, and their harness says what was measured and what was not."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def harness() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("harness", BENCHMARKS / "harness.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["harness"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["harness"]
+
+
+@pytest.fixture
+def at(harness, tmp_path):
+    return harness.Session(tmp_path, threads=1, repeats=3)
+
+
+def cases_of(harness, *names: str):
+    return [harness.Case(name, "so", {"name": name}, "8 pairs") for name in names]
+
+
+def answers(harness, monkeypatch, given: dict[str, list]) -> None:
+    """Let runs of a case answer with what is `given` for it, one after the other."""
+    left = {name: iter(results) for name, results in given.items()}
+    monkeypatch.setattr(harness, "worker", lambda module, settings, at: next(left[settings["name"]]))
+
+
+def test_ratios_are_taken_within_repetitions_and_say_how_much_better_ours_is(harness, at, monkeypatch):
+    ours = [{"pairs/s": 8.0, "GiB": 1.0}, {"pairs/s": 4.0, "GiB": 1.0}, {"pairs/s": 6.0, "GiB": 1.0}]
+    theirs = [{"pairs/s": 2.0, "GiB": 3.0}, {"pairs/s": 1.0, "GiB": 4.0}, {"pairs/s": 1.0, "GiB": 5.0}]
+    answers(harness, monkeypatch, {"lorafocal": ours, "trl": theirs})
+    benchmark = harness.Benchmark("fake", {"model": "m"}, {"pairs/s": 1, "GiB": -1})
+    cases = cases_of(harness, "lorafocal", "trl")
+    rows = harness.rows_of(benchmark, cases, harness.alternate(benchmark, cases, at))
+    found = {(row["implementation"], row["unit"]): (row["median"], row["spread"]) for row in rows}
+    assert found["lorafocal / trl", "x pairs/s"] == (4.0, 1.0)  # of 4, 4, 6
+    assert found["lorafocal / trl", "x GiB"] == (4.0, 1.0)
+    assert found["trl", "pairs/s"] == (1.0, 0.5)
+    assert {row["runs"] for row in rows} == {3}
+
+
+def test_what_cannot_run_is_recorded_with_its_reason_and_not_tried_again(harness, at, monkeypatch):
+    runs = {"lorafocal": [{"pairs/s": 1.0}] * 3, "liger": [{"skipped": "needs a GPU"}]}
+    answers(harness, monkeypatch, runs)
+    benchmark = harness.Benchmark("fake", {}, {"pairs/s": 1})
+    cases = cases_of(harness, "lorafocal", "liger")
+    rows = harness.rows_of(benchmark, cases, harness.alternate(benchmark, cases, at))
+    assert [(row["unit"], row["note"]) for row in rows if row["implementation"] == "liger"] == [
+        ("skipped", "needs a GPU")
+    ]
+    assert not any(row["unit"].startswith("x ") for row in rows)
+
+
+def test_a_peer_that_fails_later_keeps_what_it_had_and_one_of_ours_ends_the_program(harness, at, monkeypatch):
+    broken = {"skipped": "failed: out of memory", "_failed": True}
+    runs = {"lorafocal": [{"pairs/s": 1.0}] * 3, "trl": [{"pairs/s": 2.0}, broken, broken]}
+    answers(harness, monkeypatch, runs)
+    benchmark = harness.Benchmark("fake", {}, {"pairs/s": 1})
+    cases = cases_of(harness, "lorafocal", "trl")
+    rows = harness.rows_of(benchmark, cases, harness.alternate(benchmark, cases, at))
+    assert {(row["implementation"], row["runs"]) for row in rows} == {
+        ("lorafocal", 3), ("trl", 1), ("lorafocal / trl", 1)
+    }  # fmt: skip
+    answers(harness, monkeypatch, {"lorafocal": [broken]})
+    with pytest.raises(SystemExit, match="out of memory"):
+        harness.alternate(benchmark, cases_of(harness, "lorafocal"), at)
+
+
+def test_no_repetition_is_begun_when_time_is_up(harness, at, monkeypatch):
+    at.deadline = 0.0  # long ago
+    answers(harness, monkeypatch, {"lorafocal": [{"pairs/s": 1.0}], "trl": []})
+    benchmark = harness.Benchmark("fake", {}, {"pairs/s": 1})
+    found = harness.alternate(benchmark, cases_of(harness, "lorafocal", "trl"), at)
+    assert found == [[{"pairs/s": 1.0}], [{"skipped": "time was up"}]]
+
+
+def test_a_run_is_a_process_of_its_own(harness, at):
+    answer = harness.worker("bench_packing", {"fill": "ours", "budget": 8, "steps": [[3, 5, 4, 4]]}, at)
+    assert answer["share filled"] == 1.0
+    assert at.devices == {harness.cpu_name()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_benchmark_runs_dry(device, tmp_path):
+    """The GPU's list too, on a CPU: what it would do there, on tiny shapes."""
+    words = ["--dry-run", "--device", device, "--results", str(tmp_path)]
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "run_all.py", *words],
+        check=True, capture_output=True, cwd=BENCHMARKS.parent, env=None,
+    )  # fmt: skip
+    files = {"step", "step_sweep", "reference", "lora", "logps", "attention"}
+    files |= {"quantized", "profile"} if device == "cuda" else {"packing"}
+    assert {file.stem for file in tmp_path.glob("*.csv")} == files
+    for file in tmp_path.glob("*.csv"):
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        assert any(row["implementation"] == "lorafocal" and row["unit"] != "skipped" for row in rows), file.name
+        assert all(row["median"] or row["note"] for row in rows), file.name
+        assert not any("failed" in row["note"] for row in rows), file.name
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "draw.py", "--results", tmp_path, "--to", tmp_path],
+        check=True,
+        capture_output=True,
+    )
+    assert list(tmp_path.glob("step-pairs-s-*.svg"))
