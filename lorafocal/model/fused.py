@@ -5,6 +5,13 @@ one tensor (query, key, value), single adapted layers, RMS norms. Parameters, na
 stay as they are. Each block is tried on random input beside its own forward first; what is not known, or computes
 something else, stays as it is and is reported by name.
 
+Bytes a token that a fused Llama layer keeps, with numbers of w bytes, hidden width D, inner width F, keys and values of
+width K each, H heads and R the sum of its adapters' ranks (where the attention keeps queries, keys, values, its output
+and a sum a head):
+
+    none    w (4 D + 2 K + 2 F + R) + 4 H + 8        8B, bf16, r = 16: 92.4 KiB
+    mlp     w (4 D + 2 K + R) + 4 H + 8              36.4 KiB
+
 Rotary embeddings are functions inside attention code, which is not rewritten: they keep transformers' own, whose
 backward saves nothing of a token's size.
 """

@@ -70,6 +70,7 @@ def _read_adapter(layer: Any, name: str, arithmetic: Arithmetic) -> Adapter | st
 
 def _read_base(base: nn.Module, adapter: Adapter | None, arithmetic: Arithmetic) -> Linear | str:
     weight: Any = getattr(base, "weight", None)
+    bias: Any = getattr(base, "bias", None)
     word = word_of(base)
     if word == "int8":
         return _INT8
@@ -84,7 +85,7 @@ def _read_base(base: nn.Module, adapter: Adapter | None, arithmetic: Arithmetic)
     held = weight.quant_state.dtype if word else weight.dtype
     if not arithmetic.casts and held != arithmetic.dtype:
         return f"weights in {str(held).removeprefix('torch.')} without autocast"
-    return Linear(partial(_dense, base), base.bias, adapter)
+    return Linear(partial(_dense, base), bias, adapter)
 
 
 _INT8 = "a base in int8, which rounds its inputs"
@@ -127,7 +128,8 @@ class StandIn:
         return self.own(x, *arguments, **named) if result is None else result
 
     def own(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        return type(self.module).forward(self.module, x, *arguments, **named)  # type: ignore[no-any-return]
+        output: Tensor = type(self.module).forward(self.module, x, *arguments, **named)
+        return output
 
     def fused(self, x: Tensor) -> Tensor | None:
         """None where the module as it is now is not for this function."""

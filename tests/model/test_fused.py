@@ -298,6 +298,19 @@ def test_a_norm_s_output_that_is_written_into_is_kept_and_not_computed_again():
     torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+def test_layers_that_are_computed_again_in_the_backward_may_be_fused(recompute):
+    policy = tiny_policy(dtype=torch.float64).train()
+    _, expected = step(policy)
+    base = policy.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.enable_input_require_grads()
+    fuse(policy, recompute=recompute)
+    assert relative_difference(step(policy)[1], expected) < 1e-12
+    shared = {module.forward.__self__.shared for module in policy.modules() if is_member(module)}
+    assert not any(one._waiting for one in shared)
+
+
 def test_words_that_mean_nothing_are_refused():
     with pytest.raises(InputError, match="choose one of none, mlp"):
         fuse(tiny_policy(), recompute="full")
