@@ -236,7 +236,7 @@ def test_a_model_that_brings_its_adapter_goes_through_the_same_check(tmp_path: P
             trainer(tmp_path, pairs(4), model=rewritten, reference="frozen_copy")
 
 
-@pytest.mark.row("48", "49")
+@pytest.mark.row("40", "48", "49")
 @pytest.mark.parametrize(
     ("environment", "engine", "named"),
     [

@@ -14,6 +14,7 @@ from lorafocal.data.packing import PairCollator
 from lorafocal.errors import InputError
 from lorafocal.trainer import FocalPOTrainer
 from tests import tiny
+from tests.engine import launches, out_of_memory_run
 from tests.tiny import pairs, relative_difference, tiny_policy
 
 DATA = pairs(14)
@@ -172,6 +173,14 @@ def test_beyond_one_process_the_run_ends_and_says_how_to_go_on(tmp_path, monkeyp
     monkeypatch.setattr(trainer, "sequence_logps", RunsOut(trainer.sequence_logps, 0))
     with pytest.raises(InputError, match=r"process 0 \(ddp\): .*packing\.tokens: \d+`"):
         step_of(run)
+
+
+@pytest.mark.engine
+def test_two_processes_of_which_one_runs_out_end_within_the_limit(tmp_path):
+    code, output = launches.run([*launches.TORCHRUN, out_of_memory_run.__file__, str(tmp_path)])
+    assert code != 0
+    assert "rank 1: process 1 (ddp): the device ran out of memory with packs of up to" in output
+    assert "start it with `packing.tokens: " in output
 
 
 def test_other_errors_pass_through(tmp_path, monkeypatch):
