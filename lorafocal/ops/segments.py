@@ -61,7 +61,7 @@ class Segments:
     shared_rows: Tensor  # (P,) int64: of the rows that do, those of prompts with two answers
     longest_query: int
     longest_key: int
-    _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)  # masks and roles, when asked for
 
     @classmethod
     def of(cls, spans: tuple[PairSpan, ...]) -> Segments:
@@ -108,6 +108,7 @@ class Segments:
             first_place=move(self.first_place),
             second_place=move(self.second_place),
             shared_rows=move(self.shared_rows),
+            _made={},
         )
 
     def mask(
@@ -116,10 +117,10 @@ class Segments:
         """(queries, keys) boolean: a segment's causal mask, or that of a `whole` pair; made once for all layers."""
         pair = whole and PairSpan(0, whole.prompt, whole.chosen, whole.rejected)
         key = (queries, keys, window, device, pair)
-        if key not in self._masks:
+        if key not in self._made:
             made = causal_mask(queries, keys, window, device) if pair is None else visible((pair,), window, device)
-            self._masks[key] = made
-        return self._masks[key]
+            self._made[key] = made
+        return self._made[key]
 
 
 def _cumulative(lengths: list[int]) -> Tensor:
@@ -148,18 +149,14 @@ _packs: OrderedDict[tuple[bytes, torch.device], Segments] = OrderedDict()
 
 def roles(segments: Segments) -> Tensor:
     """The bounds as (T,) int8 on the host; `segments_of` finds this very object again."""
-    told = bytes(
-        role
-        for span in segments.spans
-        for role in (
-            PAIR_BEGINS,
-            *(PROMPT,) * (span.prompt - 1),
-            *(CHOSEN,) * span.chosen,
-            *(REJECTED,) * span.rejected,
-        )
-    )
-    _remember(told, segments.key_index.device, segments)
-    return torch.frombuffer(bytearray(told), dtype=torch.int8)
+    if "roles" not in segments._made:  # once for all layers
+        told = bytearray()
+        for span in segments.spans:
+            rows = (PAIR_BEGINS, 1), (PROMPT, span.prompt - 1), (CHOSEN, span.chosen), (REJECTED, span.rejected)
+            told += b"".join(bytes([role]) * count for role, count in rows)
+        _remember(bytes(told), segments.key_index.device, segments)
+        segments._made["roles"] = torch.frombuffer(told, dtype=torch.int8)
+    return segments._made["roles"]
 
 
 def segments_of(told: Tensor, device: torch.device) -> Segments:

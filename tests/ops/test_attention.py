@@ -253,6 +253,22 @@ def test_masks_are_made_once_for_all_layers(monkeypatch):
     assert torch.equal(sdpa_shared_prefix_attention(*leaves, segments, scaling=SCALING), first)
 
 
+@pytest.mark.parametrize("more", [{}, {"window": 3}])
+def test_no_path_waits_for_the_device(more):
+    """Tensors without data refuse to tell a value, as a host that waited for one would ask; forward and backward."""
+    meta = torch.device("meta")
+    segments = Segments.of(spans(*LONG)).to(meta)
+    leaves = [x.detach().to(meta).requires_grad_() for x in tensors(segments.spans[-1].stop)]
+
+    def kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), softcap=0.0):
+        assert (max_q, max_k) == (segments.longest_query, segments.longest_key)
+        return q * k.mean() * v.mean()
+
+    sdpa_shared_prefix_attention(*leaves, segments, scaling=SCALING, **more).sum().backward()
+    options = more | {"scaling": SCALING, "kernel": Kernel("shapes only", kernel)}
+    varlen_shared_prefix_attention(*leaves, segments, **options).sum().backward()
+
+
 def test_outputs_lie_as_the_next_product_reads_them():
     """Row by row, so that joining the heads copies nothing."""
     leaves = [x.detach() for x in tensors(110)]
@@ -318,7 +334,7 @@ def test_a_window_that_hides_nothing_asks_no_kernel_for_one():
     leaves = tensors(9)
     wide = attend(*leaves, segments, scaling=SCALING, window=7)
     assert torch.equal(wide, attend(*leaves, segments, scaling=SCALING))
-    assert not segments._masks.keys() & {(7, 7, 7, torch.device("cpu"), None)}
+    assert not segments._made.keys() & {(7, 7, 7, torch.device("cpu"), None)}
 
 
 def test_trained_sinks_and_uneven_heads_are_a_call_a_segment_with_the_reason():
