@@ -27,7 +27,7 @@ WIDE = 4  # bytes of what is held in fp32 whatever the dtype: norms, sums of sof
 
 def weight_bytes(shape: Shape, setup: Setup) -> int:
     """The base as `load_base` holds it: its inner matrices quantised or not, all else in its dtype."""
-    rotary = shape.family.rotations * 2 * WIDE * (shape.head_dim // 2)  # frequencies, and their original values
+    rotary = shape.rotations * 2 * WIDE * (shape.head_dim // 2)  # frequencies, and their original values
     rest = (shape.parameters - shape.linear_parameters + shape.family.scalars) * setup.width + rotary
     return rest + shape.layers * sum(_matrix_bytes(linear, setup) for linear in shape.linears)
 
@@ -144,7 +144,7 @@ def _end_bytes(shape: Shape, setup: Setup) -> float:
 
 def _rotary_bytes(shape: Shape, setup: Setup) -> int:
     """Cosines and sines of a row, which all layers share."""
-    return shape.family.rotations * 2 * setup.width * shape.head_dim
+    return shape.rotations * 2 * setup.width * shape.head_dim
 
 
 def _layer_bytes(shape: Shape, setup: Setup, tier: str, layer: int) -> float:
@@ -157,7 +157,8 @@ def _layer_bytes(shape: Shape, setup: Setup, tier: str, layer: int) -> float:
         if not rank and not saves:
             continue
         kept += setup.use_dora * 2 * setup.width * linear.rows  # the base's product and the adapter's
-        kept += bool(setup.dropout and rank) * linear.columns * (1 if setup.attention == "flash" else WIDE)  # a mask
+        if setup.dropout and rank and (layer or linear.reads != "normed"):  # embeddings, again, need no gradient
+            kept += linear.columns * (1 if setup.attention == "flash" else WIDE)  # the mask
         # PEFT casts its input for each adapter, so in bf16 every one keeps a copy; in fp32 all keep the same tensor.
         shared = linear.reads if setup.width == WIDE and not setup.dropout else name
         inputs[shared] = linear.columns
@@ -210,7 +211,7 @@ def work_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
     if tier == "mlp":
         layer += 2 * inner * width
     if tier == "full":
-        layer += _layer_bytes(shape, setup, "none", 0) + _rotary_bytes(shape, setup)
+        layer += _layer_bytes(shape, setup, "none", shape.layers - 1) + _rotary_bytes(shape, setup)
     return max(18 * hidden, layer - _end_bytes(shape, setup))  # what the ends saved is gone by then
 
 

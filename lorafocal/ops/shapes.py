@@ -44,7 +44,8 @@ class Family:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     tied: bool = False  # where the config does not say
     head_dim: int | None = None  # where the config does not say
-    rotations: int = 1  # kinds of rotary embeddings
+    period: int | None = None  # every so many layers attend without a window, and turn positions their own way
+    windowed: bool = True  # where the config has a window and does not say whether it is used
     scalars: int = 0  # other numbers of its embeddings
 
 
@@ -57,10 +58,10 @@ _FOUR_NORMS = (
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(False, False),
-    "qwen2": Family(True, False),
-    "qwen3": Family(head_norms=True, head_dim=128),
+    "qwen2": Family(True, False, windowed=False),
+    "qwen3": Family(head_norms=True, head_dim=128, windowed=False),
     "gemma": Family(tied=True, head_dim=256, scalars=1),
-    "gemma3_text": Family(head_norms=True, norms=_FOUR_NORMS, tied=True, head_dim=256, rotations=2, scalars=1),
+    "gemma3_text": Family(head_norms=True, norms=_FOUR_NORMS, tied=True, head_dim=256, period=6, scalars=1),
     "phi3": Family(False, False, joined=True),
 }
 
@@ -79,7 +80,8 @@ class Shape:
     head_dim: int
     tied: bool
     linears: tuple[Linear, ...]  # of one layer
-    sliding_window: int | None = None
+    sliding_window: int | None = None  # of all layers: where only some have one, the others decide
+    rotations: int = 1  # kinds of rotary embeddings
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
@@ -117,7 +119,8 @@ class Shape:
             head_dim,
             bool(config.get("tie_word_embeddings", family.tied)),
             tuple(_linears(config, family, hidden, inner, heads * head_dim, kv_heads * head_dim)),
-            config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+            _window(config, family),
+            1 if family.period is None else len(_kinds(config, family.period, layers)),
         )
 
     @property
@@ -169,6 +172,17 @@ def _positive(config: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or value < 1:
         raise InputError(f"model.shape: {name} is {value!r}; it must be a whole number above 0")
     return value
+
+
+def _window(config: Mapping[str, Any], family: Family) -> int | None:
+    used = family.period is None and config.get("use_sliding_window", family.windowed)
+    return config.get("sliding_window") if used else None
+
+
+def _kinds(config: Mapping[str, Any], period: int, layers: int) -> set[str]:
+    """The kinds of attention that a model's layers have, where they have several."""
+    stated = config.get("layer_types")
+    return set(stated) if stated else {"full" if (layer + 1) % period == 0 else "sliding" for layer in range(layers)}
 
 
 def _linears(

@@ -1,0 +1,268 @@
+"""Bytes of activations: the arithmetic against what autograd was seen to keep, and against traced allocations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lorafocal.data.packing import Pack, PairCollator
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.memory import (
+    Lengths,
+    Setup,
+    Shape,
+    activation_bytes_per_token,
+    cast_bytes,
+    head_chunk_bytes,
+    pack_bytes,
+)
+from lorafocal.model.adapters import attach_lora
+from lorafocal.model.fused import fuse
+from lorafocal.model.load import load_base
+from lorafocal.ops import attention
+from lorafocal.ops.attention_kernels import Kernel, KernelChoice
+from lorafocal.policy import prepare_policy, sequence_logps
+from tests.tiny import lora
+
+AT = Lengths(60, 70, 50)  # longer than what attends in one call a pair
+TINY = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+MID = TINY | {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 48}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pack(count: int = 2) -> Pack:
+    sizes = (int(AT.prompt), int(AT.chosen), int(AT.rejected))
+    pairs = [TokenizedPair(str(i), *([2 + i + j] * size for j, size in enumerate(sizes))) for i in range(count)]
+    (only,) = PairCollator("packed", 4096)(pairs).packs
+    return only
+
+
+def shape_of(family: str, sizes: dict[str, Any]) -> tuple[Any, Shape]:
+    config = CONFIG_MAPPING[family](**sizes)
+    return config, Shape.of(config.to_dict())
+
+
+def prepared(base: nn.Module, setup: Setup, tier: str) -> PeftModel:
+    """A policy as `setup` and `tier` have it."""
+    adapter = {"target_modules": setup.targets, "lora_dropout": setup.dropout, "use_dora": setup.use_dora}
+    saved = list(setup.modules_to_save) or None
+    policy = attach_lora(base.requires_grad_(False), lora(r=setup.r, modules_to_save=saved, **adapter))
+    prepare_policy(policy)
+    if setup.adapter_kernels == "fused":
+        fuse(policy, recompute="mlp" if tier == "mlp" else "none")
+    if tier == "full":
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy.train()
+
+
+def saved_bytes(policy: nn.Module, rows: Pack) -> int:
+    """Every storage that the forward saves for its backward, once, but those that the model holds anyway."""
+    own = {t.untyped_storage().data_ptr() for t in (*policy.parameters(), *policy.buffers())}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # an address must not come back while we count
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logps = sequence_logps(policy, rows)
+        loss = (logps.chosen - logps.rejected).sum()
+    assert loss.requires_grad
+    return sum(sizes.values())
+
+
+def check(family: str, sizes: dict[str, Any], setup: Setup, tier: str, *, within: float = 0.05) -> None:
+    config, shape = shape_of(family, sizes)
+    base = AutoModelForCausalLM.from_config(config).to(DTYPES[setup.dtype])
+    counted = saved_bytes(prepared(base, setup, tier), rows := pack())
+    planned = rows.num_rows * activation_bytes_per_token(shape, setup, tier) + cast_bytes(shape, setup, tier)
+    assert planned == pytest.approx(counted, rel=within)
+
+
+def setup(**more: Any) -> Setup:
+    return Setup(**({"r": 4, "dtype": "float32", "attention": "sdpa", "lengths": AT} | more))
+
+
+# --- against saved tensors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", ["fused", "peft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_a_forward_keeps_is_counted(family, kernels, dtype):
+    check(family, TINY, setup(dtype=dtype, adapter_kernels=kernels), "none")
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3"])
+def test_what_is_kept_with_gate_and_up_computed_again(family):
+    check(family, TINY, setup(), "mlp")
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", ["fused", "peft"])
+def test_what_is_kept_with_every_layer_computed_again(kernels, dtype):
+    check("llama", TINY, setup(dtype=dtype, adapter_kernels=kernels), "full")
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize(
+    ("kernels", "tier"), [("fused", "none"), ("fused", "mlp"), ("peft", "none"), ("fused", "full")]
+)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma"])
+def test_middle_sized_shapes(family, kernels, tier):
+    check(family, MID, setup(r=16, adapter_kernels=kernels), tier, within=0.01)
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"targets": ["q_proj", "v_proj"]},
+        {"use_dora": True},
+        {"dropout": 0.1},
+        {"targets": ["q_proj", "down_proj"], "modules_to_save": ["o_proj"]},
+    ],
+    ids=str,
+)
+def test_other_adapters(adapter, dtype):
+    check("llama", TINY, setup(adapter_kernels="peft", dtype=dtype, **adapter), "none")
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_matrices_keep_what_float_ones_do(tmp_path, quantization):
+    config, shape = shape_of("llama", TINY | {"hidden_size": 64, "head_dim": 16})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for kernels in ("fused", "peft"):
+        asked = setup(quantization=quantization, adapter_kernels=kernels)
+        base = load_base(str(tmp_path), dtype="float32", quantization=quantization)
+        counted = saved_bytes(prepared(base, asked, "none"), rows := pack())
+        falls_back = kernels == "fused" and quantization == "int8"
+        counted_as = setup(adapter_kernels="peft") if falls_back else asked
+        assert rows.num_rows * activation_bytes_per_token(shape, counted_as, "none") == pytest.approx(counted, rel=0.05)
+
+
+class OneCall(torch.autograd.Function):
+    """Stands for a GPU's variable-length kernel: keeps what that keeps."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):  # type: ignore[no-untyped-def]
+        out = torch.zeros_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_zeros(query.shape[:2], dtype=torch.float32))
+        return out
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize(("kernels", "tier"), [("fused", "none"), ("fused", "mlp"), ("peft", "none")])
+def test_one_call_of_a_variable_length_kernel_keeps_less(monkeypatch, kernels, tier):
+    def one_call(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+        return OneCall.apply(query, key, value)
+
+    class Called(Kernel):
+        def __call__(self, query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **options: Any) -> Tensor:
+            return self.function(query, key, value, *bounds[:2])
+
+    choice = KernelChoice("one call", Called("one call", one_call), "")
+    monkeypatch.setattr(attention, "choose", lambda *args, **options: choice)
+    asked = setup(dtype="bfloat16", attention="flash", adapter_kernels=kernels)
+    check("llama", TINY, asked, tier)
+
+
+# --- against the peak of allocations --------------------------------------------------------------------------------
+
+
+def peak_bytes(work: Callable[[], None]) -> int:
+    """The most that was allocated at once while `work` ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def planned_peak(shape: Shape, asked: Setup, tier: str, tokens: int, answers: int) -> float:
+    """The plan's, with the head's chunk as small as these rows make it."""
+    per_entry = head_chunk_bytes(shape, asked) / (2**26 // shape.vocab_size * shape.vocab_size)
+    small = answers * shape.vocab_size * per_entry
+    return pack_bytes(shape, asked, tier, tokens) - head_chunk_bytes(shape, asked) + small
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize(
+    ("kernels", "tier"), [("fused", "none"), ("fused", "mlp"), ("fused", "full"), ("peft", "none"), ("peft", "full")]
+)
+def test_the_peak_of_a_pack_is_the_plans(kernels, tier):
+    config, shape = shape_of("llama", MID)
+    asked = setup(r=4, adapter_kernels=kernels)
+    policy = prepared(AutoModelForCausalLM.from_config(config), asked, tier)
+    rows = pack()
+
+    def step() -> None:
+        logps = sequence_logps(policy, rows)
+        (logps.chosen - logps.rejected).sum().backward()
+
+    step()  # gradients are there from now on
+    planned = planned_peak(shape, asked, tier, rows.num_rows, int(rows.index.lengths.sum()))
+    assert planned == pytest.approx(peak_bytes(step), rel=0.1)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def on_gpu(policy: nn.Module) -> Iterator[Callable[[], int]]:
+    """Within, a call tells the most bytes allocated since the beginning, beside what was there then."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield lambda: torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.gpu
+@pytest.mark.row("37")
+@pytest.mark.parametrize("pairs", [8, 32])
+@pytest.mark.parametrize(
+    ("kernels", "tier"), [("fused", "none"), ("fused", "mlp"), ("fused", "full"), ("peft", "none")]
+)
+def test_the_peak_on_a_gpu_is_the_plans(kernels, tier, pairs):
+    sizes = TINY | {
+        "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "head_dim": 128,
+    }  # fmt: skip
+    config, shape = shape_of("llama", sizes)
+    asked = setup(r=16, dtype="bfloat16", attention="flash", adapter_kernels=kernels)
+    policy = prepared(AutoModelForCausalLM.from_config(config).to("cuda", torch.bfloat16), asked, tier)
+    rows = pack(pairs).to(torch.device("cuda"))
+
+    def step() -> None:
+        logps = sequence_logps(policy, rows)
+        (logps.chosen - logps.rejected).sum().backward()
+
+    step()
+    with on_gpu(policy) as peak:
+        step()
+        planned = planned_peak(shape, asked, tier, rows.num_rows, min(int(rows.index.lengths.sum()), 2**26 // 32000))
+        assert planned == pytest.approx(peak(), rel=0.1)

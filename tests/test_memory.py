@@ -1,0 +1,274 @@
+"""The arithmetic of residents, choices and operations, against real models, optimisers and published tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lorafocal import memory
+from lorafocal.errors import InputError
+from lorafocal.memory import Lengths, Setup, Shape, choose
+from lorafocal.model.adapters import adapter_parameters, attach_lora
+from lorafocal.model.load import load_base
+from lorafocal.model.quantized import QUANTIZATIONS
+from tests.test_activation_bytes import FAMILIES, TINY
+from tests.tiny import lora
+
+LLAMA_3_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+GIB = 2**30
+
+
+def written(folder: Any, family: str = "llama", **more: Any) -> Shape:
+    """A tiny base of `family` in `folder`, and its shape."""
+    config = CONFIG_MAPPING[family](**(TINY | more))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return Shape.of(config.to_dict())
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Every tensor that a loaded base holds, each storage once, scales of quantised weights among them."""
+    found: list[object] = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        for owner in filter(None, (state, getattr(state, "state2", None))):
+            found += [owner.absmax, owner.code, owner.offset]
+        found.append(getattr(parameter, "SCB", None))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found if isinstance(t, Tensor)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+# --- residents ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_float_base_is_counted_to_the_byte(tmp_path, family, dtype):
+    shape = written(tmp_path, family)
+    base = load_base(str(tmp_path), dtype=dtype)
+    assert memory.weight_bytes(shape, Setup(dtype=dtype)) == held_bytes(base)
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantised_base_is_counted_to_the_byte(tmp_path, quantization, tied):
+    shape = written(tmp_path, hidden_size=96, intermediate_size=200, head_dim=24, tie_word_embeddings=tied)
+    base = load_base(str(tmp_path), dtype="bfloat16", quantization=quantization)
+    assert memory.weight_bytes(shape, Setup(quantization=quantization)) == held_bytes(base)
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (LLAMA_3_8B, 8_030_261_248),
+        (LLAMA_3_8B | {"model_type": "mistral", "vocab_size": 32000}, 7_241_732_096),
+        (
+            LLAMA_3_8B
+            | {"model_type": "qwen3", "vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36},
+            8_190_735_360,
+        ),
+    ],
+)
+def test_published_models_have_their_published_size(config, parameters):
+    assert Shape.of(config).parameters == parameters
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"targets": ["q_proj", "down_proj"]},
+        {"rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\.up_proj": 2}},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head", "layers.1.mlp", "input_layernorm"]},
+        {"trainable_tokens": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_what_is_trained_is_counted_to_the_byte(family, adapter):
+    if family == "phi3" and {"targets", "rank_pattern"} & {*adapter}:
+        adapter = {"targets": ["qkv_proj"], "rank_pattern": {"qkv_proj": 8}}
+    config = CONFIG_MAPPING[family](**TINY)
+    asked = Setup(r=4, **adapter)
+    words = {"target_modules": asked.targets, "rank_pattern": dict(asked.rank_pattern), "use_dora": asked.use_dora}
+    words |= {"modules_to_save": list(asked.modules_to_save) or None}
+    words |= {"trainable_token_indices": list(range(asked.trainable_tokens)) or None}
+    policy = attach_lora(AutoModelForCausalLM.from_config(config).requires_grad_(False), lora(**words))
+    held = sum(parameter.nbytes for parameter in adapter_parameters(policy).values())
+    assert memory.adapter_bytes(Shape.of(config.to_dict()), asked) == held
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adamw_8bit"])
+def test_moments_of_optimisers_are_counted(optim):
+    from bitsandbytes.optim import AdamW8bit
+
+    shape = Shape.of(CONFIG_MAPPING["llama"](**TINY).to_dict())
+    asked = Setup(r=80, optim=optim)  # some tensors above bitsandbytes' smallest, some below
+    tensors = [nn.Parameter(torch.zeros(entries)) for entries in memory.trained_tensors(shape, asked)]
+    kinds = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD, "adamw_8bit": AdamW8bit}
+    optimizer: Any = kinds[optim](tensors, lr=1e-3)
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    optimizer.step()
+    held = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not name.startswith("qmap") and name != "step"  # shared; one number
+    )
+    assert memory.optimizer_bytes(shape, asked) == held
+    assert {tensor.numel() >= 4096 for tensor in tensors} == {True, False}
+
+
+@pytest.mark.row("37")
+def test_paged_moments_of_large_tensors_need_not_be_on_the_gpu():
+    shape, paged = Shape.of(LLAMA_3_8B), Setup(r=128, optim="paged_adamw_32bit")
+    assert memory.optimizer_bytes(shape, paged) == 8 * memory.adapter_parameters(shape, paged)
+    assert memory.optimizer_bytes(shape, paged, on_gpu=True) == 0  # all tensors have 131,072 entries or more
+    assert memory.optimizer_bytes(shape, Setup(r=16, optim="paged_adamw_32bit"), on_gpu=True) > 0
+
+
+@pytest.mark.row("37")
+def test_a_reference_adds_what_it_holds():
+    shape = Shape.of(LLAMA_3_8B)
+    assert memory.reference_bytes(shape, Setup()) == memory.reference_bytes(shape, Setup(reference="cached")) == 0
+    copy, second = Setup(reference="frozen_copy"), Setup(reference="separate_model")
+    assert memory.reference_bytes(shape, copy) == memory.adapter_bytes(shape, copy)
+    assert memory.reference_bytes(shape, second) == memory.weight_bytes(shape, second)
+
+
+@pytest.mark.row("37")
+def test_shards_of_full_parameter_training():
+    parameters = 8_030_261_248
+    assert memory.sharded_bytes(parameters, 1, 0) == 16 * parameters
+    assert memory.sharded_bytes(parameters, 8, 3) == 16 * parameters / 8  # 16 GB a GPU
+    assert memory.sharded_bytes(parameters, 8, 2) == parameters * (2 + 14 / 8)
+    assert memory.sharded_bytes(parameters, 8, 3, live_reference=True) == 18 * parameters / 8  # 2 GB more
+    assert memory.sharded_bytes(parameters, 8, 2, live_reference=True) == parameters * (4 + 14 / 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "mixtral"}, "does not know the layers of model_type 'mixtral'; it knows llama"),
+        ({"model_type": "llama"}, "hidden_size is None"),
+        (LLAMA_3_8B | {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ],
+)
+def test_shapes_that_are_not_known_are_refused(config, said):
+    with pytest.raises(InputError, match=said):
+        Shape.of(config)
+
+
+# --- activations at published shapes --------------------------------------------------------------------------------
+
+
+@pytest.mark.row("37", "35")
+def test_a_token_of_llama_3_8b():
+    """At most the 3.5 MiB that are asked of fused functions, less than half of PEFT's own."""
+    shape, at = Shape.of(LLAMA_3_8B), Lengths(256, 384, 384)
+    per_token = {
+        (kernels, tier): memory.activation_bytes_per_token(shape, Setup(adapter_kernels=kernels, lengths=at), tier)
+        for kernels, tier in (("fused", "none"), ("fused", "mlp"), ("fused", "full"), ("peft", "none"))
+    }
+    fused, mlp, full, peft = (value / 2**20 for value in per_token.values())
+    assert fused < 3.5 < 5.6 < peft < 7.9
+    assert mlp == pytest.approx(fused - 2 * 32 * 14336 * 2 / 2**20)
+    assert full < 0.27
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("37")
+def test_more_memory_never_gives_less():
+    shape, setup = Shape.of(LLAMA_3_8B), Setup(quantization="nf4")
+    found = [choose(shape, setup, gib * GIB, 1024) for gib in range(1, 64)]
+    times = [memory.relative_time(shape, setup, c.tier, c.tokens) for c in found if c.fits]
+    assert times == sorted(times, reverse=True)
+    assert [choice.fits for choice in found] == sorted(choice.fits for choice in found)
+    assert (found[-1].tier, found[-1].tokens) == ("none", memory.MAX_TOKENS)
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("gib", [3, 6, 12, 24])
+def test_what_is_chosen_fits_and_the_next_step_would_not(gib):
+    shape, setup = Shape.of(LLAMA_3_8B), Setup()
+    found = choose(shape, setup, gib * GIB, 1024)
+    assert found.fits
+    assert found.tokens >= 1024
+    assert memory.pack_bytes(shape, setup, found.tier, found.tokens) <= gib * GIB
+    more = found.tokens + memory.TOKEN_STEP
+    assert memory.pack_bytes(shape, setup, found.tier, more) > gib * GIB or found.tokens == memory.MAX_TOKENS
+
+
+@pytest.mark.row("37")
+def test_a_longest_pair_that_fits_nowhere_is_told():
+    found = choose(Shape.of(LLAMA_3_8B), Setup(), 1 * GIB, 8192)
+    assert (found.fits, found.tier) == (False, "full")
+    assert "8192 token rows" in found.reason
+
+
+@pytest.mark.row("37")
+def test_tiers_that_are_not_there_are_not_chosen():
+    shape = Shape.of(LLAMA_3_8B)
+    assert memory.tiers_of(shape, Setup(adapter_kernels="peft")) == ("none", "full")
+    assert memory.tiers_of(shape, Setup(use_dora=True)) == ("none", "full")
+    with pytest.raises(InputError, match="PEFT's own adapter functions cannot"):
+        choose(shape, Setup(adapter_kernels="peft"), 40 * GIB, 1024, ("mlp",))
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+# TFLOP a pair: two sequences with and without checkpointing, one row of a shared prompt with and without.
+# From the cost model in docs/memory.md, worked out by hand before this file was written.
+TABLE = {
+    (256, 384, True): (75.5, 57.3, 61.0, 46.4),
+    (256, 384, False): (56.6, 38.4, 45.7, 31.2),
+    (200, 305, False): (44.5, 30.2, 36.0, 24.5),
+    (205, 400, False): (53.6, 36.4, 44.9, 30.6),
+}
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize(("prompt", "answer", "live"), TABLE)
+def test_operations_of_a_pair_are_the_published_ones(prompt, answer, live):
+    shape, at = Shape.of(LLAMA_3_8B), Lengths(prompt, answer, answer)
+    found = tuple(
+        memory.flops_per_pair(shape, Setup(), at, tier=tier, live_reference=live, shared=shared) / 1e12
+        for shared in (False, True)
+        for tier in ("full", "none")
+    )
+    assert found == pytest.approx(TABLE[prompt, answer, live], abs=0.06)
+
+
+@pytest.mark.row("35")
+def test_the_minimum_has_no_reference_and_nothing_twice():
+    shape, at = Shape.of(LLAMA_3_8B), Lengths(256, 384, 384)
+    least = memory.minimum_flops_per_pair(shape, Setup(), at)
+    assert least == memory.flops_per_pair(shape, Setup(reference="cached"), at)
+    assert least == pytest.approx(31.15e12, rel=1e-3)
+    again = memory.flops_per_pair(shape, Setup(reference="cached"), at, tier="mlp")
+    assert 790e12 / again == pytest.approx(20.3, abs=0.05)
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize("window", [None, 3, 7, 100])
+def test_visible_pairs_are_those_of_the_mask(window):
+    from lorafocal.ops.segments import PairSpan, visible
+
+    lengths = Lengths(5, 4, 7)
+    mask = visible((PairSpan(0, 5, 4, 7),), window, torch.device("cpu"))
+    assert lengths.visible(window) == int(mask.sum())
