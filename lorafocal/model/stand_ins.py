@@ -228,6 +228,8 @@ class SharedInput:
         linear = read(self.layers[position], arithmetic) if arithmetic else "fp16"
         if isinstance(linear, str) or arithmetic is None:
             return None
+        if torch.compiler.is_compiling():  # which traces no handing over from call to call
+            return self._together({position: linear}, x, arithmetic)[0]
         waiting = self._waiting.pop(position, None)
         if waiting is not None and self._fits(waiting, linear, x, arithmetic.dtype):
             self._left_lying = 0
@@ -244,16 +246,20 @@ class SharedInput:
         if self._waiting:
             self._left_lying, self._waiting = self._left_lying + 1, {}
         members = {position: linear}
-        if self._left_lying < 2 and not torch.compiler.is_compiling():
+        if self._left_lying < 2:
             others = {i: read(layer, arithmetic) for i, layer in enumerate(self.layers) if i != position}
             members |= {i: other for i, other in others.items() if not isinstance(other, str)}
+        first, *rest = self._together(members, x, arithmetic)
+        state = (x, _version(x), torch.is_grad_enabled(), arithmetic.dtype)
+        for (i, member), output in zip(list(members.items())[1:], rest, strict=True):
+            self._waiting[i] = _Waiting(output, member, *state)
+        return first
+
+    @staticmethod
+    def _together(members: dict[int, Linear], x: Tensor, arithmetic: Arithmetic) -> list[Tensor]:
         rows, normed = _rows(x.to(arithmetic.dtype)), _normed(x, arithmetic.dtype)
         outputs = shared_linear(rows, list(members.values()), normed=normed)
-        shaped = [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
-        state = (x, _version(x), torch.is_grad_enabled(), arithmetic.dtype)
-        for (i, member), output in list(zip(members.items(), shaped, strict=True))[1:]:
-            self._waiting[i] = _Waiting(output, member, *state)
-        return shaped[0]
+        return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 
 def _version(x: Tensor) -> int:

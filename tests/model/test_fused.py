@@ -374,3 +374,13 @@ def test_at_llama_3_8b_shapes_a_layer_keeps_what_the_formulas_say_and_half_of_pe
     assert fused < 0.52 * theirs
     fuse(policy, recompute="mlp")
     assert bytes_a_token(layer) == fused - 2 * 2 * inner
+
+
+@pytest.mark.slow
+def test_compiled_layers_trace_fused_functions_without_a_break():
+    policy = tiny_policy()
+    before = logits(policy).detach()
+    fuse(policy)
+    for layer in policy.get_base_model().model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(policy), before)
