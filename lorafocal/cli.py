@@ -180,7 +180,7 @@ def sweep(
         typer.Option("--grid", metavar="KEY=V1,V2,...", help="Values of a key, as training.learning_rate=1e-6,5e-6."),
     ] = None,
     best: Annotated[
-        str | None, typer.Option("--best", metavar="METRIC", help="Held-out criterion, as eval_rewards/accuracies.")
+        str | None, typer.Option("--best", metavar="METRIC", help="eval_loss or eval_rewards/accuracies; what is comparable if absent.")
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")] = Path(
         "runs"
@@ -196,6 +196,8 @@ def sweep(
     _print_report(report, as_json)
     if report.interrupted_by is not None:
         raise typer.Exit(128 + report.interrupted_by)
+    if not report.record.of("finished"):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -49,7 +49,7 @@ WHY_NOT: dict[str, str] = {
 IDENTITY = ("base", "reference_model", "data")
 """Manifest sections beside `config` that must be equal: fingerprints of the models' weights and of the data."""
 
-NOTED = ("versions", "processes", "threads", "hardware", "kernels")
+NOTED = ("versions", "processes", "threads", "hardware")
 """Manifest sections whose change is allowed, but ends the promise of equal bits."""
 
 _ABSENT = "(absent)"
@@ -69,7 +69,7 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     """Raises `InputError` naming every forbidden change; returns notes about the allowed ones, to be printed.
 
     Of a manifest these sections are read: `config` (the resolved config), `base` and `data` (fingerprints),
-    `versions`, `processes`, `threads`, `hardware` and `kernels`. An absent section counts as empty. The run's `name` is part of
+    `versions`, `processes`, `threads` and `hardware`. An absent section counts as empty. The run's `name` is part of
     `config`.
     """
     old, new = old_manifest.get("config", {}), new_manifest.get("config", {})

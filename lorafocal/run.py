@@ -31,11 +31,11 @@ from lorafocal.interrupt import StopOnSignal
 from lorafocal.model.adapters import features, trainable_token_ids
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import base_fingerprint, check_place, check_same_tokens, load_base, load_tokenizer
-from lorafocal.model.quantized import describe
+from lorafocal.model.quantized import LoadedBase, describe
 from lorafocal.model.starts import lora_config
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
-from lorafocal.resume import MAY_CHANGE, check_resumable
+from lorafocal.resume import MAY_CHANGE, changes, check_resumable
 from lorafocal.trainer import FocalPOTrainer
 
 CONFIG_FILE, MANIFEST_FILE, ADAPTER_DIR = "config.yaml", "manifest.json", "adapter"
@@ -75,37 +75,24 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     folder = inside(runs_dir, config.name)
     _check_folder(folder, resume)
     _check_places(config)
-    args = _arguments(config, folder, began_with=_settled(folder) if resume else {})
+    began = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")) if resume else {}
+    args = _arguments(config, folder, settled=began.get("settled", {}))
     if note := launch.idle_gpus(torch.cuda.device_count() if args.device.type == "cuda" else 0):
         say(note)
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer, data = _tokenized(config, say)
     manifest = _manifest(config, tokenizer, data)
     if resume:
-        _check_same_run(folder, manifest, say)
+        for note in check_resumable(began, manifest):
+            say(f"note: {note}")
     base = _load(config.model.name, config.model.revision, config)
     loaded = describe(base)
     trainer = _trainer(config, args, data, tokenizer, base, quiet)
     loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
-    manifest |= {"loaded": loaded.as_dict(), "layout": asdict(trainer.layout), "kernels": trainer.kernels}
-    manifest["settled"] = {"tokens_per_pack": trainer.budget.tokens, "recompute": trainer.budget.tier}
-    say(str(loaded))
-    for what, choice in trainer.kernels.items():
-        say(f"{what}: {choice}")
-    lora = trainer.model.peft_config["default"]
-    adapter = manifest["adapter"] = {
-        "kind": sorted(features(lora)),
-        "rank": lora.r,
-        "targets": sorted(lora.target_modules),
-        "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
-        "trainable_tensors": sorted(trainer.adapter),
-    }
-    say(
-        f"adapter: {', '.join(adapter['kind'])} of rank {lora.r}; {adapter['trainable_parameters']:,} parameters on"
-        f" {', '.join(adapter['targets'])}"
-    )
-    if unmerged := ", ".join(sorted(features(lora) - MERGES)):
-        say(f"note: merge does not fold {unmerged} into a base yet; PEFT, score and start_from take it as it is")
+    trainer.look_up_reference(say)  # what is missing is said before anything is written
+    manifest |= _assembled(trainer, loaded, say)
+    for line in changes(began.get("kernels", trainer.kernels), trainer.kernels, ()):
+        say(f"note: {line} (the last bits may differ from an uninterrupted run)")
     if trainer.args.device.type == "cpu" and config.model.dtype == "bfloat16":
         say("note: bfloat16 on a CPU can be ten times slower than float32; to try things out, model.dtype=float32")
     if "eval" not in data:
@@ -122,6 +109,38 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     held_out = _held_out_metrics(trainer)
     trainer.save_model(str(folder / ADAPTER_DIR))
     return RunSummary(folder, state.global_step, state.max_steps, held_out)
+
+
+def _assembled(trainer: FocalPOTrainer, loaded: LoadedBase, say: Callable[[str], None]) -> dict[str, Any]:
+    """The manifest's sections on what was put together, each said."""
+    lora = trainer.model.peft_config["default"]
+    adapter = {
+        "kind": sorted(features(lora)),
+        "rank": lora.r,
+        "targets": sorted(lora.target_modules),
+        "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
+        "trainable_tensors": sorted(trainer.adapter),
+    }
+    say(str(loaded))
+    say(
+        f"adapter: {', '.join(adapter['kind'])} of rank {lora.r}; {adapter['trainable_parameters']:,} parameters on"
+        f" {', '.join(adapter['targets'])}"
+    )
+    if unmerged := ", ".join(sorted(features(lora) - MERGES)):
+        say(f"note: merge does not fold {unmerged} into a base yet; PEFT, score and start_from take it as it is")
+    for what, choice in trainer.kernels.items():
+        say(f"{what}: {choice}")
+    sections = {
+        "loaded": loaded.as_dict(),
+        "layout": asdict(trainer.layout),
+        "kernels": trainer.kernels,
+        "settled": {"tokens_per_pack": trainer.budget.tokens, "recompute": trainer.budget.tier},
+        "adapter": adapter,
+    }
+    if trainer.stored is not None and trainer.stored.checked is not None:
+        context, checked = trainer.stored.store.context, trainer.stored.checked
+        sections["reference_store"] = {"context": context.as_dict(), "spot_check": checked.as_dict()}
+    return sections
 
 
 def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = False) -> CacheReport:
@@ -179,17 +198,13 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise InputError(f"{folder} holds no run to resume; start it without --resume")
 
 
-def _settled(folder: Path) -> Mapping[str, Any]:
-    """What the run that `folder` holds was packed with, where its config left that open: on it depend the last bits."""
-    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    settled: Mapping[str, Any] = manifest.get("settled", {})
-    return settled
+def _arguments(config: Config, folder: Path, *, settled: Mapping[str, Any] = MappingProxyType({})) -> FocalPOConfig:
+    """The trainer's arguments; making them decides this process's device and joins it to the others.
 
-
-def _arguments(config: Config, folder: Path, *, began_with: Mapping[str, Any] = MappingProxyType({})) -> FocalPOConfig:
-    """The trainer's arguments; making them decides this process's device and joins it to the others."""
+    What the config leaves open is as `settled`, when the run began: the last bits depend on it.
+    """
     arguments = training_arguments(config)
-    for name, value in began_with.items():
+    for name, value in settled.items():
         if arguments.get(name, "auto") == "auto":
             arguments[name] = value
     if config.data.eval is not None or config.data.held_out is not None:
@@ -250,12 +265,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _check_same_run(folder: Path, manifest: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    old = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    for note in check_resumable(old, manifest):
-        say(f"note: {note}")
 
 
 def _load(name: str, revision: str | None, config: Config) -> PreTrainedModel:
