@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from lorafocal.errors import InputError
+from lorafocal.ops.logps import HeadFold, head_fold_
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Elementwise:
     rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     rope_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
-    head_fold_: Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+    head_fold_: HeadFold
 
     @property
     def gated(self) -> Gated:
@@ -102,20 +103,6 @@ def rope_backward(upstream: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Gradient towards x, (T, H, D): the transpose of `rope`, whatever cos and sin hold."""
     first, second = (upstream * sin[:, None]).chunk(2, dim=-1)
     return upstream * cos[:, None] + torch.cat((second, -first), dim=-1)
-
-
-def head_fold_(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(logps (n,) of the labels (n,), onehot - softmax (n, V) in `dtype`) for logits (n, V) in fp32 or wider.
-
-    Overwrites `logits`.
-    """
-    picked = logits.gather(-1, labels[:, None])
-    top = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    logps = (picked - top - total.log()).squeeze(-1)
-    error = weights.div_(-total).scatter_add_(-1, labels[:, None], torch.ones_like(total))
-    return logps, error.to(dtype)
 
 
 GEGLU = Gated(geglu, geglu_backward_)

@@ -76,15 +76,6 @@ def test_rotary_embedding_is_transformers_own_and_its_backward_the_transpose():
     torch.testing.assert_close(ours, torch.autograd.grad(turned, x, upstream)[0], rtol=1e-13, atol=1e-14)
 
 
-def test_the_head_s_fold_gives_log_probs_and_their_gradient():
-    logits, labels = (random(7, 11) * 30).requires_grad_(), torch.arange(7)
-    logps = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-    (expected,) = torch.autograd.grad(logps.sum(), logits)
-    found, error = TORCH.head_fold_(logits.detach().clone(), labels, torch.float64)
-    torch.testing.assert_close(found, logps.detach(), rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(error, expected, rtol=1e-12, atol=1e-14)
-
-
 def test_an_unknown_set_and_kernels_without_a_device_are_refused_by_name(monkeypatch):
     assert load("torch") is TORCH
     with pytest.raises(InputError, match="choose torch or triton"):
