@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafocal.errors import InputError
-from lorafocal.model.stand_ins import StandIn
 from lorafocal.ops.segments import Segments, roles
 
 # Graphs that one kind of layer may have; past it torch would quietly go on uncompiled.
@@ -61,8 +60,6 @@ def _not_compiled(model: nn.Module) -> str | None:
     for layer in decoder_layers(model):
         if "forward" in vars(layer):
             return f"the forward of {type(layer).__name__} has been exchanged already"
-    if any(isinstance(getattr(vars(module).get("forward"), "__self__", None), StandIn) for module in model.modules()):
-        return "fused adapter functions would break the graph; set kernels.adapters: peft"
     return None
 
 

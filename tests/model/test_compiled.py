@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.errors import InputError
 from lorafocal.model.compiled import compile_layers, decoder_layers, restore_layers
-from lorafocal.model.fused import fuse, unfuse
+from lorafocal.model.fused import fuse
 from lorafocal.policy import evaluating, plain_attention, prepare_policy, sequence_logps
 from lorafocal.probes import check_packing
 from tests.tiny import SIZES, pairs, tiny_policy
@@ -90,6 +90,21 @@ def test_compiled_layers_equal_plain_ones_in_value_and_gradient(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+def test_fused_adapters_compile_without_breaks_and_equal_plain_layers(recompute):
+    policy = policy_for_packs(dtype=torch.float64)
+    [pack, *_] = packs(128, count=9)
+    wanted = values_and_gradients(policy, pack)
+    fuse(policy, recompute=recompute)
+    graphs = CompileCounterWithBackend("aot_eager")
+    assert compile_layers(policy, BUCKET, backend=graphs) is None
+    for a, b in zip(values_and_gradients(policy, pack), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert graphs.frame_count == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
 def test_layers_that_are_computed_again_compile_too():
     policy = policy_for_packs(dtype=torch.float64)
     [pack, *_] = packs(128, count=9)
@@ -130,8 +145,3 @@ def test_what_cannot_be_compiled_is_said():
     with pytest.raises(InputError, match="a bucket of 1"):
         compile_layers(policy_for_packs(), 1)
     assert "no decoder layers" in compile_layers(nn.Linear(2, 2), BUCKET)
-    fused = policy_for_packs()
-    fuse(fused)
-    assert "kernels.adapters: peft" in compile_layers(fused, BUCKET)
-    unfuse(fused)
-    assert compile_layers(fused, BUCKET, backend="eager") is None
