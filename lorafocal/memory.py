@@ -276,8 +276,8 @@ def choose(shape: Shape, setup: Setup, free_bytes: float, longest_pair: int, tie
     budgets = {tier: tokens_that_fit(shape, setup, free_bytes, tier) for tier in possible}
     roomy = {tier: tokens for tier, tokens in budgets.items() if tokens >= longest_pair}
     if not roomy:
-        tier = max(budgets, key=budgets.__getitem__)
-        reason = f"the longest pair has {longest_pair} token rows, and {max(0, budgets[tier])} fit"
+        tier = min(possible, key=lambda tier: pack_bytes(shape, setup, tier, longest_pair))
+        reason = f"the longest pair has {longest_pair} token rows, and {max(0, budgets[tier]) or 'none'} fit"
         return Choice(longest_pair, tier, reason, fits=False)
     tier = min(roomy, key=lambda tier: relative_time(shape, setup, tier, roomy[tier]))
     others = ", ".join(f"{other} {tokens}" for other, tokens in budgets.items() if other != tier)

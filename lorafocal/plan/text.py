@@ -25,7 +25,7 @@ def machine_text(plan: Plan) -> str:
         *_listed("to try" if found.fits else "what would make it fit", plan.advice),
         *_listed("assumed", plan.assumed),
     ]
-    return "\n\n".join(blocks)
+    return "\n\n".join(filter(None, blocks))
 
 
 def _memory(found: OnMachine) -> Iterator[str]:
