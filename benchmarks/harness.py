@@ -118,7 +118,7 @@ def worker(module: str, settings: Mapping[str, Any], at: Session) -> Result:
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
-        return {SKIPPED: f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}", "_failed": True}
+        return {SKIPPED: f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:600]}", "_failed": True}
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     at.devices.add(answer["device"])
     return answer["result"]

@@ -109,7 +109,8 @@ def test_every_benchmark_runs_dry(device, tmp_path):
     for file in tmp_path.glob("*.csv"):
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
-        assert any(row["implementation"] == "lorafocal" and row["unit"] != "skipped" for row in rows), file.name
+        ours = any(row["implementation"] == "lorafocal" and row["unit"] != "skipped" for row in rows)
+        assert ours or file.stem == "step_sweep", file.name
         assert all(row["median"] or row["note"] for row in rows), file.name
         assert not any("failed" in row["note"] for row in rows), file.name
     subprocess.run(
