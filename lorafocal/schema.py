@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -16,103 +15,28 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lorafocal.bounds import check_beta, check_dropout, check_gamma
-from lorafocal.compatibility import QUANTIZED, Cell, adapter_words, verdict
-from lorafocal.memory import TIERS
+from lorafocal.compatibility import Cell, adapter_words, verdict
 from lorafocal.training_fields import RULES, check_training_fields, installed_fields
-
-RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Revision = Annotated[str | None, Field(pattern=r"^[0-9a-f]{40}$")]
-
-INITS = r"default|gaussian|orthogonal|pissa(_niter_[1-9][0-9]*)?|olora|loftq|eva"
+from lorafocal.values import (
+    Architecture,
+    Dtype,
+    HeldOut,
+    Place,
+    Quantization,
+    Revision,
+    RunName,
+    Start,
+    Targets,
+    Tier,
+    Token,
+    TokenBudget,
+    listed,
+)
 
 _PART_OF_A_CELL = {"base": "model.quantization", "adapter": "adapter", "reference": "reference.kind"}
 
 WORDED = "worded"
 """Type of a mistake whose message is already what a person reads."""
-
-
-def _place(value: Any) -> Any:
-    """A hub id or path that a file system can be asked about without an error of its own."""
-    if isinstance(value, str) and not _askable(value):
-        shown = value if len(value) < 80 else f"{value[:60]}... ({len(value)} characters)"
-        raise ValueError(f"found {shown!r}; allowed: a hub id or path of printable names, each up to 255 bytes")
-    return value
-
-
-def _askable(place: str) -> bool:
-    return place.isprintable() and len(place) < 4000 and all(len(name) < 256 for name in place.encode().split(b"/"))
-
-
-Place = Annotated[str, Field(min_length=1), BeforeValidator(_place)]
-
-
-def _no_half_precision(value: Any) -> Any:
-    if value in ("float16", "fp16", "half"):
-        raise ValueError(f"found {value!r}; {RULES['fp16'].reason}")
-    return value
-
-
-def _target_modules(value: Any) -> Any:
-    if value == "all-linear":
-        return value
-    if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
-        return value
-    raise ValueError(f"found {value!r}; allowed: all-linear, or a list of module names such as [q_proj, v_proj]")
-
-
-def _start(value: Any) -> Any:
-    if isinstance(value, str) and re.fullmatch(INITS, value):
-        return value
-    raise ValueError(
-        f"found {value!r}; allowed: default, gaussian, orthogonal, pissa, pissa_niter_N (N rounds), olora, loftq, eva"
-    )
-
-
-def _quantization(value: Any) -> Any:
-    if value is None or value in QUANTIZED:
-        return value
-    raise ValueError(f"found {value!r}; allowed: {', '.join(QUANTIZED)}, or null for a base in model.dtype")
-
-
-def _token(value: Any) -> Any:
-    if (isinstance(value, str) and value) or (type(value) is int and value >= 0):
-        return value
-    raise ValueError(f"found {value!r}; allowed: a token's text such as '<|reserved|>', or its id")
-
-
-def _architecture(value: Any) -> Any:
-    if value is not None and not (isinstance(value, dict) and isinstance(value.get("model_type"), str)):
-        raise ValueError(f"found {value!r}; allowed: the model's transformers config values, model_type among them")
-    return value
-
-
-def _listed(value: Any) -> Any:
-    """One source or several, each a name or a mapping, to a list of mappings."""
-    listed = value if isinstance(value, list) else [value]
-    if not listed:
-        raise ValueError("found an empty list; name at least one file or hub id")
-    return [{"path": entry} if isinstance(entry, str) else entry for entry in listed]
-
-
-def _tier(value: Any) -> Any:
-    words = {True: "full", False: "none"}
-    if isinstance(value, bool):
-        return words[value]
-    if value in ("auto", *TIERS):
-        return value
-    raise ValueError(f"found {value!r}; allowed: auto, {', '.join(TIERS)} (true is full, false is none)")
-
-
-def _token_budget(value: Any) -> Any:
-    if value == "auto" or (type(value) is int and value >= 1):
-        return value
-    raise ValueError(f"found {value!r}; allowed: auto, or a number of tokens such as 8192")
-
-
-def _pairs_or_share(value: Any) -> Any:
-    if value is None or (type(value) is int and value >= 1) or (type(value) is float and 0 < value < 1):
-        return value
-    raise ValueError(f"found {value!r}; allowed: a number of pairs such as 200, or a share such as 0.05")
 
 
 class Section(BaseModel):
@@ -129,9 +53,9 @@ class Model(Section):
 
     name: Place
     revision: Revision = None
-    dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_no_half_precision)]
-    quantization: Annotated[str | None, BeforeValidator(_quantization)] = None
-    shape: Annotated[dict[str, Any] | None, BeforeValidator(_architecture)] = None
+    dtype: Dtype
+    quantization: Quantization = None
+    shape: Architecture = None
 
 
 class Adapter(Section):
@@ -143,16 +67,16 @@ class Adapter(Section):
 
     r: Annotated[int | None, Field(ge=1)] = None
     alpha: Annotated[int | None, Field(ge=1)] = None
-    targets: Annotated[Any, BeforeValidator(_target_modules)] = "all-linear"
+    targets: Targets = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     allow_dropout: bool = False
     use_rslora: bool = False
     use_dora: bool = False
-    init: Annotated[str, BeforeValidator(_start)] = "default"
+    init: Start = "default"
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     modules_to_save: list[str] = []
-    trainable_tokens: list[Annotated[str | int, BeforeValidator(_token)]] = []
+    trainable_tokens: list[Token] = []
     start_from: Place | None = None
 
     @model_validator(mode="after")
@@ -178,7 +102,7 @@ class Source(Section):
     split: str | None = None
 
 
-Sources = Annotated[list[Source], BeforeValidator(_listed)]
+Sources = Annotated[list[Source], BeforeValidator(listed)]
 
 
 class Data(Section):
@@ -189,7 +113,7 @@ class Data(Section):
 
     train: Sources
     eval: Sources | None = None
-    held_out: Annotated[int | float | None, BeforeValidator(_pairs_or_share)] = None
+    held_out: HeldOut = None
     form: str | None = None
     columns: dict[str, str] = {}
     revision: Revision = None
@@ -297,7 +221,7 @@ class Training(BaseModel):
 
     pairs_per_step: Annotated[int, Field(ge=1)]
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    activation_checkpointing: Annotated[str, BeforeValidator(_tier)] = "auto"
+    activation_checkpointing: Tier = "auto"
     loraplus_lr_ratio: Annotated[float | None, Field(ge=1)] = None
     seed: Annotated[int, Field(ge=0)] = 42
     data_seed: Annotated[int, Field(ge=0)] = 42
@@ -323,7 +247,7 @@ class Packing(Section):
     """
 
     layout: Literal["auto", "packed", "padded"] = "auto"
-    tokens: Annotated[int | str, BeforeValidator(_token_budget)] = "auto"
+    tokens: TokenBudget = "auto"
 
 
 class Kernels(Section):

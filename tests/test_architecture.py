@@ -25,18 +25,22 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 
 # What stands directly in the package, and on which floor. A module imports from its floor or from lower ones.
 FLOORS = {
-    0: "errors config schema yaml12 training_fields bounds compatibility launch metrics evaluations publish"
+    0: "errors config schema values yaml12 training_fields bounds compatibility launch metrics evaluations publish"
     " tensor_files memory hardware objectives ops",
     1: "data model lineage card store",
     2: "policy reference probes caching",
-    3: "arguments assembly budget callbacks trainer saving optimizers sampler checkpoint health interrupt resume progress run",
+    3: "arguments assembly budget callbacks trainer saving optimizers sampler checkpoint health interrupt resume"
+    " progress run",
     4: "release evaluate report rehearsal plan sweep",
     5: "cli compat __init__ __main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 
 # These answer before the heavy libraries are loaded: `lorafocal --help`, and a config's errors.
-LIGHT_FILES = "errors config schema yaml12 training_fields bounds compatibility launch memory hardware cli __init__ __main__".split()
+LIGHT_FILES = (
+    "errors config schema values yaml12 training_fields bounds compatibility launch memory hardware cli __init__"
+    " __main__"
+).split()
 HEAVY_LIBRARIES = {
     "torch",
     "transformers",
