@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lorafocal import policy
 from lorafocal.data.packing import PairCollator, pad_sequences, share_prefixes
 from lorafocal.model.head import causal_lm
 from lorafocal.objectives import build_objective, mean_loss
@@ -123,6 +124,18 @@ def test_any_split_of_a_step_into_packs_gives_the_same_gradients(dtype, toleranc
 
 
 @pytest.mark.row("19")
+def test_a_long_answers_sum_is_rounded_once(monkeypatch):
+    """Two thousand tokens of a few nats: added up in fp32, the sum would be off by hundreds of its last bits."""
+    [pair] = pairs(1)
+    pair = replace(pair, chosen_ids=[5] * 2000, rejected_ids=[7] * 1500)
+    of_tokens = -8 * torch.rand(3500, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(policy, "token_logps", lambda model, pack: of_tokens)
+    sums = sequence_logps(torch.nn.Identity(), share_prefixes([pair]))
+    exact = torch.stack([part.double().sum() for part in of_tokens.split([2000, 1500])])
+    assert torch.equal(torch.cat((sums.chosen, sums.rejected)), exact.float())
+    assert not torch.equal(torch.segment_reduce(of_tokens, "sum", lengths=torch.tensor([2000, 1500])), exact.float())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_and_padded_agree_in_fp32(kind):
     model = tiny_policy(kind)
