@@ -14,7 +14,7 @@ PIP := -m pip --disable-pip-version-check --no-input
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help install quickstart test test-fast test-engine test-gpu test-lowest guards lint types wheel wheel-check bench
+.PHONY: help install quickstart test test-fast test-engine test-gpu test-lowest guards lint types wheel wheel-check bench bench-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,5 +76,8 @@ wheel-check: wheel ## install the wheel into a clean environment and look inside
 	.venv-wheel/bin/python $(PIP) install -q --no-compile -c requirements/torch.txt -c requirements/locked.txt dist/*.whl
 	cd .venv-wheel && bin/python -I ../tests/check_wheel.py
 
-bench: $(STAMP) ## pairs a second and peak memory beside TRL's trainer
-	$(BIN)/python benchmarks/bench_step.py
+bench: $(STAMP) ## every benchmark on this CPU, beside TRL and plain PEFT (minutes)
+	$(BIN)/python benchmarks/run_all.py
+
+bench-gpu: $(STAMP) ## every benchmark on one GPU, within 8 minutes
+	$(BIN)/python benchmarks/run_all.py --device cuda --minutes 8
