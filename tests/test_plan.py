@@ -162,6 +162,70 @@ def test_a_continued_adapter_has_its_own_size(tmp_path):
         plan(check_config(values | {"adapter": {"start_from": "owner/adapter"}}), "1xH100")
 
 
+def test_names_that_are_no_modules_count_as_nothing_and_that_is_said():
+    named = plan(config("adapter.targets=[q_proj,zz_proj]", "adapter.modules_to_save=[lm_hed]"), "1xH100")
+    (targets, saved) = (line for line in named.assumed if line.startswith("adapter."))
+    assert "adapter.targets: zz_proj counts as nothing" in targets
+    assert "self_attn.q_proj" in targets
+    assert "adapter.modules_to_save: lm_hed counts as nothing" in saved
+    known = config("adapter.targets=[layers.3.mlp.up_proj,q_proj]", "adapter.modules_to_save=[lm_head]")
+    assert not [line for line in plan(known, "1xH100").assumed if line.startswith("adapter.")]
+
+
+@pytest.mark.parametrize(
+    ("given", "passes"),
+    [
+        ({}, 1),  # a run evaluates each epoch where nothing is said
+        ({"num_train_epochs": 3}, 3),
+        ({"eval_strategy": "no"}, 1),  # the finished adapter is measured whatever is said
+        ({"eval_strategy": "steps", "eval_steps": 3}, 4),  # 3, 6, 9 and 10
+        ({"eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True}, 3),
+    ],
+    ids=str,
+)
+def test_evaluations_are_those_of_the_run(given, passes):
+    values = config().model_dump()
+    values["data"] |= {"eval": None, "held_out": 100}
+    values["training"] = {"pairs_per_step": 64, **given}
+    found = plan(check_config(values), "1xH100", pairs=640)
+    assert found.work.evaluations == passes
+    values["data"]["held_out"] = None
+    values["training"] = {"pairs_per_step": 64}
+    assert plan(check_config(values), "1xH100", pairs=640).work.evaluations == 0
+
+
+def test_a_pair_is_never_split():
+    found = plan(config("packing.tokens=100"), "1xH100")
+    assert found.machines[0].packs == 128
+    assert "about 1 pair; 128 packs a step" in found.table()
+
+
+def test_no_gpu_is_faster_than_its_whole_pairs():
+    """128 pairs on 256 GPUs take as long as on 128, and on 3 as 43 on one."""
+    steps = {n: plan(config(), f"{n}xH100", tflops=400).machines[0].speed.step_s for n in (1, 3, 128, 256)}
+    assert steps[256] == steps[128] == pytest.approx(steps[1] / 128)
+    assert steps[3] == pytest.approx(steps[1] * 43 / 128)
+
+
+def test_a_stated_budget_that_does_not_fit_is_named():
+    found = plan(config("packing.tokens=16000"), "1xRTX4090")
+    assert not found.machines[0].fits
+    assert "packing.tokens is 16000" in found.table()
+
+
+def test_common_cards_say_why_they_know_no_time():
+    found = plan(config("model.dtype=float32"), None)
+    assert any(line.startswith("time: not known") and "--tflops" in line for line in found.assumed)
+
+
+def test_a_stored_adapter_that_is_no_lora_is_refused(tmp_path):
+    values = config().model_dump() | {"reference": {"kind": "frozen_copy"}, "adapter": {"start_from": str(tmp_path)}}
+    for content, said in (("[]", "holds no JSON object"), ('{"peft_type": "IA3"}', "no LoRA adapter")):
+        (tmp_path / "adapter_config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=said):
+            plan(check_config(values), "1xH100")
+
+
 @pytest.mark.parametrize(
     ("gpus", "numbers", "said"),
     [

@@ -72,5 +72,7 @@ def plan(
     assumed = list(work.assumed)
     if tflops is None and any(each.speed for each in found):
         assumed.append(f"speed: {SHARE_OF_PEAK:.0%} of a card's bf16 peak, measured on none; --tflops states yours")
+    if gpus is None and not any(each.speed for each in found):
+        assumed.append(f"time: not known, for the table has no speeds in {work.setup.dtype}; --gpus with --tflops says")
     to_change = tuple(advice(work, found[0])) if len(found) == 1 else ()
     return Plan(work, found, to_change, tuple(assumed))

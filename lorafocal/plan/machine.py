@@ -62,16 +62,20 @@ def on_machine(work: Work, machine: Machine, tflops: float | None = None, price:
     residents = list(_residents(work, machine.count))
     free = free_bytes(work, machine)
     tiers = tuple(tier for tier in work.tiers if tier in memory.tiers_of(shape, setup)) or work.tiers
-    choice = memory.choose(shape, setup, free, max(work.longest, work.tokens or 0), tiers)
+    pairs = math.ceil(work.pairs_per_step / machine.count)  # of the GPU with the most
+    rows = work.rows_per_pair * pairs / FILLED
+    filled = min(work.tokens or 0, math.ceil(rows))  # no pack is larger than a step
+    choice = memory.choose(shape, setup, free, max(work.longest, filled), tiers)
     if work.tokens is not None:
         choice = replace(choice, tokens=work.tokens)
+        if not choice.fits and filled > work.longest:
+            choice = replace(choice, reason=f"packing.tokens is {work.tokens}, and fewer fit")
     budgets = {tier: max(0, memory.tokens_that_fit(shape, setup, free, tier)) for tier in tiers}
     per_token = memory.activation_bytes_per_token(shape, setup, choice.tier)
-    rows = work.rows_per_pair * work.pairs_per_step / machine.count
-    tokens = max(min(choice.tokens, rows / FILLED), min(choice.tokens, work.longest))  # no pack is larger than a step
+    tokens = max(min(choice.tokens, rows), min(choice.tokens, work.longest))
     activations = tokens * per_token
     rest = memory.pack_bytes(shape, setup, choice.tier, tokens) - activations
-    packs = math.ceil(rows / FILLED / choice.tokens)
+    packs = min(pairs, math.ceil(rows / choice.tokens))  # a pair is never split
     parts = (
         *residents,
         Part("activations", activations, f"{per_token / 2**20:.2f} MiB a token row, tier {choice.tier}"),
@@ -128,7 +132,8 @@ def _speed(
     rate = tflops * 1e12 * machine.count
     forward = forward_flops(work)
     live = setup.reference not in ("none", "cached")
-    step_s = work.pairs_per_step * step_flops(work, choice.tier) / rate
+    share = math.ceil(work.pairs_per_step / machine.count)  # of the GPU that the others wait for
+    step_s = share * step_flops(work, choice.tier) / (tflops * 1e12)
     if setup.quantization is not None and machine.gpu.bandwidth_gb_s is not None:
         passes = 2 + live + (choice.tier == "full")
         traffic = 2.5 * shape.linear_parameters  # bytes: half a byte read, two written

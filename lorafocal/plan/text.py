@@ -41,8 +41,9 @@ def _packs(work: Work, found: OnMachine) -> Iterator[str]:
     choice = found.choice
     stated = "as stated" if work.tokens is not None else "auto"
     if found.fits:
-        pairs = f"about {choice.tokens / work.rows_per_pair:.0f} pairs; {_count(found.packs, 'pack')} a step"
-        yield f"  {'a pack':<20}{choice.tokens:>8,}   token rows ({stated}), {pairs}"
+        pairs = _count(max(1, round(choice.tokens / work.rows_per_pair)), "pair")
+        packs = _count(found.packs, "pack")
+        yield f"  {'a pack':<20}{choice.tokens:>8,}   token rows ({stated}), about {pairs}; {packs} a step"
         others = ", ".join(f"{tier} {tokens:,}" for tier, tokens in found.budgets.items() if tier != choice.tier)
         beside = f"; token rows that would fit with {others}" if others else ""
         yield f"  {'activations':<20}{choice.tier:>8}   {KEPT[choice.tier]}{beside}"
@@ -73,7 +74,7 @@ def _count(number: int, what: str) -> str:
 
 def _span(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{max(1, 1000 * seconds):.0f} ms"
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 

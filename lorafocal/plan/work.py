@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,16 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
     stated_steps = fields.get("max_steps", -1)
     steps = stated_steps if stated_steps > 0 else math.ceil(fields.get("num_train_epochs", 1) * steps_an_epoch)
     tier, tokens = training.activation_checkpointing, config.packing.tokens
+    shape, setup = shape_of(config), setup_of(config, lengths)
+    assumed += _not_counted(shape, setup)
     return Work(
         name=config.name,
-        shape=shape_of(config),
-        setup=setup_of(config, lengths),
+        shape=shape,
+        setup=setup,
         pairs=trained,
         held_out=held_out,
         steps=steps,
-        evaluations=_evaluations(fields, steps, steps_an_epoch),
+        evaluations=_evaluations(fields, steps, steps_an_epoch) if held_out else 0,
         pairs_per_step=training.pairs_per_step,
         max_length=config.data.max_length,
         shared=config.packing.layout != "padded",
@@ -108,12 +110,13 @@ def _typical(max_length: int, assumed: list[str]) -> Lengths:
 
 
 def _evaluations(fields: Mapping[str, Any], steps: int, steps_an_epoch: int) -> int:
-    strategy = fields.get("eval_strategy", "no")
+    """Passes over held-out pairs; a run measures its finished adapter whatever the interval is."""
+    strategy = fields.get("eval_strategy", "epoch")  # as a run takes it where there are held-out pairs
     every = {"steps": fields.get("eval_steps") or fields.get("logging_steps", 10), "epoch": steps_an_epoch}
-    interval = every.get(strategy, math.inf)
+    interval = every.get(strategy, steps)
     if interval < 1:  # a share of all steps
         interval *= steps
-    return int(steps // max(1, interval)) + bool(fields.get("eval_on_start"))
+    return math.ceil(steps / max(1, interval)) + bool(fields.get("eval_on_start"))
 
 
 def shape_of(config: Config) -> Shape:
@@ -127,7 +130,7 @@ def shape_of(config: Config) -> Shape:
             " size is not known here: copy these values from its config.json to `model.shape` (model_type, vocab_size,"
             " hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads)"
         )
-    return Shape.of(_json(file))
+    return Shape.of(_mapping(file))
 
 
 def setup_of(config: Config, lengths: Lengths) -> Setup:
@@ -149,6 +152,26 @@ def setup_of(config: Config, lengths: Lengths) -> Setup:
     )
 
 
+def _not_counted(shape: Shape, setup: Setup) -> Iterator[str]:
+    """What is to be trained by its name, and is not among the modules that the arithmetic knows."""
+    linears = [name for layer in range(shape.layers) for name, _ in shape.layer_linears(layer)]
+    modules = [name for name, _ in shape.modules()]
+    bare = replace(setup, modules_to_save=())
+    targets = [] if isinstance(setup.targets, str) else setup.targets
+    strange = {
+        "targets": [name for name in targets if not any(map(replace(bare, targets=[name]).rank_of, linears))],
+        "modules_to_save": [
+            name for name in setup.modules_to_save if not any(map(replace(bare, modules_to_save=[name]).saves, modules))
+        ],
+    }
+    for key, names in strange.items():
+        if names:
+            yield (
+                f"adapter.{key}: {', '.join(names)} counts as nothing, for the arithmetic knows no such module of"
+                f" {shape.model_type}; its layers have {', '.join(linear.name for linear in shape.linears)}"
+            )
+
+
 def _stored_adapter(folder: Path) -> dict[str, Any]:
     file = folder / "adapter_config.json"
     if not file.is_file():
@@ -156,14 +179,24 @@ def _stored_adapter(folder: Path) -> dict[str, Any]:
             f"adapter.start_from: {folder} is no local folder with an adapter_config.json, so the adapter's size is not"
             " known here: download it first, and name its folder"
         )
-    stored = _json(file)
+    stored = _mapping(file)
+    if type(stored.get("r")) is not int:
+        raise InputError(f"adapter.start_from: {file} gives no rank `r`, so it is no LoRA adapter's")
+    targets = stored.get("target_modules")
     return {
         "r": stored["r"],
-        "targets": stored["target_modules"],
+        "targets": targets if isinstance(targets, list) else "all-linear",  # an expression: the most is assumed
         "rank_pattern": stored.get("rank_pattern") or {},
         "use_dora": bool(stored.get("use_dora")),
         "modules_to_save": stored.get("modules_to_save") or (),
     }
+
+
+def _mapping(file: Path) -> Mapping[str, Any]:
+    values = _json(file)
+    if not isinstance(values, dict):
+        raise InputError(f"{file} holds no JSON object: download the folder again")
+    return values
 
 
 def _json(file: Path) -> Any:
