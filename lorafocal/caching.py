@@ -169,6 +169,8 @@ def cache_reference(
     share = {*list(prompts)[rank::world]}
     mine = [answer for answer in store.missing(pairs, per_token=per_token) if tuple(answer.prompt_ids) in share]
     rows, done = _rows(mine), 0
+    if rows:
+        store.check_writable()
     for first in range(0, len(rows), SHARD_ROWS):
         scores = score(model, rows[first : first + SHARD_ROWS], collator)
         store.write(scores if per_token else [replace(one, token_logps=None) for one in scores])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -142,12 +143,29 @@ class ReferenceStore:
                     " stored. The model is damaged, or overflows in its dtype"
                 )
         content = save(_tensors(scores, self.context))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / CONTEXT_FILE).exists():
-            write_atomically(self.folder / CONTEXT_FILE, json.dumps(self.context.as_dict(), indent=1) + "\n")
         part = self.folder / f"part-{hashlib.sha256(content).hexdigest()}.safetensors"
-        write_atomically(part, content)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / CONTEXT_FILE).exists():
+                write_atomically(self.folder / CONTEXT_FILE, json.dumps(self.context.as_dict(), indent=1) + "\n")
+            write_atomically(part, content)
+        except OSError as error:
+            raise InputError(self._unwritable(error.strerror)) from error
         return part
+
+    def check_writable(self) -> None:
+        """Known before anything is computed, and without making the folder. Raises InputError."""
+        place = next(place for place in (self.folder, *self.folder.parents) if place.exists())
+        if not place.is_dir():
+            raise InputError(self._unwritable(f"{place} is a file"))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(self._unwritable(f"no permission to write in {place}"))
+
+    def _unwritable(self, why: str | None) -> str:
+        return (
+            f"reference store {self.folder.parent} cannot be written ({why}): make room or give permission, or name"
+            " another folder by reference.store"
+        )
 
     # ---- reading
 

@@ -232,6 +232,13 @@ def test_a_damaged_model_stores_nothing(tmp_path, dtype):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_store_that_cannot_be_written_costs_no_pass(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    watched_scores(monkeypatch, lambda count: pytest.fail("computed"))
+    with pytest.raises(InputError, match="cannot be written"):
+        stored(tmp_path / "file", prepared(), pairs(2))
+
+
 # ---- ranks and kills
 
 

@@ -229,6 +229,25 @@ def test_what_is_not_a_finite_number_is_not_stored(tmp_path, value, in_tokens):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place", ["file", "file/inside"])
+def test_a_store_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, place):
+    (tmp_path / "file").touch()
+    store = ReferenceStore(tmp_path / place, CONTEXT)
+    message = r"reference store .* cannot be written \(.*name another folder by reference.store"
+    with pytest.raises(InputError, match=message):
+        store.check_writable()
+    with pytest.raises(InputError, match=message):
+        store.write(scores(pairs(1)))
+    ReferenceStore(tmp_path / "new" / "inside", CONTEXT).check_writable()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafocal.store.os.access", lambda place, mode: place != tmp_path)
+    with pytest.raises(InputError, match="no permission to write"):
+        ReferenceStore(tmp_path / "new", CONTEXT).check_writable()
+
+
 # ---- kills and company
 
 
