@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,12 @@ from lorafocal.values import (
 )
 
 _PART_OF_A_CELL = {"base": "model.quantization", "adapter": "adapter", "reference": "reference.kind"}
+
+# Numbers from 0 to below these, or an optimiser refuses them itself once the model is loaded.
+_BELOW = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), math.inf),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), 1.0),
+}
 
 WORDED = "worded"
 """Type of a mistake whose message is already what a person reads."""
@@ -301,6 +308,12 @@ class Config(Section):
             )
         if self.objective.name == "sft" and self.reference is not None:
             yield "reference", "sft compares with no reference and would ignore it; remove the section"
+        if self.training.activation_checkpointing == "mlp" and self.kernels.adapters == "peft":
+            yield (
+                "training.activation_checkpointing",
+                "mlp computes gate and up again, which PEFT's own adapter functions cannot: use none or full, or"
+                " kernels.adapters: auto",
+            )
         base = self.model.quantization or self.model.dtype
         kind = "none" if self.reference is None else self.reference.kind
         for refusal in verdict(Cell(base, adapter_words(self.adapter.model_dump()), kind)).refusals:
@@ -340,6 +353,10 @@ def _training_problems(fields: dict[str, Any], section: dict[str, Any]) -> Itera
     for message in check_training_fields(passed):
         name, _, text = message.partition(": ")
         yield name, text
+    for name in passed.keys() & _BELOW.keys():
+        value, below = passed[name], _BELOW[name]
+        if type(value) in (int, float) and not 0 <= value < below:
+            yield name, f"found {value!r}; it must be at least 0 and {'finite' if below == math.inf else 'below 1'}"
     if "warmup_steps" in fields and "warmup_ratio" in section:
         yield "warmup_steps", "warmup_ratio is given too; remove one of the two"
 

@@ -28,10 +28,29 @@ from tests.test_config import VALUES, mistakes
         ("reference", {"kind": "separate_model"}, "reference.model: missing"),
         ("reference", {"kind": "frozen_copy", "model": "m"}, "reference.model: only kind: separate_model"),
         ("reference", None, "reference: missing"),
+        (
+            "training",
+            {"pairs_per_step": 4, "learning_rate": -1},
+            "training.learning_rate: found -1; it must be at least",
+        ),
+        ("training", {"pairs_per_step": 4, "weight_decay": float("nan")}, "training.weight_decay: found nan; it must"),
+        (
+            "training",
+            {"pairs_per_step": 4, "adam_beta2": 1.0},
+            "training.adam_beta2: found 1.0; it must be at least 0 and",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_told_at_its_key(section: str, value: Any, told: str) -> None:
     assert told in mistakes({**VALUES, section: value})
+
+
+def test_gate_and_up_are_computed_again_by_the_fused_functions_alone() -> None:
+    training = {**VALUES["training"], "activation_checkpointing": "mlp"}
+    values = {**VALUES, "data": {"train": "a.jsonl", "held_out": 9}, "training": training}
+    told = mistakes({**values, "kernels": {"adapters": "peft"}})
+    assert "training.activation_checkpointing: mlp computes gate and up again, which PEFT's own" in told
+    assert check_config(values).training.activation_checkpointing == "mlp"
 
 
 def test_a_continued_adapter_does_not_start_at_the_base() -> None:
