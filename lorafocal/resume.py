@@ -1,7 +1,8 @@
 """What may change between the run that was interrupted and the one that resumes it.
 
 Resuming promises the weights of an uninterrupted run, bit for bit on a CPU. So a setting may change only if
-it cannot reach the weights; every other change is refused by name.
+it cannot reach the weights, or no more than their last bits where a run could not go on otherwise; every other
+change is refused by name.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MAY_CHANGE: dict[str, str] = {
     "training.log_level": "display only",
     "training.log_level_replica": "display only",
     "data.cache": "what is tokenised again gives the same tokens",
+    "packing.tokens": "memory and speed, never the result but for its last bits: another split into packs adds in"
+    " another order",
     "training.report_to": "where metrics are sent does not touch the weights",
     "training.run_name": "a label for metric services",
 }
@@ -38,7 +41,6 @@ WHY_NOT: dict[str, str] = {
     "training.pairs_per_step": "it decides which pairs make a step",
     "training.seed": "it decides the adapter's first values",
     "training.data_seed": "it decides the order of the pairs",
-    "packing.tokens": "another split into packs adds in another order, so the last bits differ",
     "packing.layout": "another layout adds in another order, so the last bits differ",
     "kernels.adapters": "other kernels round otherwise, so the last bits differ",
     "kernels.elementwise": "other kernels round otherwise, so the last bits differ",

@@ -7,7 +7,8 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,7 +57,9 @@ class RunSummary:
     def __str__(self) -> str:
         if self.interrupted_by is not None:
             return f"stopped and saved after step {self.steps} of {self.max_steps}; the same run resumes there"
-        lines = [f"{self.steps} steps done; the adapter is in {self.folder / ADAPTER_DIR}"]
+        lines = [
+            f"{self.steps} step{'' if self.steps == 1 else 's'} done; the adapter is in {self.folder / ADAPTER_DIR}"
+        ]
         if self.held_out:
             keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
             shown = [f"{key[5:]} {self.held_out[key]:.4g}" for key in keys if key in self.held_out]
@@ -72,9 +75,9 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     alike; rank 0 alone writes and speaks.
     """
     say = _speaker(quiet)
-    folder = inside(runs_dir, config.name)
+    folder = run_folder(runs_dir, config.name)
     _check_folder(folder, resume)
-    _check_places(config)
+    check_places(config)
     began = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")) if resume else {}
     args = _arguments(config, folder, settled=began.get("settled", {}))
     if note := launch.idle_gpus(torch.cuda.device_count() if args.device.type == "cuda" else 0):
@@ -87,14 +90,14 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
             say(f"note: {note}")
     base = _load(config.model.name, config.model.revision, config)
     loaded = describe(base)
-    trainer = _trainer(config, args, data, tokenizer, base, quiet)
+    with nothing_left_of(folder):
+        trainer = _trainer(config, args, data, tokenizer, base, quiet)
+        trainer.look_up_reference(say)  # what is missing is said before anything is written
     loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
-    trainer.look_up_reference(say)  # what is missing is said before anything is written
     manifest |= _assembled(trainer, loaded, say)
-    for line in changes(began.get("kernels", trainer.kernels), trainer.kernels, ()):
+    for line in changes(began.get("kernels", trainer.kernels), trainer.kernels, ("packs",)):  # these are as settled
         say(f"note: {line} (the last bits may differ from an uninterrupted run)")
-    if trainer.args.device.type == "cpu" and config.model.dtype == "bfloat16":
-        say("note: bfloat16 on a CPU can be ten times slower than float32; to try things out, model.dtype=float32")
+    _say_slow(args, config, say)
     if "eval" not in data:
         say("no held-out pairs: nothing is evaluated, and a merge will need some by --pairs (give data.held_out: 0.05)")
     if trainer.args.should_save:
@@ -154,13 +157,19 @@ def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = Fa
             f"reference.kind is {kind or 'not set'}, and only `cached` looks log-probs up: set reference.kind=cached"
         )
     say = _speaker(quiet)
-    _check_places(config)
+    check_places(config)
     with tempfile.TemporaryDirectory(prefix="lorafocal-cache-") as folder:  # a trainer's, which writes nothing here
         args = _arguments(config, Path(folder))
         tokenizer, data = _tokenized(config, say)
         base = _load(config.model.name, config.model.revision, config)
         trainer = _trainer(config, args, data, tokenizer, base, quiet)
+        _say_slow(args, config, say)
         return trainer.cache_reference(per_token=per_token, say=say)
+
+
+def _say_slow(args: FocalPOConfig, config: Config, say: Callable[[str], None]) -> None:
+    if args.device.type == "cpu" and config.model.dtype == "bfloat16":
+        say("note: bfloat16 on a CPU can be ten times slower than float32; to try things out, model.dtype=float32")
 
 
 def _tokenized(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, Mapping[str, Part]]:
@@ -178,7 +187,7 @@ def _tokenized(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTo
     return tokenizer, data
 
 
-def _check_places(config: Config) -> None:
+def check_places(config: Config) -> None:
     """What the config names must be there: it costs nothing to look, and a model may take long to load."""
     check_sources(config.data)
     if config.reference is not None and config.reference.model is not None:
@@ -188,6 +197,31 @@ def _check_places(config: Config) -> None:
         raise InputError(
             f"adapter.start_from: {start} holds no adapter_config.json; it names the adapter folder of a run"
         )
+
+
+def run_folder(runs_dir: Path, name: str) -> Path:
+    """The folder `runs_dir`/`name`. Raises InputError where there can be none."""
+    folder = inside(runs_dir, name)
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"{folder} cannot be made, because {there} is a file: give another `name`, or another --runs")
+    return folder
+
+
+@contextmanager
+def nothing_left_of(folder: Path) -> Iterator[None]:
+    """Where the input is refused within, take away the folders that were made for it and are empty.
+
+    transformers' trainer makes its own at once.
+    """
+    made = [place for place in (folder, folder.parent) if not place.exists()]
+    try:
+        yield
+    except InputError:
+        for place in made if launch.is_main() else ():
+            with suppress(OSError):
+                place.rmdir()
+        raise
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

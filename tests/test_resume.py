@@ -52,7 +52,7 @@ def test_nothing_changed_says_nothing() -> None:
         ("config.training.max_steps", 200, "training.max_steps: 100 -> 200 (the learning-rate schedule"),
         ("config.training.pairs_per_step", 32, "training.pairs_per_step: 64 -> 32 (it decides which pairs"),
         ("config.training.invented", 1, "training.invented: (absent) -> 1"),
-        ("config.packing.tokens", 4096, "packing.tokens: 8192 -> 4096 (another split into packs"),
+        ("config.packing.layout", "padded", "packing.layout: 'packed' -> 'padded' (another layout adds"),
         ("base.sha256", "ab", "base.sha256: 'aa' -> 'ab'"),
         ("data.train.sha256", "bc", "data.train.sha256: 'bb' -> 'bc'"),
     ],
@@ -78,6 +78,13 @@ def test_an_allowed_change_is_noted_with_its_reason(key: str) -> None:
     [note] = check_resumable(MANIFEST, changed(f"config.{key}", "new"))
     assert note.startswith(f"{key}: ")
     assert note.endswith(f"(allowed: {MAY_CHANGE[key]})")
+
+
+def test_smaller_packs_are_allowed_and_said_to_change_the_last_bits() -> None:
+    """What the message of a several-process run that is out of memory advises."""
+    [note] = check_resumable(MANIFEST, changed("config.packing.tokens", 4096))
+    assert note.startswith("packing.tokens: 8192 -> 4096 (allowed: ")
+    assert "last bits" in note
 
 
 @pytest.mark.parametrize(("key", "value"), [("versions.torch", "2.14.0"), ("threads", 2)])

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorafocal import run
-from lorafocal.config import load_config
+from lorafocal.config import check_config, load_config
 from lorafocal.data.held_out import read_held_out
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError, UnhealthyRun
@@ -173,6 +173,45 @@ def test_a_taken_name_is_refused_and_nothing_changes(root: Path, finished: RunSu
     with pytest.raises(InputError, match=r"already holds a run: go on with it by --resume, or give another `name`"):
         run.train(run_config(root), quiet=True, runs_dir=root / "runs")
     assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("key", ["reference", "kernels"])
+def test_what_is_refused_while_it_is_put_together_leaves_no_folder(root: Path, tmp_path: Path, key: str) -> None:
+    values = (
+        run_config(root).model_dump(mode="json")
+        | {
+            "reference": {"reference": {"kind": "cached", "store": str(tmp_path / "empty")}},
+            "kernels": {"kernels": {"elementwise": "triton"}},
+        }[key]
+    )
+    with pytest.raises(InputError, match=r"log-probs are missing|needs a CUDA device|is not installed"):
+        run.train(check_config(values), quiet=True, runs_dir=tmp_path / "runs")
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_are_no_folder_are_refused(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(InputError, match=r"cannot be made, because .*runs is a file: give another `name`, or another"):
+        run.train(run_config(root), quiet=True, runs_dir=tmp_path / "runs")
+
+
+def test_packs_of_a_resumed_run_are_those_it_began_with(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """auto is settled once; a stated number replaces it, and is said to reach the last bits."""
+    changes = {"packing__tokens": None, "training__num_train_epochs": 1, "training__save_steps": 1}
+    first = run.train(run_config(root, **changes), quiet=True, runs_dir=tmp_path)
+    manifest = first.folder / "manifest.json"
+    began = json.loads(manifest.read_text())
+    assert began["settled"]["tokens_per_pack"] == 2048
+    began["settled"]["tokens_per_pack"] = 777  # as on another device
+    manifest.write_text(json.dumps(began))
+    run.train(run_config(root, **changes), resume=True, runs_dir=tmp_path)
+    assert json.loads(manifest.read_text())["settled"]["tokens_per_pack"] == 777
+    assert "last bits" not in capsys.readouterr().err
+    run.train(run_config(root, **changes | {"packing__tokens": 60}), resume=True, runs_dir=tmp_path)
+    assert json.loads(manifest.read_text())["settled"]["tokens_per_pack"] == 60
+    assert "note: packing.tokens: 'auto' -> 60 (allowed: " in capsys.readouterr().err
 
 
 def test_there_must_be_a_run_to_resume(root: Path, tmp_path: Path) -> None:
