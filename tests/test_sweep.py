@@ -15,7 +15,8 @@ import torch
 
 import lorafocal.reference
 from lorafocal import run
-from lorafocal.config import load_config, resolved_yaml
+from lorafocal.caching import CacheReport
+from lorafocal.config import Config, load_config, resolved_yaml
 from lorafocal.errors import InputError
 from lorafocal.publish import sha256
 from lorafocal.report import sweep_page
@@ -231,12 +232,39 @@ def test_what_is_computed_again_for_every_run_is_told(
     recorder: Recorder, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, kind: str, said: bool
 ) -> None:
     computed = []
-    monkeypatch.setattr(run, "cache_reference", lambda config, quiet: computed.append(config.name))
+
+    def compute(config: Config, quiet: bool) -> CacheReport:
+        computed.append(config.name)
+        return CacheReport(8, 0, 1.0)
+
+    monkeypatch.setattr(run, "cache_reference", compute)
     sweep(write_config(root, f"{kind}.yaml", reference__kind=kind), [RATES, SEEDS], runs_dir=tmp_path)
     heard = capsys.readouterr().err
     assert "sweep toy: 4 runs, 4 to train, best by eval_loss" in heard
     assert ("reference.kind=cached would compute it once" in heard) is said
     assert len(computed) == (0 if said else 1)
+    assert ("reference store: 8 answers computed in 1.0 s" in heard) is not said
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "why"),
+    [
+        ({}, {"best": "accuracy"}, "--best is 'accuracy'"),
+        ({"data__train": "nowhere.jsonl"}, {}, "nowhere.jsonl does not exist"),
+    ],
+)
+def test_what_no_run_could_do_is_refused_at_once_and_leaves_no_folder(
+    recorder: Recorder, root: Path, tmp_path: Path, changes: Any, options: Any, why: str
+) -> None:
+    with pytest.raises(InputError, match=why):
+        sweep(write_config(root, "wrong.yaml", **changes), [RATES], runs_dir=tmp_path / "runs", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_runs_is_refused(recorder: Recorder, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(InputError, match="another --runs"):
+        sweep(config, [RATES], runs_dir=tmp_path / "runs")
 
 
 # --- real runs ----------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ def test_what_is_no_grid_is_refused(grid: list[str], message: str) -> None:
         ({"objective.name": "dpo", "adapter.r": 8}, "dpo-r8"),
         ({"adapter.init": "pissa", "adapter.use_dora": True}, "init-pissa-use-dora-true"),
         ({"training.weight_decay": 0.0, "training.data_seed": 7}, "decay0-order7"),
+        ({"training.invented": -1}, "invented-1"),
+        ({"training.invented": 1}, "invented1"),
     ],
 )
 def test_runs_are_named_by_their_values(values: dict[str, Any], slug: str) -> None:

@@ -206,7 +206,7 @@ def slug_of(values: Mapping[str, Any]) -> str:
 
 def _word_of(value: Any) -> tuple[str, bool]:
     """A value as part of a file name, and whether it still says which value it is."""
-    if isinstance(value, float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return number_word(value), True
     text = value.rpartition("/")[2] if isinstance(value, str) else value_text(value)
     word = re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-.")

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from lorafocal import launch, run
+from lorafocal.caching import CacheReport
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.publish import inside, recover
+from lorafocal.publish import recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
 from lorafocal.schema import Config
 from lorafocal.sweep.grid import Grid, Planned
@@ -40,21 +41,31 @@ def sweep(
     the run stops as `run.train` does, and the same call goes on there. More values extend a sweep. Raises InputError
     where nothing can be run as asked.
     """
-    say = _silent if quiet else _to_stderr
     _check_one_process()
     asked = Grid.read(config, grid, overrides)
-    folder = inside(runs_dir, asked.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    for entry in asked.points:
+        run.check_places(entry.config)
+    folder = run.run_folder(runs_dir, asked.name)
+    with run.nothing_left_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return _sweep(asked, folder, best, quiet=quiet)
+
+
+def _sweep(asked: Grid, folder: Path, best: str | None, *, quiet: bool) -> SweepReport:
+    """Train what is left of the grid into its folder, and compare."""
+    say = _silent if quiet else _to_stderr
     with _alone_in(folder):
         recover(folder)
         journal = Journal(folder, asked, best)
         journal.save()
         stop = StopOnSignal()
         left = [entry for entry in asked.points if _is_left(journal, entry)]
-        say(f"sweep {asked.name}: {len(asked.points)} runs, {len(left)} to train, best by {journal.criterion}")
+        runs = f"{len(asked.points)} run{'' if len(asked.points) == 1 else 's'}"
+        say(f"sweep {asked.name}: {runs}, {len(left)} to train, best by {journal.criterion}")
         for note in notes(asked, left):
             say(note)
-        cache_references(left, quiet=quiet)
+        for report in cache_references(left, quiet=quiet):
+            say(str(report))
         with stop.watching():
             for number, entry in enumerate(left, start=1):
                 if stop.heard is not None:
@@ -96,7 +107,7 @@ def _is_left(journal: Journal, entry: Planned) -> bool:
     return point.status != "failed"
 
 
-def cache_references(left: Sequence[Planned], *, quiet: bool) -> None:
+def cache_references(left: Sequence[Planned], *, quiet: bool) -> Iterator[CacheReport]:
     """Compute what the runs will look up, once for all that share it, before the first of them loads a model."""
     shared: dict[str, Config] = {}
     for entry in left:
@@ -104,7 +115,7 @@ def cache_references(left: Sequence[Planned], *, quiet: bool) -> None:
         if reference is not None and reference.kind == "cached":
             shared.setdefault(_reference_inputs(entry.config), entry.config)
     for config in shared.values():
-        run.cache_reference(config, quiet=quiet)
+        yield run.cache_reference(config, quiet=quiet)
         gc.collect()
 
 
