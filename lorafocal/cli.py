@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,7 +168,8 @@ def cache_reference(
 
     from lorafocal import run
 
-    report = run.cache_reference(checked, per_token=per_token, quiet=quiet)
+    with _ends_tidily("stopped: what was computed is kept, and the same command goes on there"):
+        report = run.cache_reference(checked, per_token=per_token, quiet=quiet)
     if launch.is_main():
         typer.echo(json.dumps(report.as_dict()) if as_json else str(report))
     launch.meet()
@@ -180,7 +184,10 @@ def sweep(
         typer.Option("--grid", metavar="KEY=V1,V2,...", help="Values of a key, as training.learning_rate=1e-6,5e-6."),
     ] = None,
     best: Annotated[
-        str | None, typer.Option("--best", metavar="METRIC", help="eval_loss or eval_rewards/accuracies; what is comparable if absent.")
+        str | None,
+        typer.Option(
+            "--best", metavar="METRIC", help="eval_loss or eval_rewards/accuracies; what is comparable if absent."
+        ),
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")] = Path(
         "runs"
@@ -287,6 +294,25 @@ def from_trl(
 
     options = Options(objective=objective, gamma=gamma, data=data, eval_data=eval_data, processes=processes)
     typer.echo(yaml_from_trl(file, options), nl=False)
+
+
+@contextmanager
+def _ends_tidily(words: str) -> Iterator[None]:
+    """SIGTERM as an exception, as Ctrl-C is one: temporary folders are cleared away, and `words` are said."""
+
+    def leave(received: int, _: object) -> None:
+        raise SystemExit(128 + received)
+
+    alone = launch.world_size() == 1  # a rank that waits for the others would not hear it
+    before = signal.signal(signal.SIGTERM, leave) if alone else None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        launch.last_words(words)
+        raise
+    finally:
+        if alone:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _no_loading_bars() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -261,6 +263,23 @@ def test_from_trl_prints_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (config.objective.name, config.objective.beta, config.adapter.r) == ("dpo", 0.3, 8)
     assert config.data.train[0].path == "pairs.jsonl"
     assert config.training.pairs_per_step == 16  # 8 a process
+
+
+def test_a_store_in_the_making_ends_tidily_on_both_signals(capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM passes through the functions on the way, so that temporary folders go; then it is as before."""
+
+    def hear(received: signal.Signals) -> None:
+        with cli._ends_tidily("kept"):
+            os.kill(os.getpid(), received)
+            time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    for received, ending in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        with pytest.raises(ending) as ended:
+            hear(received)
+        assert getattr(ended.value, "code", 143) == 143
+        assert capsys.readouterr().err == "kept\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_real_functions_take_what_the_command_gives() -> None:
