@@ -45,6 +45,8 @@ _NORM_FORMS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda weight: weight.float() + 1,  # Gemma
 )
 _PROBE_TOKENS = 3
+_MLP_SCALES = (1.0, 2.0, 60.0)  # activations differ about the first two; the last is beyond what a block clamps at
+_NORM_SCALES = (1.0, 1e-3, 1e3)  # of the second, eps is a good part
 _TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -104,6 +106,13 @@ def unfuse(policy: nn.Module) -> None:
         StandIn.remove(module)
 
 
+def forget(policy: nn.Module) -> None:
+    """Let go of what a pass that broke off (out of memory) has computed for layers that it never called."""
+    for module in policy.modules():
+        if isinstance(stand_in := StandIn.of(module), FusedLinear):
+            stand_in.shared.forget()
+
+
 class _Door:
     """One run of `fuse`: what was installed, and what was left and why."""
 
@@ -150,7 +159,7 @@ class _Door:
             return  # its layers are told of one by one
         gate = getattr(block, names[0])
         x = self._input(gate)
-        x = x / self._run(gate, x).square().mean().sqrt().clamp(min=1e-6) * 2  # where activations differ most
+        x = _scaled(x / self._run(gate, x).square().mean().sqrt().clamp(min=1e-6), _MLP_SCALES)
         for gated, own in ((TORCH.gated, self.functions.gated), (GEGLU, GEGLU)):
             stand_in.gated = gated
             if self._agree(stand_in, x):
@@ -199,10 +208,10 @@ class _Door:
         if weight.requires_grad or "forward" in vars(module):
             self.left["norms that are trained" if weight.requires_grad else "norms exchanged by others"] += 1
             return
-        x = _random(_PROBE_TOKENS, len(weight), weight)
+        x = _scaled(_random(_PROBE_TOKENS, len(weight), weight), _NORM_SCALES)
         for form in _NORM_FORMS:
             stand_in = FusedNorm(module, form, eps, TORCH)
-            if self._agree(stand_in, x):
+            if self._difference(stand_in, x) == 0:
                 stand_in.functions = self.functions
                 stand_in.install()
                 self.fused["norms"] += 1
@@ -226,7 +235,7 @@ class _Door:
         return exact and self._difference(stand_in, x) <= _TOLERANCE[self.dtype]
 
     def _difference(self, stand_in: StandIn, x: Tensor) -> float:
-        """Norm of the difference over the norm; infinite where the outputs cannot be compared."""
+        """The largest of a row: norm of the difference over the norm; infinite where outputs cannot be compared."""
         try:
             ours, theirs = self._run(stand_in.fused, x), self._run(stand_in.module, x)
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # a block that is called otherwise
@@ -235,13 +244,19 @@ class _Door:
             return float("inf")
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             return float("inf")
-        return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+        apart, size = (ours.double() - theirs.double()).norm(dim=-1), theirs.double().norm(dim=-1)
+        return float(torch.where(apart == 0, 0.0, apart / size).max())
 
 
 def _width(layer: nn.Module) -> int:
     """Inputs of a linear layer, adapted or not."""
     base: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     return int(base.nx if isinstance(base, Conv1D) else base.in_features)
+
+
+def _scaled(x: Tensor, factors: Sequence[float]) -> Tensor:
+    """Each row of x by a factor of its own."""
+    return x * torch.tensor(factors, dtype=x.dtype, device=x.device)[:, None]
 
 
 def _random(rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

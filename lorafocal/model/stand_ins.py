@@ -78,7 +78,7 @@ def _read_base(base: nn.Module, adapter: Adapter | None, arithmetic: Arithmetic)
         return f"a layer of class {type(base).__name__}"
     if word is None and (type(weight) is not nn.Parameter or weight.ndim != 2):
         return "weights that are not here as one matrix"
-    if weight.requires_grad:
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "weights that are trained"
     if _watched(base):
         return _HOOKS
@@ -94,8 +94,8 @@ _HOOKS = "hooks on parts of the layer"
 
 def _watched(module: nn.Module) -> bool:
     """Whether somebody relies on this module being called, which the fused functions do not do."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or "forward" in vars(module)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def _dense(base: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -117,8 +117,14 @@ class StandIn:
         self.module.forward = self.forward
 
     @staticmethod
+    def of(module: nn.Module) -> StandIn | None:
+        """What stands in for this module's forward, if anything does."""
+        stand_in = getattr(vars(module).get("forward"), "__self__", None)
+        return stand_in if isinstance(stand_in, StandIn) else None
+
+    @staticmethod
     def remove(module: nn.Module) -> None:
-        if isinstance(getattr(vars(module).get("forward"), "__self__", None), StandIn):
+        if StandIn.of(module):
             del module.forward
 
     def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
@@ -189,9 +195,10 @@ class FusedMlp(StandIn):
     def read(self, arithmetic: Arithmetic) -> list[Linear] | str:
         """Its three layers, or why one of them is not for the fused function."""
         found = []
+        if any(map(_watched, self.module.children())):
+            return _HOOKS
         for name in self.names:
-            layer = getattr(self.module, name)
-            linear = _HOOKS if _watched(layer) else read(layer, arithmetic)
+            linear = read(getattr(self.module, name), arithmetic)
             if isinstance(linear, str):
                 return linear
             found.append(linear)
@@ -202,7 +209,7 @@ class _Waiting(NamedTuple):
     output: Tensor
     linear: Linear  # as it was read
     x: Tensor
-    version: int
+    versions: tuple[int, ...]  # of x and the adapter: these change with writes in place
     grad: bool
     dtype: torch.dtype
 
@@ -222,13 +229,18 @@ class SharedInput:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_waiting": {}}  # a copy of the model takes no part in the pass that is under way
 
+    def forget(self) -> None:
+        """Nothing is waiting any more: the pass that computed it has broken off."""
+        self._waiting = {}
+
     def of(self, position: int, x: Tensor) -> Tensor | None:
         """What layer `position` gives for x; None where PEFT must compute."""
         arithmetic = Arithmetic.of(x)
         linear = read(self.layers[position], arithmetic) if arithmetic else "fp16"
         if isinstance(linear, str) or arithmetic is None:
             return None
-        if torch.compiler.is_compiling():  # which traces no handing over from call to call
+        if torch.compiler.is_compiling() or x.is_inference():
+            # no handing over from call to call: tracing knows none, and writes into x would go unnoticed
             return self._together({position: linear}, x, arithmetic)[0]
         waiting = self._waiting.pop(position, None)
         if waiting is not None and self._fits(waiting, linear, x, arithmetic.dtype):
@@ -240,7 +252,7 @@ class SharedInput:
     def _fits(waiting: _Waiting, linear: Linear, x: Tensor, dtype: torch.dtype) -> bool:
         then, now = waiting.linear.adapter, linear.adapter
         same = (then and id(then.a)) == (now and id(now.a)) and x is waiting.x
-        return same and (_version(x), torch.is_grad_enabled(), dtype) == waiting[3:]
+        return same and (_written(x, linear), torch.is_grad_enabled(), dtype) == waiting[3:]
 
     def _compute(self, position: int, linear: Linear, x: Tensor, arithmetic: Arithmetic) -> Tensor:
         if self._waiting:
@@ -250,9 +262,9 @@ class SharedInput:
             others = {i: read(layer, arithmetic) for i, layer in enumerate(self.layers) if i != position}
             members |= {i: other for i, other in others.items() if not isinstance(other, str)}
         first, *rest = self._together(members, x, arithmetic)
-        state = (x, _version(x), torch.is_grad_enabled(), arithmetic.dtype)
         for (i, member), output in zip(list(members.items())[1:], rest, strict=True):
-            self._waiting[i] = _Waiting(output, member, *state)
+            state = (_written(x, member), torch.is_grad_enabled(), arithmetic.dtype)
+            self._waiting[i] = _Waiting(output, member, x, *state)
         return first
 
     @staticmethod
@@ -262,8 +274,10 @@ class SharedInput:
         return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def _written(x: Tensor, linear: Linear) -> tuple[int, ...]:
+    """How often what a layer computes with was written into."""
+    tensors = (x,) if linear.adapter is None else (x, linear.adapter.a, linear.adapter.b)
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 class FusedLinear(StandIn):

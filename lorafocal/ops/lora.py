@@ -114,14 +114,35 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _as_given(method: _Method) -> _Method:
-    """A function's forward or backward in the dtypes it is given, whatever autocast it is called under."""
+    """A function's forward or backward in the dtypes it is given, whatever autocast it is called under.
 
-    @wraps(method)
-    def plain(ctx: Any, first: Tensor, *others: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return method(ctx, first, *others)
+    Its parameters are not told apart: torch.compile counts them to find out whether `ctx` is among them, and variable
+    ones mislead it.
+    """
+
+    def plain(*given: Any) -> Any:
+        with torch.autocast(given[1].device.type, enabled=False):
+            return method(*given)
 
     return cast(_Method, plain)
+
+
+def _once(method: _Method) -> _Method:
+    """A backward that refuses to be differentiated, also where no incoming gradient asks for it: what is kept has no
+    graph, so a second derivative would lack terms without a word."""
+
+    plain = once_differentiable(method)
+
+    @wraps(method)
+    def first(ctx: Any, *upstream: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fused functions have no second derivative, which `create_graph=True` asks for: call"
+                " `lorafocal.model.fused.unfuse(policy)` first"
+            )
+        return plain(ctx, *upstream)
+
+    return cast(_Method, first)
 
 
 class _Norm(torch.autograd.Function):
@@ -134,7 +155,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once
     @_as_given
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         x, rstd = ctx.saved_tensors
@@ -151,7 +172,7 @@ class _SharedLinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @_once
     @_as_given
     def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
         kept, small, *_ = ctx.saved_tensors  # the trained ones only so that a step in between is noticed
@@ -175,7 +196,7 @@ class _GatedMlp(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_once
     @_as_given
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         kept, small, small_down, gate, up, *_ = ctx.saved_tensors
