@@ -8,7 +8,6 @@ generation, run uncompiled.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,14 +45,15 @@ def compile_layers(model: nn.Module, bucket: int, *, backend: str | Callable[...
         kind = type(layer)
         if kind not in compiled:
             compiled[kind] = torch.compile(kind.forward, dynamic=False, backend=backend)
-        layer.forward = _forward(layer, compiled[kind], bucket)
+        layer.forward = _Compiled(layer, compiled[kind], bucket).forward
     return None
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Take the compiled forwards away again."""
+    """Take the compiled forwards away again; what others have exchanged stays."""
     for layer in decoder_layers(model):
-        vars(layer).pop("forward", None)
+        if isinstance(getattr(vars(layer).get("forward"), "__self__", None), _Compiled):
+            del layer.forward
 
 
 def _not_compiled(model: nn.Module) -> str | None:
@@ -69,13 +69,13 @@ def _allow_graphs() -> None:
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MOST_GRAPHS)
 
 
-def _forward(layer: nn.Module, compiled: Callable[..., Any], bucket: int) -> Callable[..., Any]:
-    plain = layer.forward
+class _Compiled:
+    """In place of one layer's forward, as a bound method: a deep copy of the model takes it along."""
 
-    @functools.wraps(plain)
-    def forward(hidden_states: Tensor, *args: Any, segments: Segments | None = None, **kwargs: Any) -> Any:
-        if segments is None or hidden_states.shape[1] % bucket:
-            return plain(hidden_states, *args, segments=segments, **kwargs)
-        return compiled(layer, hidden_states, *args, segments=roles(segments), **kwargs)
+    def __init__(self, layer: nn.Module, compiled: Callable[..., Any], bucket: int) -> None:
+        self.layer, self.compiled, self.bucket = layer, compiled, bucket
 
-    return forward
+    def forward(self, hidden_states: Tensor, *args: Any, segments: Segments | None = None, **kwargs: Any) -> Any:
+        if segments is None or hidden_states.shape[1] % self.bucket:
+            return type(self.layer).forward(self.layer, hidden_states, *args, segments=segments, **kwargs)
+        return self.compiled(self.layer, hidden_states, *args, segments=roles(segments), **kwargs)
