@@ -66,6 +66,7 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 def token_logps(model: nn.Module, pack: Pack) -> Tensor:
     """Log-probability of each completion token in nats, (N,), in the order of `pack.index`."""
+    _check_prepared(model, pack)
     index, device, dtype = pack.index, pack.input_ids.device, compute_dtype(model)
     arguments = _arguments(model, pack)
     rows = None if "logits_to_keep" in arguments else index.positions
@@ -75,6 +76,16 @@ def token_logps(model: nn.Module, pack: Pack) -> Tensor:
     ):
         output = model(**arguments)
     return output.logits.reshape(-1)
+
+
+def _check_prepared(model: nn.Module, pack: Pack) -> None:
+    """Refuse a pack for a model on another attention, which would pass over its bounds without a word."""
+    if pack.segments is not None and (found := _attention(causal_lm(model))) != SHARED_PREFIX_ATTENTION:
+        raise InputError(
+            f"a pack was given to a model whose attention is {found}, which knows nothing of a pack's bounds: another"
+            " trainer, or `set_attn_implementation`, has exchanged it since. Give each trainer a model of its own, or"
+            " build them one after the other"
+        )
 
 
 def _arguments(model: nn.Module, pack: Pack) -> dict[str, object]:

@@ -16,7 +16,7 @@ from lorafocal.objectives import build_objective, mean_loss
 from lorafocal.ops import logps
 from lorafocal.policy import plain_attention, prepare_policy, sequence_logps, token_logps
 from lorafocal.reference import DisabledAdapterReference
-from tests.model.families import text_policy
+from tests.model.families import MUST_TRAIN_PACKED, text_policy
 from tests.tiny import adapter_gradients, pairs, relative_difference, tiny_policy
 
 KINDS = ["llama", "mistral"]
@@ -290,3 +290,17 @@ def test_on_a_gpu_packs_score_like_one_sequence_at_a_time(kind, dtype):
     reference = DisabledAdapterReference(model)
     again = reference.logps(share_prefixes(batch).to(cuda))
     assert all(torch.equal(a, b) for a, b in zip(again, reference.logps(share_prefixes(batch).to(cuda)), strict=True))
+
+
+@pytest.mark.parametrize("family", MUST_TRAIN_PACKED)
+def test_no_forward_of_a_pack_has_the_host_look_at_positions(monkeypatch, family):
+    """transformers looks for packed sequences where it builds masks: on a GPU the host would wait for the device."""
+
+    def looked(*_: object) -> None:
+        raise AssertionError("the positions were looked at")
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", looked)
+    model = text_policy(family)
+    prepare_policy(model)
+    with torch.no_grad():
+        assert sequence_logps(model, share_prefixes(pairs(3))).chosen.isfinite().all()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from lorafocal.errors import InputError
 from lorafocal.ops.attention_kernels import Kernel, KernelChoice, Needs, a_call_a_segment, autograd_anywhere, choose
@@ -274,9 +274,6 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 packed_attention.register_autograd(_backward, setup_context=_save)
 
 
-def _no_mask(*_: object, **__: object) -> None:
-    """Packs carry their own bounds; no mask tensor is ever built."""
-
-
+# Packs carry their own bounds. Without a mask function of this name transformers builds no mask, and does not look at
+# the positions for packed sequences either, which would have the host wait for the device once a forward.
 AttentionInterface.register(SHARED_PREFIX_ATTENTION, shared_prefix_attention)
-AttentionMaskInterface.register(SHARED_PREFIX_ATTENTION, _no_mask)
