@@ -33,8 +33,8 @@ from lorafocal.model.adapters import (
     switch_dropout_off,
     widen_adapters,
 )
-from lorafocal.model.compiled import compile_layers
-from lorafocal.model.fused import fuse
+from lorafocal.model.compiled import compile_layers, restore_layers
+from lorafocal.model.fused import fuse, unfuse
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens, check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.quantized import base_dtype, quantization_of, settle
@@ -43,6 +43,8 @@ from lorafocal.model.stored import check_as_stored
 from lorafocal.model.trained_modules import embeddings_of
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.ops.attention_kernels import KernelChoice, choose
+from lorafocal.ops.elementwise import load
+from lorafocal.ops.logps import use_elementwise
 from lorafocal.policy import plain_attention
 from lorafocal.probes import LayoutChoice, choose_layout
 from lorafocal.store import ReferenceStore
@@ -197,8 +199,13 @@ def prepare_layers(scorers: Sequence[PeftModel], args: FocalPOConfig, pairs: Seq
     A reference model, the second, gets the same layout. Raises InputError where something would be ignored.
     """
     policy = scorers[0]
+    for model in scorers:  # what an earlier run may have left
+        restore_layers(model)
+        unfuse(model)
     budget, words = assemble_kernels(policy, args, pairs)
     layout = choose_common_layout(scorers, args.layout)
+    for model in scorers:  # their heads are there by now
+        use_elementwise(model, load(args.elementwise_kernels))
     if layout.reason and args.process_index == 0:
         logger.warning("training padded, each prompt twice: %s", layout.reason)
     bucket, compiled = compile_packed(policy, args, layout.layout)
@@ -240,6 +247,7 @@ def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
         base_dtype(policy),
         window=getattr(config, "sliding_window", None),
         softcap=getattr(config, "attn_logit_softcapping", None),
+        sinks=any(name.endswith("sinks") for name, _ in policy.named_parameters()),
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )
 
@@ -274,9 +282,12 @@ def choose_common_layout(models: Sequence[nn.Module], layout: str) -> LayoutChoi
 
 @dataclass(slots=True)
 class StoredReference:
-    """The reference "cached": `model`, the policy at its start or a separate one, as far as a store speaks for it."""
+    """The reference "cached": `model`, the policy at its start or a separate one, as far as a store speaks for it.
 
-    model: nn.Module
+    A separate one may be let go (None) once its log-probs are looked up and checked.
+    """
+
+    model: nn.Module | None
     store: ReferenceStore
     collator: PairCollator
     checked: SpotCheck | None = None
@@ -295,7 +306,7 @@ class StoredReference:
         Raises InputError for what is missing, altered, foreign or further from a live pass than noise explains.
         """
         found = self.store.look_up(pairs)
-        if self.checked is None:
+        if self.checked is None and self.model is not None:
             self.checked = spot_check(self.model, found, collator=self.collator, seed=seed)
         return found
 

@@ -54,6 +54,7 @@ from lorafocal.health import HealthCheck
 from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import check_trainable
+from lorafocal.model.fused import forget
 from lorafocal.objectives import PairLogps, mean_loss
 from lorafocal.optimizers import check_given, settle
 from lorafocal.policy import evaluating, sequence_logps
@@ -170,6 +171,8 @@ class FocalPOTrainer(Trainer):
         """
         if self.stored is None:
             raise InputError(f'the reference is {self.args.reference}: nothing is stored; set `reference="cached"`')
+        if self.stored.model is None:
+            raise InputError("the reference model was let go once its log-probs were looked up: build a new trainer")
         rank, world, collator = self.args.process_index, self.args.world_size, self.data_collator
         scored, store, pairs = self.stored.model, self.stored.store, self._all_pairs()
         return cache_reference(
@@ -187,6 +190,9 @@ class FocalPOTrainer(Trainer):
         for part in self.data.values():
             part.pairs[:] = islice(found, len(part.pairs))  # the lists that the loaders know
         say(str(self.stored.checked))
+        if self.ref_model is not None:  # nothing asks it any more, and it is as large as the policy
+            self.ref_model = self.stored.model = None
+            del self._scorers[1:]
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole steps of pairs in an order of their own each epoch."""
@@ -237,6 +243,7 @@ class FocalPOTrainer(Trainer):
         def undo() -> None:
             self.metrics = copy(before)
             self.health.forget_step()
+            forget(self.model)
             for parameter in self.adapter.values():
                 parameter.grad = None
 
@@ -341,7 +348,7 @@ class FocalPOTrainer(Trainer):
             return sums
 
         for batch in dataloader:
-            metrics = self._retry.run(batch, seen)
+            metrics = self._retry.run(batch, seen, undo=lambda: forget(self.model))
         if pairs is self.eval_dataset and self.objective.entry.reference:
             rows = table.rows([pair.id for pair in pairs])
             if self.is_world_process_zero():

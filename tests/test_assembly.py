@@ -8,13 +8,17 @@ import pytest
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from lorafocal import assembly
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.model.load import load_base
+from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
+from lorafocal.ops.elementwise import TORCH
 from lorafocal.trainer import FocalPOTrainer
+from tests.model.families import text_policy
 from tests.saved_run import other_tokenizer, save_base
-from tests.tiny import SIZES, lora, pairs, trainer
+from tests.tiny import SIZES, lora, pairs, tiny_base, tiny_policy, trainer
 
 PAIR = pairs(1)[0]
 
@@ -93,3 +97,42 @@ def test_a_reference_that_reads_token_ids_otherwise_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"other does not share the tokenizer: 2 tokens have another id.*'0'"):
         tried(other)
     tried(tmp_path / "base")
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_chosen_elementwise_functions_fold_the_logits_of_policy_and_reference(tmp_path, monkeypatch, layout):
+    folded: list[int] = []
+
+    def fold(logits, labels, dtype, transform):
+        folded.append(len(logits))
+        return TORCH.head_fold_(logits, labels, dtype, transform)
+
+    monkeypatch.setattr(assembly, "load", lambda name: replace(TORCH, name=name, head_fold_=fold))
+    data = pairs(6)
+    separate = {"reference": "separate_model", "ref_model": tiny_base()}
+    run = trainer(tmp_path, data, layout=layout, max_steps=1, pairs_per_step=6, **separate)
+    folded.clear()
+    run.train()
+    assert sum(folded) == 2 * sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in data)
+
+
+def test_attention_sinks_are_seen_when_the_kernel_is_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(assembly, "choose", lambda *_, **needs: asked.append(needs["sinks"]))
+    for policy in (text_policy("gpt_oss"), tiny_policy()):
+        policy.get_base_model().set_attn_implementation(SHARED_PREFIX_ATTENTION)
+        assembly.attention_of(policy, torch.device("cpu"))
+    assert asked == [True, False]
+
+
+def test_a_trainer_whose_model_was_prepared_for_another_layout_since_is_refused(tmp_path):
+    """transformers' own attention takes a pack for one long text, or cuts it where its positions restart."""
+    packed = trainer(tmp_path / "a", pairs(6))
+    padded = trainer(tmp_path / "b", pairs(6), model=packed.model, layout="padded")
+    with pytest.raises(InputError, match=r"whose attention is sdpa.*one after the other"):
+        packed.train()
+    padded.train()
+    again = trainer(tmp_path / "c", pairs(6), model=packed.model, identity_probe=False)
+    with pytest.raises(InputError, match="without `segments`"):
+        padded.train()
+    again.train()

@@ -12,10 +12,12 @@ from transformers import FalconConfig, FalconForCausalLM
 
 from lorafocal import memory
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.assembly import assemble_kernels
 from lorafocal.budget import SLACK, settle_budget, setup_of
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import attach_lora
 from lorafocal.ops.shapes import Shape
+from tests.model.families import text_policy
 from tests.tiny import lora, pairs, tiny_base, tiny_policy, trainer
 
 DATA = pairs(12)
@@ -118,6 +120,19 @@ def test_the_setup_is_the_policys(tmp_path):
     assert (setup.dtype, setup.r, setup.targets, setup.optim) == ("bfloat16", 3, ["q_proj", "v_proj"], "sgd")
     assert (setup.reference, setup.adapter_kernels, setup.fused) == ("frozen_copy", "peft", False)
     assert setup.lengths.rows == pytest.approx(sum(pair.shared_length for pair in DATA) / len(DATA))
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "glm", "llama"])
+def test_gate_and_up_are_not_computed_again_of_itself_where_no_mlp_is_fused(tmp_path, monkeypatch, gpu_with, family):
+    """However well that would suit the memory."""
+    policy = text_policy(family)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    gpu_with(1e9)
+    monkeypatch.setattr(FocalPOConfig, "device", CUDA)
+    monkeypatch.setattr(memory, "relative_time", lambda shape, setup, tier, tokens: tier != "mlp")
+    choice, words = assemble_kernels(policy, arguments(tmp_path), DATA)
+    assert (choice.tier == "mlp") == (family == "llama") == ("gate and up computed again" in words["adapters"])
 
 
 @pytest.mark.parametrize(("setting", "value"), [("recompute", "mlp"), ("elementwise_kernels", "triton")])

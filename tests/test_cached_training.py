@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,21 @@ def logged(run: FocalPOTrainer) -> list[dict[str, float]]:
 
 def weights(run: FocalPOTrainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in run.adapter.items()}
+
+
+@pytest.mark.row("34")
+def test_a_separate_model_is_let_go_once_it_is_looked_up(tmp_path):
+    tiny_base(rope_theta=500.0).save_pretrained(tmp_path / "reference")
+    run = cached(tmp_path, ref_model=load_base(str(tmp_path / "reference"), dtype="float32"), identity_probe=False)
+    weights = [weakref.ref(parameter) for parameter in run.ref_model.parameters()]
+    run.look_up_reference()
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+    run.train()
+    run.evaluate()
+    assert run.evaluate(pairs(6, seed=2)[:3])["eval_loss"] > 0
+    with pytest.raises(InputError, match="was let go"):
+        run.cache_reference()
 
 
 class Forwards:

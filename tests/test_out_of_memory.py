@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lorafocal import launch, reference, trainer
+from lorafocal.budget import Retry
 from lorafocal.data.packing import PairCollator
 from lorafocal.errors import InputError
+from lorafocal.model.stand_ins import StandIn
 from lorafocal.trainer import FocalPOTrainer
 from tests import tiny
 from tests.engine import launches, out_of_memory_run
@@ -93,6 +96,36 @@ def test_a_step_that_ran_out_is_done_again_with_the_same_result(tmp_path, monkey
         assert run.pairs_seen == len(DATA)
         assert sorted(run.health._step_ids) == sorted(pair.id for pair in DATA)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_what_waited_for_layers_that_were_not_called_is_let_go_before_the_step_is_done_again(
+    tmp_path, monkeypatch, evaluated
+):
+    """Query, key and value are computed together; memory runs out between them."""
+    run = made(tmp_path)
+    [_, last] = run.model.get_base_model().model.layers
+    shared = StandIn.of(last.self_attn.q_proj).shared
+    waiting: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def breaking(*_: Any) -> None:
+        if not alive:
+            waiting.extend(weakref.ref(one.output) for one in shared._waiting.values())
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    last.self_attn.k_proj.register_forward_pre_hook(breaking)
+    give_back = Retry._give_back
+    monkeypatch.setattr(
+        Retry,
+        "_give_back",
+        lambda retry: give_back(retry) or alive.append(sum(output() is not None for output in waiting)),
+    )
+    run.evaluate() if evaluated else step_of(run)
+    assert len(waiting) == 2
+    assert alive == [0]
+    assert not shared._waiting
+    assert shared._left_lying == 0
 
 
 @pytest.mark.parametrize("number", range(3))
