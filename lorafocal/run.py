@@ -40,6 +40,7 @@ from lorafocal.resume import MAY_CHANGE, changes, check_resumable
 from lorafocal.trainer import FocalPOTrainer
 
 CONFIG_FILE, MANIFEST_FILE, ADAPTER_DIR = "config.yaml", "manifest.json", "adapter"
+SWEEP_FILE = "sweep.json"  # a folder of runs that belong together, no run's own
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
 LIBRARIES = ("lorafocal", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -191,7 +192,10 @@ def check_places(config: Config) -> None:
     """What the config names must be there: it costs nothing to look, and a model may take long to load."""
     check_sources(config.data)
     if config.reference is not None and config.reference.model is not None:
-        check_place(config.reference.model)
+        try:
+            check_place(config.reference.model)
+        except InputError as error:
+            raise InputError(f"reference.model: {error}") from error
     start = config.adapter.start_from
     if start is not None and not (Path(start) / "adapter_config.json").is_file():
         raise InputError(
@@ -225,6 +229,11 @@ def nothing_left_of(folder: Path) -> Iterator[None]:
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
+    if (folder / SWEEP_FILE).exists():
+        raise InputError(
+            f"{folder} holds a sweep: give another `name`; to go on with one of its runs, train its config.yaml with"
+            f" --runs {folder} --resume"
+        )
     taken = (folder / MANIFEST_FILE).exists()
     if taken and not resume:
         raise InputError(f"{folder} already holds a run: go on with it by --resume, or give another `name`")

@@ -203,11 +203,12 @@ class ReferenceStore:
 
     def _why_absent(self, absent: Sequence[Answer], asked: int) -> str:
         others = [
-            f"{folder.name} holds it, but {'; '.join(self.context.differences(context))}"
+            (folder.name, self.context.differences(context))
             for folder, context in self._others()
             if _holds(folder, absent[0].key)
         ]
-        elsewhere = f" ({'. '.join(others)})" if others else ""
+        nearest, differ = min(others, key=lambda other: len(other[1]), default=("", []))
+        elsewhere = f" ({nearest} holds it, but {'; '.join(differ)})" if others else ""
         return (
             f"reference store {self.folder.parent}: {len(absent)} of {asked} reference log-probs are missing, first"
             f" that of {absent[0].name}{elsewhere}. Compute them before training: {COMMAND}"

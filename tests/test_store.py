@@ -178,6 +178,16 @@ def test_a_store_of_another_context_is_refused_and_the_field_named(tmp_path, fie
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_of_several_contexts_the_nearest_is_named_alone(tmp_path):
+    near = replace(CONTEXT, torch="1.0.0")
+    for context in (replace(near, dtype="float64", layout="padded"), near, replace(near, quantization="int8")):
+        filled(tmp_path, pairs(2), context)
+    with pytest.raises(InputError) as caught:
+        ReferenceStore(tmp_path, CONTEXT).look_up(pairs(2))
+    assert str(caught.value).count(" holds it, but ") == 1
+    assert f"{near.sha256[:16]} holds it, but torch is 1.0.0 there and {CONTEXT.torch} here)" in str(caught.value)
+
+
 def test_a_context_that_does_not_hold_the_pair_is_not_named(tmp_path):
     held = filled(tmp_path, pairs(4))
     other = ReferenceStore(tmp_path, replace(CONTEXT, dtype="bfloat16"))

@@ -30,6 +30,7 @@ from tests.toy_run import metric_lines, run_config, write_inputs
 
 RATES, SEEDS = "training.learning_rate=1e-3,1e-2", "training.seed=1,2"
 STEPS = 3
+TRAIN = run.train  # which `Recorder` stands in for
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +260,16 @@ def test_what_no_run_could_do_is_refused_at_once_and_leaves_no_folder(
     with pytest.raises(InputError, match=why):
         sweep(write_config(root, "wrong.yaml", **changes), [RATES], runs_dir=tmp_path / "runs", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_and_a_sweep_do_not_share_a_folder(recorder: Recorder, config: Path, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "manifest.json").touch()
+    with pytest.raises(InputError, match="toy holds a run: give this sweep another `name`"):
+        sweep(config, [RATES], runs_dir=tmp_path)
+    (tmp_path / "toy" / "manifest.json").rename(tmp_path / "toy" / "sweep.json")
+    with pytest.raises(InputError, match="toy holds a sweep: give another `name`"):
+        TRAIN(load_config(config), quiet=True, runs_dir=tmp_path)
 
 
 def test_a_file_in_the_place_of_the_runs_is_refused(recorder: Recorder, config: Path, tmp_path: Path) -> None:

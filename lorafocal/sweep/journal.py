@@ -14,10 +14,8 @@ from lorafocal.publish import write_atomically
 from lorafocal.report.sweep_page import best_dict
 from lorafocal.report.sweep_results import Point, SweepRecord, choose, varied
 from lorafocal.resume import IDENTITY, MAY_CHANGE, changes
+from lorafocal.run import MANIFEST_FILE, SWEEP_FILE
 from lorafocal.sweep.grid import Grid, Planned, choose_criterion, value_of
-
-SWEEP_FILE = "sweep.json"
-MANIFEST_FILE, ADAPTER_DIR = "manifest.json", "adapter"
 
 
 class Journal:

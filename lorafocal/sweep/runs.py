@@ -19,9 +19,10 @@ from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.publish import recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
+from lorafocal.run import ADAPTER_DIR, MANIFEST_FILE
 from lorafocal.schema import Config
 from lorafocal.sweep.grid import Grid, Planned
-from lorafocal.sweep.journal import ADAPTER_DIR, MANIFEST_FILE, Journal, held_out_metrics
+from lorafocal.sweep.journal import Journal, held_out_metrics
 
 STARTS_AS_THE_BASE = ("default", "gaussian", "eva")  # B = 0, whatever A is: one reference for all ranks and seeds
 
@@ -46,6 +47,8 @@ def sweep(
     for entry in asked.points:
         run.check_places(entry.config)
     folder = run.run_folder(runs_dir, asked.name)
+    if (folder / MANIFEST_FILE).exists():
+        raise InputError(f"{folder} holds a run: give this sweep another `name`")
     with run.nothing_left_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return _sweep(asked, folder, best, quiet=quiet)
