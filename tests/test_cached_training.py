@@ -79,7 +79,7 @@ class Forwards:
 
         run._pack_loss = counted
         for model in filter(None, (run.model, run.ref_model)):
-            causal_lm(model).register_forward_pre_hook(self._count)
+            causal_lm(model).base_model.register_forward_pre_hook(self._count)  # PEFT 0.18 calls its base past hooks
 
     def _count(self, *_) -> None:
         self.forwards += 1

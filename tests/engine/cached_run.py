@@ -34,7 +34,7 @@ def cached_run(root: Path) -> dict[str, Any]:
         counts["forwards"] += made.model.training  # evaluation's are not counted
 
     made._pack_loss = counted  # type: ignore[method-assign]
-    causal_lm(made.model).register_forward_pre_hook(count)
+    causal_lm(made.model).base_model.register_forward_pre_hook(count)  # PEFT 0.18 calls its base past hooks
     made.train()
     return {
         "world": made.args.world_size,
