@@ -233,7 +233,7 @@ def assemble_kernels(
     return choice, {
         "adapters": "PEFT's own" if fused is None else str(fused),
         "recomputed": {"none": "nothing", "mlp": "gate and up", "full": "every layer"}[choice.tier],
-        "packs": f"at most {choice.tokens} token rows ({choice.reason})",
+        "packs": f"{choice.tokens} token rows, or one longer pair ({choice.reason})",
     }
 
 

@@ -98,10 +98,12 @@ def setup_of(policy: PeftModel, args: FocalPOConfig, pairs: Sequence[TokenizedPa
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes of the device that nothing holds by now, without slack."""
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (1 - SLACK) * (free + cached)
+    """Bytes of the device that nothing holds by now, or that this process may still take, without slack."""
+    free, whole = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 and later
+        free = min(free, torch.cuda.get_per_process_memory_fraction(device) * whole - reserved)
+    return (1 - SLACK) * (free + reserved - torch.cuda.memory_allocated(device))
 
 
 # ---- in a step ----------------------------------------------------------------------------------------------------
@@ -145,7 +147,8 @@ class Retry:
         if (engine := launch.engine()) != "one-process":
             raise InputError(
                 f"process {launch.rank()} ({engine}): {found}. The other processes are inside the step and cannot do it"
-                f" again, so the run ends here: start it with `packing.tokens: {smaller}`, or {SMALLER}"
+                f" again, so the run ends here: start it with `packing.tokens: {smaller}` (or go on: --resume"
+                f" packing.tokens={smaller}), or {SMALLER}"
             ) from error
         self.collator, self.shrunk = replace(self.collator, tokens_per_pack=smaller), True
         logger.warning("%s: the step is computed again with packs of %d, and so are later ones", found, smaller)

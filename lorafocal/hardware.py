@@ -103,7 +103,7 @@ def _card(name: str) -> Gpu:
     several = [gpu.name for gpu in GPUS.values() if plain and _plain(gpu.name).startswith(plain)]
     near = several or _nearest(plain)
     raise InputError(
-        f"--gpus: {name!r} is {'more than one card' if several else 'no card of the table'}"
+        f"--gpus: {name!r} is {'more than one card' if len(several) > 1 else 'no card of the table'}"
         f"{f': did you mean {_either(near)}?' if near else '.'} It has {', '.join(GPUS)}. For any other card write its"
         " memory, such as 1x24GiB, and with --tflops what it computes"
     )

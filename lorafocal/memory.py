@@ -264,7 +264,7 @@ def tiers_of(shape: Shape, setup: Setup) -> tuple[str, ...]:
 
 
 def choose(shape: Shape, setup: Setup, free_bytes: float, longest_pair: int, tiers: Sequence[str] = TIERS) -> Choice:
-    """The tier that takes the least time, with as many tokens as fit (at most 16384).
+    """The tier that takes the least time, with as many tokens as fit (at most 16384, or the longest pair).
 
     `free_bytes` is what the device has beside weights, adapters, gradients and optimiser states; the head's chunk and
     all else that a pass needs is taken off here. `tiers` limits the choice. `fits` is False where a pack of the longest
@@ -273,7 +273,7 @@ def choose(shape: Shape, setup: Setup, free_bytes: float, longest_pair: int, tie
     possible = [tier for tier in tiers if tier in tiers_of(shape, setup)]
     if not possible:
         raise InputError(_NO_MLP)
-    budgets = {tier: tokens_that_fit(shape, setup, free_bytes, tier) for tier in possible}
+    budgets = {tier: tokens_that_fit(shape, setup, free_bytes, tier, longest_pair) for tier in possible}
     roomy = {tier: tokens for tier, tokens in budgets.items() if tokens >= longest_pair}
     if not roomy:
         tier = min(possible, key=lambda tier: pack_bytes(shape, setup, tier, longest_pair))
@@ -291,11 +291,11 @@ _NO_MLP = (
 )
 
 
-def tokens_that_fit(shape: Shape, setup: Setup, free_bytes: float, tier: str) -> int:
-    """The largest budget, in steps of 64 and at most 16384; not above 0 where nothing fits."""
+def tokens_that_fit(shape: Shape, setup: Setup, free_bytes: float, tier: str, longest_pair: int = 0) -> int:
+    """The largest budget, in steps of 64 and at most 16384, or the longest pair; not above 0 where nothing fits."""
     per_token = pack_bytes(shape, setup, tier, 1) - pack_bytes(shape, setup, tier, 0)
     tokens = int((free_bytes - fixed_bytes(shape, setup, tier)) / per_token)
-    return min(MAX_TOKENS, tokens // TOKEN_STEP * TOKEN_STEP)
+    return min(max(MAX_TOKENS, longest_pair), tokens // TOKEN_STEP * TOKEN_STEP)
 
 
 # Token rows at which what every pack costs (launches, small products; de-quantising all matrices) equals its products.

@@ -42,6 +42,7 @@ EVA_RANK = 4  # its directions come from the answers, which are a few tokens her
 NOT_REHEARSED = "the real weights and data, their lengths, memory and speed"
 ROUNDING = {"bfloat16": 2e-2, "float32": 1e-4}  # of log-probs in other packs, relative
 _BY_THE_WEIGHTS = ("pissa", "olora", "loftq", "eva", "orthogonal")  # starts of no higher rank than a layer has
+_PLACES = ("model.name", "reference.model", "reference.store")  # whose values are paths of this machine
 _LEFT_OUT = ("num_train_epochs", "eval_delay", "logging_strategy")  # what max_steps and three steps leave no room for
 
 
@@ -223,7 +224,7 @@ def changed_keys(config: Config, derived: Config) -> tuple[str, ...]:
     changed = []
     for key in dict.fromkeys([*ours, *theirs]):
         old, new = ours.get(key), theirs.get(key)
-        plain = isinstance(new, str | int | float | None) and not key.startswith(("model.name", "reference.model"))
+        plain = isinstance(new, str | int | float | None) and not key.startswith(_PLACES)
         if old != new and key != "adapter.start_from":
             changed.append(f"{key} {'left out' if new is None else new}" if plain else key)
     return tuple(changed)

@@ -33,10 +33,11 @@ def arguments(tmp_path, **settings: Any) -> FocalPOConfig:
 def gpu_with(monkeypatch):
     """A GPU of which so many bytes are free."""
 
-    def of(free: float) -> None:
+    def of(free: float, share: float = 1.0) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
 
     return of
 
@@ -103,6 +104,11 @@ def test_where_nothing_fits_it_is_said(tmp_path, gpu_with, caplog):
     assert "model.quantization" in caplog.text
 
 
+def test_a_share_of_the_memory_that_a_process_is_held_to_counts(tmp_path, gpu_with):
+    gpu_with(1e12, share=1e4 / 2e12)
+    assert not settle_budget(tiny_policy(), arguments(tmp_path), CUDA, DATA).fits
+
+
 def test_a_model_that_the_arithmetic_does_not_know_trains_with_the_usual_packs(tmp_path, gpu_with):
     gpu_with(1e12)
     torch.manual_seed(0)
@@ -145,7 +151,7 @@ def test_a_trainer_says_how_it_computes(tmp_path):
     run = trainer(tmp_path, DATA, tokens_per_pack=None, recompute="mlp")
     assert run.budget.tokens == run.data_collator.tokens_per_pack == 2048
     assert run.kernels["recomputed"] == "gate and up"
-    assert "at most 2048 token rows" in run.kernels["packs"]
+    assert "2048 token rows" in run.kernels["packs"]
     assert run.kernels["attention"].startswith("SDPA per segment")
     assert run.kernels["compiled"] == "no"
     padded = trainer(tmp_path, DATA, layout="padded", compile_layers=True)

@@ -252,3 +252,13 @@ def test_the_table_says_what_a_person_asks_and_json_holds_the_same():
     assert machine["fits"] is True
     assert machine["used"] == found.machines[0].used
     assert str(ROOT) not in json.dumps(values)
+
+
+def test_pairs_longer_than_the_largest_useful_pack_fit_where_there_is_room():
+    (found,) = plan(config("data.max_length=32768", file=QLORA), "1xH100").machines
+    assert found.fits
+    assert found.choice.tokens == 65_536
+    (stated,) = plan(config("packing.tokens=32768", file=QLORA), "1xH200").machines
+    assert (stated.fits, stated.choice.tokens) == (True, 32_768)
+    long = plan(config("data.max_length=200000", file=QLORA), "1xH100")
+    assert "data.max_length=76352: longer pairs are dropped" in long.advice

@@ -58,7 +58,8 @@ def _max_length(work: Work, machine: Machine) -> int | None:
     """The largest max_length, in steps of 64, whose longest pair fits."""
     free = free_bytes(work, machine)
     fit = max(
-        memory.tokens_that_fit(work.shape, work.setup, free, tier) for tier in memory.tiers_of(work.shape, work.setup)
+        memory.tokens_that_fit(work.shape, work.setup, free, tier, work.longest)
+        for tier in memory.tiers_of(work.shape, work.setup)
     )
     shorter = fit // 2 // 64 * 64
     return shorter if 128 <= shorter < work.max_length else None

@@ -65,12 +65,13 @@ def on_machine(work: Work, machine: Machine, tflops: float | None = None, price:
     pairs = math.ceil(work.pairs_per_step / machine.count)  # of the GPU with the most
     rows = work.rows_per_pair * pairs / FILLED
     filled = min(work.tokens or 0, math.ceil(rows))  # no pack is larger than a step
-    choice = memory.choose(shape, setup, free, max(work.longest, filled), tiers)
+    least = max(work.longest, filled)
+    choice = memory.choose(shape, setup, free, least, tiers)
     if work.tokens is not None:
         choice = replace(choice, tokens=work.tokens)
         if not choice.fits and filled > work.longest:
             choice = replace(choice, reason=f"packing.tokens is {work.tokens}, and fewer fit")
-    budgets = {tier: max(0, memory.tokens_that_fit(shape, setup, free, tier)) for tier in tiers}
+    budgets = {tier: max(0, memory.tokens_that_fit(shape, setup, free, tier, least)) for tier in tiers}
     per_token = memory.activation_bytes_per_token(shape, setup, choice.tier)
     tokens = max(min(choice.tokens, rows), min(choice.tokens, work.longest))
     activations = tokens * per_token

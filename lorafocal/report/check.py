@@ -19,6 +19,7 @@ from lorafocal.data.packing import fill_bins
 from lorafocal.data.places import printable
 from lorafocal.data.prepare import Drop, Part, SourceSummary, check_sources, prepare_data, template_notes
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.memory import MAX_TOKENS
 from lorafocal.model.load import load_tokenizer
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 0.99, 1.0)
@@ -125,6 +126,8 @@ def check_part(name: str, part: Part, config: Config) -> PartCheck:
     """The findings on one part."""
     pairs = part.tokens.pairs
     scores = score_order(part.preferences)
+    tokens = config.packing.tokens
+    budget = tokens if isinstance(tokens, int) else MAX_TOKENS  # auto depends on a device that is not asked here
     return PartCheck(
         name,
         part.sources,
@@ -139,7 +142,7 @@ def check_part(name: str, part: Part, config: Config) -> PartCheck:
         },
         length_bias(pairs),
         scores,
-        savings(pairs, config.training.pairs_per_step, config.packing.tokens),
+        savings(pairs, config.training.pairs_per_step, budget),
     )
 
 

@@ -18,6 +18,7 @@ from lorafocal.lineage import lineage_of
 from lorafocal.objectives.pairwise import PairLogps
 
 METRICS_FILE, MANIFEST_FILE, ADAPTER_DIR = "metrics.jsonl", "manifest.json", "adapter"
+SWEEP_PAGE = "sweep.html"
 _MOST_STEPS = 10**12
 
 
@@ -107,6 +108,8 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 def _read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[str]]:
     """The lines, and notes on them; a torn last line is left out."""
+    if (folder / SWEEP_PAGE).is_file():
+        raise InputError(f"{folder} is a sweep: its report is {SWEEP_PAGE} there; a run of it is one of its folders")
     path = folder / METRICS_FILE
     if not folder.is_dir():
         raise InputError(f"{folder} is not a run folder; give the folder that `lorafocal train` wrote, runs/<name>")

@@ -15,7 +15,7 @@ from lorafocal.errors import InputError
 from lorafocal.publish import write_atomically
 from lorafocal.report import html
 from lorafocal.report.plots import DARK, LIGHT
-from lorafocal.report.read import read_run
+from lorafocal.report.read import SWEEP_PAGE, read_run
 from lorafocal.report.sweep_plot import drawable, sweep_png
 from lorafocal.report.sweep_results import (
     ACCURACY,
@@ -37,7 +37,7 @@ from lorafocal.report.sweep_results import (
 )
 from lorafocal.report.words import Remark, remarks
 
-PAGE_FILE, PICTURE_FILE, TABLE_FILE = "sweep.html", "sweep.png", "sweep.csv"
+PICTURE_FILE, TABLE_FILE = "sweep.png", "sweep.csv"
 
 COLUMNS = {  # metric: head of its column, and how it is printed
     LOSS: ("loss", ".4f"),
@@ -94,8 +94,8 @@ def write_sweep(record: SweepRecord, *, interrupted_by: int | None = None) -> Sw
         return SweepReport(record, choice, None, interrupted_by)
     light, dark = (sweep_png(panels, record, choice, theme) for theme in (LIGHT, DARK))
     write_atomically(folder / PICTURE_FILE, light)
-    write_atomically(folder / PAGE_FILE, page(record, choice, light, dark).encode("utf-8", "replace"))
-    return SweepReport(record, choice, folder / PAGE_FILE, interrupted_by)
+    write_atomically(folder / SWEEP_PAGE, page(record, choice, light, dark).encode("utf-8", "replace"))
+    return SweepReport(record, choice, folder / SWEEP_PAGE, interrupted_by)
 
 
 # ---- in words

@@ -51,6 +51,16 @@ def test_savings_are_the_rows_that_the_collators_really_make() -> None:
     assert 0 < found.sharing < found.total < 1
 
 
+@pytest.mark.parametrize("tokens", ["auto", 64])
+def test_packs_are_counted_whether_or_not_their_size_is_stated(tokens: int | str, base: Path) -> None:
+    path = base / "rows.jsonl"
+    path.write_text("".join(json.dumps(plain(number)) + "\n" for number in range(8)))
+    config = check_config(values(base, path) | {"packing": {"tokens": tokens}})
+    [part] = check_data(config).parts
+    assert part.savings.steps == 2
+    assert part.savings.packs >= 2
+
+
 def test_quantiles_by_hand() -> None:
     found = quantiles(range(1, 102))
     assert found == {"mean": 51.0, "0%": 1.0, "5%": 6.0, "50%": 51.0, "95%": 96.0, "99%": 100.0, "100%": 101.0}

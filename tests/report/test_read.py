@@ -134,3 +134,9 @@ def test_a_broken_table_is_left_out_with_a_note(tmp_path: Path, text: str) -> No
 def test_a_log_prob_that_is_not_finite_leaves_its_table_out(tmp_path: Path) -> None:
     record = read_run(write_run(tmp_path / "a", tables={1: pairs(chosen=[math.nan, 0.0])}), "a")
     assert record.tables == []
+
+
+def test_a_sweep_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "sweep.html").write_text("")
+    with pytest.raises(InputError, match=r"is a sweep: its report is sweep\.html"):
+        read_runs([tmp_path])
