@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax
 
 from lorafocal.memory import HEAD_CHUNK_ELEMENTS as CHUNK_ELEMENTS
@@ -117,6 +119,26 @@ def token_logps(
     return result
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def first_order(method: _Method) -> _Method:
+    """A backward that refuses to be differentiated, also where no incoming gradient asks for it: what is kept has no
+    graph, so a second derivative would lack terms without a word."""
+    plain = once_differentiable(method)
+
+    @wraps(method)
+    def first(ctx: Any, *upstream: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "log-prob heads and fused functions have no second derivative, which `create_graph=True` asks for:"
+                " compute it with the model's own logits, and after `lorafocal.model.fused.unfuse(policy)`"
+            )
+        return plain(ctx, *upstream)
+
+    return cast(_Method, first)
+
+
 class _FrozenHeadLogps(torch.autograd.Function):
     """Log-probs under a frozen head, the gradient towards the hidden states computed in the forward."""
 
@@ -133,6 +155,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @first_order
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
         scaled = None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)
@@ -150,6 +173,7 @@ class _TrainedHeadLogps(torch.autograd.Function):
             return _FrozenHeadLogps.apply(hidden.detach(), weight.detach(), labels, bias, transform, rows, fold)
 
     @staticmethod
+    @first_order
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         hidden, weight, labels, bias = ctx.saved_tensors
         head = _Head.of(weight, bias, ctx.transform, ctx.fold, hidden.dtype)

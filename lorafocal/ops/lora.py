@@ -18,15 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from lorafocal.ops.elementwise import TORCH, Elementwise, Gated
+from lorafocal.ops.logps import first_order
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,24 +126,6 @@ def _as_given(method: _Method) -> _Method:
     return cast(_Method, plain)
 
 
-def _once(method: _Method) -> _Method:
-    """A backward that refuses to be differentiated, also where no incoming gradient asks for it: what is kept has no
-    graph, so a second derivative would lack terms without a word."""
-
-    plain = once_differentiable(method)
-
-    @wraps(method)
-    def first(ctx: Any, *upstream: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "fused functions have no second derivative, which `create_graph=True` asks for: call"
-                " `lorafocal.model.fused.unfuse(policy)` first"
-            )
-        return plain(ctx, *upstream)
-
-    return cast(_Method, first)
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     @_as_given
@@ -155,7 +136,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_once
+    @first_order
     @_as_given
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         x, rstd = ctx.saved_tensors
@@ -172,7 +153,7 @@ class _SharedLinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @_once
+    @first_order
     @_as_given
     def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
         kept, small, *_ = ctx.saved_tensors  # the trained ones only so that a step in between is noticed
@@ -196,7 +177,7 @@ class _GatedMlp(torch.autograd.Function):
         return output
 
     @staticmethod
-    @_once
+    @first_order
     @_as_given
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         kept, small, small_down, gate, up, *_ = ctx.saved_tensors

@@ -262,3 +262,12 @@ def test_the_chosen_functions_fold_the_heads_logits():
     with torch.no_grad():
         assert torch.equal(model(hidden), expected)
     assert asked == [torch.float32, None]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_second_derivative_is_refused(trained):
+    """What the head keeps for its backward has no graph: terms would be missing without a word."""
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=trained)
+    logps = token_logps(hidden, weight, torch.tensor([1, 2, 6]))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
