@@ -127,12 +127,12 @@ def test_bases_in_few_bits_are_contexts_of_their_own(tmp_path):
         policy = attach_lora(base, lora())
         prepare_policy(policy)
         before = context_of(policy, **WORDS)
-        stored(tmp_path / "store", policy, pairs(4))
+        stored(tmp_path / f"store of {word}", policy, pairs(4))
         assert context_of(policy, **WORDS) == before  # what bitsandbytes keeps of a pass is no part of it
         found[word] = before
     assert len({context.weights_sha256 for context in found.values()}) == 4
     assert [context.quantization for context in found.values()] == list(found)
-    others = store_of(tmp_path / "store", tiny_base(dtype=torch.bfloat16))
+    others = store_of(tmp_path / "store of nf4", tiny_base(dtype=torch.bfloat16))
     with pytest.raises(InputError, match="quantization is nf4 there and None here"):
         others.look_up(pairs(4))
 
