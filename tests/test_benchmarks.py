@@ -94,7 +94,7 @@ def test_a_run_is_a_process_of_its_own(harness, at):
     assert at.devices == {harness.cpu_name()}
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_benchmark_runs_dry(device, tmp_path):
     """The GPU's list too, on a CPU: what it would do there, on tiny shapes."""

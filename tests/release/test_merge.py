@@ -181,7 +181,8 @@ def test_a_fresh_adapter_on_a_merged_model_is_the_same_in_a_fresh_process(run: S
     paths = [str(tmp_path / "second" / "adapter"), str(tmp_path / "merged")]
     command = [sys.executable, "-c", script, *paths, json.dumps(ids)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert torch.equal(torch.tensor(json.loads(answer.stdout)), expected)
+    # In training fused functions computed it, in the other process PEFT's own.
+    torch.testing.assert_close(torch.tensor(json.loads(answer.stdout)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.row("45")
