@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -83,7 +84,7 @@ def options(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="alternating repetitions of every case")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--minutes", type=float, help="no run is started after as many")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the CSV files")
+    parser.add_argument("--results", type=Path, help="folder of the CSV files; of a dry run nothing is kept without")
     return parser
 
 
@@ -99,7 +100,10 @@ def dtype_of(given: Namespace) -> str:
 
 def session(given: Namespace) -> Session:
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    return Session(given.results, given.threads, 1 if given.dry_run else given.repeats, deadline, given.dry_run)
+    results = given.results
+    if results is None:  # figures of a dry run mean nothing
+        results = Path(tempfile.mkdtemp(prefix="lorafocal-dry-")) if given.dry_run else HERE / "results"
+    return Session(results, given.threads, 1 if given.dry_run else given.repeats, deadline, given.dry_run)
 
 
 def worker(module: str, settings: Mapping[str, Any], at: Session) -> Result:
