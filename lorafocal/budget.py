@@ -102,7 +102,7 @@ def free_bytes(device: torch.device) -> float:
     free, whole = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 and later
-        free = min(free, torch.cuda.get_per_process_memory_fraction(device) * whole - reserved)
+        free = min(free, int(torch.cuda.get_per_process_memory_fraction(device) * whole) - reserved)
     return (1 - SLACK) * (free + reserved - torch.cuda.memory_allocated(device))
 
 

@@ -28,7 +28,7 @@ from lorafocal.publish import write_atomically
 
 VERSION = 1  # raise it when equal contexts come to give other log-probs, or a part another shape
 CONTEXT_FILE = "context.json"
-COMMAND = "`lorafocal cache-reference CONFIG` (in Python: `trainer.cache_reference()`)"
+COMMAND = "`lorafocal cache-reference CONFIG`, overrides as here (in Python: `trainer.cache_reference()`)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,8 +192,8 @@ def _references(notes: Notes) -> str:
 
 NONE = """
 `none` is supervised tuning (`objective: sft`). A `separate_model` is any model of the same tokenizer, float or
-quantised. `cached` holds log-probs of the policy as it starts (`docs/reference-store.md`), so it goes with every adapter
-that trains.
+quantised. `cached` holds log-probs of the policy as it starts (`docs/reference-store.md`), so it goes with every
+adapter that trains.
 """
 
 

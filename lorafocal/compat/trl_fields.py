@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorafocal.errors import InputError
-from lorafocal.training_fields import RULES, check_training_fields, installed_fields
+from lorafocal.training_fields import RULES, check_training_fields
 
 Values = Mapping[str, Any]
 

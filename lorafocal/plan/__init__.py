@@ -70,6 +70,7 @@ def plan(
             " here: state it with --tflops"
         )
     assumed = list(work.assumed)
+    assumed.append("memory: by arithmetic that was compared with counted bytes on a CPU, and with no GPU yet")
     if tflops is None and any(each.speed for each in found):
         assumed.append(f"speed: {SHARE_OF_PEAK:.0%} of a card's bf16 peak, measured on none; --tflops states yours")
     if gpus is None and not any(each.speed for each in found):

@@ -41,7 +41,7 @@ def _packs(work: Work, found: OnMachine) -> Iterator[str]:
     choice = found.choice
     stated = "as stated" if work.tokens is not None else "auto"
     if found.fits:
-        pairs = _count(max(1, round(choice.tokens / work.rows_per_pair)), "pair")
+        pairs = _count(max(1, int(choice.tokens / work.rows_per_pair)), "pair")
         packs = _count(found.packs, "pack")
         yield f"  {'a pack':<20}{choice.tokens:>8,}   token rows ({stated}), about {pairs}; {packs} a step"
         others = ", ".join(f"{tier} {tokens:,}" for tier, tokens in found.budgets.items() if tier != choice.tier)
@@ -61,7 +61,7 @@ def _time(work: Work, found: OnMachine) -> Iterator[str]:
     if speed.reference_h:
         yield f"  {'stored reference':<20}{_span(speed.reference_h * 3600):>8}   one pass, before the first step"
     evaluations = f", {_count(work.evaluations, 'evaluation')}" if work.evaluations else ""
-    cost = "" if speed.cost is None else f"; costs {speed.cost:,.2f}"
+    cost = "" if speed.cost is None else f"; costs {speed.cost:,.2f} at the price given"
     yield (
         f"  {'the run':<20}{_span(speed.hours * 3600):>8}   {work.steps:,} steps of {work.pairs:,} pairs{evaluations},"
         f" at {speed.tflops:,.0f} TFLOP/s{cost}"
