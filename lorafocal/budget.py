@@ -24,7 +24,6 @@ from lorafocal.ops.shapes import Lengths, Setup, Shape
 logger = logging.getLogger(__name__)
 
 CPU_TOKENS = 2048  # more are no faster there
-SLACK = 0.06  # of the free memory: what the allocator cannot use, workspaces of the matrix products
 SMALLER = (
     "recompute more (`training.activation_checkpointing: mlp` or `full`), quantise the base (`model.quantization`) or"
     " lower `data.max_length`"
@@ -103,7 +102,7 @@ def free_bytes(device: torch.device) -> float:
     reserved = torch.cuda.memory_reserved(device)
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 and later
         free = min(free, int(torch.cuda.get_per_process_memory_fraction(device) * whole) - reserved)
-    return (1 - SLACK) * (free + reserved - torch.cuda.memory_allocated(device))
+    return (1 - memory.SLACK) * (free + reserved - torch.cuda.memory_allocated(device))
 
 
 # ---- in a step ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from lorafocal import memory
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.assembly import assemble_kernels
-from lorafocal.budget import SLACK, settle_budget, setup_of
+from lorafocal.budget import settle_budget, setup_of
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import attach_lora
 from lorafocal.ops.shapes import Shape
@@ -69,7 +69,7 @@ def test_on_a_gpu_the_budget_is_what_fits_and_a_tighter_one_recomputes(tmp_path,
     held = memory.gradient_bytes(shape, setup) + memory.optimizer_bytes(shape, setup, on_gpu=True)
 
     def chosen(free: float) -> memory.Choice:
-        gpu_with((free + held) / (1 - SLACK))
+        gpu_with((free + held) / (1 - memory.SLACK))
         return settle_budget(policy, args, CUDA, DATA)
 
     assert chosen(1e12).tokens == memory.MAX_TOKENS
@@ -90,7 +90,7 @@ def test_a_stated_budget_on_a_gpu_gets_a_tier_in_which_it_fits(tmp_path, gpu_wit
     shape = Shape.of(policy.get_base_model().config.to_dict())
     setup = setup_of(policy, args, DATA, fused=True)
     held = memory.gradient_bytes(shape, setup) + memory.optimizer_bytes(shape, setup, on_gpu=True)
-    gpu_with((memory.pack_bytes(shape, setup, "full", 1024) + held + 1) / (1 - SLACK))
+    gpu_with((memory.pack_bytes(shape, setup, "full", 1024) + held + 1) / (1 - memory.SLACK))
     choice = settle_budget(policy, args, CUDA, DATA)
     assert (choice.tokens, choice.tier) == (1024, "full")
 
