@@ -40,7 +40,7 @@ test: $(STAMP) ## the whole suite, offline
 test-fast: $(STAMP) ## the working loop, a minute and a half
 	$(PYTEST) -n 2 -m "not slow and not engine and not gpu"
 
-test-engine: $(STAMP) ## tests that start several processes
+test-engine: $(STAMP) ## tests that start several processes, compile, or train whole sweeps
 	$(PYTEST) -m "engine and not gpu"
 
 test-gpu: $(STAMP) ## tests that need a CUDA device

@@ -265,8 +265,12 @@ def test_from_trl_prints_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert config.training.pairs_per_step == 16  # 8 a process
 
 
-def test_a_store_in_the_making_ends_tidily_on_both_signals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_in_the_making_ends_tidily_on_both_signals(
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     """SIGTERM passes through the functions on the way, so that temporary folders go; then it is as before."""
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs do not hear Ctrl-C
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
 
     def hear(received: signal.Signals) -> None:
         with cli._ends_tidily("kept"):

@@ -74,7 +74,7 @@ class CompiledCalls:
         return call
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.row("F16")
 def test_a_run_with_evaluations_is_the_plain_one_and_goes_on_with_the_same_bits(tmp_path):
     plain, run = made(tmp_path / "plain", compiled=False), made(tmp_path / "run")
@@ -90,7 +90,7 @@ def test_a_run_with_evaluations_is_the_plain_one_and_goes_on_with_the_same_bits(
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(again).items())
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_step_that_ran_out_of_memory_is_packed_again_in_whole_buckets(tmp_path, monkeypatch):
     settings = {"tokens_per_pack": 4 * BUCKET}
     plain, run = made(tmp_path / "plain", compiled=False, **settings), made(tmp_path / "run", **settings)
@@ -111,7 +111,7 @@ def test_a_step_that_ran_out_of_memory_is_packed_again_in_whole_buckets(tmp_path
     assert_same_run(run, plain, 1e-7)
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_stored_reference_says_that_compiled_layers_computed_it(tmp_path):
     settings = {"reference": "cached", "reference_store": str(tmp_path / "store")}
     run, live = made(tmp_path / "run", **settings), made(tmp_path / "live")

@@ -105,7 +105,7 @@ def test_time_follows_operations_and_what_is_stated():
     assert found.work.steps == 100
     assert here.speed.hours == pytest.approx(here.speed.reference_h + 100 * here.speed.step_s / 3600)
     assert here.speed.cost == pytest.approx(here.speed.hours * 2 * 3.0)
-    assert not found.assumed  # nothing was left open
+    assert [line.partition(":")[0] for line in found.assumed] == ["memory"]  # nothing else was left open
 
 
 def test_a_stored_reference_is_one_pass_and_leaves_the_step():

@@ -290,7 +290,7 @@ def finished(config: Path, root: Path) -> SweepReport:
     return sweep(config, grid, runs_dir=root / "runs", quiet=True)
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.row("57")
 def test_a_point_is_the_run_that_train_gives(finished: SweepReport, config: Path, tmp_path: Path) -> None:
     alone = run.train(load_config(config, ["training.learning_rate=1e-2", "training.seed=2"]), runs_dir=tmp_path)
@@ -302,7 +302,7 @@ def test_a_point_is_the_run_that_train_gives(finished: SweepReport, config: Path
     assert write_report([folder], tmp_path / "report").page.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_run_that_fails_is_recorded_with_its_reason_and_the_others_go_on(finished: SweepReport) -> None:
     assert list(states(finished).values()) == ["finished", "finished", "failed", "failed"]
     assert "no adapter weight moved at step 1" in finished.record.points[2].reason
@@ -310,7 +310,7 @@ def test_a_run_that_fails_is_recorded_with_its_reason_and_the_others_go_on(finis
     assert finished.choice.setting.values == {"training.learning_rate": 1e-2}
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_what_failed_is_not_tried_again_until_its_folder_is_gone(
     finished: SweepReport, config: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,7 +322,7 @@ def test_what_failed_is_not_tried_again_until_its_folder_is_gone(
     assert again.as_dict() == finished.as_dict()
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_sweep_leaves_its_table_page_and_picture(finished: SweepReport) -> None:
     folder = finished.record.folder
     assert {path.name for path in folder.iterdir() if path.is_file()} == {
@@ -345,7 +345,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, *, run_number: int, step: int) ->
     monkeypatch.setattr(FocalPOTrainer, "training_step", step_and_signal)
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_signal_stops_after_the_step_and_the_same_call_goes_on(
     finished: SweepReport, swept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +366,7 @@ def test_a_signal_stops_after_the_step_and_the_same_call_goes_on(
         assert sha256(again.record.folder / slug / ADAPTER) == sha256(finished.record.folder / slug / ADAPTER)
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_signal_in_the_last_step_of_a_run_keeps_the_next_from_beginning(
     swept: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,7 +376,7 @@ def test_a_signal_in_the_last_step_of_a_run_keeps_the_next_from_beginning(
     assert stopped.interrupted_by == signal.SIGTERM
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_signal_while_a_model_is_loaded_is_not_lost(swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = run.prepare_data
 
@@ -390,7 +390,7 @@ def test_a_signal_while_a_model_is_loaded_is_not_lost(swept: Any, monkeypatch: p
     assert (stopped.interrupted_by, stopped.record.points[0].steps) == (signal.SIGINT, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_with_a_stored_reference_no_run_computes_one(root: Path, swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards: list[Any] = []
     original = lorafocal.reference.sequence_logps
@@ -430,7 +430,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_models_do_not_pile_up(counts: list[int], swept: Any) -> None:
     """Also after a run that failed, whose traceback holds all of its frames."""
     report = swept("training.learning_rate=1e-30,1e-2", SEEDS)

@@ -49,7 +49,7 @@ def values_and_gradients(policy: nn.Module, pack: Pack) -> list[Tensor]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.row("F16")
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_packs_of_any_composition_make_one_graph_a_bucket_and_no_breaks(kind, monkeypatch):
@@ -69,7 +69,7 @@ def test_packs_of_any_composition_make_one_graph_a_bucket_and_no_breaks(kind, mo
     assert not counters["graph_break"]
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.row("F16")
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_compiled_layers_equal_plain_ones_in_value_and_gradient(kind):
@@ -89,7 +89,7 @@ def test_compiled_layers_equal_plain_ones_in_value_and_gradient(kind):
     assert not counters["graph_break"]
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.parametrize("recompute", ["none", "mlp"])
 def test_fused_adapters_compile_without_breaks_and_equal_plain_layers(recompute):
     policy = policy_for_packs(dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_fused_adapters_compile_without_breaks_and_equal_plain_layers(recompute)
     assert not counters["graph_break"]
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_layers_that_are_computed_again_compile_too():
     policy = policy_for_packs(dtype=torch.float64)
     [pack, *_] = packs(128, count=9)

@@ -376,7 +376,7 @@ def test_at_llama_3_8b_shapes_a_layer_keeps_what_the_formulas_say_and_half_of_pe
     assert bytes_a_token(layer) == fused - 2 * 2 * inner
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_compiled_layers_trace_fused_functions_without_a_break():
     policy = tiny_policy()
     before = logits(policy).detach()

@@ -20,7 +20,7 @@ def uncommon(launch: Launch) -> tuple:
     return tuple(source.signature.values()), str(source.constants), str(source.attrs), launch.warps
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_every_kernel_compiles_without_spills(capability, dtype, tmp_path):

@@ -28,7 +28,7 @@ def found() -> dict[str, list]:
     return json.loads(run.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_equals_its_definition(name, dtype, found):
