@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import pkgutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ def main() -> None:
         raise SystemExit(f"imported the source tree instead of the wheel: {location}")
 
     names = [module.name for module in pkgutil.walk_packages(lorafocal.__path__, "lorafocal.")]
+    if importlib.util.find_spec("triton") is None:  # only builds of torch for GPUs bring it
+        names = [name for name in names if not name.startswith("lorafocal.ops.triton")]
     for name in names:
         if name != "lorafocal.__main__":
             importlib.import_module(name)
