@@ -31,7 +31,7 @@ FLOORS = {
     2: "policy reference probes caching",
     3: "arguments assembly budget callbacks trainer saving optimizers sampler checkpoint health interrupt resume"
     " progress run",
-    4: "release evaluate report rehearsal plan sweep",
+    4: "release evaluate report rehearsal plan sweep chat",
     5: "cli compat __init__ __main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
