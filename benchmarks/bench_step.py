@@ -184,6 +184,19 @@ def compare(given: argparse.Namespace, folder: str, at: Session) -> None:
     run(benchmark, cases, at, name="step")
 
 
+def our_steps(given: argparse.Namespace, folder: str, at: Session, steps: int) -> tuple[dict[str, str], dict[str, Any]]:
+    """Inputs of `steps` steps of made-up pairs in `folder`: the columns of what is measured, settings of our runs."""
+    model, dtype, data = model_of(given), dtype_of(given), "tiny" if given.dry_run else "256+2x384"
+    shared = {"folder": folder, "max_length": 1024}
+    drawn = {**shared, "data": data, "pairs": steps * PAIRS_PER_STEP, "vocabulary": vocabulary_of(model)}
+    worker("inputs", drawn, at)
+    settings = {
+        **shared, "model": model, "dtype": dtype, "device": given.device, "threads": given.threads, "steps": steps,
+        "pairs_per_step": PAIRS_PER_STEP, "layers": 2 if given.dry_run else None,
+    }  # fmt: skip
+    return {"model": model, "dtype": dtype, "data": data}, settings
+
+
 def _tokens(means: Result) -> str:
     return ", ".join(f"{value:.0f} {name}" for name, value in means.items())
 

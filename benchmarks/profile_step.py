@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from bench_step import PAIRS_PER_STEP, vocabulary_of
-from harness import OURS, Benchmark, Case, Result, dtype_of, model_of, options, run, session, worker
+from bench_step import our_steps
+from harness import OURS, Benchmark, Case, Result, options, run, session
 from shapes import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
@@ -93,25 +93,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=tuple(SHAPES), help="default: tiny on a CPU, llama-3-8b on a GPU")
     given = parser.parse_args(words)
     at = session(given)
-    model, data = model_of(given), "tiny" if given.dry_run else "256+2x384"
-    steps = 2 if given.dry_run else 3
+    at.repeats = 1
     with tempfile.TemporaryDirectory() as folder:
-        drawn = {
-            "folder": folder, "data": data, "pairs": steps * PAIRS_PER_STEP, "max_length": 1024,
-            "vocabulary": vocabulary_of(model),
-        }  # fmt: skip
-        worker("inputs", drawn, at)
-        dtype = dtype_of(given)
-        common = {
-            "folder": folder, "model": model, "dtype": dtype, "device": given.device, "threads": given.threads,
-            "steps": steps, "pairs_per_step": PAIRS_PER_STEP, "max_length": 1024,
-            "layers": 2 if given.dry_run else None,
-        }  # fmt: skip
+        columns, settings = our_steps(given, folder, at, 2 if given.dry_run else 3)
         kinds = {"live reference": "disabled_adapter", "stored reference": "cached"}
-        cases = [Case(OURS, how, {**common, "reference": kind}, "packs, auto") for how, kind in kinds.items()]
-        at.repeats = 1
-        benchmark = Benchmark("profile_step", {"model": model, "dtype": dtype, "data": data}, {})
-        run(benchmark, cases, at, name="profile")
+        cases = [Case(OURS, how, {**settings, "reference": kind}, "packs, auto") for how, kind in kinds.items()]
+        run(Benchmark("profile_step", columns, {}), cases, at, name="profile")
 
 
 if __name__ == "__main__":
