@@ -26,7 +26,7 @@ class BaseIdentity:
     sha256: str
 
 
-MERGED, CONTINUED = "merged", "continued"
+MERGED, CONTINUED, COMBINED = "merged", "continued", "combined"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,9 @@ class Stage:
     """An adapter on the way to these weights: its folder's name, digest of its weights file, and what trained it.
 
     `how` says where it went: "merged" into the base that the next stage was trained on (or into the model that this
-    is), or "continued" by the next stage as its start. `quantization` is what its base was quantised to in training:
-    where it was merged, then into that base de-quantised.
+    is), "continued" by the next stage as its start, or "combined" with others: its change times the signed `weight`,
+    which only these stages have. `quantization` is what its base was quantised to in training: where it was merged,
+    then into that base de-quantised.
     """
 
     adapter: str
@@ -46,6 +47,12 @@ class Stage:
     steps: int | None = None
     pairs_seen: int | None = None
     quantization: str | None = None
+    weight: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON object; an older reader, which knows no weights, still reads the stages that have none."""
+        record = asdict(self)
+        return record if self.weight is not None else {key: record[key] for key in record if key != "weight"}
 
     def __str__(self) -> str:
         made_by = "an adapter of unknown making" if self.objective is None else f"the {self.objective['name']} adapter"
@@ -75,6 +82,11 @@ class Lineage:
     dtype: str | None = None
     lorafocal: str = ""
 
+    @classmethod
+    def untrained(cls, base: BaseIdentity) -> Lineage:
+        """Of weights on `base` that no recorded training made: another tool's, or made of other adapters."""
+        return cls(base, objective=None, steps=0, pairs_seen=0, reference=None)
+
     @property
     def start(self) -> Stage | None:
         """The adapter that this one was continued from."""
@@ -96,8 +108,15 @@ class Lineage:
         """The model before every stage."""
         return self.origin or self.base
 
+    @property
+    def combined(self) -> tuple[Stage, ...]:
+        """The adapters whose weighted sum this one is, as long as nothing was made of it since."""
+        return tuple(stage for stage in self.contained if stage.how == COMBINED)
+
     def stage(self, adapter: str, sha256: str, how: str) -> Stage:
         """This adapter as a parent of what is made of it."""
+        if self.objective is None:
+            return Stage(adapter, sha256, how, quantization=self.quantization)
         made = (self.objective, self.reference, self.steps, self.pairs_seen, self.quantization)
         return Stage(adapter, sha256, how, *made)
 
@@ -116,7 +135,7 @@ class Lineage:
             "dtype": self.dtype,
             "origin": None if self.origin is None else asdict(self.origin),
             "start": None if start is None else {"adapter": start.adapter, "sha256": start.sha256},
-            "parents": [asdict(parent) for parent in self.parents],
+            "parents": [parent.as_dict() for parent in self.parents],
             "reference": self.reference,
             "objective": None if self.objective is None else dict(self.objective),
             "steps": self.steps,
