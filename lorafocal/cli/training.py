@@ -1,8 +1,4 @@
-"""The `lorafocal` command: doors only. Nothing heavy is imported before a verb has read its arguments.
-
-Exit codes: 0 done; 2 the user's input is wrong (one message, no traceback); 130 after Ctrl-C and 143 after
-SIGTERM, once the run has finished its step and saved; 1 anything else.
-"""
+"""Verbs around training: from a config to a trained run."""
 
 from __future__ import annotations
 
@@ -13,49 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lorafocal import __version__, launch
-from lorafocal.errors import InputError, UnhealthyRun
-
-app = typer.Typer(
-    name="lorafocal",
-    help="Preference tuning with FocalPO on LoRA adapters.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace the file's.")
-]
-BaseOption = Annotated[
-    str | None,
-    typer.Option("--base", metavar="MODEL", help="An adapter's base, if not where the adapter says."),
-]
+from lorafocal import launch
+from lorafocal.cli.options import JsonOption, OverridesArgument, no_loading_bars, print_report
+from lorafocal.errors import InputError
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
     overrides: OverridesArgument = None,
@@ -79,7 +41,7 @@ def train(
         raise InputError("--tiny keeps nothing that --resume could go on from: leave one of the two out")
     checked = load_config(config, overrides or [])
     launch.check_launch()
-    _no_loading_bars()
+    no_loading_bars()
     launch.quiet_unless_main()
     for warning in checked.warnings() if launch.is_main() else []:
         typer.echo(f"warning: {warning}", err=True)
@@ -103,7 +65,6 @@ def train(
         raise typer.Exit(128 + summary.interrupted_by)
 
 
-@app.command()
 def check(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
     overrides: OverridesArgument = None,
@@ -126,10 +87,9 @@ def check(
         from lorafocal.report.check_page import write_check_page
 
         write_check_page(report, html)
-    _print_report(report, as_json)
+    print_report(report, as_json)
 
 
-@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
     overrides: OverridesArgument = None,
@@ -144,10 +104,9 @@ def plan(
     from lorafocal.config import load_config
     from lorafocal.plan import plan as make_plan
 
-    _print_report(make_plan(load_config(config, overrides or []), gpus, tflops=tflops, price_per_hour=price), as_json)
+    print_report(make_plan(load_config(config, overrides or []), gpus, tflops=tflops, price_per_hour=price), as_json)
 
 
-@app.command("cache-reference")
 def cache_reference(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run; its reference.kind: cached.")],
     overrides: OverridesArgument = None,
@@ -163,19 +122,18 @@ def cache_reference(
 
     checked = load_config(config, overrides or [])
     launch.check_launch()
-    _no_loading_bars()
+    no_loading_bars()
     launch.quiet_unless_main()
 
     from lorafocal import run
 
-    with _ends_tidily("stopped: what was computed is kept, and the same command goes on there"):
+    with ends_tidily("stopped: what was computed is kept, and the same command goes on there"):
         report = run.cache_reference(checked, per_token=per_token, quiet=quiet)
     if launch.is_main():
         typer.echo(json.dumps(report.as_dict()) if as_json else str(report))
     launch.meet()
 
 
-@app.command()
 def sweep(
     config: Annotated[Path, typer.Argument(help="The YAML file that the runs have in common.")],
     overrides: OverridesArgument = None,
@@ -198,83 +156,15 @@ def sweep(
     """Train every point of a grid, compare the runs on held-out pairs, name the best. The same command resumes."""
     from lorafocal.sweep import sweep as run_sweep
 
-    _no_loading_bars()
+    no_loading_bars()
     report = run_sweep(config, grid or [], overrides or [], runs_dir=runs, best=best, quiet=quiet)
-    _print_report(report, as_json)
+    print_report(report, as_json)
     if report.interrupted_by is not None:
         raise typer.Exit(128 + report.interrupted_by)
     if not report.record.of("finished"):
         raise typer.Exit(1)
 
 
-@app.command()
-def score(
-    target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
-    pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],
-    base: BaseOption = None,
-    reference: Annotated[
-        str | None,
-        typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What rewards are relative to, if not the base."),
-    ] = None,
-    beta: Annotated[float | None, typer.Option("--beta", help="Reward scale; the run's own if absent.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Log-probs, rewards and margins of each pair, computed by the code that trains."""
-    from lorafocal.evaluate.score import score_file
-
-    _no_loading_bars()
-    _print_report(score_file(target, pairs, base=base, reference=reference, beta=beta, out=out), as_json)
-
-
-@app.command()
-def merge(
-    adapter: Annotated[Path, typer.Argument(help="The adapter folder of a run.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model; must not exist.")],
-    base: BaseOption = None,
-    pairs: Annotated[
-        Path | None,
-        typer.Option("--pairs", metavar="FILE", help="Held-out pairs of the gate; the run's own if absent."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Output dtype, bfloat16 or float32; the run's own if absent.")
-    ] = None,
-    gate_dtype: Annotated[
-        str, typer.Option("--gate-dtype", help="What the gate computes in; bfloat16 halves its memory.")
-    ] = "float32",
-    max_drift: Annotated[
-        float | None, typer.Option("--max-drift", help="Share of the learned effect that may be lost [0.1].")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Merge an adapter into its base, and publish the result only if it answers as the adapter does."""
-    from lorafocal.release.merge import merge_adapter
-
-    _no_loading_bars()
-    limits: dict[str, Any] = {} if max_drift is None else {"max_drift": max_drift}
-    report = merge_adapter(adapter, out, base=base, pairs=pairs, dtype=dtype, gate_dtype=gate_dtype, **limits)
-    _print_report(report, as_json)
-    if not as_json:
-        typer.echo(f"merged model          {out}")
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, one or several to compare.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the report; RUN/report for one run.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Draw runs and say in plain words what happened: one web page, and its pictures."""
-    from lorafocal.report.write import write_report
-
-    _print_report(write_report(runs, out), as_json)
-
-
-@app.command("from-trl")
 def from_trl(
     file: Annotated[Path, typer.Argument(metavar="TRL_YAML", help="A config of `trl dpo`.")],
     data: Annotated[
@@ -297,7 +187,7 @@ def from_trl(
 
 
 @contextmanager
-def _ends_tidily(words: str) -> Iterator[None]:
+def ends_tidily(words: str) -> Iterator[None]:
     """SIGTERM as an exception, as Ctrl-C is one: temporary folders are cleared away, and `words` are said."""
 
     def leave(received: int, _: object) -> None:
@@ -315,36 +205,9 @@ def _ends_tidily(words: str) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _no_loading_bars() -> None:
-    """transformers draws a bar a file it loads; downloads keep theirs."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
 def _resume_command() -> str:
     """This command line with --resume, under a launcher where there was one."""
     words = shlex.join([*(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
     return (
         f"lorafocal {words}" if launch.world_size() == 1 else launch.several(words, processes=launch.local_world_size())
     )
-
-
-def _print_report(report: Any, as_json: bool) -> None:
-    typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else report.table())
-
-
-def main() -> None:
-    """Entry point of the console script; ends the process with one of the exit codes above."""
-    code = 0
-    try:
-        app(prog_name="lorafocal")
-    except InputError as error:
-        launch.last_words(f"lorafocal: {error}")
-        code = 2
-    except UnhealthyRun as error:
-        launch.last_words(f"lorafocal: {error}")
-        code = 1
-    finally:
-        launch.shutdown()
-    sys.exit(code)

@@ -1,0 +1,61 @@
+"""The `lorafocal` command: doors only. Nothing heavy is imported before a verb has read its arguments.
+
+Exit codes: 0 done; 2 the user's input is wrong (one message, no traceback); 130 after Ctrl-C and 143 after
+SIGTERM, once the run has finished its step and saved; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lorafocal import __version__, launch
+from lorafocal.cli import results, training
+from lorafocal.errors import InputError, UnhealthyRun
+
+app = typer.Typer(
+    name="lorafocal",
+    help="Preference tuning with FocalPO on LoRA adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for verb in (training.train, training.check, training.plan, training.cache_reference, training.sweep):
+    app.command()(verb)
+for verb in (results.report, results.score, results.chat, results.merge, results.export, training.from_trl):
+    app.command()(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script; ends the process with one of the exit codes above."""
+    code = 0
+    try:
+        app(prog_name="lorafocal")
+    except InputError as error:
+        launch.last_words(f"lorafocal: {error}")
+        code = 2
+    except UnhealthyRun as error:
+        launch.last_words(f"lorafocal: {error}")
+        code = 1
+    finally:
+        launch.shutdown()
+    sys.exit(code)

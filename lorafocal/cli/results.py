@@ -1,0 +1,198 @@
+"""Verbs around what was trained: read it, ask it, merge it, hand it on."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafocal.cli.options import BaseOption, JsonOption, no_loading_bars, print_report
+from lorafocal.errors import InputError
+
+AdaptersArgument = Annotated[
+    list[Path], typer.Argument(metavar="ADAPTER...", help="The adapter folder of a run, or several of one base.")
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="W1,W2,...", help="Signed weights of several adapters, as 1,-0.5; 1 each."),
+]
+OntoOption = Annotated[
+    str,
+    typer.Option(
+        "--onto",
+        help="Of a quantised base: trained (de-quantised), original (its float weights), auto (what drifts less).",
+    ),
+]
+OriginalOption = Annotated[
+    str | None,
+    typer.Option("--original", metavar="MODEL", help="The float model that a base stored quantised was made of."),
+]
+PairsOption = Annotated[
+    Path | None,
+    typer.Option("--pairs", metavar="FILE", help="Held-out pairs of the gate; the run's own if absent."),
+]
+OutputDtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Output dtype: bfloat16, float16 or float32; the run's own if absent."),
+]
+GateDtypeOption = Annotated[
+    str, typer.Option("--gate-dtype", help="What the gate computes in; bfloat16 halves its memory.")
+]
+MaxDriftOption = Annotated[
+    float | None, typer.Option("--max-drift", help="Share of the learned effect that may be lost [0.1].")
+]
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, one or several to compare.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the report; RUN/report for one run.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw runs and say in plain words what happened: one web page, and its pictures."""
+    from lorafocal.report.write import write_report
+
+    print_report(write_report(runs, out), as_json)
+
+
+def score(
+    target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
+    pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],
+    base: BaseOption = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What rewards are relative to, if not the base."),
+    ] = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="Reward scale; the run's own if absent.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Log-probs, rewards and margins of each pair, computed by the code that trains."""
+    from lorafocal.evaluate.score import score_file
+
+    no_loading_bars()
+    print_report(score_file(target, pairs, base=base, reference=reference, beta=beta, out=out), as_json)
+
+
+def chat(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run, an adapter folder, or a merged model.")],
+    base: BaseOption = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Answer this and leave; may be repeated.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")] = 0,
+) -> None:
+    """Ask a trained model one question at a time: the answers with the adapter and without, side by side."""
+    from lorafocal.chat import chat as run_chat
+
+    no_loading_bars()
+    drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    run_chat(target, base=base, prompts=tuple(prompts or ()), system=system, **drawing)
+
+
+def merge(
+    adapters: AdaptersArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model; must not exist.")],
+    weights: WeightsOption = None,
+    base: BaseOption = None,
+    onto: OntoOption = "auto",
+    original: OriginalOption = None,
+    pairs: PairsOption = None,
+    dtype: OutputDtypeOption = None,
+    gate_dtype: GateDtypeOption = "float32",
+    max_drift: MaxDriftOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge adapters into their base, and publish the result only if it answers as they do."""
+    from lorafocal.release.merge import merge_adapter
+
+    no_loading_bars()
+    asked = _merging(weights, base, onto, original, pairs, dtype, gate_dtype, max_drift)
+    report = merge_adapter(adapters, out, **asked)
+    print_report(report, as_json)
+    if not as_json:
+        typer.echo(f"merged model          {out}")
+
+
+def export(
+    adapters: AdaptersArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of what is exported; must not exist.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--as", metavar="FORM", help="bundle, merged, adapter, nf4, nf4-double, fp4, fp4-double, int8 or gguf."
+        ),
+    ] = "bundle",
+    weights: WeightsOption = None,
+    base: BaseOption = None,
+    onto: OntoOption = "auto",
+    original: OriginalOption = None,
+    pairs: PairsOption = None,
+    dtype: OutputDtypeOption = None,
+    gate_dtype: GateDtypeOption = "float32",
+    max_drift: MaxDriftOption = None,
+    converter: Annotated[
+        Path | None,
+        typer.Option("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, for --as gguf."),
+    ] = None,
+    outtype: Annotated[
+        str | None, typer.Option("--outtype", help="What the converter stores, as bf16 or q8_0, for --as gguf.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Then upload it, after asking; private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read what is pushed.")] = False,
+    with_pairs: Annotated[bool, typer.Option("--with-pairs", help="Push the gate's held-out pairs too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Push without asking.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Package adapters for others: a bundle that a stranger can verify, a merged model, GGUF, 4 or 8 bits."""
+    if push is None and (public or with_pairs or yes):
+        raise InputError("--public, --with-pairs and --yes say how to push: add --push OWNER/NAME, or leave them out")
+    if form != "gguf" and (converter is not None or outtype is not None):
+        raise InputError("--converter and --outtype go with --as gguf: leave them out")
+    from lorafocal.release.export import export as run_export
+
+    no_loading_bars()
+    asked = _merging(weights, base, onto, original, pairs, dtype, gate_dtype, max_drift)
+    report = run_export(adapters, out, form=form, converter=converter, outtype=outtype, **asked)
+    print_report(report, as_json)
+    if push is None:
+        return
+    from lorafocal.release.push import push as run_push
+
+    say = partial(typer.echo, err=as_json)
+    confirm = (lambda question: say(question) is None) if yes else partial(typer.confirm, err=True)
+    say(f"pushed to {run_push(out, push, public=public, with_pairs=with_pairs, confirm=confirm)}")
+
+
+def _merging(
+    weights: str | None,
+    base: str | None,
+    onto: str,
+    original: str | None,
+    pairs: Path | None,
+    dtype: str | None,
+    gate_dtype: str,
+    max_drift: float | None,
+) -> dict[str, Any]:
+    """The options of `merge` as `release.merge.merge_adapter` takes them."""
+    limits = {} if max_drift is None else {"max_drift": max_drift}
+    signed = None if weights is None else _numbers("--weights", weights)
+    given = {"weights": signed, "base": base, "onto": onto, "original": original, "pairs": pairs}
+    return {**given, "dtype": dtype, "gate_dtype": gate_dtype, **limits}
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{option} {text!r}: give numbers with commas between them, as 1,-0.5") from error
