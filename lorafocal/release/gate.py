@@ -9,7 +9,7 @@ anyway and which is measured apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,15 +32,31 @@ class GateFailure(InputError):
 
 
 @dataclass(frozen=True, slots=True)
+class GateEvidence:
+    """What a gate measured, pair by pair: enough for a stranger to run it again on the merged model's files.
+
+    Log-probs are (B,) nats in float32, in the order of `pairs`: of the live adapter, of its base, and of the merged
+    model, all computed in `dtype` (the gate's arithmetic, not what is stored) and in `layout`.
+    """
+
+    pairs: tuple[TokenizedPair, ...]
+    live: PairLogps
+    reference: PairLogps
+    merged: PairLogps
+    dtype: str
+    layout: str
+
+
+@dataclass(frozen=True, slots=True)
 class GateReport:
     """How far the merged model is from the live adapter, over B pairs (2B sequences); in nats unless said.
 
     `learned_rms`: root mean square of live minus reference log-probs, the effect that must survive.
     `drift_rms`, `drift_mean`, `drift_max`: of merged minus live log-probs (absolute values in mean and max);
     `drift_per_token` is the summed absolute drift over the completion tokens. `margin_drift_mean`,
-    `margin_drift_max`: the same of chosen minus rejected. `rank_flips`: pairs whose logratio margin (before
-    beta) has another sign. `noise_rms`: the merged model in its own dtype's arithmetic minus itself in the
-    gate's; None where they are one.
+    `margin_drift_max`: the same of chosen minus rejected. `accuracy_live`, `accuracy_merged`: share of pairs
+    whose logratio margin (before beta) is above 0. `rank_flips`: pairs where it has another sign. `noise_rms`:
+    the merged model in its own dtype's arithmetic minus itself in the gate's; None where they are one.
     """
 
     pairs: int
@@ -54,6 +70,8 @@ class GateReport:
     drift_per_token: float
     margin_drift_mean: float
     margin_drift_max: float
+    accuracy_live: float
+    accuracy_merged: float
     rank_flips: int
     noise_rms: float | None
     max_drift: float
@@ -75,25 +93,38 @@ class GateReport:
 
     def table(self) -> str:
         """The numbers for a person, one a line."""
-        rows = [
-            ("held-out pairs", f"{self.pairs} ({self.tokens} completion tokens)"),
-            ("learned effect", f"{self.learned_rms:.4g} nats a sequence (rms of adapter - base)"),
-            (
-                "drift of the merge",
-                f"{self.drift_rms:.3g} nats a sequence = {self.lost:.2%} of the learned effect",
-            ),
-            ("  allowed", f"{self.limit:.3g} nats ({self.max_drift:.0%} of the learned effect)"),
-            (
-                "  mean, largest",
-                f"{self.drift_mean:.3g}, {self.drift_max:.3g} nats; {self.drift_per_token:.2g} a token",
-            ),
-            ("  of margins", f"{self.margin_drift_mean:.3g} mean, {self.margin_drift_max:.3g} largest"),
-            ("rank flips", f"{self.rank_flips} of {self.pairs} pairs"),
-        ]
-        if self.noise_rms is not None:
-            rows.append((f"served in {self.dtype}", f"adds {self.noise_rms:.3g} nats of arithmetic noise"))
-        rows.append(("gate", "passed" if self.passed else "FAILED"))
-        return "\n".join(f"{key:<22}{value}" for key, value in rows)
+        return gate_table({"": self})
+
+
+def gate_table(reports: Mapping[str, GateReport]) -> str:
+    """The numbers of merges of one adapter side by side, a column each; `reports` by the heading of its column."""
+    first = next(iter(reports.values()))
+    shared = [
+        ("held-out pairs", f"{first.pairs} ({first.tokens} completion tokens)"),
+        ("learned effect", f"{first.learned_rms:.4g} nats a sequence (rms of adapter - base)"),
+        ("  may be lost", f"{first.limit:.3g} nats ({first.max_drift:.0%} of the learned effect)"),
+    ]
+    columns = [_column(report) for report in reports.values()]
+    rows = [(label, [column[label] for column in columns]) for label in columns[0]]
+    if len(reports) > 1:
+        rows.insert(0, ("", list(reports)))
+    width = 2 + max(len(cell) for _, cells in rows for cell in cells)
+    lines = [f"{label:<22}{''.join(f'{cell:<{width}}' for cell in cells)}".rstrip() for label, cells in rows]
+    return "\n".join([*(f"{label:<22}{value}" for label, value in shared), *lines])
+
+
+def _column(report: GateReport) -> dict[str, str]:
+    mean_and_largest = f"{report.drift_mean:.3g}, {report.drift_max:.3g} nats"
+    column = {
+        "log-prob drift": f"{report.drift_rms:.3g} nats a sequence = {report.lost:.2%} of it",
+        "  mean, largest": f"{mean_and_largest}; {report.drift_per_token:.2g} a token",
+        "margin drift": f"{report.margin_drift_mean:.3g} mean, {report.margin_drift_max:.3g} largest",
+        "accuracy": f"{report.accuracy_live:.2%} before, {report.accuracy_merged:.2%} merged",
+        "rank flips": f"{report.rank_flips} of {report.pairs} pairs",
+    }
+    if report.noise_rms is not None:
+        column[f"served in {report.dtype}"] = f"adds {report.noise_rms:.3g} nats of arithmetic noise"
+    return column | {"gate": "passed" if report.passed else "FAILED"}
 
 
 def compare(
@@ -131,6 +162,8 @@ def compare(
         drift_per_token=float(drift.abs().sum() / tokens),
         margin_drift_mean=float(margin_drift.mean()),
         margin_drift_max=float(margin_drift.max()),
+        accuracy_live=float((live_margin > 0).double().mean()),
+        accuracy_merged=float((merged_margin > 0).double().mean()),
         rank_flips=int((live_margin.sign() != merged_margin.sign()).sum()),
         noise_rms=None if served is None else _rms(_sequences(served) - _sequences(merged)),
         max_drift=max_drift,
@@ -138,8 +171,11 @@ def compare(
     )
 
 
-def check(report: GateReport) -> None:
-    """Raise GateFailure unless the report passed (a drift that is not a number fails)."""
+def check(report: GateReport, *ways_out: str) -> None:
+    """Raise GateFailure unless the report passed (a drift that is not a number fails).
+
+    `ways_out` are those that only the caller knows of; the message names them first.
+    """
     if report.passed:
         return
     ways = ["publish the adapter without merging it"]
@@ -151,7 +187,7 @@ def check(report: GateReport) -> None:
         f"the merged model is not the adapter: on {report.pairs} held-out pairs its log-probs drift by "
         f"{report.drift_rms:.3g} nats a sequence, {report.lost:.0%} of the learned effect of "
         f"{report.learned_rms:.3g} nats; {report.max_drift:.0%} is allowed ({report.rank_flips} pairs change "
-        f"rank). Nothing was written. Ways out: {', or '.join(ways)}."
+        f"rank). Nothing was written. Ways out: {', or '.join([*ways_out, *ways])}."
     )
 
 

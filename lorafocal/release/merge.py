@@ -7,50 +7,42 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from lorafocal.card import CARD_FILE, merged_card
 from lorafocal.compatibility import MERGES
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
-from lorafocal.data.packing import PairCollator
-from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
-from lorafocal.evaluate.score import pair_logps
-from lorafocal.lineage import LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage
+from lorafocal.lineage import LINEAGE_FILE, MERGED, BaseIdentity, Lineage
 from lorafocal.model.adapters import features
-from lorafocal.model.head import causal_lm
-from lorafocal.model.load import base_fingerprint, check_length, load_base, load_tokenizer
+from lorafocal.model.load import base_fingerprint, load_tokenizer
 from lorafocal.model.quantized import dequantized_weight, word_of
 from lorafocal.model.saved import (
     WEIGHTS_FILE,
     SavedAdapter,
-    base_lineage,
     cast_parameters,
     lora_layers,
     open_adapter,
     read_adapter,
     read_config,
 )
-from lorafocal.objectives.pairwise import PairLogps
-from lorafocal.policy import sequence_logps
-from lorafocal.probes import choose_layout
 from lorafocal.publish import published, sha256, write_atomically
-from lorafocal.reference import DisabledAdapterReference
+from lorafocal.release.combine import combine, lineage_of_saved
 from lorafocal.release.dequantize import dequantize, float_layer
-from lorafocal.release.gate import MAX_DRIFT, GateReport, check, compare
+from lorafocal.release.gate import MAX_DRIFT, GateEvidence, GateReport, check, compare, gate_table
+from lorafocal.release.measure import Live, is_tied, live_logps, merged_logps
+from lorafocal.release.onto import AUTO, ORIGINAL, TRAINED, Measured, bases_to_try, least_drift, why_kept
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
+GATE_DTYPES = ("bfloat16", "float32")
 FEW_PAIRS = 20  # below this the gate says little
 KEPT_WARNING = 0.9  # share of a layer's delta below which the report warns (row 43)
 REPORT_FILE = "merge.json"
@@ -92,53 +84,73 @@ class LayerSurvival:
 class MergeReport:
     """What a merge did. `as_dict` names no folder of this machine: it is published as `merge.json`.
 
-    `quantization` is what the base was quantised to in training; the merge was then into that base de-quantised.
+    `quantization` is what the base was quantised to in training; `onto` is "trained" where the merge was into what
+    training saw (such a base de-quantised), "original" where into the floats that were quantised, which `base` then is.
+    `gates` holds the measurement of each base that was tried, `gate` that of the one that was kept; `evidence` is what
+    that was measured on, pair by pair.
     """
 
     out: Path
     dtype: str
     base: BaseIdentity
     quantization: str | None
+    onto: str
     survival: tuple[LayerSurvival, ...]
     gate: GateReport
+    gates: Mapping[str, GateReport]
+    evidence: GateEvidence
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "dtype": self.dtype,
             "base": asdict(self.base),
-            "base_dequantized_from": self.quantization,
+            "onto": self.onto,
+            "base_dequantized_from": self.quantization if self.onto == TRAINED else None,
             "gate": self.gate.as_dict(),
+            "gates": {onto: gate.as_dict() for onto, gate in self.gates.items()},
             "survival": [asdict(layer) for layer in self.survival],
             "notes": list(self.notes),
         }
 
+    def gate_table(self) -> str:
+        """The gate for a person, a column for each base that was tried."""
+        return gate_table({f"onto the {onto} base": gate for onto, gate in self.gates.items()})
+
     def table(self) -> str:
         """Survival, gate and notes for a person; the table of all layers is in `merge.json`."""
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([survival_table(self.survival, self.dtype), self.gate.table(), *notes])
+        return "\n".join([survival_table(self.survival, self.dtype), self.gate_table(), *notes])
 
 
 def merge_adapter(
-    adapter: Path,
+    adapter: Path | Sequence[Path],
     out: Path,
     *,
+    weights: Sequence[float] | None = None,
+    onto: str = AUTO,
+    original: str | None = None,
     base: str | None = None,
     pairs: Path | None = None,
     dtype: str | None = None,
     gate_dtype: str = "float32",
     max_drift: float = MAX_DRIFT,
 ) -> MergeReport:
-    """Merge the adapter folder `adapter` into its base and publish the model as the new folder `out`.
+    """Merge an adapter folder into its base and publish the model as the new folder `out`.
 
-    The base is the one that training saw: where that was quantised, its weights de-quantised again, never the original
-    ones and never 4 or 8 bits, which would round most of the adapter away (rows 41, 42).
+    Several adapters of one base are summed first, each with its weight (1 where `weights` is None), which acts on its
+    B A (`release.combine`).
 
-    `base` overrides where the base is found (`model.saved.read_adapter` has the order). `pairs` are the
-    held-out pairs of the gate: preference rows or token ids, by default `held_out.jsonl` of the run. `dtype`
-    is what is stored, by default what the run trained in. The gate (`release.gate`) computes in `gate_dtype`;
-    bfloat16 halves its memory, and the noise of its arithmetic then counts as drift. `max_drift` is the share of
-    the learned effect that may be lost.
+    An adapter that was trained on a quantised base is merged into those weights de-quantised (`onto` "trained"), into
+    the floats they were made of ("original"), or into the one of the two that ends nearer to the live adapter on the
+    held-out pairs ("auto"); never into 4 or 8 bits, which would round most of it away (rows 41, 42). `original` names
+    the floats where the base is stored quantised.
+
+    `base` overrides where the base is found (`model.saved.read_adapter` has the order). `pairs` are the held-out pairs
+    of the gate: preference rows or token ids, by default `held_out.jsonl` of the (first) run. `dtype` is what is
+    stored, by default what the run trained in. The gate (`release.gate`) computes in `gate_dtype`; bfloat16 halves its
+    memory, and the noise of its arithmetic then counts as drift. `max_drift` is the share of the learned effect that
+    may be lost.
 
     One model is in memory at a time. `out` appears only when complete and through the gate.
 
@@ -146,32 +158,94 @@ def merge_adapter(
     the adapter any more.
     """
     _check_request(dtype, gate_dtype, max_drift)
-    with _enough_memory(), published(out, record=False) as folder:
-        saved = read_adapter(adapter, base=base)
+    with published(out, record=False) as folder:
+        folders = [adapter] if isinstance(adapter, Path) else list(adapter)
+        saved = _one_adapter(folders, weights, base, folder)
         _check_mergeable(saved)
+        bases = bases_to_try(saved, onto, original)
         dtype = dtype or saved.dtype
         tokenizer = load_tokenizer(saved.base, saved.revision)
-        held_out = load_pairs(_pairs_file(adapter, pairs), tokenizer, **saved.tokenization)
-        live, reference, layout = _live_logps(saved, held_out, gate_dtype)
-        survival, tied = _write_model(saved, tokenizer, folder, dtype)
-        merged, served = _reloaded_logps(folder, held_out, dtype, gate_dtype, tied, layout)
-        gate = compare(
-            held_out,
-            live=live,
-            reference=reference,
-            merged=merged,
-            served=served,
+        held_out = load_pairs(_pairs_file(folders[0], pairs), tokenizer, **saved.tokenization)
+        live = live_logps(saved, held_out, gate_dtype)
+        tried = [
+            _write_and_measure(saved, live, folder / choice, original=original, dtype=dtype, max_drift=max_drift)
+            for choice in bases
+        ]
+        kept = least_drift(tried)
+        check(kept.gate, *_other_base(kept, bases, saved))
+        lineage = _lineage(saved, kept.onto, original)
+        notes = saved.notes + why_kept(kept, tried, saved) + kept.written.notes
+        report = MergeReport(
+            out=out,
             dtype=dtype,
-            gate_dtype=gate_dtype,
-            max_drift=max_drift,
+            base=lineage.base,
+            quantization=saved.quantization,
+            onto=kept.onto,
+            survival=kept.written.survival,
+            gate=kept.gate,
+            gates={one.onto: one.gate for one in tried},
+            evidence=live.evidence(kept.merged),
+            notes=notes + _survival_notes(kept.written.survival, dtype) + _evidence_notes(len(held_out)),
         )
-        check(gate)
-        lineage = _lineage(saved)
-        notes = saved.notes + _base_notes(saved) + _survival_notes(survival, dtype) + _evidence_notes(len(held_out))
-        report = MergeReport(out, dtype, lineage.base, saved.quantization, survival, gate, notes)
+        _keep_only(kept.folder, folder)
+        tokenizer.save_pretrained(folder)
+        _copy_processors(saved, folder)
         _write_papers(folder, lineage, report)
         _check_files(folder)
     return report
+
+
+def _one_adapter(
+    folders: Sequence[Path], weights: Sequence[float] | None, base: str | None, place: Path
+) -> SavedAdapter:
+    """The adapter to merge: the one there is, or the weighted sum of several, written into `place`."""
+    adapters = [read_adapter(folder, base=base) for folder in folders]
+    if len(adapters) == 1 and weights is None:
+        return adapters[0]
+    combined = place / "combined"
+    combined.mkdir()
+    combine(adapters, [1.0] * len(adapters) if weights is None else weights, combined)
+    first = adapters[0]
+    one = read_adapter(combined, base=first.base)
+    return replace(one, revision=first.revision, tokenization=first.tokenization, notes=first.notes)
+
+
+def _write_and_measure(
+    saved: SavedAdapter, live: Live, folder: Path, *, original: str | None, dtype: str, max_drift: float
+) -> Measured:
+    """Merge into the base that `folder` is named after, and hold what was written against the live adapter."""
+    onto = folder.name
+    folder.mkdir()
+    written = write_merged(saved, folder, onto=onto, original=original, dtype=dtype)
+    merged, served = merged_logps(folder, live, dtype=dtype, tied=written.tied)
+    gate = compare(
+        live.pairs,
+        live=live.logps,
+        reference=live.reference,
+        merged=merged,
+        served=served,
+        dtype=dtype,
+        gate_dtype=live.dtype,
+        max_drift=max_drift,
+    )
+    return Measured(onto, folder, written, merged, gate)
+
+
+def _keep_only(part: Path, folder: Path) -> None:
+    """Move the files of `part`, one of the folders within `folder`, up into it; all other folders go."""
+    for file in list(part.iterdir()):
+        file.replace(folder / file.name)
+    for other in list(folder.iterdir()):
+        if other.is_dir():
+            shutil.rmtree(other)
+
+
+def _other_base(kept: Measured, bases: Sequence[str], saved: SavedAdapter) -> tuple[str, ...]:
+    """The way out of a failed gate that a forced choice of the base leaves."""
+    if saved.quantization is None or len(bases) > 1:
+        return ()
+    other = ORIGINAL if kept.onto == TRAINED else TRAINED
+    return (f"merge onto the {other} base (--onto auto tries both)",)
 
 
 @torch.no_grad()
@@ -247,21 +321,6 @@ def _evidence_notes(pairs: int) -> tuple[str, ...]:
     return (f"the gate saw {pairs} held-out pairs only, which may miss what a merge broke; give more by --pairs",)
 
 
-def _base_notes(saved: SavedAdapter) -> tuple[str, ...]:
-    if saved.quantization is None:
-        return ()
-    inputs = (
-        " In training on a GPU an int8 layer also rounds its inputs to 8 bits, which no merged model does: the drift"
-        " counts that."
-    )
-    return (
-        f"The adapter was trained on the base quantised to {saved.quantization}, so it was merged into those weights"
-        " de-quantised again (what training saw), not into the original ones."
-        + inputs
-        * (saved.quantization == "int8"),
-    )
-
-
 def _check_mergeable(saved: SavedAdapter) -> None:
     """Refuse what is more than a delta of linear weights, by the compatibility table's word for it."""
     more = sorted(features(saved.config) - MERGES)
@@ -273,26 +332,13 @@ def _check_mergeable(saved: SavedAdapter) -> None:
 
 
 def _check_request(dtype: str | None, gate_dtype: str, max_drift: float) -> None:
-    for option, value in (("--dtype", dtype), ("--gate-dtype", gate_dtype)):
-        if value is not None and value not in DTYPES:
-            raise InputError(
-                f"{option} {value!r}: choose {' or '.join(DTYPES)} (float16 overflows on weights of either)."
-            )
+    for option, value, known in (("--dtype", dtype, DTYPES), ("--gate-dtype", gate_dtype, GATE_DTYPES)):
+        if value is not None and value not in known:
+            raise InputError(f"{option} {value!r}: choose one of {', '.join(known)}.")
     if not 0 < max_drift < 1:
         raise InputError(
             f"--max-drift {max_drift!r}: give the share of the learned effect that may be lost, in (0, 1)."
         )
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            "the model does not fit the GPU's memory. Gate in half of it with --gate-dtype bfloat16, or "
-            "merge on the CPU by setting CUDA_VISIBLE_DEVICES to nothing."
-        ) from error
 
 
 def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
@@ -304,19 +350,20 @@ def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
     return own
 
 
-def _live_logps(saved: SavedAdapter, pairs: Sequence[TokenizedPair], dtype: str) -> tuple[PairLogps, PairLogps, str]:
-    """Log-probs with the adapter on and off, and the layout that the model computes right in."""
-    policy = open_adapter(saved, dtype=dtype)
-    check_length(causal_lm(policy), max(pair.longest for pair in pairs))
-    layout = choose_layout(policy, "auto").layout
-    run = partial(pair_logps, pairs=pairs, device=policy.device, collator=PairCollator(layout))
-    return run(partial(sequence_logps, policy)), run(DisabledAdapterReference(policy).logps), layout
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What `write_merged` wrote: survival per layer, whether head and embeddings are one tensor, remarks."""
+
+    survival: tuple[LayerSurvival, ...]
+    tied: bool
+    notes: tuple[str, ...] = ()
 
 
-def _write_model(
-    saved: SavedAdapter, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
-) -> tuple[tuple[LayerSurvival, ...], bool]:
-    """Merge and save into `folder`; also whether output head and embeddings are one tensor."""
+def write_merged(saved: SavedAdapter, folder: Path, *, onto: str, original: str | None, dtype: str) -> Written:
+    """Merge and save into `folder`."""
+    if onto == ORIGINAL:
+        revision = saved.revision if original is None else None
+        saved = replace(saved, base=original or saved.base, revision=revision, dtype="float32", quantization=None)
     policy = open_adapter(saved, dtype=saved.dtype if saved.quantization is None else "float32")  # what it rounds to
     survival = fold(policy, getattr(torch, dtype))
     model = policy.unload()
@@ -325,9 +372,7 @@ def _write_model(
     stated = read_config(saved.base, saved.revision).get_text_config()
     model.config.get_text_config().use_cache = getattr(stated, "use_cache", True)  # training's is off
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _copy_processors(saved, folder)
-    return survival, _is_tied(model)
+    return Written(survival, is_tied(model))
 
 
 def _copy_processors(saved: SavedAdapter, folder: Path) -> None:
@@ -338,37 +383,16 @@ def _copy_processors(saved: SavedAdapter, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def _reloaded_logps(
-    folder: Path, pairs: Sequence[TokenizedPair], dtype: str, gate_dtype: str, tied: bool, layout: str
-) -> tuple[PairLogps, PairLogps | None]:
-    """Log-probs of the written files in the gate's arithmetic and, where that is finer, in their own."""
-    model = load_base(str(folder), dtype=dtype)
-    if _is_tied(model) != tied:
-        raise InputError(
-            "output head and embeddings are tied in the base, but not in the merged model, or the reverse."
-        )
-    choose_layout(model.eval(), layout)
-    run = partial(pair_logps, partial(sequence_logps, model), pairs, device=model.device, collator=PairCollator(layout))
-    served = run() if (dtype, gate_dtype) == ("bfloat16", "float32") else None
-    cast_parameters(model, getattr(torch, gate_dtype))
-    return run(), served
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def _lineage(saved: SavedAdapter) -> Lineage:
-    """The adapter's lineage, with the adapter itself as the last parent."""
-    name, digest = saved.folder.resolve().name, sha256(saved.folder / WEIGHTS_FILE)
-    if saved.lineage is not None:
-        parents = (*saved.lineage.parents, saved.lineage.stage(name, digest, MERGED))
-        return replace(saved.lineage, parents=parents, lorafocal="")
-    base = BaseIdentity(**base_fingerprint(saved.base, revision=saved.revision))  # type: ignore[arg-type]  # only the revision is None
-    made = base_lineage(saved.base, saved.revision)
-    before, origin = ((), None) if made is None else (made.parents, made.first_base)
-    parents = (*before, Stage(name, digest))
-    return Lineage(base, objective=None, steps=0, pairs_seen=0, reference=None, parents=parents, origin=origin)
+def _lineage(saved: SavedAdapter, onto: str, original: str | None) -> Lineage:
+    """The adapter's lineage with the adapter itself as the last parent; its base is what it was merged into."""
+    before = lineage_of_saved(saved)
+    stage = before.stage(saved.folder.resolve().name, sha256(saved.folder / WEIGHTS_FILE), MERGED)
+    lineage = replace(before, parents=(*before.parents, stage), lorafocal="")
+    if onto == TRAINED:
+        return lineage
+    if original is not None:
+        lineage = replace(lineage, base=BaseIdentity(**base_fingerprint(original)))  # type: ignore[arg-type]
+    return replace(lineage, quantization=None)
 
 
 def _write_papers(folder: Path, lineage: Lineage, report: MergeReport) -> None:
@@ -377,7 +401,7 @@ def _write_papers(folder: Path, lineage: Lineage, report: MergeReport) -> None:
     card = merged_card(
         lineage,
         dtype=report.dtype,
-        gate=report.gate.table(),
+        gate=report.gate_table(),
         survival=survival_table(report.survival, report.dtype),
         notes=report.notes,
     )
