@@ -135,7 +135,8 @@ class Session:
         with Screen(self._console) as screen, stop.watching():
             screen.show(self._answers(streams, finished=False))
             for _ in in_turn([(stream, voice.state) for stream, voice in zip(streams, partner.voices, strict=True)]):
-                screen.show(self._answers(streams, finished=False))
+                if screen.due:
+                    screen.show(self._answers(streams, finished=False))
                 if stop.heard is not None:
                     break
             screen.show(self._answers(streams, finished=True))

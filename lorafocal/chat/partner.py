@@ -95,7 +95,7 @@ def _end_of_turn(renderer: Renderer) -> int | None:
         return None
     text = cut_after_turn(text, renderer)
     token = next((token for token in renderer.control_tokens if text.endswith(token)), None)
-    return None if token is None else int(renderer.tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+    return None if token is None else int(renderer.tokenizer.convert_tokens_to_ids(token))
 
 
 def meet(target: Path, *, base: str | None = None) -> Partner:

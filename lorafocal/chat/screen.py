@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+REDRAW_S = 0.05  # decoding and drawing at every token would slow a fast model down
 NARROWEST = 40  # columns of the terminal: two answers in less are hard to read
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for a part of a character's bytes
 
@@ -55,7 +57,7 @@ class Columns:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         count = len(self._answers)
         width = (options.max_width - 3 * (count - 1)) // count
-        columns = [Text(answer.text).wrap(console, width) for answer in self._answers]
+        columns = [list(Text(answer.text).wrap(console, width)) for answer in self._answers]
         room = console.size.height - 4  # title, rule, ending and the cursor's line
         if self._live:
             columns = [lines[-max(room, 1) :] for lines in columns]
@@ -70,11 +72,12 @@ class Columns:
 
 
 class Screen:
-    """Shows the answers to one prompt; a context manager, within which `show` may be called as often as one likes."""
+    """Shows the answers to one prompt, within its context: as they grow on a terminal, else once, when it ends."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last: Sequence[Answer] = ()
+        self._drawn_s = -REDRAW_S
         live = console.is_terminal and console.size.width >= NARROWEST
         self._display = Live(console=console, auto_refresh=False, transient=False) if live else None
 
@@ -83,10 +86,16 @@ class Screen:
             self._display.start()
         return self
 
+    @property
+    def due(self) -> bool:
+        """Whether somebody watches, and has seen the last drawing for a moment."""
+        return self._display is not None and time.monotonic() - self._drawn_s >= REDRAW_S
+
     def show(self, answers: Sequence[Answer]) -> None:
         self._last = answers
         if self._display is not None:
             self._display.update(Columns(answers, live=True), refresh=True)
+            self._drawn_s = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         if self._display is not None:
