@@ -30,6 +30,7 @@ from lorafocal.model.quantized import bitsandbytes_config, check_loaded, library
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SCALES = re.compile(r"(SCB|absmax|scales?|scale_inv)$")  # what quantised weights are multiplied by, in their files
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHARD = re.compile(r"(?!\.)[A-Za-z0-9._-]+\.safetensors")  # a bare name: no folder, no link up, no pickle
 
 
 def check_place(name: str) -> None:
@@ -65,8 +66,9 @@ def load_base(
     """A frozen base in train mode on the local device (the GPU of this rank where there is one).
 
     `quantization` is one of `model.quantized.QUANTIZATIONS`; a checkpoint that is quantised already is loaded as it is.
-    Raises InputError for an unknown dtype (fp16 among them), a base that is missing, quantised otherwise, no causal
-    model, needs remote code or has other values than `shape` (a config's `model.shape`) states.
+    Raises InputError for an unknown dtype (fp16 among them), a base that is missing, pickled, quantised otherwise, no
+    causal model, needs remote code or has other values than `shape` (a config's `model.shape`) states, for one whose
+    index leads out of its folder, before anything there is read, and for one that carries an adapter.
     """
     if dtype not in DTYPES:
         raise InputError(
@@ -77,6 +79,8 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         check_shape(config, shape or {})
+        weight_names(name, revision)
+        _check_no_adapter(name, revision)
         stored = prequantized(config, name)
         plan = planned(quantization, stored, name)
         how = {} if plan == stored else {"quantization_config": bitsandbytes_config(str(plan), DTYPES[dtype])}
@@ -253,20 +257,56 @@ def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str
 
 
 def weight_files(name: str, revision: str | None) -> list[Path]:
-    """The safetensors files of a model: one, or those its index names (bare names only)."""
-    single = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if single is not None:
-        return [Path(single)]
-    index = cached_file(
-        name, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
-    )
+    """The safetensors files of a model, on this machine. Raises InputError as `weight_names`, and where one lacks."""
+    files = {file: _file(name, file, revision) for file in weight_names(name, revision)}
+    if absent := [file for file, path in files.items() if path is None]:
+        raise InputError(f"{name} lacks {absent[0]}, which its index names: download it again")
+    return [path for path in files.values() if path is not None]
+
+
+def weight_names(name: str, revision: str | None) -> list[str]:
+    """The names of a model's safetensors files: one, or those its index names.
+
+    Raises InputError where there is none (pickles are never read: they may run code), and where the index names
+    anything but safetensors files beside itself: transformers follows it out of the folder.
+    """
+    if _file(name, "model.safetensors", revision) is not None:
+        return ["model.safetensors"]
+    index = _file(name, "model.safetensors.index.json", revision)
     if index is None:
-        raise InputError(f"{name} has no safetensors weights; convert them with `save_pretrained` first")
-    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    outside = [shard for shard in shards if Path(shard).name != shard]
+        raise InputError(
+            f"{name} has no safetensors weights, and no others are read: a pickle (.bin, .pt) may run code when it is"
+            " opened. Look for the same model in safetensors, or convert it in a sandbox (a container without network"
+            " and without your files) by `AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)`"
+        )
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [shard for shard in shards if not _SHARD.fullmatch(shard)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{name}: {index.name} is no index of safetensors files ({error}): download it again"
+        ) from error
     if outside:
-        raise InputError(f"{name}: its weight index points outside its folder ({outside[0]}); do not use this model")
-    return [Path(str(cached_file(name, shard, revision=revision))) for shard in shards]
+        raise InputError(
+            f"{name}: its weight index points outside its folder, or at something else than safetensors"
+            f" ({outside[0]!r}); do not use this model"
+        )
+    return shards
+
+
+def _check_no_adapter(name: str, revision: str | None) -> None:
+    """Refuse a base with an adapter in its folder (row 52): transformers would load both, and call that the base."""
+    if _file(name, "adapter_config.json", revision) is not None:
+        raise InputError(
+            f"{name} holds a model and an adapter (adapter_config.json) in one place, so that it is not clear which is"
+            " meant: move the adapter's files into a folder of their own"
+        )
+
+
+def _file(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a folder or of a hub's model, downloaded if need be; None where there is none of that name."""
+    found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _file_sha256(file: Path) -> str:

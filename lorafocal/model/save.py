@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.lineage import Lineage
 from lorafocal.model.adapters import features
+from lorafocal.model.serving import serving_section
 from lorafocal.model.starts import plain_adapter
 from lorafocal.tensor_files import check_saved
 
@@ -29,13 +30,18 @@ def save_adapter(
     lineage (a base from nowhere) there is no card either.
 
     It loads anywhere on the base as it was before any start (`model.starts.plain_adapter`), which is named by hub id or
-    by its folder's last name: a path of this machine is never written.
+    by its folder's last name: a path of this machine is never written. A hub's base is named with its commit, which
+    `AutoPeftModelForCausalLM` then loads. The card says what vLLM and llama.cpp would refuse or misread.
     Raises InputError where a tensor is missing, empty, not finite or reads back differently.
     """
     name = policy.active_adapter
     own = policy.peft_config[name]
     plain, state = plain_adapter(policy)
-    policy.peft_config[name] = replace(plain, base_model_name_or_path=_public_name(own.base_model_name_or_path))
+    base, revision = (
+        _public_name(own.base_model_name_or_path),
+        own.revision if lineage is None else lineage.base.revision,
+    )
+    policy.peft_config[name] = replace(plain, base_model_name_or_path=base, revision=revision)
     try:
         policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=state)
         _flatten(folder, name)
@@ -47,7 +53,7 @@ def save_adapter(
     if lineage is not None:
         lineage.write(folder)
         card = adapter_card(lineage, results, adapter=_in_words(plain))
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        (folder / CARD_FILE).write_text(card + serving_section(plain), encoding="utf-8")
 
 
 def _in_words(config: LoraConfig) -> str:

@@ -25,6 +25,7 @@ from lorafocal.lineage import COMBINED, BaseIdentity, Lineage
 from lorafocal.model.adapters import features
 from lorafocal.model.load import base_fingerprint
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held
+from lorafocal.model.serving import serving_section
 from lorafocal.publish import sha256
 from lorafocal.tensor_files import check_saved, read_tensors
 
@@ -70,7 +71,8 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     check_saved(folder / WEIGHTS_FILE, tensors)
     lineage.write(folder)
-    (folder / CARD_FILE).write_text(adapter_card(lineage, adapter=f"lora of rank {rank}, alpha {rank}"), "utf-8")
+    card = adapter_card(lineage, adapter=f"lora of rank {rank}, alpha {rank}") + serving_section(config)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
 

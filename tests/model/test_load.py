@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM, T5Config, T5ForConditionalGeneration
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
@@ -71,9 +72,31 @@ def test_a_model_that_does_not_continue_text_is_refused_by_type(tmp_path):
         load_base(str(tmp_path / "t5"))
 
 
-def test_pickled_weights_are_not_read(saved):
+@pytest.mark.row("S2")
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(saved, monkeypatch):
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    with pytest.raises(InputError, match="safetensors"):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("opened"))
+    for read in (load_base, base_fingerprint):
+        with pytest.raises(InputError, match=r"no safetensors weights.* convert it in a sandbox .*save_pretrained"):
+            read(str(saved))
+
+
+@pytest.mark.row("S2")
+def test_only_safetensors_are_asked_for_even_where_pickles_lie_beside_them(saved, monkeypatch):
+    (saved / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    asked = {}
+    loader = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.update(k) or loader(*a, **k))
+    load_base(str(saved))
+    assert asked["use_safetensors"] is True
+    assert "trust_remote_code" not in asked
+
+
+@pytest.mark.row("52")
+def test_a_base_with_an_adapter_in_its_folder_is_refused(saved):
+    """transformers loads both without a word, and the adapter is then taken for the base."""
+    (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(InputError, match=r"adapter_config\.json.*folder of their own"):
         load_base(str(saved))
 
 
@@ -88,23 +111,43 @@ def test_the_fingerprint_is_a_name_without_a_path_and_changes_with_one_byte(save
     assert base_fingerprint(str(saved))["sha256"] != before["sha256"]
 
 
-def test_shards_are_part_of_the_fingerprint_and_may_not_lie_outside(tmp_path):
+def test_shards_are_part_of_the_fingerprint(saved, tmp_path):
     tiny_base().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     shards = sorted((tmp_path / "sharded").glob("model-*.safetensors"))
     assert len(shards) > 1
-    before = base_fingerprint(str(tmp_path / "sharded"))
-    assert before != base_fingerprint(str(_single(tmp_path)))
-    index = tmp_path / "sharded" / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"][next(iter(content["weight_map"]))] = "../../evil.safetensors"
-    index.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="outside its folder"):
+    load_base(str(tmp_path / "sharded"))
+    assert base_fingerprint(str(tmp_path / "sharded")) != base_fingerprint(str(saved))
+    shards[1].unlink()
+    with pytest.raises(InputError, match=shards[1].name):
         base_fingerprint(str(tmp_path / "sharded"))
 
 
-def _single(folder):
-    tiny_base().save_pretrained(folder / "single")
-    return folder / "single"
+EVIL_SHARDS = [
+    *("../evil.safetensors", "../../evil.safetensors", "sub/evil.safetensors", "./evil.safetensors", ".safetensors"),
+    *("/evil.safetensors", "..\\evil.safetensors", "C:\\evil.safetensors", "~/evil.safetensors", ".evil.safetensors"),
+    *("", ".", "..", "evil.bin", "evil.pt", "evil.safetensors.bin", "evil.safetensors\n", "evil\0.safetensors"),
+    *("e vil.safetensors", "évil.safetensors", "$HOME.safetensors", "%2e%2e%2fevil.safetensors", None, 7, ["a"], {}),
+]
+
+
+@pytest.mark.row("S9", "S2")
+def test_an_index_that_leads_elsewhere_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    tiny_base().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    save_file({"evil": torch.ones(2)}, tmp_path / "evil.safetensors")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("read"))
+    first = next(iter(content["weight_map"]))
+    for evil in EVIL_SHARDS:
+        content["weight_map"][first] = evil
+        index.write_text(json.dumps(content))
+        for read in (load_base, base_fingerprint):
+            with pytest.raises(InputError, match=r"outside its folder|is no index"):
+                read(str(tmp_path / "base"))
+    for broken in ("{", "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(broken)
+        with pytest.raises(InputError, match="is no index"):
+            load_base(str(tmp_path / "base"))
 
 
 @pytest.mark.row("46")
