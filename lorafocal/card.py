@@ -3,7 +3,8 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -14,12 +15,24 @@ from lorafocal.objectives import OBJECTIVES
 CARD_FILE = "README.md"
 _TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 _QUANTIZED = _TRANSFORMERS + ", BitsAndBytesConfig"
+_NOT_QUALITY = "The numbers above compare this model with its adapter; they do not say how good it is."
+_VERIFYING = (
+    "`python verify.py` (torch and transformers, nothing else) compares every file with `manifest.json`, computes the"
+    " log-probs of the {pairs} held-out pairs again and applies the gate. It shows that these weights do what was"
+    " measured; it cannot show who measured: compare the digest that it prints with the one that was announced."
+)
 
 
-def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None, *, adapter: str = "LoRA") -> str:
+def adapter_card(
+    lineage: Lineage,
+    results: Mapping[str, float] | None = None,
+    *,
+    adapter: str = "LoRA",
+    run: Mapping[str, Any] | None = None,
+) -> str:
     """Card of an adapter; `results` are measured numbers to print, e.g. held-out metrics by name.
 
-    `adapter` says what it is, such as "DoRA of rank 8".
+    `adapter` says what it is, such as "DoRA of rank 8". `run` is the manifest of the run that trained it.
     """
     name, quantization = lineage.base.name, lineage.quantization
     base = f'"{name}", revision="{lineage.base.revision}"' if lineage.base.revision else f'"{name}"'
@@ -28,57 +41,171 @@ def adapter_card(lineage: Lineage, results: Mapping[str, float] | None = None, *
     held = "" if lineage.dtype is None else f', dtype="{lineage.dtype}"'
     if quantization is not None:
         held += f", quantization_config={_bitsandbytes_config(quantization, lineage.dtype or 'bfloat16')}"
-    return (
-        "\n\n".join(
-            [
-                _front_matter(lineage, library="peft", relation="adapter"),
-                f"# LoRA adapter for {name}",
-                _origin(lineage, adapter),
-                _results(results),
-                _loading(
-                    "from peft import PeftModel\n" + (_QUANTIZED if quantization else _TRANSFORMERS),
-                    f"base = AutoModelForCausalLM.from_pretrained({base}{held})\n"
-                    'model = PeftModel.from_pretrained(base, "THIS_ADAPTER")\n'
-                    f"tokenizer = AutoTokenizer.from_pretrained({base})",
-                ),
-                _limits(
-                    lineage,
-                    *_trained_on(quantization),
-                    "The adapter fits this base only; `lorafocal.json` has the digest of its weights.",
-                ),
-            ]
-        )
-        + "\n"
+    return _card(
+        _front_matter(lineage, library="peft", relation="adapter"),
+        f"# LoRA adapter for {name}",
+        _origin(lineage, adapter),
+        _results(results),
+        *_training(run),
+        _loading(
+            "from peft import PeftModel\n" + (_QUANTIZED if quantization else _TRANSFORMERS),
+            f"base = AutoModelForCausalLM.from_pretrained({base}{held})\n"
+            'model = PeftModel.from_pretrained(base, "THIS_ADAPTER")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({base})",
+        ),
+        _limits(
+            lineage,
+            *_trained_on(quantization),
+            "The adapter fits this base only; `lorafocal.json` has the digest of its weights.",
+        ),
     )
 
 
-def merged_card(lineage: Lineage, *, dtype: str, gate: str, survival: str, notes: tuple[str, ...] = ()) -> str:
-    """Card of a merged model; `gate` and `survival` are the tables of the merge report."""
-    name = lineage.base.name
-    return (
-        "\n\n".join(
-            [
-                _front_matter(lineage, library="transformers", relation="finetune"),
-                f"# {name}, merged with a {'preference' if _of_preferences(lineage) else 'fine'}-tuned LoRA adapter",
-                _origin(lineage),
-                f"Weights were merged in float32 and stored in {dtype}.",
-                "## Does it do what the adapter did?",
-                f"```text\n{gate}\n```",
-                f"```text\n{survival}\n```",
-                _loading(
-                    _TRANSFORMERS,
-                    f'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="{dtype}")\n'
-                    'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
-                ),
-                _limits(
-                    lineage,
-                    *notes,
-                    "The numbers above compare this model with its adapter; they do not say how good it is.",
-                ),
-            ]
-        )
-        + "\n"
+def merged_card(
+    lineage: Lineage,
+    *,
+    dtype: str,
+    gate: str,
+    survival: str,
+    notes: tuple[str, ...] = (),
+    run: Mapping[str, Any] | None = None,
+) -> str:
+    """Card of a merged model; `gate` and `survival` are the tables of the merge report, `run` the run's manifest."""
+    return _card(
+        _front_matter(lineage, library="transformers", relation="finetune"),
+        f"# {_merged_title(lineage)}",
+        _origin(lineage),
+        *_measured(dtype, gate, survival),
+        *_training(run),
+        _loading(
+            _TRANSFORMERS,
+            f'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="{dtype}")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
+        ),
+        _limits(
+            lineage,
+            *notes,
+            _NOT_QUALITY,
+        ),
     )
+
+
+def bundle_card(
+    lineage: Lineage,
+    *,
+    dtype: str,
+    gate: str,
+    survival: str,
+    pairs: int,
+    notes: tuple[str, ...] = (),
+    run: Mapping[str, Any] | None = None,
+) -> str:
+    """Card of a release bundle: the merged model with its adapter, and how a stranger checks both."""
+    return _card(
+        _front_matter(lineage, library="transformers", relation="finetune"),
+        f"# {_merged_title(lineage)}",
+        "`merged/` is the model, `adapter/` what it was made of. " + _VERIFYING.format(pairs=pairs),
+        _origin(lineage),
+        *_measured(dtype, gate, survival),
+        *_training(run),
+        _loading(
+            _TRANSFORMERS,
+            f'model = AutoModelForCausalLM.from_pretrained("THIS_BUNDLE/merged", dtype="{dtype}")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_BUNDLE/merged")',
+        ),
+        _limits(lineage, *notes, _NOT_QUALITY),
+    )
+
+
+def compressed_card(
+    lineage: Lineage,
+    *,
+    title: str,
+    loading: str,
+    measured: Mapping[str, str],
+    notes: Sequence[str] = (),
+    run: Mapping[str, Any] | None = None,
+) -> str:
+    """Card of a merged model that was then stored in fewer bits or another format.
+
+    `title` names the format; `loading` is Python, or a command; `measured` are tables by their headings.
+    """
+    tables = [f"## {heading}\n\n```text\n{table}\n```" for heading, table in measured.items()]
+    return _card(
+        _front_matter(lineage, library="transformers", relation="quantized"),
+        f"# {_merged_title(lineage)}: {title}",
+        _origin(lineage),
+        *tables,
+        *_training(run),
+        f"## Loading\n\n{loading}",
+        _limits(lineage, *notes, _NOT_QUALITY),
+    )
+
+
+def _card(*parts: str) -> str:
+    return "\n\n".join(parts) + "\n"
+
+
+def _merged_title(lineage: Lineage) -> str:
+    kind = "preference" if _of_preferences(lineage) else "fine"
+    return f"{lineage.base.name}, merged with a {kind}-tuned LoRA adapter"
+
+
+def _measured(dtype: str, gate: str, survival: str) -> list[str]:
+    return [
+        f"Weights were merged in float32 and stored in {dtype}.",
+        "## Does it do what the adapter did?",
+        f"```text\n{gate}\n```",
+        f"```text\n{survival}\n```",
+    ]
+
+
+def _training(run: Mapping[str, Any] | None) -> list[str]:
+    """Data and recipe from a run's manifest, without any value that could be a path; nothing where there is none."""
+    if not run:
+        return []
+    return [_data(run.get("data") or {}), _recipe(run)]
+
+
+def _data(parts: Mapping[str, Any]) -> str:
+    rows = ["| part | sources | pairs read | used | left out | tokens, sha256 |", "|---|---|--:|--:|---|---|"]
+    for name, part in parts.items():
+        sources = part["sources"]
+        named = ", ".join(f"{source['name']} ({source['form']})" for source in sources)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in part["left_out"].items())
+        read = sum(source["pairs"] for source in sources)
+        cells = (name, named or "split off", read or "", part["pairs"], left_out or "none", part["tokens_sha256"])
+        rows.append(_row(*cells))
+    return "## Data\n\n" + "\n".join(rows)
+
+
+def _recipe(run: Mapping[str, Any]) -> str:
+    config = run.get("config") or {}
+    settings = {
+        f"{section}.{key}": value
+        for section in ("adapter", "data", "training", "packing")
+        for key, value in (config.get(section) or {}).items()
+        if key not in ("train", "eval", "start_from") and _public(value)
+    }
+    settings |= {f"version of {name}": value for name, value in (run.get("versions") or {}).items() if value}
+    if run.get("hardware"):
+        settings["hardware"] = run["hardware"]
+    rows = [_row(key, value if isinstance(value, str) else json.dumps(value)) for key, value in settings.items()]
+    return "## Recipe\n\n| setting | value |\n|---|---|\n" + "\n".join(rows)
+
+
+def _public(value: Any) -> bool:
+    """Whether a setting is a plain value that names no place: paths stay at home (row 51)."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(item, str | int | float) and _public(item) for item in value)
+    if isinstance(value, str):
+        return not any(mark in value for mark in ("/", "\\", "~"))
+    return isinstance(value, bool | int | float)
+
+
+def _row(*cells: object) -> str:
+    """One row of a table: what a name holds must not end its cell or its line."""
+    return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
 
 
 def _front_matter(lineage: Lineage, *, library: str, relation: str) -> str:

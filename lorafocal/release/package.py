@@ -1,0 +1,68 @@
+"""An adapter as others take it: PEFT's files, the tokenizer with its template, card and lineage, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from lorafocal.card import CARD_FILE, adapter_card
+from lorafocal.errors import InputError
+from lorafocal.model.adapters import features
+from lorafocal.model.load import load_tokenizer
+from lorafocal.model.saved import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
+from lorafocal.release.combine import combine, lineage_of_saved
+from lorafocal.run import MANIFEST_FILE
+from lorafocal.tensor_files import read_tensors
+
+
+def package_adapter(adapters: Sequence[SavedAdapter], weights: Sequence[float] | None, folder: Path) -> Path:
+    """Fill the empty `folder` with one adapter: a copy of the only one, or several combined by `weights`.
+
+    Its base is named by hub id or by its folder's last name, whatever the adapter's own file says, and the copy holds
+    no file that is not named here: no state, no data, no optimiser. Returns `folder`.
+
+    Raises InputError for tensors that are not finite, and for what `combine` refuses.
+    """
+    if len(adapters) == 1 and weights is None:
+        _copy(adapters[0], folder)
+    else:
+        combine(adapters, weights if weights is not None else [1.0] * len(adapters), folder)
+    load_tokenizer(adapters[0].base, adapters[0].revision).save_pretrained(folder)
+    return folder
+
+
+def run_manifest(saved: SavedAdapter) -> Mapping[str, Any] | None:
+    """The manifest of the run that an adapter lies in; None for one that lies elsewhere, or an unreadable manifest.
+
+    Read leniently: a card goes without what is not there.
+    """
+    try:
+        found = json.loads((saved.folder.resolve().parent / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def in_words(config: LoraConfig) -> str:
+    """What an adapter is: "lora, dora of rank 8, alpha 16"."""
+    kind = ", ".join(sorted(features(config), key=lambda word: (word != "lora", word)))
+    return f"{kind} of rank {config.r}, alpha {config.lora_alpha:g}"
+
+
+def _copy(saved: SavedAdapter, folder: Path) -> None:
+    lineage = lineage_of_saved(saved)
+    for name, tensor in read_tensors(saved.folder / WEIGHTS_FILE).items():
+        if tensor.numel() == 0 or not tensor.isfinite().all():
+            raise InputError(f"{saved.folder / WEIGHTS_FILE}: {name} is empty or not finite: export another checkpoint")
+    record = json.loads((saved.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    record |= {"base_model_name_or_path": lineage.base.name, "revision": lineage.base.revision}
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.copyfile(saved.folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    lineage.write(folder)
+    card = adapter_card(lineage, adapter=in_words(saved.config), run=run_manifest(saved))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
