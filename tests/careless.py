@@ -417,3 +417,53 @@ def whatever_was_computed(store: Any, scores: Any) -> Any:
     content = save(_tensors(scores, store.context))
     store.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(store.folder / f"part-{sha256(content).hexdigest()}.safetensors", content)
+
+
+def one_cache_for_all_streams(original: Any) -> Any:
+    """Row 6: what was computed with the adapter on is also what the next token with it off attends to."""
+    shared: dict[str, Any] = {}
+
+    def next_logits(stream: Any) -> Any:
+        if stream.ids:
+            stream._cache = shared["cache"]
+        logits = original(stream)
+        shared["cache"] = stream._cache
+        return logits
+
+    return next_logits
+
+
+def switched_for_the_prompt_only(turns: Any) -> Any:
+    """Row 6: the adapter is off while the prompt is read, and on again when the answer is drawn."""
+    for stream, state in turns:
+        with state():
+            stream.step()
+    while not all(stream.done for stream, _ in turns):
+        for stream, _ in turns:
+            if not stream.done:
+                stream.step()
+                yield
+
+
+def weights_on_both_factors(original: Any) -> Any:
+    """Row 5: the weight of an adapter on A and B apart acts squared, so that -1 adds what it should take away."""
+
+    def concatenated(parts: Any, weights: Any) -> Any:
+        weighted = [
+            {name: replace(one, a=one.a * weight, b=one.b * weight) for name, one in part.items()}
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+        return original(weighted, [1.0] * len(weights))
+
+    return concatenated
+
+
+def index_at_its_word(name: str, revision: str | None) -> list[str]:
+    """S9: transformers opens whatever a weight index names, wherever it lies."""
+    import json
+    from pathlib import Path
+
+    index = Path(name) / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    return sorted(map(str, json.loads(index.read_text())["weight_map"].values()))

@@ -52,11 +52,11 @@ def save_adapter(
     (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's card knows nothing of this run
     if lineage is not None:
         lineage.write(folder)
-        card = adapter_card(lineage, results, adapter=_in_words(plain))
+        card = adapter_card(lineage, results, adapter=in_words(plain))
         (folder / CARD_FILE).write_text(card + serving_section(plain), encoding="utf-8")
 
 
-def _in_words(config: LoraConfig) -> str:
+def in_words(config: LoraConfig) -> str:
     """What an adapter is, as it is saved: "lora, dora of rank 8, alpha 16"."""
     kind = ", ".join(sorted(features(config), key=lambda word: (word != "lora", word)))
     return f"{kind} of rank {config.r}, alpha {config.lora_alpha:g}"

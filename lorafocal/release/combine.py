@@ -24,6 +24,7 @@ from lorafocal.errors import InputError
 from lorafocal.lineage import COMBINED, BaseIdentity, Lineage
 from lorafocal.model.adapters import features
 from lorafocal.model.load import base_fingerprint
+from lorafocal.model.save import in_words
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held
 from lorafocal.model.serving import serving_section
 from lorafocal.publish import sha256
@@ -71,7 +72,7 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     check_saved(folder / WEIGHTS_FILE, tensors)
     lineage.write(folder)
-    card = adapter_card(lineage, adapter=f"lora of rank {rank}, alpha {rank}") + serving_section(config)
+    card = adapter_card(lineage, adapter=in_words(config)) + serving_section(config)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
@@ -167,7 +168,7 @@ def _check_weights(adapters: Sequence[SavedAdapter], weights: Sequence[float]) -
 def _check_same_base(adapters: Sequence[SavedAdapter], lineages: Sequence[Lineage]) -> None:
     """Refuse adapters whose changes are of other weights: their sum would be of none."""
     seen = [
-        (f"weights of sha256 {lineage.base.sha256}", held(saved.quantization), saved.dtype)
+        (f"weights of sha256 {lineage.base.sha256}", held(saved.quantization), f"a base computing in {saved.dtype}")
         for saved, lineage in zip(adapters, lineages, strict=True)
     ]
     for saved, theirs in zip(adapters, seen, strict=True):
