@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.errors import InputError
-from lorafocal.model.adapters import features
+from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.load import load_tokenizer
+from lorafocal.model.save import in_words
 from lorafocal.model.saved import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
+from lorafocal.model.serving import serving_section
 from lorafocal.release.combine import combine, lineage_of_saved
+from lorafocal.report.read import METRICS_FILE
 from lorafocal.run import MANIFEST_FILE
 from lorafocal.tensor_files import read_tensors
 
@@ -36,22 +37,24 @@ def package_adapter(adapters: Sequence[SavedAdapter], weights: Sequence[float] |
     return folder
 
 
-def run_manifest(saved: SavedAdapter) -> Mapping[str, Any] | None:
-    """The manifest of the run that an adapter lies in; None for one that lies elsewhere, or an unreadable manifest.
+def run_manifest(adapter: Path) -> Mapping[str, Any] | None:
+    """The manifest of the run that an adapter folder lies in; None for one elsewhere, or an unreadable manifest.
 
     Read leniently: a card goes without what is not there.
     """
     try:
-        found = json.loads((saved.folder.resolve().parent / MANIFEST_FILE).read_bytes())
+        found = json.loads((adapter.resolve().parent / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
 
-def in_words(config: LoraConfig) -> str:
-    """What an adapter is: "lora, dora of rank 8, alpha 16"."""
-    kind = ", ".join(sorted(features(config), key=lambda word: (word != "lora", word)))
-    return f"{kind} of rank {config.r}, alpha {config.lora_alpha:g}"
+def merged_lineage(folder: Path) -> Lineage:
+    """The lineage of a model that `merge_adapter` wrote. Raises InputError where it is gone."""
+    found = lineage_of(folder)
+    if found is None:
+        raise InputError(f"{folder} has no {LINEAGE_FILE}: merge again")
+    return found
 
 
 def _copy(saved: SavedAdapter, folder: Path) -> None:
@@ -64,5 +67,15 @@ def _copy(saved: SavedAdapter, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(saved.folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     lineage.write(folder)
-    card = adapter_card(lineage, adapter=in_words(saved.config), run=run_manifest(saved))
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    card = adapter_card(lineage, _results(saved), adapter=in_words(saved.config), run=run_manifest(saved.folder))
+    (folder / CARD_FILE).write_text(card + serving_section(saved.config), encoding="utf-8")
+
+
+def _results(saved: SavedAdapter) -> dict[str, float]:
+    """The rewards of the run's last evaluation, which is that of its finished adapter; nothing where none is there."""
+    try:
+        lines = (saved.folder.resolve().parent / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        last = [json.loads(line) for line in lines if '"eval_loss"' in line][-1]
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {key: value for key, value in last.items() if key.startswith("eval_rewards/")}
