@@ -6,8 +6,7 @@ a right implementation from that: ours may be twice as far, since it rounds in a
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -36,15 +35,6 @@ MUST_TRAIN = [
     *((base, "lora", "disabled_adapter") for base in (*PROVED_WITH_LORA, "nf4 in bfloat16", "int8 in bfloat16")),
 ]
 assert {*ADAPTERS} == {*PROVED_ADAPTERS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _light_collections() -> Iterator[None]:
-    """accelerate collects garbage in every run: leave out what the libraries made before."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
