@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +90,8 @@ class Session:
     def talk(self, read: Callable[[str], str]) -> None:
         """Ask, answer, and again, until nothing more is asked."""
         if self._console.is_terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401 - `input` then edits lines and remembers them
             self.say("/help says what can be written here")
         while prompt := self._asked(read):
             try:
@@ -140,6 +144,8 @@ class Session:
                 if stop.heard is not None:
                     break
             screen.show(self._answers(streams, finished=True))
+        if stop.heard is signal.SIGTERM:
+            raise SystemExit(128 + stop.heard)
         if stop.heard is not None:
             raise KeyboardInterrupt
 
