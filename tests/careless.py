@@ -467,3 +467,9 @@ def index_at_its_word(name: str, revision: str | None) -> list[str]:
     if not index.is_file():
         return ["model.safetensors"]
     return sorted(map(str, json.loads(index.read_text())["weight_map"].values()))
+
+
+@contextmanager
+def changed_for_good(*owners: Any) -> Iterator[dict[Any, dict[str, Any]]]:
+    """Row 61: whatever a library does to the classes of another stays, in every model of the process."""
+    yield {owner: dict(vars(owner)) for owner in owners}

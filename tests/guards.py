@@ -224,6 +224,10 @@ GUARDS: list[Guard] = [
     Guard("35", "lorafocal.caching:_tensor_sha256", careless.shapes_of_the_weights, "tests/test_caching.py::test_every_tensor_of_the_base_counts"),
     Guard("35", "lorafocal.caching:spot_check", lambda _: careless.no_spot_check, "tests/test_cached_training.py::test_one_perturbed_value_stops_the_run"),
     Guard("34", "lorafocal.reference:build_reference", lambda _: careless.live_although_stored, "tests/test_cached_training.py::test_training_and_evaluation_run_no_reference_forward"),
+    # a base through unsloth
+    Guard("S11", "lorafocal.model.backends.unsloth:_private_folder", lambda _: lambda: "unsloth_compiled_cache", "tests/model/backends/test_unsloth.py::test_code_planted_in_the_working_directory_is_not_imported"),
+    Guard("61", "lorafocal.model.backends.unsloth:left_as_found", lambda _: careless.changed_for_good, "tests/model/backends/test_unsloth.py::test_packs_are_passed_over_and_padded_rows_give_the_same_log_probs_in_fp32"),
+    Guard("61", "lorafocal.model.backends.unsloth:check_rotations", lambda _: lambda *a: None, "tests/model/backends/test_unsloth.py::test_rotations_that_were_left_uninitialised_are_refused"),
     # several adapters, bases and names from strangers
     Guard("5", "lorafocal.release.combine:concatenated", careless.weights_on_both_factors, "tests/release/test_combine.py::test_a_negative_weight_subtracts"),
     Guard("S13 9", "lorafocal.release.combine:_check_same_base", lambda _: lambda *a: None, "tests/release/test_combine.py::test_adapters_of_another_base_dtype_or_quantisation_are_refused_by_name"),

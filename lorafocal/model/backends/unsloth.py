@@ -22,7 +22,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # with forwards by hand, and embeddings that nothing is done to
 ROTATIONS = ("default", "llama3")  # that unsloth computes as transformers does
+PROBED = 64  # tokens that the probes of a layout need room for
 CODE_FOLDER = "UNSLOTH_COMPILE_LOCATION"  # where it writes Python files that it imports again
 SETTINGS = {
     "UNSLOTH_DISABLE_STATISTICS": "1",  # no download that only counts users
@@ -57,7 +58,7 @@ def start() -> ModuleType:
     Raises InputError where unsloth is missing or finds no GPU, and where it comes too late: imported before with its
     folder in the working directory, or after a library that it changes.
     """
-    if "unsloth" in sys.modules:
+    if sys.modules.get("unsloth") is not None:
         if os.environ.get(CODE_FOLDER) not in _folders:
             _too_late("it was imported before, and takes code from the working directory")
         return sys.modules["unsloth"]
@@ -119,6 +120,7 @@ def load(
 
     tokenizer = load_tokenizer(name, revision)
     config, plan, how = _planned(name, revision, dtype, quantization, max_length, shape or {})
+    room = min(config.max_position_embeddings, max(max_length, PROBED))
     weight_files(name, revision)  # safetensors, none of them outside the model's folder
     code = sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__]
     classes = [value for value in vars(code).values() if isinstance(value, type) and value.__module__ == code.__name__]
@@ -129,7 +131,7 @@ def load(
                     model_name=name,
                     revision=revision,
                     use_exact_model_name=True,  # never a quantised copy of another place
-                    max_seq_length=max_length,
+                    max_seq_length=room,
                     dtype=DTYPES[dtype],
                     load_in_4bit=False,  # `quantization_config` says how, or the checkpoint does
                     device_map={"": local_device()},
@@ -145,11 +147,12 @@ def load(
             raise InputError(f"model.backend: unsloth does not load {name} ({_said(error)}). {_ELSEWHERE}") from error
         keep_forwards(model, found)
     restore_embeddings(model, name, revision)
+    check_rotations(model, classes)
     model.requires_grad_(False)
     model.config.use_cache = False
     settle(model)
     check_loaded(model, quantization=plan, dtype=DTYPES[dtype])
-    refuse_what_it_would_do(model, max_length)
+    refuse_what_it_would_do(model, room)
     return model.train(), tokenizer
 
 
@@ -246,15 +249,33 @@ def restore_embeddings(model: Any, name: str, revision: str | None) -> None:
     )
 
 
-def refuse_what_it_would_do(model: Any, max_length: int) -> None:
+def check_rotations(model: Any, classes: Iterable[type]) -> None:
+    """Hold the frequencies of unsloth's rotations against those of the family's own class, one of `classes`.
+
+    transformers makes models without memory at first, and fills in what it knows by its classes' names: in an
+    exchanged one, frequencies may be left as whatever was there. Raises InputError.
+    """
+    import torch
+
+    [own] = [kind for kind in classes if kind.__name__.endswith("RotaryEmbedding")]
+    wanted = own(config=model.config).inv_freq
+    held = getattr(model.get_decoder().rotary_emb, "inv_freq", None)
+    if held is None or not torch.allclose(held.float().cpu(), wanted.float().cpu(), rtol=1e-3):
+        raise InputError(
+            f"model.backend: unsloth's rotations of {type(model).__name__} have other frequencies than transformers':"
+            f" its positions would be wrong, without a word. {_ELSEWHERE}"
+        )
+
+
+def refuse_what_it_would_do(model: Any, room: int) -> None:
     """Have `model` refuse longer rows, which unsloth cuts, and to generate: its backbone knows no transformers cache.
 
     The attribute `backend` says to others whose backbone it is.
     """
 
     def whole(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if (length := kwargs["input_ids"].shape[1]) > max_length:
-            raise InputError(f"a row has {length} tokens, and unsloth was loaded for {max_length} and would cut it")
+        if (length := kwargs["input_ids"].shape[1]) > room:
+            raise InputError(f"a row has {length} tokens, and unsloth was loaded for {room} and would cut it")
 
     def generate(*args: Any, **kwargs: Any) -> NoReturn:
         raise InputError(
