@@ -241,7 +241,9 @@ def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
     """What attends in `policy`, prepared for its layout: transformers' own where rows are padded."""
     config = causal_lm(policy).config.get_text_config()
     if config._attn_implementation != SHARED_PREFIX_ATTENTION:
-        return KernelChoice(f"transformers' {config._attn_implementation}", None, "padded rows")
+        backend = getattr(causal_lm(policy), "backend", None)
+        name = f"transformers' {config._attn_implementation}" if backend is None else f"{backend}'s own"
+        return KernelChoice(name, None, "padded rows")
     return choose(
         device,
         base_dtype(policy),

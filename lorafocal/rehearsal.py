@@ -144,6 +144,8 @@ def set_stage(config: Config, folder: Path) -> Stage:
     real, quantization = architecture(config)
     if quantization != config.model.quantization:
         instead.append(f"{config.model.name} is stored as {quantization}; the tiny base is quantised while it loads")
+    if config.model.backend != "transformers":
+        instead.append(f"the tiny base is loaded by transformers, not by {config.model.backend}")
     adapter = _adapter(config, quantization, instead)
     _look_up_tokens(config, instead)
     tokenizer = _tokenizer(config, adapter)
@@ -159,6 +161,7 @@ def set_stage(config: Config, folder: Path) -> Stage:
     values["model"] |= {
         "name": str(folder / "base"),
         "revision": None,
+        "backend": "transformers",
         "quantization": quantization,
         "shape": None if config.model.shape is None else _values_of(small, config.model.shape),
     }

@@ -29,6 +29,7 @@ from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
+from lorafocal.model import backends
 from lorafocal.model.adapters import features, trainable_token_ids
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import base_fingerprint, check_place, check_same_tokens, load_base, load_tokenizer
@@ -291,7 +292,10 @@ def _manifest(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[
             for name, part in data.items()
         },
         "seeds": {"adapter": config.training.seed, "order": config.training.data_seed},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in dict.fromkeys((*LIBRARIES, config.model.backend))},
+        },
         "processes": launch.world_size(),
         "threads": torch.get_num_threads(),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
@@ -313,7 +317,10 @@ def _version(package: str) -> str | None:
 def _load(name: str, revision: str | None, config: Config) -> PreTrainedModel:
     """The base, or a reference model: both are held alike, so that they differ by their weights alone."""
     model, shape = config.model, config.model.shape if name == config.model.name else None
-    return load_base(name, revision=revision, dtype=model.dtype, shape=shape, quantization=model.quantization)
+    held: dict[str, Any] = {"dtype": model.dtype, "shape": shape, "quantization": model.quantization}
+    if model.backend == "transformers":
+        return load_base(name, revision=revision, **held)
+    return backends.named(model.backend).load(name, revision=revision, max_length=config.data.max_length, **held)[0]
 
 
 def _trainer(

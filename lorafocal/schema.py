@@ -56,12 +56,14 @@ class Model(Section):
     """Which base model, in which precision it computes, and how its inner linear layers are held.
 
     `quantization` is one word: the 4-bit types nf4 and fp4 (`-double`: the scales are quantised too), or int8.
+    `backend` is the library that loads the base; unsloth brings its own kernels, on rows that are padded.
     """
 
     name: Place
     revision: Revision = None
     dtype: Dtype
     quantization: Quantization = None
+    backend: Literal["transformers", "unsloth"] = "transformers"
     shape: Architecture = None
 
 

@@ -199,6 +199,19 @@ def test_score_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr().out == "a table\n"
 
 
+@pytest.mark.parametrize(("verb", "started"), [(["train"], 1), (["cache-reference"], 1), (["train", "--tiny"], 0)])
+def test_a_backend_starts_before_anything_heavy(
+    monkeypatch: pytest.MonkeyPatch, file: Path, verb: list[str], started: int
+) -> None:
+    """A rehearsal runs on transformers, whatever the run will."""
+    starts = stand_in(monkeypatch, "model.backends.unsloth", "start", None)
+    run = stand_in(monkeypatch, "run", "train", Summary())
+    sys.modules["lorafocal.run"].cache_reference = lambda *_, **__: run.append("") or Summary()  # type: ignore[attr-defined]
+    stand_in(monkeypatch, "rehearsal", "rehearse", Summary())
+    assert call(monkeypatch, verb[0], file, "model.backend=unsloth", *verb[1:]) == 0
+    assert len(starts) == started
+
+
 MERGING = (
     "--weights=1,-0.5 --base b --onto original --original o --pairs p --dtype float16 --gate-dtype bfloat16"
     " --max-drift 0.2"

@@ -37,8 +37,8 @@ VALUES: dict[str, Any] = {
 # Keys that speak to somebody else than the trainer or LoRA: which model is loaded, which files are read.
 SOURCE_KEYS = ("path", "weight", "form", "columns", "revision", "split")
 READ_BY_THE_RUN = {
-    "model.name", "model.dtype", "model.revision", "model.shape", "model.quantization", "adapter.trainable_tokens",
-    "data.train", "data.eval",
+    "model.name", "model.dtype", "model.revision", "model.shape", "model.quantization", "model.backend",
+    "adapter.trainable_tokens", "data.train", "data.eval",
     "data.held_out", "data.form", "data.columns", "data.revision", "data.split", "data.on_bad_row", "data.cache",
     *(f"data.{name}.{key}" for name in ("train", "eval") for key in SOURCE_KEYS),
 }  # fmt: skip
@@ -66,6 +66,7 @@ OTHER_VALUES = {
     "adapter.modules_to_save": "[norm]",
     "adapter.trainable_tokens": "[5]",
     "model.quantization": "nf4",
+    "model.backend": "unsloth",
     "training.loraplus_lr_ratio": "16",
     "data.train": "another.jsonl",
     "data.eval": "another.jsonl",
@@ -127,6 +128,7 @@ CHOICES = (
     "kernels.elementwise",
     "training.activation_checkpointing",
     "model.quantization",
+    "model.backend",
     "adapter.init",
 )
 

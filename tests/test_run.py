@@ -189,6 +189,26 @@ def test_what_is_refused_while_it_is_put_together_leaves_no_folder(root: Path, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_backend_loads_the_base_and_is_told_everything(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Backend:
+        def load(self, name: str, **how: Any) -> tuple[Any, None]:
+            asked.update(how, name=name)
+            return load_base(name, dtype=how["dtype"]), None
+
+    monkeypatch.setattr(run.backends, "named", {"unsloth": Backend()}.__getitem__)
+    config = run_config(root, model__backend="unsloth", training__num_train_epochs=1)
+    made = json.loads((run.train(config, quiet=True, runs_dir=tmp_path).folder / "manifest.json").read_text())
+    assert made["versions"]["unsloth"] is None  # a stand-in has no version
+    assert asked == {
+        "name": config.model.name, "revision": None, "dtype": "float32", "quantization": None, "shape": None,
+        "max_length": config.data.max_length,
+    }  # fmt: skip
+
+
 def test_runs_that_are_no_folder_are_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(InputError, match=r"cannot be made, because .*runs is a file: give another `name`, or another"):

@@ -40,6 +40,8 @@ def train(
     if tiny and resume:
         raise InputError("--tiny keeps nothing that --resume could go on from: leave one of the two out")
     checked = load_config(config, overrides or [])
+    if not tiny:  # a rehearsal loads by transformers
+        _begin(checked.model.backend)
     launch.check_launch()
     no_loading_bars()
     launch.quiet_unless_main()
@@ -121,6 +123,7 @@ def cache_reference(
     from lorafocal.config import load_config
 
     checked = load_config(config, overrides or [])
+    _begin(checked.model.backend)
     launch.check_launch()
     no_loading_bars()
     launch.quiet_unless_main()
@@ -211,3 +214,11 @@ def _resume_command() -> str:
     return (
         f"lorafocal {words}" if launch.world_size() == 1 else launch.several(words, processes=launch.local_world_size())
     )
+
+
+def _begin(backend: str) -> None:
+    """Let a backend be imported before the libraries that it changes."""
+    if backend != "transformers":
+        from lorafocal.model import backends
+
+        backends.named(backend).start()
