@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pty
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -429,8 +431,14 @@ def terminal(run: SavedRun) -> Iterator[SimpleNamespace]:
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "lorafocal", "chat", str(run.folder), "--temperature", "0", "--max-new-tokens"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+
+    def take_terminal() -> None:
+        """As a shell does, so that a typed Ctrl-C becomes a signal."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
-        [*command, "60"],
+        [*command, "5000"],
+        preexec_fn=take_terminal,
         stdin=slave,
         stdout=slave,
         stderr=slave,
@@ -463,10 +471,11 @@ def terminal(run: SavedRun) -> Iterator[SimpleNamespace]:
 def test_a_session_on_a_terminal(terminal: SimpleNamespace) -> None:
     terminal.until("> ")
     terminal.write(f"{QUESTION}\n")
-    shown = terminal.until("> ")
+    shown = terminal.until("maximum maximum")
     assert "adapter on: run" in shown
     assert "adapter off: the base base" in shown
-    assert "tokens" in shown
+    terminal.write("\x03")  # thousands of tokens before its end
+    assert " tokens, stopped" in terminal.until("> ")
     terminal.write("\x03")
     assert "Ctrl-D or an empty line leaves" in terminal.until("> ")
     terminal.write("\x04")
