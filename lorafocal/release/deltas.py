@@ -47,7 +47,8 @@ class Change(Protocol):
 class LowRank:
     """W + scaling B A, and with a `magnitude` (DoRA) each row of that scaled to the length that was learned for it.
 
-    `a` (rank, in), `b` (out, rank), `magnitude` (out,). `transposed`: the weight is stored as (in, out), as Conv1D's is.
+    `a` (rank, in), `b` (out, rank), `magnitude` (out,). `transposed`: the weight is stored as (in, out), as
+    Conv1D's is.
     """
 
     a: Tensor
@@ -97,8 +98,8 @@ def changes(adapter: SavedAdapter, transposed: Collection[str] = ()) -> dict[str
     """What the adapter makes of each of its base's tensors, by their names in the base.
 
     `transposed` names the weights that are stored as (in, out), which no adapter's file tells.
-    Raises InputError by the name of a tensor that is no part of LoRA, DoRA, modules or tokens trained in full (an adapter
-    on embeddings among them), has no other half, does not fit its configuration or is not finite.
+    Raises InputError by the name of a tensor that is no part of LoRA, DoRA, modules or tokens trained in full (an
+    adapter on embeddings among them), has no other half, does not fit its configuration or is not finite.
     """
     file, config = adapter.folder / WEIGHTS_FILE, adapter.config
     tensors = read_tensors(file)

@@ -32,7 +32,7 @@ def rounded_change(name: str, weight: Tensor, change: Change, dtype: torch.dtype
     part = weight if change.rows is None else weight[_existing(name, change.rows, len(weight))]
     if tuple(part.shape) != change.shape:
         raise InputError(
-            f"the adapter's change of {name} is {change.shape}, the base needs {tuple(part.shape)}: it is of another base"
+            f"the adapter's change of {name} is {change.shape}, the base needs {tuple(part.shape)}: another base's"
         )
     wide = part.float()
     delta = change.delta(wide)
@@ -47,7 +47,5 @@ def rounded_change(name: str, weight: Tensor, change: Change, dtype: torch.dtype
 
 def _existing(name: str, rows: Tensor, count: int) -> Tensor:
     if int(rows.max()) >= count:
-        raise InputError(
-            f"the adapter changes row {int(rows.max())} of {name}, which has {count}: it is of another base"
-        )
+        raise InputError(f"the adapter changes row {int(rows.max())} of {name}, which has {count}: another base's")
     return rows

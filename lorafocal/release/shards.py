@@ -126,7 +126,7 @@ class ShardWriter:
         if tensor.numel():
             with file.open("r+b") as out:
                 out.seek(start)
-                out.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                out.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._left.discard(name)
 
 

@@ -59,8 +59,8 @@ def write_merged(
     folder) or of the base itself. All arithmetic is in float32, with one cast at the end.
 
     The caller has opened the adapter (`open_adapter`), which finds layers that its file lacks.
-    Raises InputError, by the tensor's name: a change that no tensor of the base takes, one of tied embeddings that would
-    change the output head too or the reverse (row 45), a value that is too large for float16.
+    Raises InputError, by the tensor's name: a change that no tensor of the base takes, one of tied embeddings that
+    would change the output head too or the reverse (row 45), a value that is too large for float16.
     """
     source = _source(saved, onto, original)
     outline = skeleton(source.name, source.revision, dtype=source.dtype, quantization=source.quantization)
@@ -149,8 +149,8 @@ def check_ties(saved: SavedAdapter, learned: Mapping[str, Change], places: Mappi
         others = [other for other, place in places.items() if place == places.get(name) and other != name]
         if others and change.rows is None:
             raise InputError(
-                f"{saved.folder}: the adapter changes {name}, which is tied to {others[0]}: the two are one tensor, and a"
-                " merge would change both. Publish the adapter as it is: PEFT opens it"
+                f"{saved.folder}: the adapter changes {name}, which is tied to {others[0]}: the two are one tensor, and"
+                " a merge would change both. Publish the adapter as it is: PEFT opens it"
             )
 
 

@@ -30,7 +30,7 @@ def fold(model: PreTrainedModel, learned: Mapping[str, Change], dtype: torch.dty
         survival.append(kept)
         stored = stored.to(weight.device)
         if quantized:
-            model.set_submodule(name.rpartition(".")[0], float_layer(layer, stored))  # type: ignore[arg-type]
+            model.set_submodule(name.rpartition(".")[0], float_layer(layer, stored))
         else:
             getattr(layer, leaf).data = stored
     return tuple(survival)
