@@ -230,6 +230,7 @@ GUARDS: list[Guard] = [
     Guard("61", "lorafocal.model.backends.unsloth:check_rotations", lambda _: lambda *a: None, "tests/model/backends/test_unsloth.py::test_rotations_that_were_left_uninitialised_are_refused"),
     # several adapters, bases and names from strangers
     Guard("5", "lorafocal.release.combine:concatenated", careless.weights_on_both_factors, "tests/release/test_combine.py::test_a_negative_weight_subtracts"),
+    Guard("6", "lorafocal.release.combine:COMBINES", lambda known: known | {"dora", "modules_to_save", "trainable_tokens"}, "tests/release/test_combine.py::test_what_is_no_sum_of_b_times_a_is_refused_by_name"),
     Guard("S13 9", "lorafocal.release.combine:_check_same_base", lambda _: lambda *a: None, "tests/release/test_combine.py::test_adapters_of_another_base_dtype_or_quantisation_are_refused_by_name"),
     Guard("S13", "lorafocal.model.saved:check_same_base", lambda _: lambda *a, **k: None, "tests/release/test_merge.py::test_one_flipped_byte_in_the_base_is_refused"),
     Guard("S9 S2", "lorafocal.model.load:weight_names", lambda _: careless.index_at_its_word, "tests/model/test_load.py::test_an_index_that_leads_elsewhere_is_refused_before_anything_is_read"),

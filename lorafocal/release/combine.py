@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,19 +27,10 @@ from lorafocal.model.save import in_words
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held
 from lorafocal.model.serving import serving_section
 from lorafocal.publish import sha256
-from lorafocal.tensor_files import check_saved, read_tensors
+from lorafocal.release.deltas import LowRank, changes
+from lorafocal.tensor_files import check_saved
 
 COMBINES = frozenset(("lora", "rslora", "patterns", *STARTS))  # what is a change of the form scaling * B A, no more
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """One layer's change of one adapter: `scaling` * b @ a, with a (rank, in) and b (out, rank)."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
 
 
 def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: Path) -> Path:
@@ -77,37 +67,19 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
     return folder
 
 
-def factors(saved: SavedAdapter) -> dict[str, Factors]:
-    """The layers of an adapter by the base's names. Raises InputError by the name of what is no change B A."""
+def factors(saved: SavedAdapter) -> dict[str, LowRank]:
+    """The changes of an adapter by its layers' names. Raises InputError by the name of what is no change B A."""
     more = sorted(features(saved.config) - COMBINES)
     if more:
         raise InputError(
             f"{saved.folder}: the adapter uses {', '.join(more)}, which no sum of B A can hold. Merge it alone"
             " (`lorafocal merge`), and train the next one on the result"
         )
-    tensors = read_tensors(saved.folder / WEIGHTS_FILE)
-    layers = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
-    expected = {layer + suffix for layer in layers for suffix in (_A, _B)}
-    if strange := sorted(tensors.keys() ^ expected):
-        raise InputError(
-            f"{saved.folder / WEIGHTS_FILE}: {strange[0]} has no other half that makes a change B A with it"
-        )
-    found = {}
-    for layer in sorted(layers):
-        a, b, name = tensors[layer + _A], tensors[layer + _B], layer.removeprefix("base_model.model.")
-        if a.shape[0] != b.shape[1] or not (a.isfinite().all() and b.isfinite().all()):
-            raise InputError(f"{saved.folder / WEIGHTS_FILE}: A and B of {name} do not fit, or are not finite numbers")
-        found[name] = Factors(a, b, scaling(saved.config, name, rank=a.shape[0]))
-    return found
+    found = changes(saved).items()
+    return {name.removesuffix(".weight"): change for name, change in found if isinstance(change, LowRank)}
 
 
-def scaling(config: LoraConfig, layer: str, *, rank: int) -> float:
-    """What PEFT multiplies B A of a layer of this rank by: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer), config.lora_alpha)
-    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
-
-
-def concatenated(parts: Sequence[Mapping[str, Factors]], weights: Sequence[float]) -> tuple[dict[str, Tensor], int]:
+def concatenated(parts: Sequence[Mapping[str, LowRank]], weights: Sequence[float]) -> tuple[dict[str, Tensor], int]:
     """PEFT's tensors of the weighted sum, float32, and their common rank: the largest that a layer needs."""
     layers = sorted({layer for part in parts for layer in part})
     shared = {
@@ -121,8 +93,8 @@ def concatenated(parts: Sequence[Mapping[str, Factors]], weights: Sequence[float
         a = torch.cat([one.a.double() for _, one in ones])
         b = torch.cat([weight * one.scaling * one.b.double() for weight, one in ones], dim=1)
         more = rank - a.shape[0]
-        tensors[f"base_model.model.{layer}{_A}"] = torch.nn.functional.pad(a, (0, 0, 0, more)).float()
-        tensors[f"base_model.model.{layer}{_B}"] = torch.nn.functional.pad(b, (0, more)).float()
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, more)).float()
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.nn.functional.pad(b, (0, more)).float()
     return tensors, rank
 
 

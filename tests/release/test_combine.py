@@ -32,7 +32,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def plant(folder: Path, base: Path, *, dtype: str = "bfloat16", quantization: str | None = None, **settings) -> Path:
+def plant(
+    folder: Path, base: Path, *, dtype: str = "bfloat16", quantization: str | None = None, **settings: Any
+) -> Path:
     """An adapter of random A and B, other ones for every name, as training leaves it."""
     model = AutoModelForCausalLM.from_pretrained(base)
     policy = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -43,7 +45,7 @@ def plant(folder: Path, base: Path, *, dtype: str = "bfloat16", quantization: st
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     policy.peft_config["default"].base_model_name_or_path = base.name
     policy.save_pretrained(folder)
-    identity = BaseIdentity(**base_fingerprint(str(base)))
+    identity = BaseIdentity(**base_fingerprint(str(base)))  # type: ignore[arg-type]
     Lineage(identity, FOCALPO, 3, 24, dtype=dtype, quantization=quantization).write(folder)
     return folder
 
@@ -78,7 +80,9 @@ def deltas(saved: SavedAdapter, *, absolute: bool = False) -> dict[str, Tensor]:
 
 def total(parts: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
     names = {name for part in parts for name in part}
-    return {n: sum(w * part[n] for part, w in zip(parts, weights, strict=True) if n in part) for n in names}
+    return {
+        n: torch.stack([w * part[n] for part, w in zip(parts, weights, strict=True) if n in part]).sum(0) for n in names
+    }
 
 
 def test_the_change_is_the_weighted_sum_of_pefts_own(adapters: dict[str, SavedAdapter], tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_transposed_layers_stay_transposed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    settings = {"r": 2, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     ones = [
         read_adapter(
             plant(tmp_path / name, tmp_path / "base", dtype="float32", **settings), base=str(tmp_path / "base")
@@ -161,14 +165,15 @@ def test_the_lineage_names_every_parent_with_its_weight(adapters: dict[str, Save
     first = Stage("sft", "1" * 64, CONTINUED, {"name": "sft"}, None, 2, 9)
     plain, stable = adapters["plain"], adapters["stable"]
     assert plain.lineage is not None
-    plain = replace(plain, lineage=replace(plain.lineage, parents=(first,)))
+    before = replace(plain.lineage, parents=(first,))
+    plain = replace(plain, lineage=before)
     lineage = lineage_of(added(tmp_path / "sum", [plain, replace(stable, lineage=None)], [1, -0.5]).folder)
     assert lineage is not None
     assert [(stage.adapter, stage.how, stage.weight) for stage in lineage.parents] == [
         ("sft", CONTINUED, None), ("plain", COMBINED, 1.0), ("stable", COMBINED, -0.5),
     ]  # fmt: skip
     assert [stage.objective for stage in lineage.combined] == [FOCALPO, None]
-    assert lineage.base == plain.lineage.base
+    assert lineage.base == before.base
     assert (lineage.start, lineage.dtype, lineage.objective) == (None, "bfloat16", None)
     record = json.loads((tmp_path / "sum" / "lorafocal.json").read_text())
     assert ["weight" in stage for stage in record["parents"]] == [False, True, True]  # older readers know no weight
