@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import BitsAndBytesConfig
 
-from lorafocal.card import adapter_card, merged_card
+from lorafocal.card import adapter_card, bundle_card, compressed_card, merged_card
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage, lineage_of
 from lorafocal.model.quantized import QUANTIZATIONS, bitsandbytes_config
@@ -26,6 +26,25 @@ LINEAGE = Lineage(
     lorafocal="0.1",
 )
 LOCAL = replace(LINEAGE, base=BaseIdentity("tiny", None, "cd" * 32))
+
+RUN = {
+    "config": {
+        "model": {"name": "/home/somebody/base"},
+        "adapter": {"r": 8, "targets": ["q_proj", "v_proj"], "start_from": "sft", "init": None},
+        "data": {"train": "private/rows.jsonl", "eval": None, "max_length": 512, "truncation": "recipe"},
+        "training": {"learning_rate": 1e-4, "deepspeed": "configs/zero3.json", "logging_dir": "~logs", "bf16": True},
+    },
+    "data": {
+        "train": {
+            "sources": [{"name": "rows|1.jsonl", "form": "standard", "pairs": 85}],
+            "pairs": 80, "left_out": {"too_long": 5}, "tokens_sha256": "ab" * 32,
+        },
+        "eval": {"sources": [], "pairs": 8, "left_out": {}, "tokens_sha256": "cd" * 32},
+    },
+    "versions": {"torch": "2.13.0", "bitsandbytes": None},
+    "hardware": "CPU x86_64",
+}  # fmt: skip
+"""A run's manifest, with places that nobody else is to read."""
 
 
 def front_matter(card: str) -> dict[str, object]:
@@ -181,3 +200,47 @@ def test_a_stage_on_a_quantised_base_is_told_in_the_card() -> None:
     card = adapter_card(lineage)
     assert "| base in training | quantised to INT8 with bitsandbytes |" in card
     assert "stage 1: adapter `sft` (trained on NF4), continued" in card
+
+
+@pytest.mark.row("51")
+def test_data_and_recipe_come_from_the_manifest_without_places() -> None:
+    merged = {"dtype": "bfloat16", "gate": "GATE", "survival": "SURVIVAL"}
+    cards = (
+        adapter_card(LINEAGE, run=RUN),
+        merged_card(LINEAGE, **merged, run=RUN),
+        bundle_card(LINEAGE, **merged, pairs=12, notes=("a note",), run=RUN),
+        compressed_card(LINEAGE, title="nf4", loading="LOADING", measured={"Cost": "COST"}, notes=["a note"], run=RUN),
+    )
+    for card in cards:
+        for expected in (
+            "| train | rows\\|1.jsonl (standard) | 85 | 80 | 5 too_long | " + "ab" * 32 + " |",
+            "| eval | split off |  | 8 | none | " + "cd" * 32 + " |",
+            "| training.learning_rate | 0.0001 |",
+            '| adapter.targets | ["q_proj", "v_proj"] |',
+            "| data.truncation | recipe |",
+            "| training.bf16 | true |",
+            "| version of torch | 2.13.0 |",
+            "| hardware | CPU x86_64 |",
+        ):
+            assert expected in card
+        for private in ("somebody", "private", "zero3", "~logs", "sft", "None"):
+            assert private not in card
+    assert "## Data" not in adapter_card(LINEAGE)
+
+
+def test_the_cards_of_releases_say_how_they_are_checked_and_what_they_cost() -> None:
+    card = bundle_card(LINEAGE, dtype="float16", gate="GATE TABLE", survival="SURVIVAL", pairs=12, notes=("a note",))
+    for expected in (
+        "python verify.py",
+        "12 held-out pairs",
+        "GATE TABLE",
+        "- a note",
+        'THIS_BUNDLE/merged", dtype="float16"',
+    ):
+        assert expected in card
+    card = compressed_card(
+        LINEAGE, title="GGUF (q8_0)", loading="HOW", measured={"What it cost": "COST"}, notes=["lossy"]
+    )
+    assert front_matter(card)["base_model_relation"] == "quantized"
+    for expected in (": GGUF (q8_0)", "## What it cost\n\n```text\nCOST\n```", "## Loading\n\nHOW", "- lossy"):
+        assert expected in card

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -143,6 +144,8 @@ def quantizer(form: str, dtype: str) -> BitsAndBytesConfig | TorchAoConfig:
 
 
 def _measured(model: PreTrainedModel, merge: MergeReport, form: str) -> GateReport:
+    """Log-probs as whoever loads the folder gets them; bitsandbytes says at each layer that int8 rounds its inputs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     evidence: GateEvidence = merge.evidence
     chosen = [verify.logp(model, list(pair.prompt_ids), list(pair.chosen_ids)) for pair in evidence.pairs]
     rejected = [verify.logp(model, list(pair.prompt_ids), list(pair.rejected_ids)) for pair in evidence.pairs]
