@@ -80,7 +80,6 @@ def load_base(
         config = AutoConfig.from_pretrained(name, revision=revision)
         check_shape(config, shape or {})
         weight_names(name, revision)
-        _check_no_adapter(name, revision)
         stored = prequantized(config, name)
         plan = planned(quantization, stored, name)
         how = {} if plan == stored else {"quantization_config": bitsandbytes_config(str(plan), DTYPES[dtype])}
@@ -268,8 +267,10 @@ def weight_names(name: str, revision: str | None) -> list[str]:
     """The names of a model's safetensors files: one, or those its index names.
 
     Raises InputError where there is none (pickles are never read: they may run code), and where the index names
-    anything but safetensors files beside itself: transformers follows it out of the folder.
+    anything but safetensors files beside itself: transformers follows it out of the folder. An adapter in the same
+    place is refused too.
     """
+    _check_no_adapter(name, revision)
     if _file(name, "model.safetensors", revision) is not None:
         return ["model.safetensors"]
     index = _file(name, "model.safetensors.index.json", revision)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
 from lorafocal.model import load as load_module
 from lorafocal.model.load import base_fingerprint, check_length, check_vocabulary, load_base, load_tokenizer
+from lorafocal.model.saved import read_lora_config
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.probes import LayoutChoice, choose_layout
 from tests.model.families import random_model
@@ -92,12 +95,39 @@ def test_only_safetensors_are_asked_for_even_where_pickles_lie_beside_them(saved
     assert "trust_remote_code" not in asked
 
 
+@pytest.mark.row("S2")
+def test_wherever_a_model_is_loaded_it_is_from_safetensors():
+    """Every function of the library that calls `from_pretrained` of a model says so."""
+    callers = {}
+    for file in Path(load_module.__file__).parents[1].rglob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef):
+                called = [ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)]
+                loads = [name for name in called if name.endswith("from_pretrained")]
+                if any("AutoConfig" not in name and "AutoTokenizer" not in name for name in loads):
+                    callers[f"{file.name}:{function.name}"] = ast.unparse(function)
+    assert "load.py:load_base" in callers
+    for name, source in callers.items():
+        assert "use_safetensors=True" in source or "'use_safetensors': True" in source, name
+
+
+@pytest.mark.row("S2")
+def test_a_pickled_adapter_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(
+        InputError, match=r"no adapter_model\.safetensors.*only safetensors are read.* [Ss]ave it again"
+    ):
+        read_lora_config(tmp_path)
+
+
 @pytest.mark.row("52")
 def test_a_base_with_an_adapter_in_its_folder_is_refused(saved):
     """transformers loads both without a word, and the adapter is then taken for the base."""
     (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(InputError, match=r"adapter_config\.json.*folder of their own"):
-        load_base(str(saved))
+    for read in (load_base, base_fingerprint):
+        with pytest.raises(InputError, match=r"adapter_config\.json.*folder of their own"):
+            read(str(saved))
 
 
 def test_the_fingerprint_is_a_name_without_a_path_and_changes_with_one_byte(saved):
