@@ -43,8 +43,8 @@ TITLES = {
     "fsdp": "FSDP",
 }
 
-# What a merge folds into the base's linear weights: a delta that is scaling * B A.
-MERGES = frozenset(("lora", "rslora", "patterns", *STARTS))
+# What a merge folds into the base: all that is saved as a change of its weights.
+MERGES = frozenset((*VARIANTS, *STARTS))
 
 # What an adapter's setting is called in the table, by its name in a config or in `peft.LoraConfig`.
 _WORDS = {

@@ -12,20 +12,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import pair_logps
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import check_length, load_base
-from lorafocal.model.saved import SavedAdapter, cast_parameters, open_adapter
+from lorafocal.model.load import check_length
+from lorafocal.model.saved import SavedAdapter, cast_parameters
+from lorafocal.model.trained_modules import is_tied
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.gate import GateEvidence
+from lorafocal.release.offload import open_live, open_merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Live:
     reference: PairLogps
     dtype: str
     layout: str
+    notes: tuple[str, ...] = ()
 
     def evidence(self, merged: PairLogps) -> GateEvidence:
         return GateEvidence(self.pairs, self.logps, self.reference, merged, self.dtype, self.layout)
@@ -48,21 +50,30 @@ class Live:
 def live_logps(saved: SavedAdapter, pairs: Sequence[TokenizedPair], dtype: str) -> Live:
     """Open the adapter on the base that training saw, and score `pairs` in `dtype`."""
     with _enough_memory():
-        policy = open_adapter(saved, dtype=dtype)
+        policy, notes = open_live(saved, dtype)
         check_length(causal_lm(policy), max(pair.longest for pair in pairs))
         layout = choose_layout(policy, "auto").layout
         run = partial(pair_logps, pairs=pairs, device=policy.device, collator=PairCollator(layout))
         live, reference = run(partial(sequence_logps, policy)), run(DisabledAdapterReference(policy).logps)
-        return Live(tuple(pairs), live, reference, dtype, layout)
+        return Live(tuple(pairs), live, reference, dtype, layout, notes)
 
 
-def merged_logps(folder: Path, live: Live, *, dtype: str, tied: bool) -> tuple[PairLogps, PairLogps | None]:
-    """Log-probs of the model in `folder`, stored in `dtype`: in the gate's dtype and, where that is finer, in its own.
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Log-probs of a merged model, (B,) each: in the gate's arithmetic and, where that is finer, as it is `served`."""
+
+    logps: PairLogps
+    served: PairLogps | None
+    notes: tuple[str, ...]
+
+
+def merged_logps(folder: Path, live: Live, *, dtype: str, tied: bool) -> Merged:
+    """Score the pairs of `live` with the model in `folder`, which is stored in `dtype`.
 
     Raises InputError where output head and embeddings are not one tensor as in the base (`tied`), or the reverse.
     """
     with _enough_memory():
-        model = load_base(str(folder), dtype=live.dtype).eval()
+        model, notes = open_merged(str(folder), live.dtype)
         if is_tied(model) != tied:
             raise InputError(
                 "output head and embeddings are tied in the base, but not in the merged model, or the reverse."
@@ -72,14 +83,9 @@ def merged_logps(folder: Path, live: Live, *, dtype: str, tied: bool) -> tuple[P
         run = partial(pair_logps, partial(sequence_logps, model), live.pairs, device=model.device, collator=collator)
         merged = run()
         if live.dtype != "float32" or dtype == "float32":
-            return merged, None
+            return Merged(merged, None, notes)
         cast_parameters(model, getattr(torch, dtype))  # exact: they were stored in it
-        return merged, run()
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether output head and embeddings are one tensor."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return Merged(merged, run(), notes)
 
 
 @contextmanager

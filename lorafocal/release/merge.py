@@ -6,45 +6,31 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from torch import Tensor
 from transformers.utils import cached_file
 
 from lorafocal.card import CARD_FILE, merged_card
-from lorafocal.compatibility import MERGES
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, MERGED, BaseIdentity, Lineage
-from lorafocal.model.adapters import features
+from lorafocal.model.load import DTYPES as GATE_DTYPES
 from lorafocal.model.load import base_fingerprint, load_tokenizer
-from lorafocal.model.quantized import dequantized_weight, word_of
-from lorafocal.model.saved import (
-    WEIGHTS_FILE,
-    SavedAdapter,
-    cast_parameters,
-    lora_layers,
-    open_adapter,
-    read_adapter,
-    read_config,
-)
+from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
-from lorafocal.release.dequantize import dequantize, float_layer
 from lorafocal.release.gate import MAX_DRIFT, GateEvidence, GateReport, check, compare, gate_table
-from lorafocal.release.measure import Live, is_tied, live_logps, merged_logps
+from lorafocal.release.measure import Live, live_logps, merged_logps
 from lorafocal.release.onto import AUTO, ORIGINAL, TRAINED, Measured, bases_to_try, least_drift, why_kept
+from lorafocal.release.package import run_manifest
+from lorafocal.release.rounding import DTYPES
+from lorafocal.release.survival import LayerSurvival, survival_notes, survival_table
+from lorafocal.release.weights import write_merged
 
-DTYPES = ("bfloat16", "float16", "float32")
-GATE_DTYPES = ("bfloat16", "float32")
 FEW_PAIRS = 20  # below this the gate says little
-KEPT_WARNING = 0.9  # share of a layer's delta below which the report warns (row 43)
 REPORT_FILE = "merge.json"
 
 # Everything a merged model may consist of; a base with other files is refused, not half copied (row 52).
@@ -62,22 +48,6 @@ _ALLOWED = frozenset(
     }
     | {"special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSurvival:
-    """What the cast to the output dtype left of one layer's delta D = scaling * B A, with Q the cast and W
-    the base.
-
-    `kept` = <Q(W + D) - Q(W), D> / <D, D>: 1 means that the stored change is on average the learned one, 0
-    that it rounded away. `error` = |Q(W + D) - (W + D)| / |D|, Frobenius norms: rounding against what was
-    learned; it counts the rounding of W too where W is finer than the output. `delta_norm` is |D|.
-    """
-
-    layer: str
-    kept: float
-    error: float
-    delta_norm: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +131,6 @@ def merge_adapter(
     with published(out, record=False) as folder:
         folders = [adapter] if isinstance(adapter, Path) else list(adapter)
         saved = _one_adapter(folders, weights, base, folder)
-        _check_mergeable(saved)
         bases = bases_to_try(saved, onto, original)
         dtype = dtype or saved.dtype
         tokenizer = load_tokenizer(saved.base, saved.revision)
@@ -174,7 +143,7 @@ def merge_adapter(
         kept = least_drift(tried)
         check(kept.gate, *_other_base(kept, bases, saved))
         lineage = _lineage(saved, kept.onto, original)
-        notes = saved.notes + why_kept(kept, tried, saved) + kept.written.notes
+        notes = saved.notes + live.notes + why_kept(kept, tried, saved) + kept.written.notes + kept.merged.notes
         report = MergeReport(
             out=out,
             dtype=dtype,
@@ -184,13 +153,13 @@ def merge_adapter(
             survival=kept.written.survival,
             gate=kept.gate,
             gates={one.onto: one.gate for one in tried},
-            evidence=live.evidence(kept.merged),
-            notes=notes + _survival_notes(kept.written.survival, dtype) + _evidence_notes(len(held_out)),
+            evidence=live.evidence(kept.merged.logps),
+            notes=notes + survival_notes(kept.written.survival, dtype) + _evidence_notes(len(held_out)),
         )
         _keep_only(kept.folder, folder)
         tokenizer.save_pretrained(folder)
         _copy_processors(saved, folder)
-        _write_papers(folder, lineage, report)
+        _write_papers(folder, lineage, report, run_manifest(folders[0]))
         _check_files(folder)
     return report
 
@@ -217,13 +186,13 @@ def _write_and_measure(
     onto = folder.name
     folder.mkdir()
     written = write_merged(saved, folder, onto=onto, original=original, dtype=dtype)
-    merged, served = merged_logps(folder, live, dtype=dtype, tied=written.tied)
+    merged = merged_logps(folder, live, dtype=dtype, tied=written.tied)
     gate = compare(
         live.pairs,
         live=live.logps,
         reference=live.reference,
-        merged=merged,
-        served=served,
+        merged=merged.logps,
+        served=merged.served,
         dtype=dtype,
         gate_dtype=live.dtype,
         max_drift=max_drift,
@@ -248,87 +217,10 @@ def _other_base(kept: Measured, bases: Sequence[str], saved: SavedAdapter) -> tu
     return (f"merge onto the {other} base (--onto auto tries both)",)
 
 
-@torch.no_grad()
-def fold(policy: PeftModel, dtype: torch.dtype) -> tuple[LayerSurvival, ...]:
-    """Put every layer's delta into its base weight, in place: W + D in float32 from the stored tensors, then
-    the cast.
-
-    D is PEFT's `get_delta_weight`, so plain and rank-stabilised scaling and per-layer ranks are PEFT's own.
-    W of a quantised layer is its weight de-quantised, and the layer becomes a plain one. The adapters stay on the
-    model; take the base out with `policy.unload()`.
-    """
-    survival = []
-    for name, layer in lora_layers(policy).items():
-        base = layer.get_base_layer()
-        quantized = word_of(base) is not None
-        weight = dequantized_weight(base) if quantized else base.weight
-        delta = layer.get_delta_weight("default")
-        stored = (weight.float() + delta).to(dtype)
-        survival.append(measure_survival(name, weight, delta, stored))
-        if quantized:
-            layer.base_layer = float_layer(base, stored)
-        else:
-            weight.data = stored
-    return tuple(survival)
-
-
-def measure_survival(layer: str, weight: Tensor, delta: Tensor, stored: Tensor) -> LayerSurvival:
-    """`LayerSurvival` of one layer; `weight` and `delta` as before the cast, sums in float64. A zero delta is
-    kept."""
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    if norm == 0:
-        return LayerSurvival(layer, 1.0, 0.0, 0.0)
-    change = stored.float() - weight.to(stored.dtype).float()
-    kept = float((change * delta).sum(dtype=torch.float64)) / norm**2
-    rounding = stored.float() - (weight.float() + delta)
-    return LayerSurvival(layer, kept, float(torch.linalg.vector_norm(rounding, dtype=torch.float64)) / norm, norm)
-
-
-def survival_table(survival: Sequence[LayerSurvival], dtype: str) -> str:
-    """The layers that keep least and most, and the median, one a line."""
-    worst, best = _worst(survival), max(survival, key=lambda layer: layer.kept)
-    median = statistics.median(layer.kept for layer in survival)
-    error = statistics.median(layer.error for layer in survival)
-    return "\n".join(
-        [
-            f"share of the learned change that {dtype} keeps, {len(survival)} layers",
-            f"  least   {worst.kept:8.2%}  rounding {worst.error:.2g} of the change  ({worst.layer})",
-            f"  median  {median:8.2%}  rounding {error:.2g} of the change",
-            f"  most    {best.kept:8.2%}  rounding {best.error:.2g} of the change  ({best.layer})",
-        ]
-    )
-
-
-def _worst(survival: Sequence[LayerSurvival]) -> LayerSurvival:
-    return min(survival, key=lambda layer: layer.kept)
-
-
-def _survival_notes(survival: Sequence[LayerSurvival], dtype: str) -> tuple[str, ...]:
-    low = [layer for layer in survival if not layer.kept >= KEPT_WARNING]
-    if not low:
-        return ()
-    worst = _worst(low)
-    return (
-        f"{len(low)} of {len(survival)} layers keep less than {KEPT_WARNING:.0%} of the learned change "
-        f"in {dtype} (worst: {worst.layer}, {worst.kept:.0%}). Merge with --dtype float32, or publish the "
-        "adapter without merging it.",
-    )
-
-
 def _evidence_notes(pairs: int) -> tuple[str, ...]:
     if pairs >= FEW_PAIRS:
         return ()
     return (f"the gate saw {pairs} held-out pairs only, which may miss what a merge broke; give more by --pairs",)
-
-
-def _check_mergeable(saved: SavedAdapter) -> None:
-    """Refuse what is more than a delta of linear weights, by the compatibility table's word for it."""
-    more = sorted(features(saved.config) - MERGES)
-    if more:
-        raise InputError(
-            f"{saved.folder}: the adapter uses {', '.join(more)}, which merge does not fold into a base. Publish the"
-            " adapter as it is: PEFT, `lorafocal score` and `adapter.start_from` open it"
-        )
 
 
 def _check_request(dtype: str | None, gate_dtype: str, max_drift: float) -> None:
@@ -348,31 +240,6 @@ def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
     if not own.is_file():
         raise InputError(f"no {HELD_OUT_FILE} lies beside {adapter}, so nothing can check the merge: say --pairs FILE.")
     return own
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What `write_merged` wrote: survival per layer, whether head and embeddings are one tensor, remarks."""
-
-    survival: tuple[LayerSurvival, ...]
-    tied: bool
-    notes: tuple[str, ...] = ()
-
-
-def write_merged(saved: SavedAdapter, folder: Path, *, onto: str, original: str | None, dtype: str) -> Written:
-    """Merge and save into `folder`."""
-    if onto == ORIGINAL:
-        revision = saved.revision if original is None else None
-        saved = replace(saved, base=original or saved.base, revision=revision, dtype="float32", quantization=None)
-    policy = open_adapter(saved, dtype=saved.dtype if saved.quantization is None else "float32")  # what it rounds to
-    survival = fold(policy, getattr(torch, dtype))
-    model = policy.unload()
-    dequantize(model, getattr(torch, dtype))
-    cast_parameters(model, getattr(torch, dtype))
-    stated = read_config(saved.base, saved.revision).get_text_config()
-    model.config.get_text_config().use_cache = getattr(stated, "use_cache", True)  # training's is off
-    model.save_pretrained(folder)
-    return Written(survival, is_tied(model))
 
 
 def _copy_processors(saved: SavedAdapter, folder: Path) -> None:
@@ -395,7 +262,7 @@ def _lineage(saved: SavedAdapter, onto: str, original: str | None) -> Lineage:
     return replace(lineage, quantization=None)
 
 
-def _write_papers(folder: Path, lineage: Lineage, report: MergeReport) -> None:
+def _write_papers(folder: Path, lineage: Lineage, report: MergeReport, run: Mapping[str, Any] | None) -> None:
     lineage.write(folder)
     write_atomically(folder / REPORT_FILE, json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     card = merged_card(
@@ -404,6 +271,7 @@ def _write_papers(folder: Path, lineage: Lineage, report: MergeReport) -> None:
         gate=report.gate_table(),
         survival=survival_table(report.survival, report.dtype),
         notes=report.notes,
+        run=run,
     )
     write_atomically(folder / CARD_FILE, card)
 

@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lorafocal.errors import InputError
 from lorafocal.model.quantized import prequantized
 from lorafocal.model.saved import SavedAdapter, held, read_config
-from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.release.gate import GateReport
+from lorafocal.release.measure import Merged
+from lorafocal.release.weights import Written
 
 AUTO, TRAINED, ORIGINAL = "auto", "trained", "original"
 CHOICES = (AUTO, TRAINED, ORIGINAL)
@@ -27,8 +27,8 @@ class Measured:
 
     onto: str
     folder: Path
-    written: Any
-    merged: PairLogps
+    written: Written
+    merged: Merged
     gate: GateReport
 
 
