@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := requirements/torch.txt requirements/locked.txt
 STAMP := $(VENV)/.installed
+WHEELS := $(VENV)/wheels
 PIP := -m pip --disable-pip-version-check --no-input
 # --no-compile: bytecode for the few modules that are imported comes by itself, for the rest it takes a minute
 
@@ -31,13 +32,19 @@ $(STAMP): pyproject.toml $(PINS)
 	$(BIN)/python $(PIP) install -q --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 
+# The pinned unsloth (34 MB), whose sources a test reads; it is neither installed nor run.
+$(WHEELS): requirements/unsloth.txt | $(STAMP)
+	rm -rf $@
+	$(BIN)/python $(PIP) download -q --no-deps --dest $@ $$(grep '^unsloth' requirements/unsloth.txt)
+	@touch $@
+
 quickstart: $(STAMP) ## train, evaluate, merge and check a tiny model; prints a table (minutes)
 	OMP_NUM_THREADS=2 $(BIN)/python examples/01_quickstart.py
 
-test: $(STAMP) ## the whole suite, offline
+test: $(STAMP) $(WHEELS) ## the whole suite, offline
 	$(PYTEST) -n 2
 
-test-fast: $(STAMP) ## the working loop, a minute and a half
+test-fast: $(STAMP) $(WHEELS) ## the working loop, a minute and a half
 	$(PYTEST) -n 2 -m "not slow and not engine and not gpu"
 
 test-engine: $(STAMP) ## tests that start several processes, compile, or train whole sweeps

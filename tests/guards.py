@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import careless
+from tests import careless, careless_release
 
 ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
@@ -192,10 +192,10 @@ GUARDS: list[Guard] = [
     Guard("6", "lorafocal.model.starts:plain_adapter", lambda _: careless.adapter_as_it_is, "tests/model/test_starts.py::test_what_is_saved_is_the_trained_policy_on_the_original_base"),
     Guard("6", "lorafocal.model.adapters:add_frozen_copy", careless.copy_that_starts_again, "tests/test_starts_in_training.py::test_a_trained_adapter_loads_with_plain_peft_on_the_original_base"),
     Guard("6", "lorafocal.compatibility:check", lambda _: lambda cell: None, "tests/test_starts_in_training.py::test_the_switched_off_adapter_is_refused_where_it_is_not_the_start"),
-    Guard("S14", "lorafocal.release.push:published_files", careless.whatever_lies_there, "tests/release/test_push.py::test_a_folder_that_holds_a_stranger_is_refused_by_its_name_before_the_hub_is_asked"),
+    Guard("S14", "lorafocal.release.push:published_files", careless_release.whatever_lies_there, "tests/release/test_push.py::test_a_folder_that_holds_a_stranger_is_refused_by_its_name_before_the_hub_is_asked"),
     Guard("S14", "lorafocal.release.push:_check_existing", lambda _: lambda *a, **k: None, "tests/release/test_push.py::test_nobody_else_reads_it_unless_that_was_said"),
-    Guard("6", "lorafocal.chat.streams:TokenStream._next_logits", careless.one_cache_for_all_streams, "tests/test_chat.py::test_both_streams_are_the_answers_of_generate"),
-    Guard("6", "lorafocal.chat.streams:in_turn", lambda _: careless.switched_for_the_prompt_only, "tests/test_chat.py::test_both_streams_are_the_answers_of_generate"),
+    Guard("6", "lorafocal.chat.streams:TokenStream._next_logits", careless_release.one_cache_for_all_streams, "tests/chat/test_streams.py::test_both_streams_are_the_answers_of_generate"),
+    Guard("6", "lorafocal.chat.streams:in_turn", lambda _: careless_release.switched_for_the_prompt_only, "tests/chat/test_streams.py::test_both_streams_are_the_answers_of_generate"),
     # the compatibility table
     Guard("6", "lorafocal.assembly:cell_of", lambda _: careless.the_usual_cell, "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words"),
     Guard("6 48", "lorafocal.schema:Config._misfits", lambda _: lambda self: (), "tests/test_compatibility.py::test_configs_are_refused_in_the_tables_words"),

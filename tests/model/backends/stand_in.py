@@ -64,6 +64,11 @@ def causal_lm(self: Any, input_ids: Any = None, logits_to_keep: Any = 0, **more:
     return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, kept]).to(self.dtype))
 
 
+def peft_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Past what PEFT does."""
+    return self.base_model(*args, **kwargs)
+
+
 class OtherRotaryEmbedding(modeling_llama.LlamaRotaryEmbedding):
     pass
 
@@ -82,7 +87,7 @@ def module() -> ModuleType:
         made.calls.append({"model_name": model_name, "max_seq_length": max_seq_length, "dtype": dtype, **more})
         own = ("load_in_4bit", "use_exact_model_name", "offload_embedding", "fix_tokenizer")
         kwargs = {key: value for key, value in more.items() if key not in (*own, "use_gradient_checkpointing")}
-        new = (attention, backbone, causal_lm, OtherRotaryEmbedding, _refuse, _refuse, _refuse)
+        new = (attention, backbone, causal_lm, OtherRotaryEmbedding, peft_forward, _refuse, _refuse)
         for (owner, name), value in zip(EXCHANGED, new, strict=True):
             setattr(owner, name, value)
         Trainer._original_training_loop = "source"
