@@ -419,32 +419,6 @@ def whatever_was_computed(store: Any, scores: Any) -> Any:
     write_atomically(store.folder / f"part-{sha256(content).hexdigest()}.safetensors", content)
 
 
-def one_cache_for_all_streams(original: Any) -> Any:
-    """Row 6: what was computed with the adapter on is also what the next token with it off attends to."""
-    shared: dict[str, Any] = {}
-
-    def next_logits(stream: Any) -> Any:
-        if stream.ids:
-            stream._cache = shared["cache"]
-        logits = original(stream)
-        shared["cache"] = stream._cache
-        return logits
-
-    return next_logits
-
-
-def switched_for_the_prompt_only(turns: Any) -> Any:
-    """Row 6: the adapter is off while the prompt is read, and on again when the answer is drawn."""
-    for stream, state in turns:
-        with state():
-            stream.step()
-    while not all(stream.done for stream, _ in turns):
-        for stream, _ in turns:
-            if not stream.done:
-                stream.step()
-                yield
-
-
 def weights_on_both_factors(original: Any) -> Any:
     """Row 5: the weight of an adapter on A and B apart acts squared, so that -1 adds what it should take away."""
 

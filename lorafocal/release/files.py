@@ -8,11 +8,13 @@ from pathlib import Path
 from lorafocal.card import CARD_FILE
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE
+from lorafocal.release import verify
+from lorafocal.release.verify import PAIRS
 
 _WEIGHTS = re.compile(
     r"(model|adapter_model)\.safetensors|model-\d{5}-of-\d{5}\.safetensors|[\w-][\w.-]*\.gguf"  # gguf: the user's name
 )
-_PAPERS = f"{CARD_FILE} {LINEAGE_FILE} merge.json gate.json manifest.json export.json quantize.json verify.py".split()
+_PAPERS = f"{CARD_FILE} {LINEAGE_FILE} merge.json gate.json manifest.json quantize.json".split()
 _MODEL = (
     "config.json generation_config.json adapter_config.json model.safetensors.index.json chat_template.jinja"
     " tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json"
@@ -20,14 +22,14 @@ _MODEL = (
 ).split()
 _NAMES = frozenset((*_PAPERS, *_MODEL))
 _PARTS = ("adapter", "merged")  # the folders of a bundle
-PAIRS = re.compile(r"pairs\.(jsonl|json|safetensors)")
+_SCRIPT = "verify.py"
 
 
 def published_files(folder: Path, *, with_pairs: bool = False) -> tuple[dict[str, Path], list[str]]:
     """The files of `folder` to publish, by their path in it, and the pairs that stay here unless `with_pairs`.
 
-    Raises InputError where the folder holds anything else (hidden files, links, state, data, code), no weights, or both
-    an adapter's and a model's configuration beside each other (row 52).
+    Raises InputError where the folder holds anything else (hidden files, links, state, data, other code), no weights,
+    or both an adapter's and a model's configuration beside each other (row 52).
     """
     if folder.is_symlink() or not folder.is_dir():
         raise InputError(f"{folder} is no folder; name what `lorafocal export` wrote")
@@ -47,7 +49,7 @@ def published_files(folder: Path, *, with_pairs: bool = False) -> tuple[dict[str
             f"{folder} has config.json and adapter_config.json in one folder, which loaders take for one or the other:"
             " publish the adapter and the model apart, or as a bundle"
         )
-    kept = [] if with_pairs else [name for name in files if PAIRS.fullmatch(name)]
+    kept = [PAIRS] if PAIRS in files and not with_pairs else []
     return {name: path for name, path in files.items() if name not in kept}, kept
 
 
@@ -58,7 +60,7 @@ def _belongs(name: str, path: Path) -> bool:
         return False
     if path.is_dir():
         return name in _PARTS
+    if name == _SCRIPT:  # strangers are told to run it
+        return path.read_bytes() == Path(verify.__file__).read_bytes()
     known = leaf in _NAMES or _WEIGHTS.fullmatch(leaf) is not None
-    return path.is_file() and (
-        (not parent and PAIRS.fullmatch(leaf) is not None) or (parent in ("", *_PARTS) and known)
-    )
+    return path.is_file() and (name == PAIRS or (parent in ("", *_PARTS) and known))

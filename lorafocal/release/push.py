@@ -99,7 +99,9 @@ def _question(repo: str, files: Mapping[str, Path], kept: list[str], *, public: 
     width = max(map(len, sizes))
     lines = [f"  {name:<{width}}  {_size(size):>9}" for name, size in sizes.items()]
     if kept:
-        lines.append(f"{', '.join(kept)} stays here: without it nobody else can re-run the gate (--with-pairs adds it)")
+        lines.append(
+            f"{', '.join(kept)} stays here: verify.py then checks the files, but not the gate (--with-pairs adds it)"
+        )
     readers = "everybody can read it" if public else "private"
     where = f"{'one commit to' if exists else 'the new repository'} {repo} ({readers})"
     return "\n".join([*lines, f"push these {len(files)} files, {_size(sum(sizes.values()))}, as {where}?"])
