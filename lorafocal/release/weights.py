@@ -89,64 +89,51 @@ def _by_tensor(
     saved: SavedAdapter, source: Source, outline: Skeleton, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype
 ) -> Written:
     learned = changes(saved, outline.transposed)
-    check_ties(saved, learned, outline.places)
-    plan = _plan(outline, checkpoint, dtype)
-    named = _by_stored_name(saved, learned, outline, plan)
+    check_places(saved, learned, outline.places)
+    learned = {outline.places[name]: change for name, change in learned.items()}
+    sources = {outline.places[name]: name for name in reversed(checkpoint.tensors) if name in outline.places}
+    plan = _plan(outline, checkpoint, sources, dtype)
     survival = []
     with ShardWriter(folder, plan) as out:
         for name, planned in plan.items():
-            weight = checkpoint.tensor(name)
-            if name not in outline.parameters:
-                out.write(name, weight)
-                continue
-            weight = outline.as_loaded(name, weight)
-            if name in named:
-                stored, kept = rounded_change(name, weight, named[name], planned.dtype)
-                survival.append(kept)
-            else:
-                stored = rounded(name, weight, planned.dtype)
+            stored = checkpoint.tensor(sources[name])
+            if name in outline.parameters:
+                weight = outline.as_loaded(name, stored)
+                if name in learned:
+                    stored, kept = rounded_change(name, weight, learned[name], planned.dtype)
+                    survival.append(kept)
+                else:
+                    stored = rounded(name, weight, planned.dtype)
             out.write(name, stored)
     _write_config(source, folder, dtype)
     return Written(tuple(survival), outline.tied, _unused(outline, checkpoint))
 
 
-def _plan(outline: Skeleton, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Stored]:
-    """What is written, in the order of the base: of tied tensors one, and nothing that the model does not use.
+def _plan(
+    outline: Skeleton, checkpoint: Checkpoint, sources: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, Stored]:
+    """What is written, in the order of the base; `sources` is where each tensor comes from.
 
     Parameters are cast; buffers (positions, scales) stay as they are.
     """
-    plan: dict[str, Stored] = {}
-    taken = set()
-    for name, tensor in checkpoint.tensors.items():
-        place = outline.places.get(name)
-        if place is None or place in taken:
-            continue
-        taken.add(place)
-        cast = name in outline.parameters and tensor.dtype.is_floating_point
-        plan[name] = Stored(tensor.shape, dtype if cast else tensor.dtype)
+    plan = {}
+    for name in dict.fromkeys(outline.places[name] for name in checkpoint.tensors if name in outline.places):
+        stored = checkpoint.tensors[sources[name]]
+        cast = name in outline.parameters and stored.dtype.is_floating_point
+        plan[name] = Stored(stored.shape, dtype if cast else stored.dtype)
     return plan
 
 
-def _by_stored_name(
-    saved: SavedAdapter, learned: Mapping[str, Change], outline: Skeleton, plan: Mapping[str, Stored]
-) -> dict[str, Change]:
-    """The changes by the names that their tensors are stored under, which of tied ones is only one."""
-    stored = {outline.places[name]: name for name in plan}
-    named = {}
-    for name, change in learned.items():
-        if name not in outline.places:
-            raise InputError(f"{saved.folder}: the adapter changes {name}, which the base does not have")
-        named[stored[outline.places[name]]] = change
-    return named
+def check_places(saved: SavedAdapter, learned: Mapping[str, Change], places: Mapping[str, str]) -> None:
+    """Refuse a change of what the base does not have, and of one of two tied tensors, which would change the other.
 
-
-def check_ties(saved: SavedAdapter, learned: Mapping[str, Change], places: Mapping[str, str]) -> None:
-    """Refuse a change of one of two tied tensors, which would change the other; trained tokens are trained so.
-
-    `places`: each tensor's name to the one that stands for all it is tied to.
+    Trained tokens are trained so: the head follows. `places`: each tensor's name to the one that stands for all that it
+    is tied to.
     """
     for name, change in learned.items():
-        others = [other for other, place in places.items() if place == places.get(name) and other != name]
+        if name not in places:
+            raise InputError(f"{saved.folder}: the adapter changes {name}, which the base does not have")
+        others = [other for other, place in places.items() if place == places[name] and other != name]
         if others and change.rows is None:
             raise InputError(
                 f"{saved.folder}: the adapter changes {name}, which is tied to {others[0]}: the two are one tensor, and"
@@ -187,7 +174,7 @@ def _write_config(source: Source, folder: Path, dtype: torch.dtype) -> None:
 def _whole(saved: SavedAdapter, source: Source, folder: Path, dtype: torch.dtype, note: str) -> Written:
     model = load_base(source.name, revision=source.revision, dtype=source.dtype, quantization=source.quantization)
     learned = changes(saved, {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Conv1D)})
-    check_ties(saved, learned, _tied_places(model))
+    check_places(saved, learned, _tied_places(model))
     survival = fold(model, learned, dtype)
     dequantize(model, dtype)
     for name, parameter in model.named_parameters():
