@@ -90,15 +90,14 @@ def _tokenization(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
-    """Load the base as training saw it (its weights quantised alike, and rounded to `saved.dtype`, also where they are
-    de-quantised), compute in `dtype`, put the adapter on.
+    """Load the base as training saw it (its weights rounded to `saved.dtype` and quantised alike), compute in `dtype`,
+    put the adapter on.
 
     Adapter tensors are float32. Strict both ways (row 53): a tensor without its layer, a layer without its
     tensor or another shape raises InputError naming it.
     """
     base = load_base(saved.base, revision=saved.revision, dtype=saved.dtype, quantization=saved.quantization)
     cast_parameters(base, getattr(torch, dtype))
-    _dequantize_in(base, DTYPES[saved.dtype])
     return put_on(base, saved.folder, saved.config).eval()
 
 
@@ -127,14 +126,6 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """
     to_dtype(model, dtype)
     settle(model)
-
-
-def _dequantize_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Have 4-bit weights rounded to `dtype` as they are de-quantised, whatever computes with them after that."""
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            state.dtype = dtype
 
 
 def read_lora_config(folder: Path) -> LoraConfig:

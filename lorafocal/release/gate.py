@@ -86,7 +86,12 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
-        return self.drift_rms <= self.limit
+        return self.drift_rms <= self.limit and self.serves
+
+    @property
+    def serves(self) -> bool:
+        """Whether the merged model gives numbers at all in its own arithmetic, which float16 may overflow."""
+        return self.noise_rms is None or math.isfinite(self.noise_rms)
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "lost": self.lost, "passed": self.passed}
@@ -178,6 +183,11 @@ def check(report: GateReport, *ways_out: str) -> None:
     """
     if report.passed:
         return
+    if not report.serves:
+        raise GateFailure(
+            f"in {report.dtype} the merged model's log-probs are not finite: it overflows where it computes in what it"
+            " is stored in. Nothing was written. Merge with --dtype bfloat16 or float32."
+        )
     ways = ["publish the adapter without merging it"]
     if report.dtype != "float32":
         ways.insert(0, "merge with --dtype float32")

@@ -10,7 +10,7 @@ import torch
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.objectives.pairwise import PairLogps
-from lorafocal.release.gate import FLOAT32_NOISE, MAX_DRIFT, GateFailure, GateReport, check, compare
+from lorafocal.release.gate import FLOAT32_NOISE, MAX_DRIFT, GateFailure, GateReport, check, compare, gate_table
 
 PAIRS = [TokenizedPair(str(n), [1], [2, 3], [4, 5, 6]) for n in range(2)]
 REFERENCE = PairLogps(torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -21.0]))
@@ -38,8 +38,16 @@ def test_the_numbers_by_hand() -> None:
     assert found.rank_flips == 0
 
 
-def test_a_margin_that_changes_sign_is_a_rank_flip() -> None:
-    assert report(shifted(-3.0, 0.0, 0.0, 0.0)).rank_flips == 1
+def test_a_margin_that_changes_sign_is_a_rank_flip_and_no_longer_right() -> None:
+    found = report(shifted(-3.0, 0.0, 0.0, 0.0))
+    assert (found.rank_flips, found.accuracy_live, found.accuracy_merged) == (1, 1.0, 0.5)
+
+
+def test_what_gives_no_numbers_in_its_own_arithmetic_fails_however_small_the_drift() -> None:
+    found = report(LIVE, served=shifted(math.nan, 0.0, 0.0, 0.0), dtype="float16")
+    assert found.drift_rms == 0
+    with pytest.raises(GateFailure, match=r"float16 the merged model's log-probs are not finite.*--dtype bfloat16"):
+        check(found)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -98,3 +106,21 @@ def test_the_table_shows_the_verdict() -> None:
     assert "FAILED" in report(REFERENCE).table()
     assert "passed" in report(LIVE, served=LIVE).table()
     assert report(LIVE).as_dict()["passed"] is True
+
+
+@pytest.mark.row("42")
+def test_merges_onto_two_bases_stand_side_by_side() -> None:
+    one, other = report(LIVE), report(REFERENCE)
+    table = gate_table({"onto the trained base": one, "onto the original base": other}).splitlines()
+    assert one.table().splitlines()[:3] == table[:3]  # what both share is said once
+    rows = [line for line in table if line.startswith(("log-prob", "margin", "accuracy", "rank", "gate"))]
+    assert len(rows) == 5
+    for line in rows:
+        label, first, second = (part.strip() for part in (line[:22], *line[22:].split("   ", 1)))
+        assert f"{label:<22}{first}" in one.table().splitlines()
+        assert f"{label:<22}{second}" in other.table().splitlines()
+
+
+def test_the_way_out_that_the_caller_knows_comes_first() -> None:
+    with pytest.raises(GateFailure, match="Ways out: another base, or merge with --dtype float32"):
+        check(report(REFERENCE), "another base")
