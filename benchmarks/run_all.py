@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import bench_attention
 import bench_logps
 import bench_lora
+import bench_merge
 import bench_packing
 import bench_quantized
 import bench_reference
@@ -31,6 +32,7 @@ ON_A_CPU: list[tuple[Main, list[str]]] = [
     (bench_logps.main, ["--repeats", "2"]),
     (bench_attention.main, ["--repeats", "1"]),
     (bench_packing.main, ["--repeats", "1"]),
+    (bench_merge.main, ["--repeats", "2", "--peers"]),
 ]
 ON_A_GPU: list[tuple[Main, list[str]]] = [
     (bench_step.main, [*_EIGHT, "--repeats", "1", "--sweep", "--batches", "8", "4", "--peers"]),
