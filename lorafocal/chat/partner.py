@@ -110,9 +110,7 @@ def meet(target: Path, *, base: str | None = None) -> Partner:
     tokenizer = load_tokenizer(saved.base, saved.revision)
     speech = _speech(tokenizer, saved.tokenization, folder.resolve().parent / HELD_OUT_FILE)
     policy = open_adapter(saved, dtype=saved.dtype)
-    name = folder.resolve()
-    shown = name.parent.name if name.name == ADAPTER_DIR else name.name
-    voices = (Voice(f"adapter on: {shown}"), Voice(f"adapter off: {_off(saved)}", AdapterSwitch(policy).off))
+    voices = (Voice(f"adapter on: {_on(folder)}"), Voice(f"adapter off: {_off(saved)}", AdapterSwitch(policy).off))
     notes = (*saved.notes, *_reference_notes(saved.lineage), *_spoken(speech), *_drawing_notes(policy))
     return Partner(policy, tokenizer, voices, speech, notes)
 
@@ -147,6 +145,13 @@ def _model(folder: Path, base: str | None) -> Partner:
     note = "this is a whole model: there is no adapter to switch off, so there is one column"
     voices = (Voice(folder.resolve().name),)
     return Partner(model, tokenizer, voices, speech, (note, *_spoken(speech), *_drawing_notes(model)))
+
+
+def _on(folder: Path) -> str:
+    """What an adapter is called: as its run or its bundle, where it lies in one."""
+    place = folder.resolve()
+    inside = any((place.parent / file).is_file() for file in ("config.yaml", "manifest.json"))
+    return place.parent.name if inside and place.name == ADAPTER_DIR else place.name
 
 
 def _off(saved: SavedAdapter) -> str:
@@ -186,8 +191,14 @@ def _is_templated(encoder: Encoder, held_out: Path | None) -> bool:
     [probe] = encoder.renderer.render([[{"role": "user", "content": PROBE_QUESTION}]], add_generation_prompt=True)
     if held_out is None or not held_out.is_file() or isinstance(probe, Fault):
         return True
-    opening = encode(encoder.tokenizer, [after := probe.rpartition(PROBE_QUESTION)[2]])[after]
-    return any(pair.prompt_ids[-len(opening) :] == opening for pair in read_held_out(held_out))
+    opening = _bare(probe.rpartition(PROBE_QUESTION)[2])
+    prompts = (encoder.tokenizer.decode(pair.prompt_ids) for pair in read_held_out(held_out))
+    return any(_bare(str(prompt)).endswith(opening) for prompt in prompts)
+
+
+def _bare(text: str) -> str:
+    """Without blanks, of which decoding makes more or fewer."""
+    return "".join(text.split())
 
 
 def _spoken(speech: Speech) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,13 +88,13 @@ def test_what_speaks_with_the_adapter_off_is_said(run: SavedRun, tmp_path: Path)
     lineage = lineage_of(folder / "adapter")
     assert lineage is not None
     first, second = Stage("sft", "a" * 64), Stage("first", "b" * 64, CONTINUED)
-    notes = {
+    notes: dict[str, dict[str, Any]] = {
         "went on from an adapter of unknown making 'first'": {"parents": (first, second), "reference": "frozen_copy"},
         "compared with the adapter's start": {"reference": "frozen_copy"},
         "compared with another model": {"reference": "separate_model"},
     }
     for note, change in notes.items():
-        replace(lineage, **change).write(folder / "adapter")  # type: ignore[arg-type]
+        replace(lineage, **change).write(folder / "adapter")
         partner = meet(folder)
         assert any(note in line for line in partner.notes), note
         assert partner.voices[1].title.endswith("the base base" + ", with 'sft' merged in" * ("parents" in change))

@@ -26,7 +26,7 @@ from lorafocal.chat.screen import text_so_far
 from lorafocal.chat.streams import Drawing, TokenStream
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import adapter_layers
-from tests.saved_run import SavedRun
+from tests.saved_run import SavedRun, save_run
 from tests.spoken import QUESTION, both, lines_read, spoken
 
 
@@ -56,6 +56,13 @@ def test_a_session_asks_until_nothing_is_asked(run: SavedRun) -> None:
     assert "Ctrl-D or an empty line leaves" in shown
     assert "special token '<|end|>'" in shown
     assert "adapter on" not in spoken(run.folder, read=lines_read("  ", QUESTION))
+
+
+def test_answers_that_are_the_same_are_said_to_be(run: SavedRun, tmp_path: Path) -> None:
+    same = "both answers are the same, token for token"
+    weak = save_run(tmp_path, std=1e-6)
+    assert same in spoken(weak.folder, QUESTION, temperature=0)
+    assert same not in spoken(run.folder, QUESTION)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, after: int) -> Callable[[], None]:
@@ -97,7 +104,7 @@ def test_given_prompts_end_with_the_signal(
     interrupted(monkeypatch, number, after=2)
     with pytest.raises(end) as caught:
         spoken(run.folder, QUESTION, QUESTION)
-    assert end is KeyboardInterrupt or caught.value.code == 143  # type: ignore[union-attr]
+    assert end is KeyboardInterrupt or caught.value.args == (143,)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_between_two_tokens_the_adapter_is_on_and_an_answer_may_be_left_anywhere
         next(turns)
         assert not any(layer.disable_adapters for layer in layers)
     assert [len(stream.ids) for stream in streams] == [3, 2]
-    turns.close()
+    del turns
     assert both(policy, drawing()) == both(policy, drawing())
 
 

@@ -6,9 +6,9 @@ The client is a stand-in with the signatures of huggingface_hub's, checked again
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +51,12 @@ def answered(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubH
 class Hub:
     """A hub of one repository that records what it is asked; a call named in `errors` raises instead."""
 
-    def __init__(self, private: bool | None = None, files: tuple[str, ...] = (), **errors: BaseException) -> None:
+    def __init__(
+        self,
+        private: bool | None = None,
+        files: tuple[str, ...] = (),
+        errors: Mapping[str, BaseException] = MappingProxyType({}),
+    ) -> None:
         self.private, self.files, self.errors = private, files, errors
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
@@ -237,7 +242,7 @@ NO_ANSWER = next(base for base in HfHubHTTPError.__bases__ if base is not OSErro
 def test_what_goes_wrong_is_said_with_the_way_out_and_nothing_is_half_published(
     bundle: Path, call: str, error: BaseException, says: str
 ) -> None:
-    hub = Hub(**{call: error})
+    hub = Hub(errors={call: error})
     with pytest.raises(InputError, match=says) as caught:
         push(bundle, REPO, api=hub, confirm=yes)
     assert hub.files == ()
