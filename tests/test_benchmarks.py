@@ -104,7 +104,7 @@ def test_every_benchmark_runs_dry(device, tmp_path):
         check=True, capture_output=True, cwd=BENCHMARKS.parent, env=None,
     )  # fmt: skip
     files = {"step", "step_sweep", "reference", "lora", "logps", "attention"}
-    files |= {"quantized", "profile"} if device == "cuda" else {"packing"}
+    files |= {"quantized", "profile"} if device == "cuda" else {"packing", "merge"}
     assert {file.stem for file in tmp_path.glob("*.csv")} == files
     for file in tmp_path.glob("*.csv"):
         with file.open(newline="", encoding="utf-8") as lines:
