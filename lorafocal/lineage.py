@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,10 @@ class Lineage:
 
     @property
     def combined(self) -> tuple[Stage, ...]:
-        """The adapters whose weighted sum this one is, as long as nothing was made of it since."""
-        return tuple(stage for stage in self.contained if stage.how == COMBINED)
+        """The adapters whose weighted sum this is, or was before it was merged; none where it was trained itself."""
+        own = replace(self, parents=self.parents[:-1]) if self.parents[-1:] and self.parents[-1].how == MERGED else self
+        stages = own.contained
+        return tuple(stage for stage in stages if stage.how == COMBINED) if stages and stages[-1].weight else ()
 
     def stage(self, adapter: str, sha256: str, how: str) -> Stage:
         """This adapter as a parent of what is made of it."""

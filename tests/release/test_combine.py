@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lorafocal.errors import InputError
-from lorafocal.lineage import COMBINED, CONTINUED, BaseIdentity, Lineage, Stage, lineage_of
+from lorafocal.lineage import COMBINED, CONTINUED, MERGED, BaseIdentity, Lineage, Stage, lineage_of
 from lorafocal.model.continued import continue_adapter, stages_of
 from lorafocal.model.load import base_fingerprint, load_base
 from lorafocal.model.saved import SavedAdapter, lora_layers, open_adapter, read_adapter
@@ -173,6 +173,10 @@ def test_the_lineage_names_every_parent_with_its_weight(adapters: dict[str, Save
         ("sft", CONTINUED, None), ("plain", COMBINED, 1.0), ("stable", COMBINED, -0.5),
     ]  # fmt: skip
     assert [stage.objective for stage in lineage.combined] == [FOCALPO, None]
+    merged = replace(lineage, parents=(*lineage.parents, lineage.stage("sum", "2" * 64, MERGED)))
+    assert merged.combined == lineage.combined
+    assert replace(merged, parents=(*merged.parents, lineage.stage("x", "3" * 64, MERGED))).combined == ()
+    assert before.combined == ()
     assert lineage.base == before.base
     assert (lineage.start, lineage.dtype, lineage.objective) == (None, "bfloat16", None)
     record = json.loads((tmp_path / "sum" / "lorafocal.json").read_text())
