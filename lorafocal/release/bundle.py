@@ -20,8 +20,9 @@ from lorafocal.model.saved import SavedAdapter
 from lorafocal.publish import sha256
 from lorafocal.release import verify
 from lorafocal.release.gate import GateEvidence
-from lorafocal.release.merge import MergeReport, survival_table
+from lorafocal.release.merge import MergeReport
 from lorafocal.release.package import merged_lineage, package_adapter
+from lorafocal.release.survival import survival_table
 
 GATE_FILE, MANIFEST_FILE = "gate.json", "manifest.json"
 RULE = "rms(merged - live) <= max_drift * rms(live - reference) + 1e-6 * rms(live)"

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from lorafocal.card import CARD_FILE, compressed_card
 from lorafocal.errors import InputError
 from lorafocal.lineage import Lineage
+from lorafocal.model.head import causal_lm
 from lorafocal.model.load import local_device
-from lorafocal.model.quantized import QUANTIZATIONS, bitsandbytes_config, check_loaded
+from lorafocal.model.quantized import MOSTLY, QUANTIZATIONS, bitsandbytes_config, inner_weights
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.release import verify
 from lorafocal.release.gate import GateEvidence, GateReport, compare
@@ -94,8 +96,7 @@ def requantize(merged: Path, folder: Path, form: str, merge: MergeReport, run: M
     """
     dtype = getattr(torch, merge.dtype)
     model = _open(merged, dtype, quantization_config=quantizer(form, merge.dtype))
-    if form != FP8:
-        check_loaded(model, quantization=form, dtype=dtype)
+    _check_share(model, form)
     model.save_pretrained(folder)
     del model
     for path in merged.iterdir():
@@ -141,6 +142,20 @@ def quantizer(form: str, dtype: str) -> BitsAndBytesConfig | TorchAoConfig:
             f"--as {FP8} needs torchao, which does not work here ({error}): install it with `pip install"
             " 'lorafocal[fp8]'`, or choose another form"
         ) from error
+
+
+def _check_share(model: PreTrainedModel, form: str) -> None:
+    """Refuse a model most of which stayed as it was: no library here takes experts that are kept in one tensor."""
+    text = causal_lm(model)
+    sizes, modules = inner_weights(text), dict(text.named_modules())
+    held = sum(
+        size for name, size in sizes.items() if name in modules and type(modules[name].weight) is not nn.Parameter
+    )
+    if held < MOSTLY * sum(sizes.values()):
+        raise InputError(
+            f"--as {form}: only {held / sum(sizes.values()):.0%} of the inner weights of {type(text).__name__} can be"
+            " stored so (experts kept in one tensor cannot): export it --as merged"
+        )
 
 
 def _measured(model: PreTrainedModel, merge: MergeReport, form: str) -> GateReport:

@@ -18,6 +18,7 @@ from lorafocal.model.quantized import dequantized_weight
 from lorafocal.release import requantize, verify
 from lorafocal.release.export import ExportReport, export
 from lorafocal.release.merge import merge_adapter
+from tests.model.families import random_model
 from tests.saved_run import SavedRun, save_run
 
 pytestmark = pytest.mark.slow  # whole models are written and loaded again
@@ -94,6 +95,13 @@ def test_it_is_said_where_it_is_read(run: SavedRun, reports: dict[str, ExportRep
     for path in coarse.folder.iterdir():
         assert str(run.base.parent).encode() not in path.read_bytes(), path.name
     json.dumps(coarse.as_dict())
+
+
+def test_a_model_that_would_mostly_stay_as_it_was_is_refused(tmp_path: Path) -> None:
+    random_model("qwen3_moe", torch.float32).save_pretrained(tmp_path)
+    model = requantize._open(tmp_path, torch.float32, quantization_config=requantize.quantizer("nf4", "float32"))
+    with pytest.raises(InputError, match=r"--as nf4: only 3\d% of the inner weights of Qwen3MoeForCausalLM"):
+        requantize._check_share(model, "nf4")
 
 
 def test_without_the_library_nothing_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
