@@ -245,18 +245,13 @@ def copy_that_is_the_adapter_itself(original: Any) -> Any:
 def merged_into_four_bits(original: Any) -> Any:
     """Row 41: what is merged goes back into the codes it came from, which round most of the change away."""
 
-    def fold(policy: Any, dtype: Any) -> Any:
+    def rounded_change(name: Any, weight: Any, change: Any, dtype: Any) -> Any:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        from lorafocal.model.saved import lora_layers
+        stored, survival = original(name, weight, change, dtype)
+        return dequantize_4bit(*quantize_4bit(stored.contiguous(), quant_type="nf4")), survival
 
-        survival = original(policy, dtype)
-        for layer in lora_layers(policy).values():
-            weight = layer.get_base_layer().weight
-            weight.data = dequantize_4bit(*quantize_4bit(weight.data, quant_type="nf4"))
-        return survival
-
-    return fold
+    return rounded_change
 
 
 def weights_of_another_base(original: Any) -> Any:

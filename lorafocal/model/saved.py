@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
 from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_base
-from lorafocal.model.quantized import prequantized, settle, to_dtype
+from lorafocal.model.quantized import dequantized_weight, prequantized, settle, to_dtype
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.yaml12 import parse_yaml
 
@@ -90,14 +91,16 @@ def _tokenization(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
-    """Load the base as training saw it (its weights rounded to `saved.dtype` and quantised alike), compute in `dtype`,
-    put the adapter on.
+    """Load the base as training saw it (its weights quantised alike, and rounded to `saved.dtype`, also where they are
+    de-quantised), compute in `dtype`, put the adapter on.
 
     Adapter tensors are float32. Strict both ways (row 53): a tensor without its layer, a layer without its
     tensor or another shape raises InputError naming it.
     """
     base = load_base(saved.base, revision=saved.revision, dtype=saved.dtype, quantization=saved.quantization)
     cast_parameters(base, getattr(torch, dtype))
+    if dtype != saved.dtype:
+        _multiply_as_trained(base, DTYPES[saved.dtype])
     return put_on(base, saved.folder, saved.config).eval()
 
 
@@ -126,6 +129,23 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """
     to_dtype(model, dtype)
     settle(model)
+
+
+def _multiply_as_trained(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have 4-bit layers multiply by what they were de-quantised to in training, in `dtype`, whatever computes now.
+
+    bitsandbytes de-quantises to the dtype of the inputs: in float32 the base would be a finer one than was trained on.
+    """
+    for layer in model.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+            layer.forward = partial(_linear, layer)
+
+
+def _linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
+    return torch.nn.functional.linear(inputs, dequantized_weight(layer).to(inputs.dtype), bias)
 
 
 def read_lora_config(folder: Path) -> LoraConfig:

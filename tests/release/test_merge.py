@@ -23,8 +23,9 @@ from lorafocal.model.load import base_fingerprint, load_base
 from lorafocal.model.saved import read_adapter
 from lorafocal.policy import plain_attention
 from lorafocal.release import measure, merge
-from lorafocal.release.gate import GateFailure
-from lorafocal.release.merge import merge_adapter
+from lorafocal.release.gate import GateFailure, compare
+from lorafocal.release.merge import MergeReport, merge_adapter
+from lorafocal.release.shards import ShardWriter
 from lorafocal.release.survival import LayerSurvival, survival_notes
 from lorafocal.release.weights import write_merged
 from tests.saved_run import SavedRun, save_run
@@ -311,19 +312,113 @@ def test_the_gate_stops_a_merge_that_lost_the_change(tmp_path: Path) -> None:
     assert merge_adapter(run.adapter, tmp_path / "out", dtype="float32").gate.passed
 
 
-def test_a_killed_merge_leaves_no_model(run: SavedRun, tmp_path: Path) -> None:
-    def merge_until_killed() -> None:
-        merge._write_papers = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        merge_adapter(run.adapter, tmp_path / "out")
+STEPS = [
+    (ShardWriter, "write"),
+    *((merge, name) for name in ("combine", "write_merged", "_keep_only", "_write_papers")),
+]
 
-    process = multiprocessing.get_context("fork").Process(target=merge_until_killed)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    merge_adapter(run.adapter, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "base",
-        "run",
-        "out",
-    }  # the torn copy is cleared away
+
+def test_killed_after_any_of_its_steps_a_merge_leaves_no_model(tmp_path: Path) -> None:
+    """Both bases are tried and two adapters combined, so that every folder it makes is there in turn."""
+    run = save_run(tmp_path, std=0.1, quantization="nf4")
+
+    def merged() -> MergeReport:
+        return merge_adapter([run.adapter, run.adapter], tmp_path / "out", weights=[0.5, 0.5], dtype="float32")
+
+    def merge_until_killed(owner: object, name: str) -> None:
+        step = getattr(owner, name)
+        setattr(owner, name, lambda *a, **k: (step(*a, **k), os.kill(os.getpid(), signal.SIGKILL)))
+        merged()
+
+    for step in STEPS:
+        process = multiprocessing.get_context("fork").Process(target=merge_until_killed, args=step)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, step
+        assert not (tmp_path / "out").exists(), step
+    assert merged().gate.passed
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "run", "out"}  # the torn copies are cleared away
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+def test_float16_is_written_and_measured_in_its_own_arithmetic_too(run: SavedRun, tmp_path: Path) -> None:
+    report = merge_adapter(run.adapter, tmp_path / "out", dtype="float16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+    assert report.gate.lost < 0.01
+    assert report.gate.noise_rms is not None
+    assert 0 < report.gate.noise_rms < report.gate.learned_rms
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float16
+
+
+@pytest.mark.row("6", "45")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True, "use_rslora": True},
+        {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]},
+    ],
+)
+def test_what_is_trained_beside_b_a_is_merged_too(tmp_path: Path, settings: dict[str, object]) -> None:
+    run = save_run(tmp_path, **settings)
+    adapter = load_file(run.adapter / "adapter_model.safetensors")
+    save_file(
+        {name: tensor if "lora_A" in name or "lora_B" in name else tensor * 1.3 for name, tensor in adapter.items()},
+        run.adapter / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    report = merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
+    assert report.gate.learned_rms > 0.1
+    assert report.gate.lost < 1e-4
+
+
+def test_several_adapters_are_summed_with_their_weights(run: SavedRun, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run.adapter, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.flip(0) for name, tensor in tensors.items()},
+        other / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    merge_adapter([run.adapter, other], tmp_path / "out", weights=[1, -0.5], base=str(run.base), dtype="float32")
+    name = "model.layers.0.self_attn.q_proj"
+    (one, two), base, merged = (
+        [load_file(folder / "adapter_model.safetensors") for folder in (run.adapter, other)],
+        load_file(run.base / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    deltas = [
+        2 * part[f"base_model.model.{name}.lora_B.weight"] @ part[f"base_model.model.{name}.lora_A.weight"]
+        for part in (one, two)
+    ]
+    expected = base[f"{name}.weight"].float() + deltas[0] - 0.5 * deltas[1]
+    torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    lineage = lineage_of(tmp_path / "out")
+    assert lineage is not None
+    assert [(stage.adapter, stage.weight) for stage in lineage.parents][:2] == [("adapter", 1.0), ("other", -0.5)]
+    assert lineage.parents[-1].how == "merged"
+
+
+def test_a_stranger_can_run_the_gate_again_from_its_evidence(run: SavedRun, tmp_path: Path) -> None:
+    report = merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
+    seen = report.evidence
+    again = compare(
+        seen.pairs,
+        live=seen.live,
+        reference=seen.reference,
+        merged=seen.merged,
+        served=None,
+        dtype="float32",
+        gate_dtype=seen.dtype,
+    )
+    assert again == report.gate
+    assert "evidence" not in report.as_dict()
+
+
+@pytest.mark.row("42")
+def test_the_gate_holds_a_merge_against_the_weights_that_training_multiplied_by(tmp_path: Path) -> None:
+    """In bfloat16 bitsandbytes rounds what it de-quantises: a gate in float32 must not take that for drift."""
+    run = save_run(tmp_path, std=3e-3, quantization="nf4")
+    report = merge_adapter(run.adapter, tmp_path / "out", dtype="float32", onto="trained")
+    assert report.gate.lost < 1e-3
