@@ -1,4 +1,4 @@
-"""Quickstart: see FocalPO make a model better by a rule that nobody can argue with, and hold the merged model.
+"""Quickstart: FocalPO makes a model better by a rule that nobody can argue with, and leaves a release to be verified.
 
 A tiny Llama half knows how to sort, reverse and find the maximum of digits (about half of its sampled answers are
 right). It is trained on pairs of a right and a wrong answer, with FocalPO and with DPO at the same settings, over
@@ -29,7 +29,7 @@ from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.model.saved import open_adapter, read_adapter
 from lorafocal.model.toy_base import toy_base
 from lorafocal.progress import MetricsFile
-from lorafocal.release.merge import merge_adapter
+from lorafocal.release.export import export
 from lorafocal.report.write import write_report
 from lorafocal.run import RunSummary, train
 
@@ -38,7 +38,7 @@ SEEDS = (1, 2, 3)
 TRAINING_PAIRS, HELD_OUT = 3840, 600
 MARKER = "quickstart.json"
 RUNS = [f"{objective}-{seed}" for objective in ("focalpo", "dpo") for seed in SEEDS]
-OURS = ("data", "merged", "report", *RUNS)
+OURS = ("data", "bundle", "report", *RUNS)
 
 
 def main(out: Path, overrides: list[str]) -> None:
@@ -76,9 +76,9 @@ def main(out: Path, overrides: list[str]) -> None:
             rewards = share([margin > 0 for margin in margins])
             table.append(f"{name:<12}{share(after)!s:<24}{change(before, after):<30}{rewards}")
 
-    print("4/5  merging the first adapter, checked on held-out pairs")
-    report = merge_adapter(out / "focalpo-1" / "adapter", out / "merged", dtype="float32")
-    print(report.table())
+    print("4/5  a release of the first adapter: merged, checked on held-out pairs, bundled")
+    released = export(out / "focalpo-1" / "adapter", out / "bundle", form="bundle", dtype="float32")
+    print(released.table())
 
     print("5/5  the report of the training runs: curves, margins, and what they say in plain words")
     report = write_report([out / name for name in RUNS], out / "report")
@@ -96,9 +96,11 @@ def main(out: Path, overrides: list[str]) -> None:
         question = prompt[-1]["content"]
         print(f"{question:<20}{right_answer(question):<14}{was:<14}{became}")
     print(f"\nadapter        {out / 'focalpo-1' / 'adapter'}")
-    print(f"merged model   {out / 'merged'}")
+    print(f"merged model   {out / 'bundle' / 'merged'}")
+    print(f"check it       .venv/bin/python {out / 'bundle' / 'verify.py'}")
     print(f"report         {report.page}")
     print(f"base           {base}")
+    print(f"talk to it     .venv/bin/lorafocal chat {out / 'focalpo-1'}")
     print(f"next           .venv/bin/lorafocal train {out / 'focalpo-1' / 'config.yaml'} name=again training.seed=4")
     print(f"all of it took {time.perf_counter() - start:.0f} s")
 
