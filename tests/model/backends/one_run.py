@@ -1,0 +1,75 @@
+"""A process of its own: scores, gradients and a short training of one base through one backend, for a comparison.
+
+    python -m tests.model.backends.one_run unsloth BASE FOLDER
+
+writes FOLDER/tensors.safetensors (log-probs with the adapter on and off, and each gradient) and prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STEPS = 4
+REPEATS = 3
+
+
+def main(backend: str, base: str, folder: Path) -> None:
+    if backend != "transformers":  # first: it changes what is imported below
+        from lorafocal.model.backends import named
+
+        named(backend).start()
+
+    import torch
+    from safetensors.torch import save_file
+
+    from lorafocal.data.packing import pad_sequences
+    from lorafocal.model.adapters import AdapterSwitch, attach_lora
+    from lorafocal.model.load import load_base, local_device
+    from lorafocal.policy import token_logps
+    from lorafocal.probes import choose_layout
+    from tests.tiny import adapter_gradients, disturb, lora, pairs, trainer
+
+    def loaded() -> Any:
+        return load_base(base) if backend == "transformers" else named(backend).load(base, max_length=256)[0]
+
+    torch.manual_seed(0)
+    policy = disturb(attach_lora(loaded(), lora()))
+    layout = choose_layout(policy, "padded" if backend == "transformers" else "auto")
+    pack = pad_sequences(pairs(8, longest=60)).to(local_device())
+    on = token_logps(policy, pack)
+    (on * torch.linspace(-1, 1, len(on), device=on.device)).sum().backward()
+    tensors = adapter_gradients(policy)
+    with torch.no_grad(), AdapterSwitch(policy).off():
+        tensors |= {"on": on.detach(), "off": token_logps(policy, pack)}
+    save_file(
+        {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors"
+    )
+
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        token_logps(policy, pack).sum().backward()
+        float(adapter_gradients(policy).popitem()[1].sum())  # waits for the device
+    seconds = (time.perf_counter() - began) / REPEATS
+
+    made = trainer(
+        folder,
+        pairs(16, longest=40),
+        model=loaded(),
+        peft_config=lora(),
+        max_steps=STEPS,
+        layout="padded",
+        reference="disabled_adapter",
+        tokens_per_pack=2048,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    print(json.dumps({"layout": layout.layout, "reason": layout.reason, "losses": losses, "pass_s": seconds}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
