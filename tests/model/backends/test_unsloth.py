@@ -7,11 +7,15 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig
 
+from lorafocal import run
+from lorafocal.assembly import attention_of
+from lorafocal.cli.training import _begin
 from lorafocal.data.packing import pad_sequences
 from lorafocal.data.toy import toy_tokenizer
 from lorafocal.errors import InputError
@@ -21,6 +25,7 @@ from lorafocal.model.backends import named, unsloth
 from lorafocal.model.load import load_base
 from lorafocal.policy import evaluating, token_logps
 from lorafocal.probes import choose_layout
+from lorafocal.schema import Model
 from tests.model.backends import stand_in
 from tests.tiny import disturb, lora, pairs, tiny_base, trainer
 
@@ -314,3 +319,17 @@ def test_where_it_does_not_start_the_reason_is_one_line(monkeypatch):
 
 def test_backends_are_found_by_their_word():
     assert named("unsloth") is unsloth
+
+
+def test_nothing_else_names_it():
+    package = Path(unsloth.__file__).parents[2]
+    naming = {str(file.relative_to(package)) for file in package.rglob("*.py") if "unsloth" in file.read_text()}
+    assert naming == {"model/backends/unsloth.py", "schema.py"}
+
+
+def test_a_config_leads_to_it_before_and_while_loading(saved, imported):
+    model = Model(name=saved, dtype="bfloat16", backend="unsloth")
+    _begin(model.backend)
+    base = run._load(saved, None, SimpleNamespace(model=model, data=SimpleNamespace(max_length=LONGEST)))
+    assert base.backend == "unsloth"
+    assert attention_of(attach_lora(base, lora()), torch.device("cpu")).name == "unsloth's own"
