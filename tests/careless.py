@@ -254,16 +254,6 @@ def merged_into_four_bits(original: Any) -> Any:
     return rounded_change
 
 
-def weights_of_another_base(original: Any) -> Any:
-    """Row 42: weights near those that training saw, as the original ones are."""
-
-    def dequantized_weight(layer: Any) -> Any:
-        weight = original(layer)
-        return weight + 0.1 * weight.std() * weight.sign()
-
-    return dequantized_weight
-
-
 def every_adapter_saved(policy: Any, folder: Any, *_: Any, **__: Any) -> None:
     """Row 8: PEFT saves every adapter that the model carries."""
     policy.save_pretrained(folder)
