@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PINS := requirements/torch.txt requirements/locked.txt
 STAMP := $(VENV)/.installed
 WHEELS := $(VENV)/wheels
+TORCHAO := $(VENV)/torchao
 PIP := -m pip --disable-pip-version-check --no-input
 # --no-compile: bytecode for the few modules that are imported comes by itself, for the rest it takes a minute
 
@@ -38,6 +39,12 @@ $(WHEELS): requirements/unsloth.txt | $(STAMP)
 	$(BIN)/python $(PIP) download -q --no-deps --dest $@ $$(grep '^unsloth' requirements/unsloth.txt)
 	@touch $@
 
+# Apart from the rest: PEFT imports torchao wherever it finds it.
+$(TORCHAO): requirements/torchao.txt | $(STAMP)
+	rm -rf $@
+	$(BIN)/python $(PIP) install -q --no-compile --no-deps --target $@ -r requirements/torchao.txt
+	@touch $@
+
 quickstart: $(STAMP) ## train, evaluate, merge and check a tiny model; prints a table (minutes)
 	OMP_NUM_THREADS=2 $(BIN)/python examples/01_quickstart.py
 
@@ -47,7 +54,7 @@ test: $(STAMP) $(WHEELS) ## the whole suite, offline
 test-fast: $(STAMP) $(WHEELS) ## the working loop, a minute and a half
 	$(PYTEST) -n 2 -m "not slow and not engine and not gpu"
 
-test-engine: $(STAMP) ## tests that start several processes, compile, or train whole sweeps
+test-engine: $(STAMP) $(TORCHAO) ## tests that start several processes, compile, or train whole sweeps
 	$(PYTEST) -m "engine and not gpu"
 
 test-gpu: $(STAMP) ## tests that need a CUDA device

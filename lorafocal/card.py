@@ -244,8 +244,11 @@ def _origin(lineage: Lineage, adapter: str | None = None) -> str:
     for number, stage in enumerate(lineage.parents, 1):
         made_by = "" if stage.objective is None else f"{stage.objective['name']} "
         on = "" if stage.quantization is None else f" (trained on {_title(stage.quantization)})"
-        rows.append((f"stage {number}: {made_by}adapter `{stage.adapter}`{on}, {stage.how}, sha256", stage.sha256))
-    if lineage.objective is None:
+        how = stage.how if stage.weight is None else f"{stage.how} with weight {stage.weight:g}"
+        rows.append((f"stage {number}: {made_by}adapter `{stage.adapter}`{on}, {how}, sha256", stage.sha256))
+    if lineage.combined:
+        rows.append(("training", "none of its own: it is the weighted sum of the adapters above"))
+    elif lineage.objective is None:
         rows.append(("training", "not recorded: the adapter was made by another tool"))
     else:
         settings = [f"{key} {value:g}" for key, value in lineage.objective.items() if isinstance(value, (int, float))]

@@ -128,7 +128,7 @@ def export(
     form: Annotated[
         str,
         typer.Option(
-            "--as", metavar="FORM", help="bundle, merged, adapter, nf4, nf4-double, fp4, fp4-double, int8 or gguf."
+            "--as", metavar="FORM", help="bundle, merged, adapter, nf4, nf4-double, fp4, fp4-double, int8, fp8 or gguf."
         ),
     ] = "bundle",
     weights: WeightsOption = None,
