@@ -254,6 +254,31 @@ def merged_into_four_bits(original: Any) -> Any:
     return rounded_change
 
 
+def halves_of_a_change(original: Any) -> Any:
+    """Row 53: a layer that lacks a half of its change is passed over."""
+
+    def low_rank(where: str, layer: str, config: Any, left: Any, *, transposed: bool) -> Any:
+        from lorafocal.errors import InputError
+
+        try:
+            return original(where, layer, config, left, transposed=transposed)
+        except InputError:
+            return None
+
+    return low_rank
+
+
+def survival_of_the_norm(original: Any) -> Any:
+    """Row 43: the length of the stored change beside the learned one, which rounding noise makes longer."""
+
+    def measure_survival(layer: str, weight: Any, delta: Any, stored: Any) -> Any:
+        found = original(layer, weight, delta, stored)
+        change = (stored.float() - weight.float()).norm().item()
+        return type(found)(layer, change / max(found.delta_norm, 1e-30), found.error, found.delta_norm)
+
+    return measure_survival
+
+
 def every_adapter_saved(policy: Any, folder: Any, *_: Any, **__: Any) -> None:
     """Row 8: PEFT saves every adapter that the model carries."""
     policy.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,16 @@ from torch import nn
 
 from lorafocal.data.held_out import write_held_out
 from lorafocal.data.packing import share_prefixes
-from lorafocal.errors import InputError
 from lorafocal.lineage import lineage_of
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import load_base
 from lorafocal.model.quantized import QUANTIZATIONS, dequantized_weight, quantization_of, word_of
+from lorafocal.model.saved import WEIGHTS_FILE, read_adapter
 from lorafocal.policy import prepare_policy, sequence_logps
-from lorafocal.release import merge
 from lorafocal.release.dequantize import dequantize
 from lorafocal.release.gate import GateFailure
 from lorafocal.release.merge import merge_adapter
+from lorafocal.release.weights import write_merged
 from tests.model.families import random_model
 from tests.saved_run import SavedRun, held_out_pairs, quantized_checkpoint, save_base, save_run
 from tests.tiny import lora, trainer
@@ -53,21 +54,47 @@ def logps_of(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.row("41", "42")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_the_merged_weights_are_those_of_training_plus_the_change(tmp_path: Path, quantization: str) -> None:
-    run = save_run(tmp_path, quantization=quantization, dtype="float32", target_modules=["q_proj", "down_proj"])
-    report = merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
-    assert report.gate.drift_rms < 1e-5
-    expected = what_training_saw(run, quantization, "float32")
+def test_the_merged_weights_are_those_of_training_plus_the_change(
+    tmp_path: Path, quantization: str, dtype: str
+) -> None:
+    """Tensor by tensor, without loading the model: bit for bit what loading makes of each."""
+    settings = {"quantization": quantization, "dtype": dtype, "target_modules": ["q_proj", "down_proj"]}
+    run = save_run(tmp_path, base_dtype=torch.float32, **settings)
+    (tmp_path / "out").mkdir()
+    written = write_merged(read_adapter(run.adapter), tmp_path / "out", onto="trained", dtype="float32")
+    assert written.notes == ()
+    expected = what_training_saw(run, quantization, dtype)
     merged = load_file(tmp_path / "out" / "model.safetensors")
-    assert merged.keys() == load_file(run.base / "model.safetensors").keys()
+    original = load_file(run.base / "model.safetensors")
+    assert merged.keys() == original.keys()
     for name, tensor in merged.items():
         assert tensor.dtype == torch.float32
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
-    original = load_base(str(run.base), dtype="float32").state_dict()
-    assert not torch.allclose(
-        merged["model.layers.0.mlp.up_proj.weight"], original["model.layers.0.mlp.up_proj.weight"]
-    )
+        if "q_proj" in name or "down_proj" in name:
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(tensor, expected[name]), name
+    up = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(merged[up], original[up])
+
+
+@pytest.mark.row("42")
+def test_onto_the_original_it_is_the_stored_floats_plus_the_change(tmp_path: Path) -> None:
+    """Also where the base is stored in 4 bits, and its floats lie elsewhere."""
+    run = save_run(tmp_path, base_dtype=torch.float32, quantization="nf4", target_modules=["q_proj"])
+    stored = quantized_checkpoint(run.base, tmp_path / "four", "nf4")
+    saved = read_adapter(run.adapter)
+    places = [(saved, None), (replace(saved, base=str(stored)), str(run.base))]
+    adapter, original = (load_file(file) for file in (run.adapter / WEIGHTS_FILE, run.base / "model.safetensors"))
+    for number, (adapted, floats) in enumerate(places):
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        assert write_merged(adapted, out, onto="original", original=floats, dtype="float32").notes == ()
+        merged = load_file(out / "model.safetensors")
+        for name, tensor in original.items():
+            a, b = (adapter.get(f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight") for x in "AB")
+            assert torch.equal(merged[name], tensor if a is None else tensor + (8 / 4) * (b @ a))
 
 
 @pytest.mark.row("41", "42")
@@ -75,7 +102,8 @@ def test_the_merged_weights_are_those_of_training_plus_the_change(tmp_path: Path
 def test_stored_in_bfloat16_it_loses_what_rounding_costs_any_merge(tmp_path: Path, quantization: str) -> None:
     quantised = save_run(tmp_path / "q", std=0.1, quantization=quantization)
     plain = save_run(tmp_path / "f", std=0.1)
-    lost = [merge_adapter(run.adapter, run.folder / "out").gate.lost for run in (quantised, plain)]
+    folders = {run.adapter: onto for run, onto in ((quantised, "trained"), (plain, "auto"))}
+    lost = [merge_adapter(folder, folder.parent / "out", onto=onto).gate.lost for folder, onto in folders.items()]
     assert 0 < lost[0] < 4 * lost[1] < 0.1
     assert {t.dtype for t in load_file(quantised.folder / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -83,7 +111,7 @@ def test_stored_in_bfloat16_it_loses_what_rounding_costs_any_merge(tmp_path: Pat
 @pytest.mark.row("42")
 def test_files_and_words_say_which_base_it_was(tmp_path: Path) -> None:
     run = save_run(tmp_path, quantization="nf4-double")
-    report = merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
+    report = merge_adapter(run.adapter, tmp_path / "out", dtype="float32", onto="trained")
     config, base = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", run.base))
     assert config == base | {"dtype": "float32"}
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["base_dequantized_from"] == "nf4-double"
@@ -152,18 +180,14 @@ def test_dequantize_leaves_a_model_that_computes_the_same(tmp_path: Path) -> Non
 
 @pytest.mark.row("6", "41")
 @pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"use_dora": True}, "uses dora, which merge does not fold"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
-        ({"trainable_token_indices": [3]}, "uses trainable_tokens"),
-    ],
+    "settings",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 9]}],
 )
-def test_what_is_not_b_times_a_is_published_unmerged(tmp_path: Path, settings: dict[str, object], named: str) -> None:
+def test_what_is_more_than_b_times_a_merges_onto_few_bits_too(tmp_path: Path, settings: dict[str, object]) -> None:
     run = save_run(tmp_path, quantization="nf4", **settings)
-    with pytest.raises(InputError, match=rf"{named}.*Publish the adapter as it is"):
-        merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
-    assert not (tmp_path / "out").exists()
+    report = merge_adapter(run.adapter, tmp_path / "out", dtype="float32", onto="trained")
+    assert report.gate.learned_rms > 0.01
+    assert report.gate.lost < 1e-4
 
 
 @pytest.mark.row("6")
@@ -191,19 +215,7 @@ def test_adapters_from_every_start_open_and_merge_like_plain_ones(
 
 @pytest.mark.row("42")
 def test_the_gate_tells_the_original_weights_from_those_of_training(tmp_path: Path) -> None:
-    """What a merge onto the float original would be: the gate must not take it for the adapter."""
+    """A merge onto the float original is another model: the gate must not take it for the adapter."""
     run = save_run(tmp_path, std=0.01, quantization="nf4")
-
-    def original(layer: nn.Module) -> torch.Tensor:
-        return originals[tuple(layer.weight.shape), float(layer.weight.float().sum())]
-
-    originals: dict[object, torch.Tensor] = {}
-    floats = load_base(str(run.base))
-    for name, layer in load_base(str(run.base), quantization="nf4").named_modules():
-        if word_of(layer):
-            key = tuple(layer.weight.shape), float(layer.weight.float().sum())
-            originals[key] = floats.get_submodule(name).weight.float()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "dequantized_weight", original)
-        with pytest.raises(GateFailure, match="the merged model is not the adapter"):
-            merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
+    with pytest.raises(GateFailure, match="the merged model is not the adapter"):
+        merge_adapter(run.adapter, tmp_path / "out", dtype="float32", onto="original")
