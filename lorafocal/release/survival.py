@@ -44,8 +44,7 @@ def measure_survival(layer: str, weight: Tensor, delta: Tensor, stored: Tensor) 
 
 
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
-    rows = tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
-    return rows.split(max(1, _BLOCK // max(1, rows.shape[1])))
+    return tensor.reshape(-1).split(_BLOCK)
 
 
 def _sum(values: Tensor) -> float:

@@ -17,14 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lorafocal.errors import InputError
-from lorafocal.model.load import load_base
+from lorafocal.model.adapters import attach_lora
+from lorafocal.model.load import base_fingerprint, load_base
 from lorafocal.model.saved import SavedAdapter, open_adapter, read_adapter
 from lorafocal.release import skeleton, weights
 from lorafocal.release.shards import Checkpoint, ShardWriter
 from lorafocal.release.weights import Written, write_merged
 from tests.counting import Counter
+from tests.model.families import random_model
 from tests.saved_run import SavedRun, plant_adapter, save_run
-from tests.tiny import SIZES
+from tests.tiny import SIZES, disturb, lora
 
 pytestmark = pytest.mark.slow  # whole models are written and loaded again
 
@@ -119,7 +121,7 @@ def test_one_flipped_byte_in_one_shard_is_refused(run: SavedRun, tmp_path: Path)
     adapter = tmp_path / "adapter"
     shutil.copytree(run.adapter, adapter)
     record = json.loads((adapter / "lorafocal.json").read_text())
-    record["base"]["sha256"] = skeleton_free_digest(base)
+    record["base"]["sha256"] = base_fingerprint(str(base))["sha256"]
     (adapter / "lorafocal.json").write_text(json.dumps(record))
     write(read_adapter(adapter, base=str(base)), tmp_path / "right")
     shard = sorted(base.glob("model-*.safetensors"))[2]
@@ -128,12 +130,6 @@ def test_one_flipped_byte_in_one_shard_is_refused(run: SavedRun, tmp_path: Path)
     shard.write_bytes(content)
     with pytest.raises(InputError, match="sha256"):
         write(read_adapter(adapter, base=str(base)), tmp_path / "out")
-
-
-def skeleton_free_digest(base: Path) -> str | None:
-    from lorafocal.model.load import base_fingerprint
-
-    return base_fingerprint(str(base))["sha256"]
 
 
 def test_configuration_and_generation_settings_are_the_base_s(run: SavedRun, tmp_path: Path) -> None:
@@ -293,6 +289,39 @@ def test_what_transformers_rebuilds_on_loading_is_merged_whole(
     whole = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(whole[name], usual[name]) for name in usual)
     assert len(whole) == len(usual)
+
+
+@pytest.mark.row("45")
+@pytest.mark.parametrize(
+    ("family", "quantization", "why"),
+    [
+        ("gpt2", None, ""),
+        ("gpt2", "int8", ""),
+        ("mixtral", None, "it has no tensor model.layers.0.mlp.experts"),
+        ("qwen2_vl", "nf4", "it has no tensor model.language_model"),
+    ],
+)
+def test_other_architectures_with_dora_compute_what_the_live_policy_does(
+    tmp_path: Path, family: str, quantization: str | None, why: str
+) -> None:
+    """Transposed and tied weights go tensor by tensor; fused experts and renamed tensors whole, and a note says so."""
+    base = tmp_path / "base"
+    random_model(family, torch.float32).save_pretrained(base)
+    model = load_base(str(base), dtype="float32", quantization=quantization)
+    policy = disturb(attach_lora(model, lora(use_dora=True)))
+    policy.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    shift_magnitudes(tmp_path / "adapter")
+    saved = replace(read_adapter(tmp_path / "adapter", base=str(base)), quantization=quantization, dtype="float32")
+    written = write(saved, tmp_path / "out")
+    assert [note for note in written.notes if why in note] == list(written.notes)
+    assert bool(written.notes) == bool(why)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        live = open_adapter(saved, dtype="float32")(ids).logits
+        stored = load_base(str(tmp_path / "out"), dtype="float32").eval()(ids).logits
+    torch.testing.assert_close(stored, live, rtol=1e-5, atol=1e-5)
 
 
 def test_an_original_that_is_quantised_and_other_words_are_refused(run: SavedRun, tmp_path: Path) -> None:
