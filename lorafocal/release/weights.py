@@ -91,7 +91,7 @@ def _by_tensor(
     learned = changes(saved, outline.transposed)
     check_places(saved, learned, outline.places)
     learned = {outline.places[name]: change for name, change in learned.items()}
-    sources = {outline.places[name]: name for name in reversed(checkpoint.tensors) if name in outline.places}
+    sources = _sources(outline, checkpoint)
     plan = _plan(outline, checkpoint, sources, dtype)
     survival = []
     with ShardWriter(folder, plan) as out:
@@ -109,16 +109,22 @@ def _by_tensor(
     return Written(tuple(survival), outline.tied, _unused(outline, checkpoint))
 
 
+def _sources(outline: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
+    """The stored tensor that each one is made of, in the order of the base: of tied tensors the first that is there."""
+    sources: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        if name in outline.places:
+            sources.setdefault(outline.places[name], name)
+    return sources
+
+
 def _plan(
     outline: Skeleton, checkpoint: Checkpoint, sources: Mapping[str, str], dtype: torch.dtype
 ) -> dict[str, Stored]:
-    """What is written, in the order of the base; `sources` is where each tensor comes from.
-
-    Parameters are cast; buffers (positions, scales) stay as they are.
-    """
+    """What is written: parameters in `dtype`, buffers (positions, scales) as they are."""
     plan = {}
-    for name in dict.fromkeys(outline.places[name] for name in checkpoint.tensors if name in outline.places):
-        stored = checkpoint.tensors[sources[name]]
+    for name, source in sources.items():
+        stored = checkpoint.tensors[source]
         cast = name in outline.parameters and stored.dtype.is_floating_point
         plan[name] = Stored(stored.shape, dtype if cast else stored.dtype)
     return plan

@@ -49,7 +49,7 @@ def applied(adapter: SavedAdapter, base: dict[str, Tensor], transposed: set[str]
     return weights
 
 
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, object]] = {
     "plain": {},
     "rslora and patterns": {
         "use_rslora": True,
@@ -71,7 +71,7 @@ ADAPTERS = {
     ("family", "kind"), [*(("llama", kind) for kind in ADAPTERS), ("gpt2", "plain"), ("gpt2", "dora")]
 )
 def test_changes_are_peft_s_own_merge(tmp_path: Path, family: str, kind: str) -> None:
-    of_gpt2 = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    of_gpt2: dict[str, object] = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     settings = ADAPTERS[kind] | (of_gpt2 if family == "gpt2" else {})
     policy = planted(family, **settings)
     before = {name: tensor.clone() for name, tensor in policy.get_base_model().state_dict().items()}

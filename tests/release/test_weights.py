@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,7 +250,7 @@ class Peak(Counter):
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, SavedAdapter]]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, SavedAdapter]:
     """Adapters on all linear layers of bases with 2 and 12 layers, by number of layers."""
     root, made = tmp_path_factory.mktemp("depths"), {}
     for layers in (2, 12):
