@@ -1,12 +1,15 @@
 """Switch every guard off, one at a time, and see its test fail: `make guards`.
 
 Exit 1 when a test passes without its guard, when a P0 row has no guard, or when no test names a row.
-Each run is a fork of one process that has already paid for importing torch and transformers.
+Each run is a fork of one process that has already paid for importing the libraries (not lorafocal: a guard is off
+before its modules are imported).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import io
 import multiprocessing
 import os
@@ -27,6 +30,9 @@ from tests.guards import GUARDS, OTHER_ROWS, P0_ROWS, Guard
 PROCESSES = 2
 LIMIT_S = 300
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = """_hypothesis_pytestplugin anyio.pytest_plugin bitsandbytes datasets hypothesis.strategies peft pydantic
+    torch._dynamo transformers.models.llama.modeling_llama transformers.models.mistral.modeling_mistral
+    transformers.trainer trl.trainer.dpo_trainer xdist.plugin""".split()
 
 
 class Collector:
@@ -147,9 +153,9 @@ def _unmarked_rows(guard: Guard, tests_of_row: dict[str, set[str]]) -> list[str]
 def main() -> int:
     """Print one line a guard and one a problem; the exit code."""
     os.chdir(ROOT)
-    import peft  # noqa: F401 - imported once here, inherited by every fork
-    import transformers.trainer  # noqa: F401
-    import trl  # noqa: F401
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    gc.freeze()  # no fork looks through them again, or copies their pages by doing so
 
     results: dict[int, Any] = {}
     jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(collect_rows, ())]
