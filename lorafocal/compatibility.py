@@ -43,9 +43,6 @@ TITLES = {
     "fsdp": "FSDP",
 }
 
-# What a merge folds into the base: all that is saved as a change of its weights.
-MERGES = frozenset((*VARIANTS, *STARTS))
-
 # What an adapter's setting is called in the table, by its name in a config or in `peft.LoraConfig`.
 _WORDS = {
     "use_rslora": "rslora",

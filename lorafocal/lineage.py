@@ -36,7 +36,7 @@ class Stage:
     `how` says where it went: "merged" into the base that the next stage was trained on (or into the model that this
     is), "continued" by the next stage as its start, or "combined" with others: its change times the signed `weight`,
     which only these stages have. `quantization` is what its base was quantised to in training: where it was merged,
-    then into that base de-quantised.
+    then into that base de-quantised, or into the floats that it was made of (`merge.json` says which).
     """
 
     adapter: str

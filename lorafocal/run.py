@@ -23,7 +23,6 @@ from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.caching import CacheReport
 from lorafocal.checkpoint import latest_complete
-from lorafocal.compatibility import MERGES
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
@@ -131,8 +130,6 @@ def _assembled(trainer: FocalPOTrainer, loaded: LoadedBase, say: Callable[[str],
         f"adapter: {', '.join(adapter['kind'])} of rank {lora.r}; {adapter['trainable_parameters']:,} parameters on"
         f" {', '.join(adapter['targets'])}"
     )
-    if unmerged := ", ".join(sorted(features(lora) - MERGES)):
-        say(f"note: merge does not fold {unmerged} into a base yet; PEFT, score and start_from take it as it is")
     for what, choice in trainer.kernels.items():
         say(f"{what}: {choice}")
     sections = {

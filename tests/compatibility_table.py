@@ -14,7 +14,6 @@ from lorafocal.compatibility import (
     ADAPTERS,
     BASES,
     ENGINES,
-    MERGES,
     REFERENCES,
     RULES,
     STARTS,
@@ -100,7 +99,6 @@ every cell, LoRA+ with each of them; paging needs a GPU and is refused without o
 
 
 def _afterwards() -> str:
-    merges = ", ".join(title(word) for word in ADAPTERS if word in MERGES)
     return (
         _wrapped(
             "- Every adapter that trains is saved as files that PEFT opens, scored (`lorafocal score`) and continued"
@@ -108,7 +106,7 @@ def _afterwards() -> str:
         )
         + "\n"
         + _wrapped(
-            f"- `lorafocal merge` folds {merges} into the base: of a quantised one into its weights de-quantised, or"
+            "- `lorafocal merge` folds each of them into the base: of a quantised one into its weights de-quantised, or"
             " into the floats they were made of, whichever ends nearer to the adapter. A head that is tied"
             " to the embeddings and was trained apart it refuses by name: such an adapter is published as it is."
             " Several adapters become one (`--weights`) where each is a change B A of the same base."

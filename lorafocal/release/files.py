@@ -33,15 +33,13 @@ def published_files(folder: Path, *, with_pairs: bool = False) -> tuple[dict[str
     """
     if folder.is_symlink() or not folder.is_dir():
         raise InputError(f"{folder} is no folder; name what `lorafocal export` wrote")
-    places = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    strangers = [name for name, path in places.items() if not _belongs(name, path)]
-    if strangers:
-        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+    if strange := strangers(folder):
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
         raise InputError(
-            f"{folder} holds {', '.join(strangers[:5])}{more}, which no export writes, and nothing is pushed unread:"
+            f"{folder} holds {', '.join(strange[:5])}{more}, which no export writes, and nothing is pushed unread:"
             " move these away, or export into a new folder and push that"
         )
-    files = {name: path for name, path in places.items() if path.is_file()}
+    files = {name: path for name, path in _places(folder).items() if path.is_file()}
     if not any(_WEIGHTS.fullmatch(path.name) for path in files.values()):
         raise InputError(f"{folder} holds no weights; name a folder that `lorafocal export` or `merge` wrote")
     if {"config.json", "adapter_config.json"} <= files.keys():
@@ -51,6 +49,15 @@ def published_files(folder: Path, *, with_pairs: bool = False) -> tuple[dict[str
         )
     kept = [PAIRS] if PAIRS in files and not with_pairs else []
     return {name: path for name, path in files.items() if name not in kept}, kept
+
+
+def strangers(folder: Path) -> list[str]:
+    """What lies under `folder` and is nothing that an export or a merge writes."""
+    return [name for name, path in _places(folder).items() if not _belongs(name, path)]
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
 
 
 def _belongs(name: str, path: Path) -> bool:

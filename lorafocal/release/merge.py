@@ -4,7 +4,6 @@ or absent."""
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,12 +15,13 @@ from transformers.utils import cached_file
 from lorafocal.card import CARD_FILE, merged_card
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.errors import InputError
-from lorafocal.lineage import LINEAGE_FILE, MERGED, BaseIdentity, Lineage
+from lorafocal.lineage import MERGED, BaseIdentity, Lineage
 from lorafocal.model.load import DTYPES as GATE_DTYPES
 from lorafocal.model.load import base_fingerprint, load_tokenizer
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
+from lorafocal.release.files import strangers
 from lorafocal.release.gate import MAX_DRIFT, GateEvidence, GateReport, check, compare, gate_table
 from lorafocal.release.measure import Live, live_logps, merged_logps
 from lorafocal.release.onto import AUTO, ORIGINAL, TRAINED, Measured, bases_to_try, least_drift, why_kept
@@ -33,21 +33,7 @@ from lorafocal.release.weights import write_merged
 FEW_PAIRS = 20  # below this the gate says little
 REPORT_FILE = "merge.json"
 
-# Everything a merged model may consist of; a base with other files is refused, not half copied (row 52).
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_ALLOWED = frozenset(
-    set(_PROCESSORS)
-    | {CARD_FILE, LINEAGE_FILE, REPORT_FILE}
-    | {
-        "config.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-    | {"special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +263,8 @@ def _write_papers(folder: Path, lineage: Lineage, report: MergeReport, run: Mapp
 
 
 def _check_files(folder: Path) -> None:
-    strangers = sorted(
-        path.name for path in folder.iterdir() if path.name not in _ALLOWED and not _WEIGHTS.fullmatch(path.name)
-    )
-    if strangers:
+    if strange := strangers(folder):  # row 52
         raise InputError(
-            f"the base brings {', '.join(strangers)}, which a merged model may not carry: code and unknown "
+            f"the base brings {', '.join(strange)}, which a merged model may not carry: code and unknown "
             "files are never published unread. Publish the adapter without merging it."
         )

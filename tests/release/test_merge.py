@@ -22,7 +22,7 @@ from lorafocal.lineage import lineage_of
 from lorafocal.model.load import base_fingerprint, load_base
 from lorafocal.model.saved import read_adapter
 from lorafocal.policy import plain_attention
-from lorafocal.release import measure, merge
+from lorafocal.release import files, measure, merge
 from lorafocal.release.gate import GateFailure, compare
 from lorafocal.release.merge import MergeReport, merge_adapter
 from lorafocal.release.shards import ShardWriter
@@ -121,7 +121,7 @@ def test_files_are_the_allowed_ones_and_name_no_folder(run: SavedRun, tmp_path: 
 def test_a_stranger_among_the_files_stops_the_merge(
     run: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "_ALLOWED", merge._ALLOWED - {"tokenizer.json"})
+    monkeypatch.setattr(files, "_NAMES", files._NAMES - {"tokenizer.json"})
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         merge_adapter(run.adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
