@@ -55,7 +55,7 @@ test-fast: $(STAMP) $(WHEELS) ## the working loop, a minute and a half
 	$(PYTEST) -n 2 -m "not slow and not engine and not gpu"
 
 test-engine: $(STAMP) $(TORCHAO) ## tests that start several processes, compile, or train whole sweeps
-	$(PYTEST) -m "engine and not gpu"
+	$(PYTEST) -n 2 --dist loadfile -m "engine and not gpu"
 
 test-gpu: $(STAMP) ## tests that need a CUDA device
 	$(PYTEST) -m gpu

@@ -88,7 +88,7 @@ def check_packing(model: nn.Module) -> None:
                 f"{name}: of {layers} layers, {len(attending)} call the attention interface, so some mix tokens by"
                 " other means and packs would be wrong"
             )
-        check_neighbours(model, pack, name)
+        check_neighbours(model, pack, packed, name)
         check_scores(model, pairs, packed, name)
 
 
@@ -103,9 +103,10 @@ def check_padding(model: nn.Module) -> None:
     pairs = _probe_pairs(embeddings_of(base).num_embeddings)
     pack = pad_sequences(pairs).to(next(model.parameters()).device)
     with evaluating(model):
-        check_neighbours(model, pack, name)
-        check_future(model, pack, name)
-        check_scores(model, pairs, token_logps(model, pack), name)
+        padded = token_logps(model, pack)
+        check_neighbours(model, pack, padded, name)
+        check_future(model, pack, padded, name)
+        check_scores(model, pairs, padded, name)
 
 
 def check_layer_types(base: nn.Module) -> None:
@@ -117,33 +118,38 @@ def check_layer_types(base: nn.Module) -> None:
         raise InputError(f"{type(base).__name__} has layers that packs cannot hold apart ({kinds})")
 
 
-def check_neighbours(model: nn.Module, pack: Pack, name: str) -> None:
-    """Changing the tokens of a pair in the middle must not move the pairs on both sides."""
+def check_neighbours(model: nn.Module, pack: Pack, logps: torch.Tensor, name: str) -> None:
+    """Changing the tokens of a pair in the middle must not move the pairs on both sides.
+
+    `logps` are the pack's token log-probs, here and below.
+    """
     middle = pack.num_pairs // 2
     if pack.segments is None:
         touched = (torch.arange(len(pack.input_ids), device=pack.input_ids.device) % pack.num_pairs == middle)[:, None]
     else:
         span, place = pack.segments.spans[middle], torch.arange(pack.num_rows, device=pack.input_ids.device)
         touched = (span.start <= place) & (place < span.stop)
-    leak = _moved(model, pack, touched, pack.index.sequence % pack.num_pairs != middle)
+    leak = _moved(model, pack, logps, touched, pack.index.sequence % pack.num_pairs != middle)
     if not leak <= _rounding(model):
         raise InputError(f"{name}: changing one pair moved another pair's log-probs by {leak:.3g} nats")
 
 
-def check_future(model: nn.Module, pack: Pack, name: str) -> None:
+def check_future(model: nn.Module, pack: Pack, logps: torch.Tensor, name: str) -> None:
     """A completion's last token and the padding behind it predict nothing: changing them must move nothing."""
     last = pack.attention_mask.sum(1, keepdim=True) - 1  # type: ignore[union-attr]
     behind = torch.arange(pack.input_ids.shape[1], device=last.device) >= last
-    leak = _moved(model, pack, behind, slice(None))
+    leak = _moved(model, pack, logps, behind, slice(None))
     if not leak <= _rounding(model):
         raise InputError(f"{name}: a later token or the padding moved a token's log-prob by {leak:.3g} nats")
 
 
-def _moved(model: nn.Module, pack: Pack, touched: torch.Tensor, tokens: torch.Tensor | slice) -> float:
+def _moved(
+    model: nn.Module, pack: Pack, logps: torch.Tensor, touched: torch.Tensor, tokens: torch.Tensor | slice
+) -> float:
     """How far other input ids in the places `touched` move the log-probs of the given completion tokens, in nats."""
     other = (pack.input_ids + 1) % embeddings_of(causal_lm(model)).num_embeddings
     changed = torch.where(touched, other, pack.input_ids)
-    moved = token_logps(model, pack) - token_logps(model, replace(pack, input_ids=changed))
+    moved = logps - token_logps(model, replace(pack, input_ids=changed))
     return float(moved[tokens].abs().max())
 
 

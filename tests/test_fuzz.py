@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 from lorafocal import cli, run
@@ -120,6 +121,7 @@ def test_a_damaged_config_is_a_result_or_one_message(
 ) -> None:
     rng = random.Random("configs")
     monkeypatch.setattr(run.FocalPOTrainer, "train", lambda self, **kwargs: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # some of them ask for it: half a minute
     monkeypatch.chdir(tmp_path)
     endings: Counter[int] = Counter()
     for number in range(CONFIGS):
