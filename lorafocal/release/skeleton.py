@@ -50,9 +50,12 @@ class Skeleton:
         found = {self.places[name] for name in checkpoint.tensors if name in self.places}
         if missing := sorted(set(self.places.values()) - found):
             return f"it has no tensor {missing[0]}"
+        wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         for name, tensor in checkpoint.tensors.items():
             if name in self.shapes and tensor.shape != self.shapes[name]:
                 return f"its {name} has another shape in the model"
+            if name in self.shapes and tensor.dtype != self.dtypes[name] and any(part in name for part in wide):
+                return f"transformers keeps {name} in float32"
         return self._rebuilt(checkpoint.tensors)
 
     def _rebuilt(self, names: Iterable[str]) -> str | None:

@@ -323,6 +323,20 @@ def test_other_architectures_with_dora_compute_what_the_live_policy_does(
     torch.testing.assert_close(stored, live, rtol=1e-5, atol=1e-5)
 
 
+def test_what_transformers_never_rounds_is_not_rounded_before_a_merge_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(tmp_path, base_dtype=torch.float32)
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    saved, base = read_adapter(run.adapter), load_file(run.base / "model.safetensors")
+    name = "model.layers.0.input_layernorm.weight"
+    base[name] += 1e-4
+    save_file(base, run.base / "model.safetensors", {"format": "pt"})
+    written = write(saved, tmp_path / "out")
+    assert f"transformers keeps {name} in float32" in written.notes[0]
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], base[name])
+
+
 def test_an_original_that_is_quantised_and_other_words_are_refused(run: SavedRun, tmp_path: Path) -> None:
     shutil.copytree(run.base, tmp_path / "four")
     record = json.loads((tmp_path / "four" / "config.json").read_text())
