@@ -421,3 +421,26 @@ def test_a_defect_keeps_its_traceback_and_is_code_1() -> None:
     done = command("score", "a", "b", code=code)
     assert done.returncode == 1
     assert "RuntimeError: a defect" in done.stderr
+
+
+@pytest.mark.parametrize("out", ["file/x", "x" * 300])
+def test_a_place_that_cannot_be_written_is_one_message_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, out: str
+) -> None:
+    (tmp_path / "file").touch()
+
+    def made(*_: Any, **__: Any) -> None:
+        (tmp_path / out).mkdir()
+
+    monkeypatch.setattr("lorafocal.release.merge.merge_adapter", made)
+    assert call(monkeypatch, "merge", "one", "--out", out) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("lorafocal: ")
+    assert line.endswith(f": {tmp_path / out}")
+
+
+def test_a_library_s_error_that_is_not_the_system_s_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "release.merge", "merge_adapter", OSError("cannot load this"))
+    monkeypatch.setattr(sys, "argv", ["lorafocal", "merge", "one", "--out", "x"])
+    with pytest.raises(OSError, match="cannot load this"):
+        cli.main()

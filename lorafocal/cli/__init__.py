@@ -1,7 +1,7 @@
 """The `lorafocal` command: doors only. Nothing heavy is imported before a verb has read its arguments.
 
-Exit codes: 0 done; 2 the user's input is wrong (one message, no traceback); 130 after Ctrl-C and 143 after
-SIGTERM, once the run has finished its step and saved; 1 anything else.
+Exit codes: 0 done; 2 the user's input is wrong, or a file cannot be read or written (one message, no traceback);
+130 after Ctrl-C and 143 after SIGTERM, once the run has finished its step and saved; 1 anything else.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ def main() -> None:
         app(prog_name="lorafocal")
     except InputError as error:
         launch.last_words(f"lorafocal: {error}")
+        code = 2
+    except OSError as error:
+        if error.errno is None:  # not the system's word but a library's: a defect here
+            raise
+        launch.last_words(f"lorafocal: {error.strerror}: {error.filename or 'the file is not named'}")
         code = 2
     except UnhealthyRun as error:
         launch.last_words(f"lorafocal: {error}")

@@ -107,7 +107,7 @@ def gate_table(reports: Mapping[str, GateReport]) -> str:
     shared = [
         ("held-out pairs", f"{first.pairs} ({first.tokens} completion tokens)"),
         ("learned effect", f"{first.learned_rms:.4g} nats a sequence (rms of adapter - base)"),
-        ("  may be lost", f"{first.limit:.3g} nats ({first.max_drift:.0%} of the learned effect)"),
+        ("  may be lost", f"{first.limit:.3g} nats ({100 * first.max_drift:.3g}% of the learned effect)"),
     ]
     columns = [_column(report) for report in reports.values()]
     rows = [(label, [column[label] for column in columns]) for label in columns[0]]
@@ -195,8 +195,8 @@ def check(report: GateReport, *ways_out: str) -> None:
         ways.insert(0, f"gate with --gate-dtype float32 (the noise of {report.gate_dtype} counts as drift)")
     raise GateFailure(
         f"the merged model is not the adapter: on {report.pairs} held-out pairs its log-probs drift by "
-        f"{report.drift_rms:.3g} nats a sequence, {report.lost:.0%} of the learned effect of "
-        f"{report.learned_rms:.3g} nats; {report.max_drift:.0%} is allowed ({report.rank_flips} pairs change "
+        f"{report.drift_rms:.3g} nats a sequence, {100 * report.lost:.3g}% of the learned effect of "
+        f"{report.learned_rms:.3g} nats; {100 * report.max_drift:.3g}% is allowed ({report.rank_flips} pairs change "
         f"rank). Nothing was written. Ways out: {', or '.join([*ways_out, *ways])}."
     )
 

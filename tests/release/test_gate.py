@@ -124,3 +124,8 @@ def test_merges_onto_two_bases_stand_side_by_side() -> None:
 def test_the_way_out_that_the_caller_knows_comes_first() -> None:
     with pytest.raises(GateFailure, match="Ways out: another base, or merge with --dtype float32"):
         check(report(REFERENCE), "another base")
+
+
+def test_a_drift_just_past_the_limit_does_not_read_as_the_limit() -> None:
+    with pytest.raises(GateFailure, match=r"0\.427% of the learned effect of .* nats; 0\.4% is allowed"):
+        check(report(shifted(0.00427, 0.00427, 0.00427, 0.00427), max_drift=0.004))
