@@ -242,43 +242,6 @@ def copy_that_is_the_adapter_itself(original: Any) -> Any:
     return add_frozen_copy
 
 
-def merged_into_four_bits(original: Any) -> Any:
-    """Row 41: what is merged goes back into the codes it came from, which round most of the change away."""
-
-    def rounded_change(name: Any, weight: Any, change: Any, dtype: Any) -> Any:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        stored, survival = original(name, weight, change, dtype)
-        return dequantize_4bit(*quantize_4bit(stored.contiguous(), quant_type="nf4")), survival
-
-    return rounded_change
-
-
-def halves_of_a_change(original: Any) -> Any:
-    """Row 53: a layer that lacks a half of its change is passed over."""
-
-    def low_rank(where: str, layer: str, config: Any, left: Any, *, transposed: bool) -> Any:
-        from lorafocal.errors import InputError
-
-        try:
-            return original(where, layer, config, left, transposed=transposed)
-        except InputError:
-            return None
-
-    return low_rank
-
-
-def survival_of_the_norm(original: Any) -> Any:
-    """Row 43: the length of the stored change beside the learned one, which rounding noise makes longer."""
-
-    def measure_survival(layer: str, weight: Any, delta: Any, stored: Any) -> Any:
-        found = original(layer, weight, delta, stored)
-        change = (stored.float() - weight.float()).norm().item()
-        return type(found)(layer, change / max(found.delta_norm, 1e-30), found.error, found.delta_norm)
-
-    return measure_survival
-
-
 def every_adapter_saved(policy: Any, folder: Any, *_: Any, **__: Any) -> None:
     """Row 8: PEFT saves every adapter that the model carries."""
     policy.save_pretrained(folder)
@@ -427,19 +390,6 @@ def whatever_was_computed(store: Any, scores: Any) -> Any:
     content = save(_tensors(scores, store.context))
     store.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(store.folder / f"part-{sha256(content).hexdigest()}.safetensors", content)
-
-
-def weights_on_both_factors(original: Any) -> Any:
-    """Row 5: the weight of an adapter on A and B apart acts squared, so that -1 adds what it should take away."""
-
-    def concatenated(parts: Any, weights: Any) -> Any:
-        weighted = [
-            {name: replace(one, a=one.a * weight, b=one.b * weight) for name, one in part.items()}
-            for part, weight in zip(parts, weights, strict=True)
-        ]
-        return original(weighted, [1.0] * len(weights))
-
-    return concatenated
 
 
 def index_at_its_word(name: str, revision: str | None) -> list[str]:
