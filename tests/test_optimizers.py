@@ -235,13 +235,13 @@ def end_of(folder, base, quantization, settings, checkpoint=None):
 
 
 @pytest.mark.row("54", "56")
-@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
 @pytest.mark.parametrize(
-    "settings",
+    ("quantization", "settings"),
     [
-        pytest.param({}, id="lora"),
-        pytest.param({"loraplus_lr_ratio": 8.0, "weight_decay": 0.1}, id="lora+"),
-        pytest.param({"adapter": {"use_dora": True}}, id="dora"),
+        pytest.param(None, {}, id="lora"),
+        pytest.param("nf4", {"loraplus_lr_ratio": 8.0, "weight_decay": 0.1}, id="lora+ on nf4"),
+        pytest.param("nf4", {"adapter": {"use_dora": True}}, id="dora on nf4"),
+        pytest.param("int8", {"adapter": {"use_dora": True}}, id="dora on int8"),
     ],
 )
 def test_three_steps_and_three_more_are_six_bit_for_bit_in_8_bits(tmp_path, base, quantization, settings):

@@ -148,8 +148,10 @@ def trained_on(base: Path, folder: Path, quantization: str | None, **settings: o
 
 @pytest.mark.slow
 @pytest.mark.row("44", "53")
-@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "quantization"),
+    [*((variant, "nf4") for variant in VARIANTS), *((v, q) for v in ("dora", "head") for q in (None, "int8"))],
+)
 def test_every_variant_that_trains_goes_on_where_it_stopped(
     tmp_path: Path, variant: str, quantization: str | None
 ) -> None:
