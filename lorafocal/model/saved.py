@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,10 +165,14 @@ def read_lora_config(folder: Path) -> LoraConfig:
         raise InputError(f"{path} is not JSON: {error}. Copy it again from where it was trained.") from error
     if record.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type is {record.get('peft_type')!r}; lorafocal opens LoRA adapters only.")
-    try:
-        config = LoraConfig(**record)
-    except TypeError as error:
-        raise InputError(f"{path}: {error}. It was written by another PEFT; install that one to open it.") from error
+    known = {field.name for field in fields(LoraConfig)}
+    if later := sorted(key for key, value in record.items() if key not in known and value):
+        raise InputError(
+            f"{path}: this PEFT does not know {', '.join(later)}. It was written by another PEFT; install that one to"
+            " open it."
+        )
+    # What a later PEFT adds stands in every file that it writes, empty where an adapter does not use it.
+    config = LoraConfig(**{key: value for key, value in record.items() if key in known})
     _check_opens(path, config)
     return config
 

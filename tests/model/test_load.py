@@ -121,6 +121,17 @@ def test_a_pickled_adapter_is_refused_with_the_way_out(tmp_path):
         read_lora_config(tmp_path)
 
 
+def test_what_a_later_peft_can_do_is_refused_by_name_only_where_an_adapter_uses_it(tmp_path):
+    """PEFT writes each setting that it knows into each file, so an older one meets names that mean nothing here."""
+    record = {"peft_type": "LORA", "r": 4, "later_config": None, "use_later": False, "later_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(record))
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert read_lora_config(tmp_path).r == 4
+    (tmp_path / "adapter_config.json").write_text(json.dumps(record | {"use_later": True}))
+    with pytest.raises(InputError, match=r"does not know use_later\. It was written by another PEFT"):
+        read_lora_config(tmp_path)
+
+
 @pytest.mark.row("52")
 def test_a_base_with_an_adapter_in_its_folder_is_refused(saved):
     """transformers loads both without a word, and the adapter is then taken for the base."""
