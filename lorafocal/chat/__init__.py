@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.model.head import causal_lm
 
+COLDEST, HOTTEST = 1e-4, 1e4  # of temperatures; logits over far less overflow, and over far more are all alike
 HELP = """\
 Write a prompt; a line that ends with \\ goes on in the next one. Each prompt stands alone.
 /seed N   draw with another seed; the same prompt and seed give the same answer
@@ -67,10 +67,14 @@ def chat(
 def _check(max_new_tokens: int, temperature: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is 1 or more, not {max_new_tokens}")
-    if temperature < 0 or not math.isfinite(temperature):
-        raise InputError(f"--temperature is 0 (greedy) or a positive number, not {temperature}")
+    if temperature != 0 and not COLDEST <= temperature <= HOTTEST:
+        raise InputError(f"--temperature is 0 (greedy) or from {COLDEST:g} to {HOTTEST:g}, not {temperature}")
+    _check_seed("--seed", seed)
+
+
+def _check_seed(where: str, seed: int) -> None:
     if not 0 <= seed < 2**63:
-        raise InputError(f"--seed is a whole number from 0 to 2^63, not {seed}")
+        raise InputError(f"{where} is a whole number from 0 to 2^63, not {seed}")
 
 
 class Session:
@@ -81,7 +85,7 @@ class Session:
 
     def say(self, *lines: str) -> None:
         for line in lines:
-            self._console.print(Text(line), soft_wrap=True)
+            self._console.print(Text(line.encode(errors="replace").decode()), soft_wrap=True)  # bytes that are no UTF-8
 
     def note(self, *lines: str) -> None:
         for line in lines:
@@ -125,7 +129,9 @@ class Session:
         if name == "help":
             self.say(HELP)
         elif name == "seed" and len(values) == 1 and values[0].isdecimal():
-            self._drawing = replace(self._drawing, seed=int(values[0]))
+            seed = int(values[0])
+            _check_seed("/seed", seed)
+            self._drawing = replace(self._drawing, seed=seed)
         else:
             raise InputError("there is no such command; /help lists them (and a blank before the / makes it a prompt)")
 

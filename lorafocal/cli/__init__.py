@@ -56,7 +56,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:  # not the system's word but a library's: a defect here
             raise
-        launch.last_words(f"lorafocal: {error.strerror}: {error.filename or 'the file is not named'}")
+        launch.last_words("lorafocal: " + ": ".join(str(word) for word in (error.strerror, error.filename) if word))
         code = 2
     except UnhealthyRun as error:
         launch.last_words(f"lorafocal: {error}")

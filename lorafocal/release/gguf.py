@@ -54,8 +54,8 @@ def convert(merged: Path, folder: Path, converter: Path, *, name: str, dtype: st
     """
     outtype = outtype or LOSSLESS[dtype]
     target = folder / f"{name}-{outtype}.gguf"
-    command = [sys.executable, str(converter.resolve()), str(merged)]
-    command += ["--outfile", str(target), "--outtype", outtype, "--model-name", name]
+    command = [sys.executable, str(converter.resolve()), str(merged.resolve())]  # it runs elsewhere
+    command += ["--outfile", str(target.resolve()), "--outtype", outtype, "--model-name", name]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(command, env=offline, cwd=merged, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
@@ -85,4 +85,4 @@ def tensor_count(path: Path, converter: Path) -> int:
 
 def _last_words(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " / ".join(lines[-3:]) or "it said nothing"
+    return " / ".join(line[:200] for line in lines[-3:]) or "it said nothing"

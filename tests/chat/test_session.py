@@ -41,11 +41,24 @@ def test_given_prompts_ask_no_questions_and_a_seed_fixes_their_answers(run: Save
     assert spoken(run.folder, QUESTION, "maximum 1 2", seed=1) != first
     with pytest.raises(InputError, match="special token"):
         spoken(run.folder, "<|end|>")
+    utf8 = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    with pytest.raises(InputError, match="cannot be read"):
+        chat(run.folder, prompts=["half \udcff"], console=utf8)
 
 
 def test_a_session_asks_until_nothing_is_asked(run: SavedRun) -> None:
     read = lines_read(
-        "/help", QUESTION, "/seed 1", QUESTION, "/seed x", "sort \\", "1 2", KeyboardInterrupt(), "sort <|end|>", " /x"
+        "/help",
+        QUESTION,
+        "/seed 1",
+        QUESTION,
+        "/seed x",
+        f"/seed {2**63}",
+        "sort \\",
+        "1 2",
+        KeyboardInterrupt(),
+        "sort <|end|>",
+        " /x",
     )
     shown = spoken(run.folder, read=read)
     assert "Ctrl-C stops an answer" in shown
@@ -53,6 +66,7 @@ def test_a_session_asks_until_nothing_is_asked(run: SavedRun) -> None:
     first, second = (part.partition("[adapter off")[0] for part in shown.split("[adapter on: run]")[1:3])
     assert first != second
     assert "there is no such command" in shown
+    assert f"/seed is a whole number from 0 to 2^63, not {2**63}" in shown
     assert "Ctrl-D or an empty line leaves" in shown
     assert "special token '<|end|>'" in shown
     assert "adapter on" not in spoken(run.folder, read=lines_read("  ", QUESTION))
@@ -108,7 +122,12 @@ def test_given_prompts_end_with_the_signal(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"seed": -1}]
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        *({"temperature": value} for value in (-1.0, float("nan"), float("inf"), 1e-300)),
+        {"seed": -1},
+    ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="--" + next(iter(wrong)).replace("_", "-")):

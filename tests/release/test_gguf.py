@@ -43,6 +43,16 @@ def converter(folder: Path, ending: str = GOOD) -> Path:
     return path
 
 
+def test_a_relative_output_folder_is_the_caller_s(
+    run: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = converter(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    export(run.adapter, Path("deep/out"), form="gguf", converter=Path(script.name))
+    assert (tmp_path / "deep" / "out" / "out-bf16.gguf").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {script.name, "deep"}
+
+
 @pytest.mark.row("52", "51")
 def test_the_folder_holds_the_converter_s_file_and_papers(run: SavedRun, tmp_path: Path) -> None:
     out = tmp_path / "My model"
