@@ -84,7 +84,7 @@ def load_base(
         plan = planned(quantization, stored, name)
         how = {} if plan == stored else {"quantization_config": bitsandbytes_config(str(plan), DTYPES[dtype])}
         # Its attention is transformers' default: SDPA, or eager where a model has none (Gemma-2).
-        model, report = _door(config, name).from_pretrained(
+        model, report = door(config, name).from_pretrained(
             name,
             revision=revision,
             config=config,
@@ -142,7 +142,7 @@ def planned(quantization: str | None, stored: str | None, name: str) -> str | No
     return plan
 
 
-def _door(config: PreTrainedConfig, name: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+def door(config: PreTrainedConfig, name: str) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
     """The loader of causal models, or that of image-text models, whose text part is one.
 
     Raises InputError for any other kind of model.

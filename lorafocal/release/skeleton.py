@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorafocal.model.load import DTYPES, _door, local_device
+from lorafocal.model.load import DTYPES, door, local_device
 from lorafocal.model.quantized import bitsandbytes_config, dequantized_weight, prequantized, settle
 from lorafocal.model.saved import read_config
 from lorafocal.model.trained_modules import is_tied
@@ -102,7 +102,7 @@ def skeleton(name: str, revision: str | None, *, dtype: str, quantization: str |
     config = read_config(name, revision)
     stored = prequantized(config, name)
     with torch.device("meta"):
-        model = _door(config, name).from_config(config, dtype=DTYPES[dtype])
+        model = door(config, name).from_config(config, dtype=DTYPES[dtype])
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     places = {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
