@@ -125,6 +125,7 @@ def test_attention_sinks_are_seen_when_the_kernel_is_told(monkeypatch):
     assert asked == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.row("F12")
 def test_a_trainer_whose_model_was_prepared_for_another_layout_since_is_refused(tmp_path):
     """transformers' own attention takes a pack for one long text, or cuts it where its positions restart."""

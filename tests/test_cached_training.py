@@ -138,6 +138,7 @@ def test_a_stored_reference_trains_what_a_live_one_does(tmp_path, start):
         assert logged(ours)[0]["loss"] == pytest.approx(identity_loss(0.05), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.row("35")
 def test_gradients_are_the_live_ones_to_the_noise_floor(tmp_path):
     found = {}

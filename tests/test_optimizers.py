@@ -212,7 +212,7 @@ def test_rows_of_tokens_keep_32_bits(tmp_path, base, adapter, dtype):
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_small_rates_move_every_entry_of_an_fp32_adapter_with_8_bit_moments(tmp_path, base, quantization):
     model = load_base(str(base), dtype="bfloat16", quantization=quantization)
-    settings = {"optim": "adamw_8bit", "learning_rate": 5e-6, "max_steps": 20, "peft_config": lora(r=64)}
+    settings = {"optim": "adamw_8bit", "learning_rate": 5e-6, "max_steps": 8, "peft_config": lora(r=64)}
     run = trainer(tmp_path, pairs(8), model=model, **settings)
     before = {name: p.detach().clone() for name, p in run.adapter.items() if "lora_A" in name}
     run.train()

@@ -173,6 +173,7 @@ def test_a_whole_run_with_evaluations_is_the_uninterrupted_one(tmp_path, monkeyp
             assert ours == pytest.approx(theirs, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_evaluation_is_done_again_too(tmp_path, monkeypatch):
     expected = made(tmp_path / "whole").evaluate()
     table = (tmp_path / "whole" / "evaluations" / "step-0.jsonl").read_text()

@@ -215,6 +215,7 @@ def test_runs_that_are_no_folder_are_refused(root: Path, tmp_path: Path) -> None
         run.train(run_config(root), quiet=True, runs_dir=tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_packs_of_a_resumed_run_are_those_it_began_with(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

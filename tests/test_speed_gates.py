@@ -142,6 +142,7 @@ def test_operations_a_pair_are_the_least_that_the_exact_result_needs(tmp_path) -
     assert 0.9 < counter.flops / least <= 1.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ULTRAFEEDBACK, JUDGED])
 @pytest.mark.parametrize("bucket", [1, 256])
 def test_at_8k_tokens_hardly_a_row_is_empty(kind, bucket) -> None:
