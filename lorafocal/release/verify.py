@@ -31,12 +31,9 @@ from typing import Any
 NOISE = 1e-6  # two float32 ways to one log-prob differ by this share of it
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAIRS = "pairs.jsonl"  # the publisher's data: the one file that may be held back
-OF_A_COPY = (
-    ".gitattributes",
-    ".git/",
-    ".cache/huggingface/",
-)  # what a hub or git adds to a copy, and nothing here reads
+OF_A_COPY = (".gitattributes", ".git/", ".cache/huggingface/")  # what a hub or git adds, and nothing here reads
 EXECUTABLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt")  # code, or weights that run code when they are loaded
+UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, OSError, RuntimeError)  # papers of another make
 
 
 class Refused(Exception):
@@ -57,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_gate(asked.folder, asked.dtype)
     except Refused as reason:
         print(f"FAILED                {reason}")
-        return 1
+    except UNREADABLE as error:
+        print(f"FAILED                this cannot be checked ({type(error).__name__}: {error})")
+    return 1
 
 
 def check_files(folder: Path, digest: str | None) -> set[str]:
@@ -148,11 +147,15 @@ def load(folder: Path, device: str, dtype: str) -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
-    model, report = door(folder).from_pretrained(folder, **options)
+    try:
+        model, report = door(folder).from_pretrained(folder, **options)
+    except SafetensorError as error:
+        raise Refused(f"the weights in merged/ cannot be read: {error}") from error
     if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise Refused(f"merged/ lacks tensors of its model, or has them in another shape: {missing[0]}")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"

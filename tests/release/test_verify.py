@@ -204,6 +204,27 @@ def test_bundles_of_other_dtypes(tmp_path: Path, dtype: str, capsys: pytest.Capt
     assert report.digest == sha256(tmp_path / "bundle" / "manifest.json")
 
 
+def test_papers_that_no_export_writes_fail_in_one_line(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said() -> str:
+        mend_manifest(bundle)
+        code, shown = verdict(bundle, capsys)
+        assert code == 1
+        return shown.splitlines()[-1]
+
+    rows = (bundle / "pairs.jsonl").read_text()
+    (bundle / "pairs.jsonl").write_text(rows.replace("prompt_ids", "prompt"))
+    assert said().startswith("FAILED                this cannot be checked (KeyError: 'prompt_ids')")
+    weights = bundle / "merged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert said().startswith("FAILED                the weights in merged/ cannot be read")
+    (bundle / "merged" / "config.json").write_text("{}")
+    assert said().startswith("FAILED                this cannot be checked (ValueError")
+    edit_gate(bundle, lambda gate: gate.pop("logps"))
+    assert said().startswith("FAILED                this cannot be checked (KeyError: 'logps')")
+    (bundle / "manifest.json").write_text('{"run": "of training"}')
+    assert verdict(bundle, capsys)[0] == 1
+
+
 def test_it_is_short_enough_to_be_read_and_imports_nothing_of_ours() -> None:
     source = Path(verify.__file__).read_text()
     assert len(source.splitlines()) <= 215
