@@ -83,7 +83,8 @@ def test_a_fresh_process_without_lorafocal_computes_the_trained_log_probs(tmp_pa
 
     for door in ("PeftModel", "AutoPeftModelForCausalLM", "AutoModelForCausalLM", "pipeline"):
         torch.testing.assert_close(torch.tensor(found[door]), ours, rtol=1e-5, atol=1e-4, msg=door)
-    assert found["text"] == tokenizer.decode(written, skip_special_tokens=True)
+    # Versions of the pipeline differ in whether the blank after the prompt is part of the answer.
+    assert found["text"].lstrip() == tokenizer.decode(written, skip_special_tokens=True).lstrip() != ""
     assert found["ours"] == []
 
 
