@@ -93,6 +93,11 @@ class GateReport:
         """Whether the merged model gives numbers at all in its own arithmetic, which float16 may overflow."""
         return self.noise_rms is None or math.isfinite(self.noise_rms)
 
+    @property
+    def blind(self) -> bool:
+        """Whether the base itself would pass: what was learned is nothing, or too little for float32 to show."""
+        return self.learned_rms <= self.limit
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "lost": self.lost, "passed": self.passed}
 

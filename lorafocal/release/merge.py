@@ -4,6 +4,7 @@ or absent."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.errors import InputError
 from lorafocal.lineage import MERGED, BaseIdentity, Lineage
 from lorafocal.model.load import DTYPES as GATE_DTYPES
-from lorafocal.model.load import base_fingerprint, load_tokenizer
+from lorafocal.model.load import base_fingerprint, load_tokenizer, weight_files
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
@@ -33,6 +34,7 @@ from lorafocal.release.weights import write_merged
 FEW_PAIRS = 20  # below this the gate says little
 REPORT_FILE = "merge.json"
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")  # a blob in a hub's cache
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -140,7 +142,7 @@ def merge_adapter(
             gate=kept.gate,
             gates={one.onto: one.gate for one in tried},
             evidence=live.evidence(kept.merged.logps),
-            notes=notes + survival_notes(kept.written.survival, dtype) + _evidence_notes(len(held_out)),
+            notes=notes + survival_notes(kept.written.survival, dtype) + _evidence_notes(kept.gate),
         )
         _keep_only(kept.folder, folder)
         tokenizer.save_pretrained(folder)
@@ -155,6 +157,7 @@ def _one_adapter(
 ) -> SavedAdapter:
     """The adapter to merge: the one there is, or the weighted sum of several, written into `place`."""
     adapters = [read_adapter(folder, base=base) for folder in folders]
+    _check_downloaded(adapters[0])
     if len(adapters) == 1 and weights is None:
         return adapters[0]
     combined = place / "combined"
@@ -163,6 +166,17 @@ def _one_adapter(
     first = adapters[0]
     one = read_adapter(combined, base=first.base)
     return replace(one, revision=first.revision, tokenization=first.tokenization, notes=first.notes)
+
+
+def _check_downloaded(saved: SavedAdapter) -> None:
+    """Read a hub's files to their end: their names are their digests, which `read_adapter` believes."""
+    for file in weight_files(saved.base, saved.revision):
+        stated = file.resolve().name
+        if file.is_symlink() and _SHA256.fullmatch(stated) and sha256(file) != stated:
+            raise InputError(
+                f"{saved.base}: {file.name} is not what was downloaded (its sha256 is not {stated}, its name in the"
+                " cache): a disk or a program changed it. Delete it there and download it again"
+            )
 
 
 def _write_and_measure(
@@ -203,10 +217,19 @@ def _other_base(kept: Measured, bases: Sequence[str], saved: SavedAdapter) -> tu
     return (f"merge onto the {other} base (--onto auto tries both)",)
 
 
-def _evidence_notes(pairs: int) -> tuple[str, ...]:
-    if pairs >= FEW_PAIRS:
-        return ()
-    return (f"the gate saw {pairs} held-out pairs only, which may miss what a merge broke; give more by --pairs",)
+def _evidence_notes(gate: GateReport) -> tuple[str, ...]:
+    notes = []
+    if gate.pairs < FEW_PAIRS:
+        notes.append(
+            f"the gate saw {gate.pairs} held-out pairs only, which may miss what a merge broke; give more by --pairs"
+        )
+    if gate.blind:
+        notes.append(
+            f"on these pairs the adapter is {gate.learned_rms:.2g} nats a sequence away from its base, which is no more"
+            " than rounding, so that the base itself would pass the gate: it shows nothing of what was learned. Give"
+            " pairs on which the adapter acts by --pairs, or train longer"
+        )
+    return tuple(notes)
 
 
 def _check_request(dtype: str | None, gate_dtype: str, max_drift: float) -> None:

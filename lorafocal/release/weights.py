@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
@@ -104,6 +104,8 @@ def _by_tensor(
                     survival.append(kept)
                 else:
                     stored = rounded(name, weight, planned.dtype)
+            elif name in learned:  # a buffer of a module that was trained in full
+                stored = learned[name].apply(stored)
             out.write(name, stored)
     _write_config(source, folder, dtype)
     return Written(tuple(survival), outline.tied, _unused(outline, checkpoint))
@@ -168,6 +170,7 @@ def _unused(outline: Skeleton, checkpoint: Checkpoint) -> tuple[str, ...]:
 def _write_config(source: Source, folder: Path, dtype: torch.dtype) -> None:
     """The base's own configuration and generation settings, with the dtype of these weights."""
     config = read_config(source.name, source.revision)
+    _forget_code(config)
     config.dtype = dtype
     config.save_pretrained(folder)
     file = cached_file(
@@ -175,6 +178,11 @@ def _write_config(source: Source, folder: Path, dtype: torch.dtype) -> None:
     )
     if file is not None:
         shutil.copyfile(file, folder / "generation_config.json")
+
+
+def _forget_code(config: PretrainedConfig) -> None:
+    """Drop the names of code that came with the base: it is not used here, nor among the files that are written."""
+    vars(config).pop("auto_map", None)
 
 
 def _whole(saved: SavedAdapter, source: Source, folder: Path, dtype: torch.dtype, note: str) -> Written:
@@ -188,10 +196,12 @@ def _whole(saved: SavedAdapter, source: Source, folder: Path, dtype: torch.dtype
     cast_parameters(model, dtype)
     stated = read_config(source.name, source.revision).get_text_config()
     model.config.get_text_config().use_cache = getattr(stated, "use_cache", True)  # training's is off
+    _forget_code(model.config)
     model.save_pretrained(folder)
     return Written(survival, is_tied(model), (note,))
 
 
 def _tied_places(model: PreTrainedModel) -> dict[str, str]:
     first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}

@@ -24,6 +24,9 @@ def fold(model: PreTrainedModel, learned: Mapping[str, Change], dtype: torch.dty
     survival = []
     for name, change in learned.items():
         layer, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if leaf in layer._buffers:  # of a module that was trained in full
+            getattr(layer, leaf).copy_(change.apply(getattr(layer, leaf)))
+            continue
         quantized = leaf == "weight" and word_of(layer) is not None
         weight = dequantized_weight(layer) if quantized else getattr(layer, leaf).data
         stored, kept = rounded_change(name, weight.cpu(), change, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.release.gate import FLOAT32_NOISE, MAX_DRIFT, GateFailure, GateReport, check, compare, gate_table
+from lorafocal.release.merge import merge_adapter
+from tests.saved_run import save_run
 
 PAIRS = [TokenizedPair(str(n), [1], [2, 3], [4, 5, 6]) for n in range(2)]
 REFERENCE = PairLogps(torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -21.0]))
@@ -36,6 +39,17 @@ def test_the_numbers_by_hand() -> None:
     assert (found.margin_drift_mean, found.margin_drift_max) == (0.5, 0.5)
     assert found.noise_rms == pytest.approx(0.25)
     assert found.rank_flips == 0
+
+
+def test_a_gate_is_blind_where_the_base_itself_would_pass() -> None:
+    def learned(size: float) -> GateReport:
+        live = PairLogps(*((values.double() + size) for values in REFERENCE))
+        return report(live, live=live)
+
+    noise = FLOAT32_NOISE * math.sqrt((10**2 + 20**2 + 12**2 + 21**2) / 4)
+    assert learned(0.0).blind
+    assert learned(0.9 * noise).blind
+    assert not learned(1.2 * noise / (1 - MAX_DRIFT)).blind
 
 
 def test_a_margin_that_changes_sign_is_a_rank_flip_and_no_longer_right() -> None:
@@ -129,3 +143,17 @@ def test_the_way_out_that_the_caller_knows_comes_first() -> None:
 def test_a_drift_just_past_the_limit_does_not_read_as_the_limit() -> None:
     with pytest.raises(GateFailure, match=r"0\.427% of the learned effect of .* nats; 0\.4% is allowed"):
         check(report(shifted(0.00427, 0.00427, 0.00427, 0.00427), max_drift=0.004))
+
+
+@pytest.mark.row("41")
+@pytest.mark.slow
+def test_where_the_base_itself_would_pass_the_gate_a_note_says_so(tmp_path: Path) -> None:
+    """Nearly all of what was learned rounds away, and float32 cannot see it: the gate passes, and proves nothing."""
+    seen = {}
+    for std in (1e-8, 0.05):
+        run = save_run(tmp_path / str(std), std=std)
+        report = merge_adapter(run.adapter, tmp_path / str(std) / "out")
+        seen[std] = [note for note in report.notes if "the base itself would pass the gate" in note]
+        assert report.gate.passed
+    assert len(seen[1e-8]) == 1
+    assert seen[0.05] == []

@@ -22,6 +22,7 @@ from lorafocal.lineage import lineage_of
 from lorafocal.model.load import base_fingerprint, load_base
 from lorafocal.model.saved import read_adapter
 from lorafocal.policy import plain_attention
+from lorafocal.publish import sha256
 from lorafocal.release import files, measure, merge
 from lorafocal.release.gate import GateFailure, compare
 from lorafocal.release.merge import MergeReport, merge_adapter
@@ -259,6 +260,21 @@ def test_one_flipped_byte_in_the_base_is_refused(run: SavedRun, tmp_path: Path) 
         merge_adapter(run.adapter, tmp_path / "out")
     assert expected is not None
     assert expected.base.sha256 in str(refusal.value)
+
+
+@pytest.mark.row("S13")
+def test_one_flipped_byte_in_a_hub_s_cache_is_refused(run: SavedRun, tmp_path: Path) -> None:
+    """There a file's name is its digest, which is not computed again at each look."""
+    weights = run.base / "model.safetensors"
+    blob = tmp_path / sha256(weights)
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    merge_adapter(run.adapter, tmp_path / "right")
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors is not what was downloaded .*download it again"):
+        merge_adapter(run.adapter, tmp_path / "out")
 
 
 def test_a_plain_peft_adapter_merges_with_a_note(run: SavedRun, tmp_path: Path) -> None:

@@ -139,6 +139,41 @@ def test_configuration_and_generation_settings_are_the_base_s(run: SavedRun, tmp
     assert [(tmp_path / name).read_bytes() for name in names] == [(run.base / "generation_config.json").read_bytes()]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_no_configuration_leads_to_code_that_came_with_the_base(
+    run: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Such code is not among the files: with `trust_remote_code` the merged model would not load."""
+    base = tmp_path / "base"
+    shutil.copytree(run.base, base)
+    record = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(record | {"auto_map": {"AutoConfig": "configuration_llama.Config"}}))
+    if whole:
+        monkeypatch.setattr(skeleton.Skeleton, "_rebuilt", lambda *_: "it is to be merged whole")
+    write(replace(read_adapter(run.adapter), base=str(base)), tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.row("6")
+@pytest.mark.parametrize("whole", [False, True])
+def test_buffers_of_a_module_that_was_trained_in_full_are_the_adapter_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    random_model("apertus", torch.float32).save_pretrained(tmp_path / "base")
+    model = load_base(str(tmp_path / "base"), dtype="float32")
+    policy = disturb(attach_lora(model, lora(target_modules=["q_proj"], modules_to_save=["act_fn"])))
+    policy.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    place = "model.layers.1.mlp.act_fn.beta"
+    save_file(load_file(file) | {f"base_model.model.{place}": torch.tensor(0.75)}, file, {"format": "pt"})
+    if whole:
+        monkeypatch.setattr(skeleton.Skeleton, "_rebuilt", lambda *_: "it is to be merged whole")
+    saved = replace(read_adapter(tmp_path / "adapter", base=str(tmp_path / "base")), dtype="float32")
+    stored = merged(saved, tmp_path / "out", "bfloat16")
+    assert stored[place] == 0.75
+    assert stored[place].dtype == load_file(tmp_path / "base" / "model.safetensors")[place].dtype
+
+
 @pytest.mark.row("45", "46")
 def test_tied_embeddings_stay_one_tensor_with_their_trained_rows(tied: SavedRun, tmp_path: Path) -> None:
     written = write(read_adapter(tied.adapter), tmp_path / "out")
