@@ -253,11 +253,15 @@ def test_export_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_export_asks_before_it_pushes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in(monkeypatch, "release.export", "export", Report())
     calls = stand_in(monkeypatch, "release.push", "push", "hub/owner/name")
+    destinations: list[Any] = []
+    check = lambda repo, *, public: destinations.append((repo, public))  # noqa: E731
+    monkeypatch.setattr(sys.modules["lorafocal.release.push"], "check_destination", check, raising=False)
     asked: list[str] = []
     monkeypatch.setattr("typer.confirm", lambda question, **_: bool(asked.append(question)))
     assert call(monkeypatch, "export", "one", "--out", "x", "--push", "owner/name") == 0
     all_of_it = ["--public", "--with-pairs", "--yes", "--json"]
     assert call(monkeypatch, "export", "one", "--out", "x", "--push", "owner/name", *all_of_it) == 0
+    assert destinations == [("owner/name", False), ("owner/name", True)]
     (_, careful), (_, bold) = calls
     assert [arguments for arguments, _ in calls] == [(Path("x"), "owner/name")] * 2
     assert (careful["public"], careful["with_pairs"], bold["public"], bold["with_pairs"]) == (False, False, True, True)
@@ -278,6 +282,19 @@ def test_options_of_export_that_would_be_ignored_are_refused(
     calls = stand_in(monkeypatch, "release.export", "export", Report())
     assert call(monkeypatch, "export", "one", "--out", "x", *words) == 2
     assert words[0] in capsys.readouterr().err
+    assert not calls
+
+
+def test_a_push_that_cannot_be_is_refused_before_the_export(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch, "release.export", "export", Report())
+    stand_in(monkeypatch, "release.push", "check_destination", InputError("nobody is logged in"))
+    monkeypatch.setattr(sys.modules["lorafocal.release.push"], "push", None, raising=False)
+    assert call(monkeypatch, "export", "one", "--out", "x", "--push", "owner/name") == 2
+    assert "nobody is logged in" in capsys.readouterr().err
+    assert call(monkeypatch, "export", "one", "--out", "x", "--push", "a/b", "--as", "merged", "--with-pairs") == 2
+    assert "--with-pairs goes with --as bundle" in capsys.readouterr().err
     assert not calls
 
 

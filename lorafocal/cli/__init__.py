@@ -56,7 +56,8 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:  # not the system's word but a library's: a defect here
             raise
-        launch.last_words("lorafocal: " + ": ".join(str(word) for word in (error.strerror, error.filename) if word))
+        words = (error.strerror, error.filename2 or error.filename)
+        launch.last_words("lorafocal: " + ": ".join(str(word) for word in words if word))
         code = 2
     except UnhealthyRun as error:
         launch.last_words(f"lorafocal: {error}")

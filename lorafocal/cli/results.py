@@ -157,18 +157,23 @@ def export(
     """Package adapters for others: a bundle that a stranger can verify, a merged model, GGUF, 4 or 8 bits."""
     if push is None and (public or with_pairs or yes):
         raise InputError("--public, --with-pairs and --yes say how to push: add --push OWNER/NAME, or leave them out")
+    if with_pairs and form != "bundle":
+        raise InputError("--with-pairs goes with --as bundle, which alone holds pairs: leave it out")
     if form != "gguf" and (converter is not None or outtype is not None):
         raise InputError("--converter and --outtype go with --as gguf: leave them out")
     from lorafocal.release.export import export as run_export
 
     no_loading_bars()
     asked = _merging(weights, base, onto, original, pairs, dtype, gate_dtype, max_drift)
+    if push is not None:
+        from lorafocal.release.push import check_destination
+        from lorafocal.release.push import push as run_push
+
+        check_destination(push, public=public)  # an export takes long, and this may be known to fail
     report = run_export(adapters, out, form=form, converter=converter, outtype=outtype, **asked)
     print_report(report, as_json)
     if push is None:
         return
-    from lorafocal.release.push import push as run_push
-
     say = partial(typer.echo, err=as_json)
     confirm = (lambda question: say(question) is None) if yes else partial(typer.confirm, err=True)
     say(f"pushed to {run_push(out, push, public=public, with_pairs=with_pairs, confirm=confirm)}")

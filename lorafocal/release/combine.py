@@ -48,6 +48,8 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
     _check_same_base(adapters, lineages)
     parts = [factors(saved) for saved in adapters]
     tensors, rank = concatenated(parts, weights)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise InputError(f"--weights {','.join(f'{weight:g}' for weight in weights)}: their sum passes float32's range")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -102,8 +102,9 @@ def export(
     else:
         with published(out, record=False) as folder:
             if form == ADAPTER:
-                package_adapter(source.saved(), source.weights, folder)
-                made = {}
+                saved = source.saved()
+                package_adapter(saved, source.weights, folder)
+                made = {"notes": tuple(note for one in saved for note in one.notes)}
             elif form == BUNDLE:
                 made = _bundle(source, folder)
             elif converter is not None:

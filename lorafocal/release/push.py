@@ -42,18 +42,28 @@ def push(
     Raises InputError: a folder with anything that no export writes, a repository that everybody can read where `public`
     does not say so (or the reverse), one that holds other files, no login, no permission, no connection, or a no.
     """
-    _check_name(repo)
+    api = HfApi() if api is None else api
     files, kept = published_files(folder, with_pairs=with_pairs)
+    there = check_destination(repo, public=public, api=api)
+    if there is not None:
+        _check_others(there, repo, files)
+    if not confirm(_question(repo, files, kept, public=public, exists=there is not None)):
+        raise InputError(f"nothing was pushed; {folder} stays")
+    with _explained(repo):
+        return _upload(api, repo, files, there, public=public)
+
+
+def check_destination(repo: str, *, public: bool, api: Any = None) -> Any:
+    """What the hub knows of the repository, None where there is none yet; asked before an export as well, which takes
+    long. Raises InputError: no name of a repository, nobody logged in, one that exists with the other visibility."""
+    _check_name(repo)
     api = HfApi() if api is None else api
     with _explained(repo):
         api.whoami()
         there = _existing(api, repo)
     if there is not None:
-        _check_existing(there, repo, files, public=public)
-    if not confirm(_question(repo, files, kept, public=public, exists=there is not None)):
-        raise InputError("nothing was pushed")
-    with _explained(repo):
-        return _upload(api, repo, files, there, public=public)
+        _check_visibility(there, repo, public=public)
+    return there
 
 
 def _check_name(repo: str) -> None:
@@ -74,8 +84,8 @@ def _existing(api: Any, repo: str) -> Any:
         return None
 
 
-def _check_existing(there: Any, repo: str, files: Mapping[str, Path], *, public: bool) -> None:
-    """Refuse a repository of the other visibility, which a push never changes, and one that holds another model."""
+def _check_visibility(there: Any, repo: str, *, public: bool) -> None:
+    """Refuse a repository of the other visibility, which a push never changes."""
     if not there.private and not public:
         raise InputError(
             f"{repo} exists and everybody can read it: say --public if that is meant, or give another name"
@@ -85,6 +95,10 @@ def _check_existing(there: Any, repo: str, files: Mapping[str, Path], *, public:
             f"{repo} exists and is private, and --public would not change that: leave it out, or open the repository in"
             " its settings first"
         )
+
+
+def _check_others(there: Any, repo: str, files: Mapping[str, Path]) -> None:
+    """Refuse a repository that holds another model."""
     others = sorted({file.rfilename for file in there.siblings or ()} - files.keys() - _OF_THE_HUB)
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
@@ -149,7 +163,7 @@ def _explained(repo: str) -> Iterator[None]:
     except _NETWORK as error:
         raise InputError(
             f"the hub could not be reached ({_first_line(error)}). No file of {repo} was changed, a repository may have"
-            " been made and be empty; the same command pushes again"
+            " been made and be empty; `push` of lorafocal.release.push sends the exported folder again"
         ) from error
     except ValueError as error:  # a card whose front matter the hub does not take
         raise InputError(f"the hub does not take this folder: {_first_line(error)}. Nothing was pushed") from error

@@ -220,7 +220,9 @@ def test_what_is_no_sum_of_b_times_a_is_refused_by_name(
         added(tmp_path / "sum", [adapters["plain"], stranger], [1, 1])
 
 
-@pytest.mark.parametrize("weights", [[], [1.0], [1.0, 0.0], [1.0, float("nan")], [1.0, float("inf")], [1.0, 1.0, 1.0]])
+@pytest.mark.parametrize(
+    "weights", [[], [1.0], [1.0, 0.0], [1.0, float("nan")], [1.0, float("inf")], [1.0, 1.0, 1.0], [1e300, 1.0]]
+)
 def test_weights_that_would_be_ignored_are_refused(
     adapters: dict[str, SavedAdapter], tmp_path: Path, weights: list[float]
 ) -> None:

@@ -107,6 +107,13 @@ def test_a_gate_that_fails_leaves_nothing(run: SavedRun, tmp_path: Path, form: s
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_that_nothing_vouches_for_is_said_of_an_adapter_alone_too(run: SavedRun, tmp_path: Path) -> None:
+    folder = shutil.copytree(run.adapter, tmp_path / "adapter")
+    (folder / "lorafocal.json").unlink()
+    [note] = export(folder, tmp_path / "out", form="adapter", base=str(run.base)).notes
+    assert "has no lorafocal.json" in note
+
+
 @pytest.mark.row("47")
 def test_an_adapter_that_is_not_finite_is_not_packaged(run: SavedRun, tmp_path: Path) -> None:
     folder = shutil.copytree(run.folder, tmp_path / "run") / "adapter"

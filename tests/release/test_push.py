@@ -235,7 +235,11 @@ NO_ANSWER = next(base for base in HfHubHTTPError.__bases__ if base is not OSErro
         ("create_commit", answered(403), "may not write to somebody/model"),
         ("create_commit", answered(412), "by somebody else in the meantime"),
         ("create_commit", answered(500), r"refuses \(500 Client Error\.\)"),
-        ("create_commit", NO_ANSWER, r"could not be reached.*No file of somebody/model was changed.*pushes again"),
+        (
+            "create_commit",
+            NO_ANSWER,
+            r"could not be reached.*No file of somebody/model was changed.*sends the exported folder again",
+        ),
         ("create_commit", ValueError("Invalid metadata in README.md.\n- x"), "does not take this folder: Invalid meta"),
     ],
 )
