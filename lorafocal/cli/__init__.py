@@ -23,9 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (training.train, training.check, training.plan, training.cache_reference, training.sweep):
-    app.command()(verb)
-for verb in (results.report, results.score, results.chat, results.merge, results.export, training.from_trl):
+_TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
+_RESULTS = (results.report, results.score, results.chat, results.merge, results.export, training.from_trl)
+for verb in (*_TRAINING, *_RESULTS):
     app.command()(verb)
 
 

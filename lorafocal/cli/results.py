@@ -94,7 +94,7 @@ def chat(
     from lorafocal.chat import chat as run_chat
 
     no_loading_bars()
-    drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     run_chat(target, base=base, prompts=tuple(prompts or ()), system=system, **drawing)
 
 
