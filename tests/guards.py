@@ -244,6 +244,7 @@ GUARDS: list[Guard] = [
     Guard("41", "lorafocal.release.requantize:_measured", lambda _: lambda model, merge, form: merge.gate, "tests/release/test_requantize.py::test_the_cost_is_measured_on_the_files_as_a_stranger_loads_them"),
     Guard("51", "lorafocal.card:_public", lambda _: lambda value: True, "tests/test_card.py::test_data_and_recipe_come_from_the_manifest_without_places"),
     Guard("S13", "lorafocal.model.saved:check_same_base", lambda _: lambda *a, **k: None, "tests/release/test_merge.py::test_one_flipped_byte_in_the_base_is_refused"),
+    Guard("S13", "lorafocal.release.merge:_check_downloaded", lambda _: lambda *a: None, "tests/release/test_merge.py::test_one_flipped_byte_in_a_hub_s_cache_is_refused"),
     Guard("S9 S2", "lorafocal.model.load:weight_names", lambda _: careless.index_at_its_word, "tests/model/test_load.py::test_an_index_that_leads_elsewhere_is_refused_before_anything_is_read"),
     Guard("S2", "lorafocal.model.load:weight_names", lambda _: careless.index_at_its_word, "tests/model/test_load.py::test_pickled_weights_are_refused_with_the_way_to_convert_them"),
     Guard("52", "lorafocal.model.load:_check_no_adapter", lambda _: lambda *a: None, "tests/model/test_load.py::test_a_base_with_an_adapter_in_its_folder_is_refused"),
