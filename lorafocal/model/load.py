@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from lorafocal import launch
 from lorafocal.errors import InputError
@@ -101,6 +102,7 @@ def load_base(
     except (RuntimeError, AttributeError) as error:  # what transformers raises over tensors that do not fit
         raise InputError(f"model.name: the weights of {name} do not fit its config ({_first_line(error)})") from error
     _check_complete(report, name)
+    model.config._commit_hash = commit_of(name, revision)  # as older versions of transformers said; it is not saved
     if stored is not None:
         to_dtype(model, DTYPES[dtype])
     model.requires_grad_(False)
@@ -218,12 +220,13 @@ def check_length(model: PreTrainedModel, longest: int) -> None:
     """
     config = model.config.get_text_config()
     learned = any(name.endswith(("wpe", "embed_positions", "position_embeddings")) for name, _ in model.named_modules())
-    if learned and longest > config.max_position_embeddings:
-        _refuse_length(longest, f"the model has positions for {config.max_position_embeddings}")
+    positions = getattr(config, "max_position_embeddings", None)  # RecurrentGemma has no limit
+    if learned and positions is not None and longest > positions:
+        _refuse_length(longest, f"the model has positions for {positions}")
     for rope in _rotations(config):
         kind = rope.get("rope_type")
-        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if kind in ("longrope", "dynamic") and longest > limit:
+        limit = rope.get("original_max_position_embeddings") or positions
+        if kind in ("longrope", "dynamic") and limit is not None and longest > limit:
             _refuse_length(longest, f"beyond {limit} the model's {kind} rotations change for all pairs of a batch")
 
 
@@ -246,13 +249,18 @@ def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         digest.update(f"{file.name} {_file_sha256(file)}\n".encode())
-    local = Path(name).exists()
-    commit = None if local else getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", revision)
     return {
-        "name": Path(name).resolve().name if local else name,
-        "revision": commit,
+        "name": Path(name).resolve().name if Path(name).exists() else name,
+        "revision": commit_of(name, revision),
         "sha256": digest.hexdigest(),
     }
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit of a hub's model as it lies in the cache; None for a local folder."""
+    if Path(name).exists():
+        return None
+    return extract_commit_hash(str(_file(name, "config.json", revision)), None) or revision
 
 
 def weight_files(name: str, revision: str | None) -> list[Path]:
@@ -271,6 +279,7 @@ def weight_names(name: str, revision: str | None) -> list[str]:
     place is refused too.
     """
     _check_no_adapter(name, revision)
+    _check_usual_names(name, revision)
     if _file(name, "model.safetensors", revision) is not None:
         return ["model.safetensors"]
     index = _file(name, "model.safetensors.index.json", revision)
@@ -301,6 +310,17 @@ def _check_no_adapter(name: str, revision: str | None) -> None:
         raise InputError(
             f"{name} holds a model and an adapter (adapter_config.json) in one place, so that it is not clear which is"
             " meant: move the adapter's files into a folder of their own"
+        )
+
+
+def _check_usual_names(name: str, revision: str | None) -> None:
+    """Refuse a config that names the file of its weights: transformers would load that one, whatever kind it is."""
+    config = _file(name, "config.json", revision)
+    stated = None if config is None else json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+    if stated is not None:
+        raise InputError(
+            f"{name}: its config.json has transformers load {stated!r} in the place of model.safetensors, which is what"
+            " is checked here: take `transformers_weights` out of it, and call that file model.safetensors"
         )
 
 

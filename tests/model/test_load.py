@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, T5Co
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
 from lorafocal.model import load as load_module
+from lorafocal.model.continued import place_of
 from lorafocal.model.load import base_fingerprint, check_length, check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.saved import read_lora_config
 from lorafocal.policy import prepare_policy, sequence_logps
@@ -169,6 +171,32 @@ EVIL_SHARDS = [
     *("", ".", "..", "evil.bin", "evil.pt", "evil.safetensors.bin", "evil.safetensors\n", "evil\0.safetensors"),
     *("e vil.safetensors", "évil.safetensors", "$HOME.safetensors", "%2e%2e%2fevil.safetensors", None, 7, ["a"], {}),
 ]
+
+
+@pytest.mark.row("S2", "S9", "S13")
+@pytest.mark.parametrize("other", ["other.safetensors", "adapter_model.bin", "../elsewhere.safetensors.index.json"])
+def test_a_config_that_names_its_weights_is_refused_before_anything_is_read(saved, monkeypatch, other):
+    """transformers would load that file, and what is checked and hashed is model.safetensors."""
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"transformers_weights": other}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("read"))
+    for read in (load_base, base_fingerprint):
+        with pytest.raises(InputError, match="take `transformers_weights` out of it"):
+            read(str(saved))
+
+
+@pytest.mark.row("51")
+def test_of_a_hub_s_model_the_commit_is_known(saved, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = tmp_path / "hub" / "models--owner--name"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    shutil.copytree(saved, place / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for revision in (None, commit):
+        assert base_fingerprint("owner/name", revision=revision)["revision"] == commit
+        assert place_of(load_base("owner/name", revision=revision, dtype="float32")) == ("owner/name", commit)
+    assert "_commit_hash" not in load_base("owner/name", dtype="float32").config.to_dict()
 
 
 @pytest.mark.row("S9", "S2")
