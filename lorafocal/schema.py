@@ -316,6 +316,12 @@ class Config(Section):
                 "mlp computes gate and up again, which PEFT's own adapter functions cannot: use none or full, or"
                 " kernels.adapters: auto",
             )
+        if self.model.backend == "unsloth":
+            held = self.model.quantization or self.model.dtype
+            if self.model.dtype != "bfloat16" or held == "int8":
+                yield "model.backend", f"unsloth computes in bfloat16, on bases in bfloat16 or 4 bits, not {held}"
+            if self.packing.layout == "packed":
+                yield "packing.layout", "unsloth's attention takes no packs: say padded, or auto"
         base = self.model.quantization or self.model.dtype
         kind = "none" if self.reference is None else self.reference.kind
         for refusal in verdict(Cell(base, adapter_words(self.adapter.model_dump()), kind)).refusals:

@@ -208,7 +208,7 @@ def test_a_backend_starts_before_anything_heavy(
     run = stand_in(monkeypatch, "run", "train", Summary())
     sys.modules["lorafocal.run"].cache_reference = lambda *_, **__: run.append("") or Summary()  # type: ignore[attr-defined]
     stand_in(monkeypatch, "rehearsal", "rehearse", Summary())
-    assert call(monkeypatch, verb[0], file, "model.backend=unsloth", *verb[1:]) == 0
+    assert call(monkeypatch, verb[0], file, "model.backend=unsloth", "model.dtype=bfloat16", *verb[1:]) == 0
     assert len(starts) == started
 
 

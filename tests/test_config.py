@@ -66,7 +66,6 @@ OTHER_VALUES = {
     "adapter.modules_to_save": "[norm]",
     "adapter.trainable_tokens": "[5]",
     "model.quantization": "nf4",
-    "model.backend": "unsloth",
     "training.loraplus_lr_ratio": "16",
     "data.train": "another.jsonl",
     "data.eval": "another.jsonl",
@@ -103,6 +102,7 @@ ANOTHER_SOURCE = {
 TOGETHER = {
     "adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"],
     "adapter.start_from": ["adapter={start_from: runs/sft/adapter}", "reference.identity_probe=false"],
+    "model.backend": ["model.backend=unsloth", "model.dtype=bfloat16"],
     "objective.name": ["objective.name=dpo"],
     "data.held_out": ["data={train: train.jsonl, held_out: 0.1}"],
     "data.truncation": ["data.truncation=keep_start"],

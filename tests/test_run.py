@@ -200,11 +200,11 @@ def test_a_backend_loads_the_base_and_is_told_everything(
             return load_base(name, dtype=how["dtype"]), None
 
     monkeypatch.setattr(run.backends, "named", {"unsloth": Backend()}.__getitem__)
-    config = run_config(root, model__backend="unsloth", training__num_train_epochs=1)
+    config = run_config(root, model__backend="unsloth", model__dtype="bfloat16", training__num_train_epochs=1)
     made = json.loads((run.train(config, quiet=True, runs_dir=tmp_path).folder / "manifest.json").read_text())
     assert made["versions"]["unsloth"] is None  # a stand-in has no version
     assert asked == {
-        "name": config.model.name, "revision": None, "dtype": "float32", "quantization": None, "shape": None,
+        "name": config.model.name, "revision": None, "dtype": "bfloat16", "quantization": None, "shape": None,
         "max_length": config.data.max_length,
     }  # fmt: skip
 

@@ -53,6 +53,15 @@ def test_gate_and_up_are_computed_again_by_the_fused_functions_alone() -> None:
     assert check_config(values).training.activation_checkpointing == "mlp"
 
 
+def test_a_backend_takes_what_it_computes_right() -> None:
+    values = {**VALUES, "model": {"name": "base", "dtype": "bfloat16", "backend": "unsloth"}}
+    assert check_config(values).model.backend == "unsloth"
+    for model in ({"dtype": "float32"}, {"quantization": "int8"}):
+        told = mistakes({**values, "model": values["model"] | model})
+        assert "model.backend: unsloth computes in bfloat16" in told
+    assert "packing.layout: unsloth's attention takes no packs" in mistakes({**values, "packing": {"layout": "packed"}})
+
+
 def test_a_continued_adapter_does_not_start_at_the_base() -> None:
     values = {**VALUES, "adapter": {"start_from": "runs/sft/adapter"}}
     assert "reference.kind: disabled_adapter is the base without the adapter" in mistakes(values)

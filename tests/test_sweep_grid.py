@@ -138,6 +138,11 @@ def test_held_out_pairs_are_needed(root: Path) -> None:
         Grid.read(write_config(root, "blind.yaml", data__eval=None), [RATES])
 
 
+def test_a_backend_that_must_be_imported_first_is_refused(config: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.backend: unsloth trains one run a process"):
+        Grid.read(config, [RATES], ["model.backend=unsloth", "model.dtype=bfloat16"])
+
+
 def test_training_files_are_compared_on_held_out_pairs_of_their_own(root: Path, config: Path) -> None:
     axis = f"data.train={root / 'train.jsonl'},{root / 'eval.jsonl'}"
     assert len(Grid.read(config, [axis]).points) == 2

@@ -24,8 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
-_RESULTS = (results.report, results.score, results.chat, results.merge, results.export, training.from_trl)
-for verb in (*_TRAINING, *_RESULTS):
+_RESULTS = (results.report, results.score, results.chat, results.merge, results.export, results.push)
+for verb in (*_TRAINING, *_RESULTS, training.from_trl):
     app.command()(verb)
 
 

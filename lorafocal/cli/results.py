@@ -43,6 +43,9 @@ GateDtypeOption = Annotated[
 MaxDriftOption = Annotated[
     float | None, typer.Option("--max-drift", help="Share of the learned effect that may be lost [0.1].")
 ]
+PublicOption = Annotated[bool, typer.Option("--public", help="Let everybody read what is pushed.")]
+WithPairsOption = Annotated[bool, typer.Option("--with-pairs", help="Push the gate's held-out pairs too.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Push without asking.")]
 
 
 def report(
@@ -149,9 +152,9 @@ def export(
     push: Annotated[
         str | None, typer.Option("--push", metavar="OWNER/NAME", help="Then upload it, after asking; private.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read what is pushed.")] = False,
-    with_pairs: Annotated[bool, typer.Option("--with-pairs", help="Push the gate's held-out pairs too.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Push without asking.")] = False,
+    public: PublicOption = False,
+    with_pairs: WithPairsOption = False,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Package adapters for others: a bundle that a stranger can verify, a merged model, GGUF, 4 or 8 bits."""
@@ -167,16 +170,32 @@ def export(
     asked = _merging(weights, base, onto, original, pairs, dtype, gate_dtype, max_drift)
     if push is not None:
         from lorafocal.release.push import check_destination
-        from lorafocal.release.push import push as run_push
 
         check_destination(push, public=public)  # an export takes long, and this may be known to fail
     report = run_export(adapters, out, form=form, converter=converter, outtype=outtype, **asked)
     print_report(report, as_json)
-    if push is None:
-        return
-    say = partial(typer.echo, err=as_json)
+    if push is not None:
+        _push(out, push, public=public, with_pairs=with_pairs, yes=yes, err=as_json)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `lorafocal export` or `merge` wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; made if there is none.")],
+    public: PublicOption = False,
+    with_pairs: WithPairsOption = False,
+    yes: YesOption = False,
+) -> None:
+    """Upload an exported folder to a model hub: shown first, private, one commit."""
+    _push(folder, repo, public=public, with_pairs=with_pairs, yes=yes, err=False)
+
+
+def _push(folder: Path, repo: str, *, public: bool, with_pairs: bool, yes: bool, err: bool) -> None:
+    """Ask, upload, and say where it went; on standard error where the output is for a program (`err`)."""
+    from lorafocal.release.push import push as run_push
+
+    say = partial(typer.echo, err=err)
     confirm = (lambda question: say(question) is None) if yes else partial(typer.confirm, err=True)
-    say(f"pushed to {run_push(out, push, public=public, with_pairs=with_pairs, confirm=confirm)}")
+    say(f"pushed to {run_push(folder, repo, public=public, with_pairs=with_pairs, confirm=confirm)}")
 
 
 def _merging(

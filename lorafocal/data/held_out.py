@@ -50,7 +50,7 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, **tokenization: A
     InputError for a file that is missing, malformed, leaves no pair, or has ids outside the vocabulary.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; pairs are a file of preference rows, or the held_out.jsonl of a run.")
+        raise InputError(f"{path} is no file; pairs are a file of preference rows, or the held_out.jsonl of a run.")
     if _holds_token_ids(path):
         pairs = read_held_out(path)
     else:

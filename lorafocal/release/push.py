@@ -163,7 +163,7 @@ def _explained(repo: str) -> Iterator[None]:
     except _NETWORK as error:
         raise InputError(
             f"the hub could not be reached ({_first_line(error)}). No file of {repo} was changed, a repository may have"
-            " been made and be empty; `push` of lorafocal.release.push sends the exported folder again"
+            " been made and be empty; `lorafocal push` sends the exported folder again"
         ) from error
     except ValueError as error:  # a card whose front matter the hub does not take
         raise InputError(f"the hub does not take this folder: {_first_line(error)}. Nothing was pushed") from error

@@ -76,8 +76,8 @@ def survival_notes(survival: Sequence[LayerSurvival], dtype: str) -> tuple[str, 
     if not low:
         return ()
     worst = _worst(low)
+    finer = "" if dtype == "float32" else "merge with --dtype float32, or "
     return (
         f"{len(low)} of {len(survival)} layers keep less than {KEPT_WARNING:.0%} of the learned change "
-        f"in {dtype} (worst: {worst.layer}, {worst.kept:.0%}). Merge with --dtype float32, or publish the "
-        "adapter without merging it.",
+        f"in {dtype} (worst: {worst.layer}, {worst.kept:.0%}): {finer}publish the adapter without merging it",
     )

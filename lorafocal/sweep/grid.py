@@ -87,6 +87,8 @@ class Grid:
         points = tuple(planned for _, planned in named)
         _check_different([planned.point for planned in points])
         _check_held_out(file, axes, points[0].config)
+        for planned in points:
+            _check_backend(planned.config)
         return cls(named[0][0], axes, points, Path(file), tuple(overrides))
 
     def plan(self, values: Mapping[str, Any]) -> Planned:
@@ -110,6 +112,15 @@ def _check_different(points: Sequence[Point]) -> None:
             if mark in seen:
                 raise InputError(f"two points of the grid are the same run: {_both(seen[mark], point)}; leave one out")
         seen |= {point.slug: point, point.identity: point}
+
+
+def _check_backend(config: Config) -> None:
+    """Refuse what must be imported before the libraries that a sweep needs itself. Raises InputError."""
+    if config.model.backend != "transformers":
+        raise InputError(
+            f"model.backend: {config.model.backend} trains one run a process, and a sweep is one process: use"
+            " `lorafocal train` for each"
+        )
 
 
 def _check_held_out(file: str | Path, axes: Mapping[str, Any], config: Config) -> None:
