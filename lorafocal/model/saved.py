@@ -151,20 +151,24 @@ def _linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
 def read_lora_config(folder: Path) -> LoraConfig:
     """The adapter's PEFT configuration. Raises InputError by the name of the variant where it cannot be opened."""
     path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; a run keeps its adapter in RUN/adapter")
     if not path.is_file():
         raise InputError(
             f"{folder} is not an adapter folder: it has no {CONFIG_FILE}. A run keeps its own in RUN/adapter."
         )
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
-            f"{folder} has no {WEIGHTS_FILE}; only safetensors are read. Save it again with a current PEFT."
+            f"{folder} has no {WEIGHTS_FILE}; only safetensors are read: a pickle (.bin) may run code when it is opened."
+            " Save it again with a current PEFT, in a sandbox"
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}. Copy it again from where it was trained.") from error
-    if record.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type is {record.get('peft_type')!r}; lorafocal opens LoRA adapters only.")
+    kind = record.get("peft_type") if isinstance(record, dict) else None
+    if kind != "LORA":
+        raise InputError(f"{path}: peft_type is {kind!r}; lorafocal opens LoRA adapters only.")
     known = {field.name for field in fields(LoraConfig)}
     if later := sorted(key for key, value in record.items() if key not in known and value):
         raise InputError(
