@@ -159,8 +159,8 @@ def read_lora_config(folder: Path) -> LoraConfig:
         )
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
-            f"{folder} has no {WEIGHTS_FILE}; only safetensors are read: a pickle (.bin) may run code when it is opened."
-            " Save it again with a current PEFT, in a sandbox"
+            f"{folder} has no {WEIGHTS_FILE}; only safetensors are read: a pickle (.bin) may run code when it is"
+            " opened. Save it again with a current PEFT, in a sandbox"
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

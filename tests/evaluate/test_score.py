@@ -299,7 +299,7 @@ def test_a_broken_line_is_named(run: SavedRun, tmp_path: Path, line: str, named:
 
 
 def test_input_that_cannot_be_scored_is_refused(run: SavedRun, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
+    with pytest.raises(InputError, match=r"nowhere\.jsonl is no file"):
         score_file(run.adapter, tmp_path / "nowhere.jsonl")
     with pytest.raises(InputError, match="beta"):
         score_file(run.adapter, run.folder / "held_out.jsonl", beta=0.0)
