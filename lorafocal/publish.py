@@ -46,7 +46,7 @@ def published(target: Path, *, replace: bool = False, record: bool = True) -> It
     then stays whole until the new one is on disk. If the block raises, the target is as it was. One process
     must not publish the same target twice at a time.
     """
-    _check_free(target, replace)
+    check_free(target, replace)
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target.parent, target.name)
     partial = _hidden(target, "partial")
@@ -56,7 +56,7 @@ def published(target: Path, *, replace: bool = False, record: bool = True) -> It
         if record:
             write_record(partial)
         _sync_tree(partial)
-        _check_free(target, replace)
+        check_free(target, replace)
         if target.exists():
             target.replace(_hidden(target, "replaced"))
         partial.replace(target)
@@ -163,7 +163,8 @@ def _is_plain(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _check_free(target: Path, replace: bool) -> None:
+def check_free(target: Path, replace: bool = False) -> None:
+    """Refuse (`InputError`) a target that is a link or a file, or that exists and is not to be replaced."""
     _refuse_link(target)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; choose another folder or remove it")

@@ -212,6 +212,14 @@ def test_a_backend_starts_before_anything_heavy(
     assert len(starts) == started
 
 
+@pytest.fixture
+def adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two adapter folders, `one` and `other`, in the working directory."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
 MERGING = (
     "--weights=1,-0.5 --base b --onto original --original o --pairs p --dtype float16 --gate-dtype bfloat16"
     " --max-drift 0.2"
@@ -226,6 +234,7 @@ UNASKED = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("adapters")
 def test_merge_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "release.merge", "merge_adapter", Report())
     assert call(monkeypatch, "merge", "one", "other", "--out", "merged", *MERGING, "--json") == 0
@@ -237,6 +246,7 @@ def test_merge_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().out.endswith("a table\nmerged model          merged\n")
 
 
+@pytest.mark.usefixtures("adapters")
 def test_export_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "release.export", "export", Report())
     gguf = ["--as", "gguf", "--converter", "convert.py", "--outtype", "q8_0"]
@@ -250,6 +260,7 @@ def test_export_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().out.endswith("a table\n")
 
 
+@pytest.mark.usefixtures("adapters")
 def test_export_asks_before_it_pushes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in(monkeypatch, "release.export", "export", Report())
     calls = stand_in(monkeypatch, "release.push", "push", "hub/owner/name")
@@ -276,6 +287,7 @@ def test_export_asks_before_it_pushes(monkeypatch: pytest.MonkeyPatch, capsys: p
 @pytest.mark.parametrize(
     "words", [["--public"], ["--yes"], ["--with-pairs"], ["--outtype", "bf16"], ["--weights", "a"]]
 )
+@pytest.mark.usefixtures("adapters")
 def test_options_of_export_that_would_be_ignored_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
@@ -285,6 +297,7 @@ def test_options_of_export_that_would_be_ignored_are_refused(
     assert not calls
 
 
+@pytest.mark.usefixtures("adapters")
 def test_a_push_that_cannot_be_is_refused_before_the_export(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,6 +309,20 @@ def test_a_push_that_cannot_be_is_refused_before_the_export(
     assert call(monkeypatch, "export", "one", "--out", "x", "--push", "a/b", "--as", "merged", "--with-pairs") == 2
     assert "--with-pairs goes with --as bundle" in capsys.readouterr().err
     assert not calls
+
+
+@pytest.mark.usefixtures("adapters")
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_places_are_looked_at_before_the_libraries_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    loaded = stand_in(monkeypatch, "release.merge", "merge_adapter", Report())
+    loaded += stand_in(monkeypatch, "release.export", "export", Report())
+    assert call(monkeypatch, verb, "one", "elsewhere", "--out", "x") == 2
+    assert "elsewhere: there is no such folder" in capsys.readouterr().err
+    assert call(monkeypatch, verb, "one", "--out", "other") == 2
+    assert "other exists already" in capsys.readouterr().err
+    assert not loaded
 
 
 def test_chat_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,11 +436,12 @@ def test_wrong_usage_is_code_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("adapters")
 @pytest.mark.parametrize(
     ("module", "function", "arguments"),
     [
         ("evaluate.score", "score_file", ["score", "a", "b"]),
-        ("release.merge", "merge_adapter", ["merge", "a", "--out", "b"]),
+        ("release.merge", "merge_adapter", ["merge", "one", "--out", "b"]),
     ],
 )
 def test_wrong_input_found_late_is_code_2_too(
@@ -440,6 +468,7 @@ def test_a_defect_keeps_its_traceback_and_is_code_1() -> None:
     assert "RuntimeError: a defect" in done.stderr
 
 
+@pytest.mark.usefixtures("adapters")
 @pytest.mark.parametrize("out", ["file/x", "x" * 300])
 def test_a_place_that_cannot_be_written_is_one_message_and_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, out: str
@@ -453,9 +482,10 @@ def test_a_place_that_cannot_be_written_is_one_message_and_code_2(
     assert call(monkeypatch, "merge", "one", "--out", out) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("lorafocal: ")
-    assert line.endswith(f": {tmp_path / out}")
+    assert line.endswith(out)
 
 
+@pytest.mark.usefixtures("adapters")
 def test_a_library_s_error_that_is_not_the_system_s_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "release.merge", "merge_adapter", OSError("cannot load this"))
     monkeypatch.setattr(sys, "argv", ["lorafocal", "merge", "one", "--out", "x"])

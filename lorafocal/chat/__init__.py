@@ -96,7 +96,7 @@ class Session:
         if self._console.is_terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401 - `input` then edits lines and remembers them
-            self.say("/help says what can be written here")
+            self.say("an empty line leaves, /help says what can be written here")
         while prompt := self._asked(read):
             try:
                 if prompt.startswith("/"):

@@ -26,7 +26,7 @@ app = typer.Typer(
 _TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
 _RESULTS = (results.report, results.score, results.chat, results.merge, results.export, results.push)
 for verb in (*_TRAINING, *_RESULTS, training.from_trl):
-    app.command()(verb)
+    app.command(verb.__name__.replace("_", "-"))(verb)
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from lorafocal.cli.options import BaseOption, JsonOption, no_loading_bars, print_report
 from lorafocal.errors import InputError
+from lorafocal.publish import check_free
 
 AdaptersArgument = Annotated[
     list[Path], typer.Argument(metavar="ADAPTER...", help="The adapter folder of a run, or several of one base.")
@@ -115,6 +116,7 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge adapters into their base, and publish the result only if it answers as they do."""
+    _check_places(adapters, out)
     from lorafocal.release.merge import merge_adapter
 
     no_loading_bars()
@@ -164,6 +166,7 @@ def export(
         raise InputError("--with-pairs goes with --as bundle, which alone holds pairs: leave it out")
     if form != "gguf" and (converter is not None or outtype is not None):
         raise InputError("--converter and --outtype go with --as gguf: leave them out")
+    _check_places(adapters, out)
     from lorafocal.release.export import export as run_export
 
     no_loading_bars()
@@ -196,6 +199,14 @@ def _push(folder: Path, repo: str, *, public: bool, with_pairs: bool, yes: bool,
     say = partial(typer.echo, err=err)
     confirm = (lambda question: say(question) is None) if yes else partial(typer.confirm, err=True)
     say(f"pushed to {run_push(folder, repo, public=public, with_pairs=with_pairs, confirm=confirm)}")
+
+
+def _check_places(adapters: list[Path], out: Path) -> None:
+    """What can be refused before the libraries are loaded, which takes seconds."""
+    check_free(out)
+    for adapter in adapters:
+        if not adapter.is_dir():
+            raise InputError(f"{adapter}: there is no such folder; a run keeps its adapter in RUN/adapter")
 
 
 def _merging(

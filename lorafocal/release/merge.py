@@ -131,7 +131,8 @@ def merge_adapter(
         kept = least_drift(tried)
         check(kept.gate, *_other_base(kept, bases, saved))
         lineage = _lineage(saved, kept.onto, original)
-        notes = saved.notes + live.notes + why_kept(kept, tried, saved) + kept.written.notes + kept.merged.notes
+        whose = ("the gate's pairs are those of the first adapter's run",) if len(folders) > 1 and pairs is None else ()
+        notes = saved.notes + whose + live.notes + why_kept(kept, tried, saved) + kept.written.notes + kept.merged.notes
         report = MergeReport(
             out=out,
             dtype=dtype,
@@ -147,7 +148,7 @@ def merge_adapter(
         _keep_only(kept.folder, folder)
         tokenizer.save_pretrained(folder)
         _copy_processors(saved, folder)
-        _write_papers(folder, lineage, report, run_manifest(folders[0]))
+        _write_papers(folder, lineage, report, run_manifest(folders[0]) if len(folders) == 1 else None)
         _check_files(folder)
     return report
 
