@@ -1,0 +1,235 @@
+"""The command: light to import, right exit codes, every option of training passed on. Heavy modules have stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafocal import cli
+from lorafocal.cli.training import ends_tidily
+from lorafocal.config import load_config
+from lorafocal.errors import InputError
+from tests.command import Report, Summary, call, command, stand_in
+
+HEAVY = "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules)))"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    done = command(
+        *arguments,
+        code=f"import sys, atexit; atexit.register(lambda: {HEAVY});\nfrom lorafocal.cli import main; main()",
+    )
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_importing_the_package_loads_nothing_and_its_names_are_lazy() -> None:
+    done = command(code=f"import sys, lorafocal; assert 'focalpo' in dir(lorafocal); {HEAVY}")
+    assert done.stdout.strip() == "[]"
+    import lorafocal
+
+    assert lorafocal.InputError is InputError
+    assert lorafocal.load_config.__module__ == "lorafocal.config"
+    with pytest.raises(AttributeError, match="no attribute 'focalpoo'"):
+        lorafocal.focalpoo  # noqa: B018
+
+
+def test_every_lazy_name_is_public_and_has_a_home() -> None:
+    import lorafocal
+
+    assert set(lorafocal._HOME) | {"__version__"} == set(lorafocal.__all__)
+
+
+def test_help_names_the_verbs_and_the_module_runs() -> None:
+    done = subprocess.run([sys.executable, "-m", "lorafocal", "--help"], capture_output=True, text=True, check=True)
+    for verb in ("train", "score", "merge"):
+        assert verb in done.stdout
+
+
+def test_train_passes_everything_on(
+    monkeypatch: pytest.MonkeyPatch, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch, "run", "train", Summary())
+    assert (
+        call(
+            monkeypatch,
+            "train",
+            file,
+            "objective.beta=0.2",
+            "--resume",
+            "--quiet",
+            "--runs",
+            "out",
+            "adapter.r=4",
+        )
+        == 0
+    )
+    [((config,), options)] = calls
+    assert (config.objective.beta, config.adapter.r) == (0.2, 4)
+    assert options == {"resume": True, "quiet": True, "runs_dir": Path("out")}
+    output = capsys.readouterr()
+    assert output.out == "the summary\n"
+    assert "warning: objective.gamma" in output.err
+
+
+def test_train_has_plain_defaults(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    calls = stand_in(monkeypatch, "run", "train", Summary())
+    assert call(monkeypatch, "train", file) == 0
+    assert calls[0][1] == {"resume": False, "quiet": False, "runs_dir": Path("runs")}
+
+
+@pytest.mark.parametrize(("signal", "code"), [(2, 130), (15, 143)])
+def test_an_interrupted_run_that_saved_says_so(
+    monkeypatch: pytest.MonkeyPatch, file: Path, signal: int, code: int
+) -> None:
+    stand_in(monkeypatch, "run", "train", Summary(interrupted_by=signal))
+    assert call(monkeypatch, "train", file) == code
+
+
+@pytest.mark.parametrize(("verb", "started"), [(["train"], 1), (["cache-reference"], 1), (["train", "--tiny"], 0)])
+def test_a_backend_starts_before_anything_heavy(
+    monkeypatch: pytest.MonkeyPatch, file: Path, verb: list[str], started: int
+) -> None:
+    """A rehearsal runs on transformers, whatever the run will."""
+    starts = stand_in(monkeypatch, "model.backends.unsloth", "start", None)
+    run = stand_in(monkeypatch, "run", "train", Summary())
+    sys.modules["lorafocal.run"].cache_reference = lambda *_, **__: run.append("") or Summary()  # type: ignore[attr-defined]
+    stand_in(monkeypatch, "rehearsal", "rehearse", Summary())
+    assert call(monkeypatch, verb[0], file, "model.backend=unsloth", "model.dtype=bfloat16", *verb[1:]) == 0
+    assert len(starts) == started
+
+
+def test_check_reads_the_config_and_writes_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: Path
+) -> None:
+    checks = stand_in(monkeypatch, "report.check", "check_data", Report())
+    pages = stand_in(monkeypatch, "report.check_page", "write_check_page", None)
+    assert call(monkeypatch, "check", file, "objective.beta=0.2", "--html", "page.html", "--json") == 0
+    [((config,), _)] = checks
+    assert config.objective.beta == 0.2
+    assert [arguments[1] for arguments, _ in pages] == [Path("page.html")]
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"pairs": 3, "name": "Zoë"}
+    assert "warning: objective.gamma" in said.err
+
+
+def test_from_trl_prints_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    theirs = tmp_path / "dpo.yaml"
+    theirs.write_text(
+        "model_name_or_path: org/model\ndataset_name: org/pairs\nuse_peft: true\nlora_r: 8\nbeta: 0.3\n"
+        "lora_target_modules: all-linear\noutput_dir: mine\n"
+    )
+    given = ["--data", "pairs.jsonl", "--objective", "dpo", "--processes", "2"]
+    assert call(monkeypatch, "from-trl", theirs, *given) == 0
+    ours = tmp_path / "ours.yaml"
+    ours.write_text(capsys.readouterr().out)
+    config = load_config(ours)
+    assert (config.objective.name, config.objective.beta, config.adapter.r) == ("dpo", 0.3, 8)
+    assert config.data.train[0].path == "pairs.jsonl"
+    assert config.training.pairs_per_step == 16  # 8 a process
+
+
+def test_a_store_in_the_making_ends_tidily_on_both_signals(
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """SIGTERM passes through the functions on the way, so that temporary folders go; then it is as before."""
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs do not hear Ctrl-C
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
+
+    def hear(received: signal.Signals) -> None:
+        with ends_tidily("kept"):
+            os.kill(os.getpid(), received)
+            time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    for received, ending in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        with pytest.raises(ending) as ended:
+            hear(received)
+        assert getattr(ended.value, "code", 143) == 143
+        assert capsys.readouterr().err == "kept\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_wrong_config_is_one_message_and_code_2(file: Path) -> None:
+    done = command("train", file, "adapter.r=x", "training.fp16=true")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "adapter.r: found 'x'" in done.stderr
+    assert "training.fp16" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["train", "a", "--nonsense"], ["fly"], ["merge", "a"], ["score", "a", "b", "--beta", "x"]],
+)
+def test_wrong_usage_is_code_2(arguments: list[str]) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("adapters")
+@pytest.mark.parametrize(
+    ("module", "function", "arguments"),
+    [
+        ("evaluate.score", "score_file", ["score", "a", "b"]),
+        ("release.merge", "merge_adapter", ["merge", "one", "--out", "b"]),
+    ],
+)
+def test_wrong_input_found_late_is_code_2_too(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    function: str,
+    arguments: list[str],
+) -> None:
+    stand_in(monkeypatch, module, function, InputError("a/rows.jsonl row 3: no chosen; add it"))
+    assert call(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err == "lorafocal: a/rows.jsonl row 3: no chosen; add it\n"
+
+
+def test_a_defect_keeps_its_traceback_and_is_code_1() -> None:
+    code = (
+        "import sys, types; fake = types.ModuleType('lorafocal.evaluate.score');\n"
+        "def score_file(*a, **k): raise RuntimeError('a defect')\n"
+        "fake.score_file = score_file; sys.modules[fake.__name__] = fake\n"
+        "from lorafocal.cli import main; main()"
+    )
+    done = command("score", "a", "b", code=code)
+    assert done.returncode == 1
+    assert "RuntimeError: a defect" in done.stderr
+
+
+@pytest.mark.usefixtures("adapters")
+@pytest.mark.parametrize("out", ["file/x", "x" * 300])
+def test_a_place_that_cannot_be_written_is_one_message_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, out: str
+) -> None:
+    (tmp_path / "file").touch()
+
+    def made(*_: Any, **__: Any) -> None:
+        (tmp_path / out).mkdir()
+
+    monkeypatch.setattr("lorafocal.release.merge.merge_adapter", made)
+    assert call(monkeypatch, "merge", "one", "--out", out) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("lorafocal: ")
+    assert line.endswith(out)
+
+
+@pytest.mark.usefixtures("adapters")
+def test_a_library_s_error_that_is_not_the_system_s_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "release.merge", "merge_adapter", OSError("cannot load this"))
+    monkeypatch.setattr(sys, "argv", ["lorafocal", "merge", "one", "--out", "x"])
+    with pytest.raises(OSError, match="cannot load this"):
+        cli.main()
