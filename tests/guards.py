@@ -200,7 +200,7 @@ GUARDS: list[Guard] = [
     Guard("6", "lorafocal.model.adapters:add_frozen_copy", careless.copy_that_starts_again, "tests/test_starts_in_training.py::test_a_trained_adapter_loads_with_plain_peft_on_the_original_base"),
     Guard("6", "lorafocal.compatibility:check", lambda _: lambda cell: None, "tests/test_starts_in_training.py::test_the_switched_off_adapter_is_refused_where_it_is_not_the_start"),
     Guard("S14", "lorafocal.release.push:published_files", careless_release.whatever_lies_there, "tests/release/test_push.py::test_a_folder_that_holds_a_stranger_is_refused_by_its_name_before_the_hub_is_asked"),
-    Guard("S14", "lorafocal.release.push:_check_existing", lambda _: lambda *a, **k: None, "tests/release/test_push.py::test_nobody_else_reads_it_unless_that_was_said"),
+    Guard("S14", "lorafocal.release.push:_check_visibility", lambda _: lambda *a, **k: None, "tests/release/test_push.py::test_nobody_else_reads_it_unless_that_was_said"),
     Guard("6", "lorafocal.chat.streams:TokenStream._next_logits", careless_release.one_cache_for_all_streams, "tests/chat/test_streams.py::test_both_streams_are_the_answers_of_generate"),
     Guard("6", "lorafocal.chat.streams:in_turn", lambda _: careless_release.switched_for_the_prompt_only, "tests/chat/test_streams.py::test_both_streams_are_the_answers_of_generate"),
     # the compatibility table
