@@ -51,7 +51,7 @@ quickstart: $(STAMP) ## train, evaluate, merge and check a tiny model; prints a 
 test: $(STAMP) $(WHEELS) ## the whole suite, offline
 	$(PYTEST) -n 2
 
-test-fast: $(STAMP) $(WHEELS) ## the working loop, a minute and a half
+test-fast: $(STAMP) $(WHEELS) ## the working loop: all but slow tests
 	$(PYTEST) -n 2 -m "not slow and not engine and not gpu"
 
 test-engine: $(STAMP) $(TORCHAO) ## tests that start several processes, compile, or train whole sweeps
