@@ -188,6 +188,7 @@ def test_a_session_on_a_terminal(terminal: SimpleNamespace) -> None:
     terminal.write("\x03")  # thousands of tokens before its end
     assert " tokens, stopped" in terminal.until("> ")
     terminal.write("\x03")  # Python may overlook one that comes just before it waits for a line
-    terminal.until("Ctrl-D or an empty line leaves", typed_again="\x03")
+    terminal.until("Ctrl-D or an empty line leaves\r\n> ", typed_again="\x03")
     terminal.write("\x04")
+    terminal.until("nothing more", typed_again="\x04")  # up to its end
     assert terminal.process.wait(60) == 0
