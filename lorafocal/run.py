@@ -1,16 +1,13 @@
-"""One training run from its config: the run folder, its manifest, training, and the finished adapter."""
+"""One training run from its config: the run folder, training, and the finished adapter."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,21 +25,21 @@ from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
+from lorafocal.manifest import assembled, assembled_lines, manifest_of
 from lorafocal.model import backends
-from lorafocal.model.adapters import features, trainable_token_ids
+from lorafocal.model.adapters import trainable_token_ids
 from lorafocal.model.continued import continue_adapter
-from lorafocal.model.load import base_fingerprint, check_place, check_same_tokens, load_base, load_tokenizer
-from lorafocal.model.quantized import LoadedBase, describe
+from lorafocal.model.load import check_place, check_same_tokens, load_base, load_tokenizer
+from lorafocal.model.quantized import describe
 from lorafocal.model.starts import lora_config
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
-from lorafocal.resume import MAY_CHANGE, changes, check_resumable
+from lorafocal.resume import changes, check_resumable
 from lorafocal.trainer import FocalPOTrainer
 
 CONFIG_FILE, MANIFEST_FILE, ADAPTER_DIR = "config.yaml", "manifest.json", "adapter"
 SWEEP_FILE = "sweep.json"  # a folder of runs that belong together, no run's own
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
-LIBRARIES = ("lorafocal", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +82,7 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
         say(note)
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer, data = _tokenized(config, say)
-    manifest = _manifest(config, tokenizer, data)
+    manifest = manifest_of(config, tokenizer, data)
     if resume:
         for note in check_resumable(began, manifest):
             say(f"note: {note}")
@@ -95,7 +92,9 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
         trainer = _trainer(config, args, data, tokenizer, base, quiet)
         trainer.look_up_reference(say)  # what is missing is said before anything is written
     loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
-    manifest |= _assembled(trainer, loaded, say)
+    manifest |= assembled(trainer, loaded)
+    for line in assembled_lines(trainer, loaded):
+        say(line)
     for line in changes(began.get("kernels", trainer.kernels), trainer.kernels, ("packs",)):  # these are as settled
         say(f"note: {line} (the last bits may differ from an uninterrupted run)")
     _say_slow(args, config, say)
@@ -113,36 +112,6 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     held_out = _held_out_metrics(trainer)
     trainer.save_model(str(folder / ADAPTER_DIR))
     return RunSummary(folder, state.global_step, state.max_steps, held_out)
-
-
-def _assembled(trainer: FocalPOTrainer, loaded: LoadedBase, say: Callable[[str], None]) -> dict[str, Any]:
-    """The manifest's sections on what was put together, each said."""
-    lora = trainer.model.peft_config["default"]
-    adapter = {
-        "kind": sorted(features(lora)),
-        "rank": lora.r,
-        "targets": sorted(lora.target_modules),
-        "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
-        "trainable_tensors": sorted(trainer.adapter),
-    }
-    say(str(loaded))
-    say(
-        f"adapter: {', '.join(adapter['kind'])} of rank {lora.r}; {adapter['trainable_parameters']:,} parameters on"
-        f" {', '.join(adapter['targets'])}"
-    )
-    for what, choice in trainer.kernels.items():
-        say(f"{what}: {choice}")
-    sections = {
-        "loaded": loaded.as_dict(),
-        "layout": asdict(trainer.layout),
-        "kernels": trainer.kernels,
-        "settled": {"tokens_per_pack": trainer.budget.tokens, "recompute": trainer.budget.tier},
-        "adapter": adapter,
-    }
-    if trainer.stored is not None and trainer.stored.checked is not None:
-        context, checked = trainer.stored.store.context, trainer.stored.checked
-        sections["reference_store"] = {"context": context.as_dict(), "spot_check": checked.as_dict()}
-    return sections
 
 
 def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = False) -> CacheReport:
@@ -265,50 +234,6 @@ def _checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | No
         say(f"warning: {reason}")
     say(f"resuming from {latest.path.name}" if latest.path else "no checkpoint yet: starting from step 0")
     return latest.path
-
-
-def _manifest(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Part]) -> dict[str, Any]:
-    """What made this run, without any path of this machine but those the config states."""
-    reference = config.reference
-    return {
-        "format": 1,
-        "config": config.model_dump(mode="json"),
-        "config_sha256": config.sha(),
-        "base": base_fingerprint(config.model.name, revision=config.model.revision),
-        "reference_model": base_fingerprint(reference.model, revision=reference.revision)
-        if reference is not None and reference.model is not None
-        else None,
-        "chat_template_sha256": _sha256(tokenizer.chat_template or ""),
-        "data": {
-            name: {
-                "sources": [asdict(source) for source in part.sources],
-                "pairs": len(part.tokens.pairs),
-                "left_out": {drop.reason: drop.count for drop in part.drops},
-                "tokens_sha256": _sha256([[p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in part.tokens.pairs]),
-            }
-            for name, part in data.items()
-        },
-        "seeds": {"adapter": config.training.seed, "order": config.training.data_seed},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in dict.fromkeys((*LIBRARIES, config.model.backend))},
-        },
-        "processes": launch.world_size(),
-        "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
-        "may_change_on_resume": MAY_CHANGE,
-    }
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _load(name: str, revision: str | None, config: Config) -> PreTrainedModel:
