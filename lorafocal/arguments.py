@@ -10,9 +10,10 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from lorafocal import launch
+from lorafocal.compatibility import offload_refusal
 from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
-from lorafocal.launch import check_launch
 from lorafocal.memory import TIERS
 from lorafocal.objectives import Objective, build_objective, entry_of
 from lorafocal.optimizers import check_device
@@ -62,8 +63,8 @@ class FocalPOConfig(TrainingArguments):
     objective ("focalpo", "dpo", or "sft" on the chosen answers), beta, gamma; pairs_per_step, the one batch size, over
     all processes; max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
     they are); layout, tokens_per_pack and recompute, which change memory and speed and never the result, like the
-    kernels (adapter_kernels, elementwise_kernels, compile_layers); reference, reference_store and identity_probe;
-    allow_dropout; loraplus_lr_ratio.
+    kernels (adapter_kernels, elementwise_kernels, compile_layers); engine and offload, which say how processes share a
+    model; reference, reference_store and identity_probe; allow_dropout; loraplus_lr_ratio.
 
     beta, gamma, reference and identity_probe are None where the objective has none of them, and get the defaults of
     the objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
@@ -111,6 +112,13 @@ class FocalPOConfig(TrainingArguments):
         default=None, metadata={"help": "refuse a reference that is not the starting policy; None: by its kind"}
     )
     allow_dropout: bool = field(default=False, metadata={"help": "keep dropout on; log-probs become noisy"})
+    engine: str | None = field(
+        default=None,
+        metadata={"help": "ddp, zero1, zero2, zero3 or fsdp2; None: one process, or what the launcher says (ddp)"},
+    )
+    offload: str = field(
+        default="none", metadata={"help": "none, optimizer or all: what an engine keeps in the machine's memory"}
+    )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "LoRA+: learning rate of B over that of A, at least 1 (16 in its paper)"}
     )
@@ -125,7 +133,7 @@ class FocalPOConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        check_launch()
+        launch.check_launch()
         errors = check_training_fields(self._given())
         if errors:
             raise InputError("FocalPOConfig: " + "\n".join(errors))
@@ -143,6 +151,13 @@ class FocalPOConfig(TrainingArguments):
         if self.tokens_per_pack is not None and self.tokens_per_pack < 1:
             raise InputError(f"tokens_per_pack is {self.tokens_per_pack}; a pack needs tokens (None: chosen for you)")
         self._settle_objective()
+        self.engine = launch.settled_engine(self.engine)
+        if refusal := offload_refusal(self.engine, self.offload):
+            raise InputError(f"offload: {refusal}")
+        if self.engine.startswith("zero"):
+            from lorafocal.engines.zero import deepspeed_config
+
+            self.deepspeed = deepspeed_config(self)
         try:
             super().__post_init__()
         except ValueError as error:  # what this machine or these values cannot do, in transformers' words

@@ -21,10 +21,13 @@ BASES = (*FLOAT, *QUANTIZED, "float16", "other-quantization")
 VARIANTS = ("lora", "rslora", "dora", "patterns", "modules_to_save", "trainable_tokens")
 STARTS = ("gaussian", "eva", "orthogonal", "random", "pissa", "olora", "loftq")
 ADAPTERS = (*VARIANTS, *STARTS, "bias", "corda", "lora_ga", "mica")
+FULL = "full"  # in an adapter's place: every parameter of the base is trained
 
 REFERENCES = ("none", "disabled_adapter", "frozen_copy", "separate_model", "cached")
 LAYOUTS = ("packed", "padded")
-ENGINES = ("one-process", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp")
+ENGINES = ("one-process", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+# What an engine can keep in the machine's memory, beside nothing: the optimiser's states, or all that it splits.
+OFFLOADS = {"zero1": ("optimizer",), "zero2": ("optimizer",), "zero3": ("optimizer", "all"), "fsdp2": ("all",)}
 
 # How messages and the page write a word, where that is not the word itself.
 TITLES = {
@@ -37,10 +40,11 @@ TITLES = {
     "mica": "MiCA",
     "one-process": "one process",
     "ddp": "DDP",
-    "deepspeed": "DeepSpeed",
-    "deepspeed-zero2": "DeepSpeed ZeRO-2",
-    "deepspeed-zero3": "DeepSpeed ZeRO-3",
-    "fsdp": "FSDP",
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+    "fsdp2": "FSDP2",
+    FULL: "full-parameter training",
 }
 
 # What an adapter's setting is called in the table, by its name in a config or in `peft.LoraConfig`.
@@ -57,7 +61,7 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One combination, in the words of `BASES`, `ADAPTERS` (all that apply), `REFERENCES`, `LAYOUTS`, `ENGINES`.
+    """One combination, in the words of `BASES`, `ADAPTERS` (all that apply, or `FULL` alone), and so on.
 
     Words that the table does not have are refused by name.
     """
@@ -123,8 +127,8 @@ class Verdict:
         return "; ".join(map(str, self.refusals))
 
 
-def _engines(*words: str) -> Callable[[Cell], Iterable[str]]:
-    return lambda cell: {cell.engine} & {*words}
+def _engines_on(bases: Iterable[str], *words: str) -> Callable[[Cell], Iterable[str]]:
+    return lambda cell: {cell.engine} & {*words} if cell.base in bases else ()
 
 
 def _off_is_not_the_start(*words: str) -> Callable[[Cell], Iterable[str]]:
@@ -140,10 +144,8 @@ def _beside(other: str, *words: str) -> Callable[[Cell], Iterable[str]]:
 
 
 _COPY = "compare with `frozen_copy`, the adapter as it starts on the same base"
-_ONE_GPU = (
-    "use one GPU, or DDP (`torchrun --standalone --nproc-per-node N -m lorafocal train CONFIG`); a base that one GPU"
-    " does not hold fits as nf4 (`model.quantization: nf4`)"
-)
+_WHOLE = "let every process hold it whole (`engine.kind: ddp`), or split a bfloat16 base"
+_ENGINES_HERE = "say `engine.kind: zero3` (or zero1, zero2, fsdp2, ddp) in the config, which any launcher starts"
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -163,7 +165,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "unproved-adapter",
         "adapter",
-        lambda cell: {word.removeprefix("other:") for word in cell.adapter - {*VARIANTS, *STARTS, "bias"}},
+        lambda cell: {word.removeprefix("other:") for word in cell.adapter - {*VARIANTS, *STARTS, "bias", FULL}},
         "the adapter asks for {found}, for which nothing here proves gradients, reference or the saved file",
         "leave it at its default; starts that are proved: default, gaussian, orthogonal, pissa, olora, loftq, eva",
     ),
@@ -243,27 +245,33 @@ RULES: tuple[Rule, ...] = (
         _COPY,
     ),
     Rule(
-        "split-states",
-        "engine",
-        _engines("deepspeed-zero2"),
-        "under {found}, gradients and optimiser states are split over processes; adapters have megabytes of them, so it"
-        " waits for the full-parameter mode",
-        _ONE_GPU,
+        "full-quantized",
+        "base",
+        lambda cell: {cell.base} & {*QUANTIZED} if FULL in cell.adapter else (),
+        "without `adapter`, every parameter is trained, and quantised weights ({found}) take no gradient steps",
+        "train an adapter (`adapter: {{r: 16, alpha: 32}}`), or leave `model.quantization` out",
     ),
     Rule(
-        "split-base",
+        "no-adapter-to-compare",
+        "reference",
+        lambda cell: {cell.reference} & {"disabled_adapter", "frozen_copy"} if FULL in cell.adapter else (),
+        "without `adapter`, every parameter is trained, and there is no adapter for {found}",
+        "store the reference's log-probs first (`reference.kind: cached`, by `lorafocal cache-reference CONFIG`), hold"
+        " a second model (`separate_model`), or train an adapter (`adapter: {{r: 16, alpha: 32}}`)",
+    ),
+    Rule(
+        "split-quantized-base",
         "engine",
-        _engines("deepspeed-zero3", "fsdp"),
-        "under {found}, the base is split over processes; split weights of several dtypes (a quantised base, fp32"
-        " adapters on bfloat16) are not proved, so it waits for the full-parameter mode",
-        _ONE_GPU,
+        _engines_on(QUANTIZED, "zero3", "fsdp2"),
+        "under {found}, the base is split over processes, which is not proved for quantised weights",
+        _WHOLE,
     ),
     Rule(
         "another-engine",
         "engine",
         lambda cell: {cell.engine} - {*ENGINES},
         "{found} is no engine that lorafocal trains in",
-        _ONE_GPU,
+        _ENGINES_HERE,
     ),
     Rule(
         "another-reference",
@@ -295,13 +303,26 @@ def check(cell: Cell) -> None:
         raise InputError(str(found))
 
 
+def offload_refusal(engine: str, offload: str) -> str:
+    """Why `engine` cannot keep `offload` in the machine's memory; "" where it can."""
+    possible = OFFLOADS.get(engine, ())
+    if offload in ("none", *possible):
+        return ""
+    return f"{offload!r} is not what {TITLES.get(engine, engine)} can offload: {' or '.join((*possible, 'none'))}"
+
+
 def engine_refusal(engine: str) -> str:
     """Why nothing trains in `engine`, and the way out; "" where something does."""
     return str(verdict(Cell("float32", frozenset({"lora"}), engine=engine)))
 
 
-def adapter_words(settings: Mapping[str, object]) -> frozenset[str]:
-    """The table's words for an adapter's settings, named as in a config's `adapter` or in `peft.LoraConfig`."""
+def adapter_words(settings: Mapping[str, object] | None) -> frozenset[str]:
+    """The table's words for an adapter's settings, named as in a config's `adapter` or in `peft.LoraConfig`.
+
+    None is full-parameter training.
+    """
+    if settings is None:
+        return frozenset({FULL})
     start = settings.get("init", settings.get("init_lora_weights", True))
     words = {word for name, word in _WORDS.items() if settings.get(name)}
     if not words & {"rslora", "dora"}:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lorafocal.errors import InputError
-from lorafocal.schema import WORDED, Config, Reference, Source
+from lorafocal.schema import WORDED, Adapter, Config, Reference, Source
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml, parse_yaml
 
@@ -135,7 +135,9 @@ def training_arguments(config: Config) -> dict[str, Any]:
         "adapter_kernels": config.kernels.adapters,
         "elementwise_kernels": config.kernels.elementwise,
         "compile_layers": config.kernels.compile,
-        "allow_dropout": config.adapter.allow_dropout,
+        "allow_dropout": config.adapter is not None and config.adapter.allow_dropout,
+        "engine": config.engine and config.engine.kind,
+        "offload": config.engine and config.engine.offload,
         "pairs_per_step": training.pairs_per_step,
         "loraplus_lr_ratio": training.loraplus_lr_ratio,
         "seed": training.seed,
@@ -156,12 +158,11 @@ def _identity_probe(reference: Reference) -> bool | None:
     return False if other and reference.identity_probe is None else reference.identity_probe
 
 
-def lora_arguments(config: Config) -> dict[str, Any]:
-    """Keyword arguments of `peft.LoraConfig` for a run; `target_modules` may still be the word all-linear.
+def lora_arguments(adapter: Adapter) -> dict[str, Any]:
+    """Keyword arguments of `peft.LoraConfig` for a run's fresh adapter; `target_modules` may be the word all-linear.
 
     `adapter.trainable_tokens` is not among them: its texts become ids by the tokenizer.
     """
-    adapter = config.adapter
     return {
         "r": adapter.r,
         "lora_alpha": adapter.alpha,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorafocal.compatibility import engine_refusal
+from lorafocal.compatibility import ENGINES, engine_refusal
 from lorafocal.errors import InputError
 
 FIRST_SPEAKS_S = 5.0  # how long the other ranks leave it to rank 0 to say what went wrong
@@ -25,17 +25,23 @@ FIRST_SPEAKS_S = 5.0  # how long the other ranks leave it to rank 0 to say what 
 # Set by a launcher for each process it starts, beside torchrun's WORLD_SIZE where it starts torchrun.
 _COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 
-# What accelerate's launcher hands on in the environment: engines, by their words in `lorafocal.compatibility`,
+# What accelerate's launcher hands on in the environment: engines, with the variable that says which kind and its
+# prefix in the words of `lorafocal.compatibility`,
 _ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
-    "ACCELERATE_USE_FSDP": "fsdp",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_USE_DEEPSPEED": ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "zero"),
+    "ACCELERATE_USE_FSDP": (None, "accelerate's own FSDP"),  # on CPUs it would silently be DDP
+    "ACCELERATE_USE_MEGATRON_LM": (None, "Megatron-LM"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (None, "a parallelism config"),
 }
-# and settings, with the value that asks for nothing.
+# and settings, with the values that ask for nothing.
 _ACCELERATE = {
-    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision (here the base's dtype decides: `model.dtype`)"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "torch.compile"),
+    "ACCELERATE_MIXED_PRECISION": (("no",), "mixed precision (here the base's dtype decides: `model.dtype`)"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "torch.compile (here `kernels.compile`)"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "accumulation (here `training.pairs_per_step` is the step)"),
+    "ACCELERATE_GRADIENT_CLIPPING": (("none",), "clipping (here `training.max_grad_norm`)"),
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": (("none",), "a DeepSpeed config file (here the `engine` section says it)"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (("none",), "offload (here `engine.offload`)"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (("none",), "offload of parameters (here `engine.offload: all`)"),
 }
 
 
@@ -70,12 +76,46 @@ def several(arguments: str = "train CONFIG", *, processes: int | str = "N") -> s
 
 
 def engine() -> str:
-    """How this launch trains, in the words of `lorafocal.compatibility.ENGINES`; another word for any other engine."""
-    for name, word in _ENGINES.items():
-        if os.environ.get(name, "false").lower() not in ("false", ""):
-            stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if word == "deepspeed" else None
-            return f"{word}-zero{stage}" if stage else word
+    """How this launch trains by itself, in the words of `lorafocal.compatibility.ENGINES`, or another engine's."""
+    for name, (kind, prefix) in _ENGINES.items():
+        if _is_on(name):
+            return prefix if kind is None else f"{prefix}{os.environ.get(kind, '')}"
     return "ddp" if world_size() > 1 else "one-process"
+
+
+def settle_precision(dtype: str) -> None:
+    """Take accelerate's mixed precision for granted where it is what `dtype`, the config's, means anyway."""
+    if dtype == "bfloat16" and os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "bf16":
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # transformers would set it so
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "false").lower() not in ("false", "")
+
+
+def settled_engine(asked: str | None) -> str:
+    """The engine of this launch: what a config asks for, where the launcher does not say another one.
+
+    Raises InputError where they differ, and where processes that share a model were not started by a launcher.
+    """
+    launched = engine()
+    if asked is None or asked == launched:
+        return launched
+    if launched not in ("one-process", "ddp"):
+        raise InputError(
+            f"engine.kind is {asked}, but accelerate launched for {launched}: leave one of the two out, or make them"
+            " the same"
+        )
+    if asked == "ddp":
+        return launched
+    if asked not in ENGINES:
+        raise InputError(f"engine is {asked!r}; choose one of {', '.join(ENGINES[1:])}")
+    if "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            f"{asked} shares a model between processes that a launcher starts: `lorafocal train CONFIG --engine {asked}"
+            f" --processes N`, or `{several()}`"
+        )
+    return asked
 
 
 def check_launch() -> None:
@@ -103,9 +143,7 @@ def check_launch() -> None:
     if refusal := engine_refusal(engine()):
         raise InputError(f"accelerate's settings: {refusal}")
     asked = [
-        what
-        for name, (nothing, what) in _ACCELERATE.items()
-        if os.environ.get(name, nothing).lower() not in (nothing, "")
+        what for name, (nothing, what) in _ACCELERATE.items() if os.environ.get(name, "").lower() not in (*nothing, "")
     ]
     if asked:
         raise InputError(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lorafocal.bounds import check_beta, check_dropout, check_gamma
-from lorafocal.compatibility import Cell, adapter_words, verdict
+from lorafocal.compatibility import Cell, adapter_words, offload_refusal, verdict
 from lorafocal.training_fields import RULES, check_training_fields, installed_fields
 from lorafocal.values import (
     Architecture,
@@ -34,7 +34,9 @@ from lorafocal.values import (
     listed,
 )
 
-_PART_OF_A_CELL = {"base": "model.quantization", "adapter": "adapter", "reference": "reference.kind"}
+_PART_OF_A_CELL = {
+    "base": "model.quantization", "adapter": "adapter", "reference": "reference.kind", "engine": "engine.kind"
+}  # fmt: skip
 
 # Numbers from 0 to below these, or an optimiser refuses them itself once the model is loaded.
 _BELOW = {
@@ -97,6 +99,23 @@ class Adapter(Section):
         if self.start_from is None and missing:
             raise _mistakes((key, "missing; it has no default (to continue an adapter: start_from)") for key in missing)
         check_dropout(self.dropout, allowed=self.allow_dropout)
+        return self
+
+
+class Engine(Section):
+    """How several processes share a run: each the whole model (ddp), or a part of what is trained, or of all of it.
+
+    zero1 to zero3 are DeepSpeed's stages, fsdp2 is torch's. `offload` keeps the optimiser's states, or all that is
+    split, in the machine's memory.
+    """
+
+    kind: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+    offload: Literal["none", "optimizer", "all"] = "none"
+
+    @model_validator(mode="after")
+    def _what_can_be_offloaded(self) -> Engine:
+        if refusal := offload_refusal(self.kind, self.offload):
+            raise _mistake("offload", refusal)
         return self
 
 
@@ -271,17 +290,18 @@ class Kernels(Section):
 
 
 class Config(Section):
-    """One training run."""
+    """One training run; without `adapter`, of every parameter of the model."""
 
     name: RunName
     model: Model
-    adapter: Adapter
+    adapter: Adapter | None = None
     data: Data
     objective: Objective
     reference: Reference | None = None
     training: Training
     packing: Packing = Packing()
     kernels: Kernels = Kernels()
+    engine: Engine | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -322,16 +342,40 @@ class Config(Section):
                 yield "model.backend", f"unsloth computes in bfloat16, on bases in bfloat16 or 4 bits, not {held}"
             if self.packing.layout == "packed":
                 yield "packing.layout", "unsloth's attention takes no packs: say padded, or auto"
-        base = self.model.quantization or self.model.dtype
-        kind = "none" if self.reference is None else self.reference.kind
-        for refusal in verdict(Cell(base, adapter_words(self.adapter.model_dump()), kind)).refusals:
+            if self.engine is not None and self.engine.kind != "ddp":
+                yield "engine.kind", f"unsloth's layers are whole in every process, not split by {self.engine.kind}"
+        if self.adapter is None:
+            yield from self._without_adapter()
+        for refusal in verdict(self._cell()).refusals:
             yield _PART_OF_A_CELL[refusal.rule.axis], str(refusal)
-        if self.adapter.start_from is not None and self.reference is not None and self.reference.must_be_the_base:
+        started = self.adapter is not None and self.adapter.start_from is not None
+        if started and self.reference is not None and self.reference.must_be_the_base:
             yield (
                 "reference.kind",
                 "disabled_adapter is the base without the adapter, but training starts from adapter.start_from; use"
                 " frozen_copy, or merge that adapter first, or set identity_probe: false if the base is meant",
             )
+
+    def _cell(self) -> Cell:
+        """Where the run stands in the table of what goes together, as far as a config says."""
+        adapter = None if self.adapter is None else self.adapter.model_dump()
+        return Cell(
+            base=self.model.quantization or self.model.dtype,
+            adapter=adapter_words(adapter),
+            reference="none" if self.reference is None else self.reference.kind,
+            engine="one-process" if self.engine is None else self.engine.kind,
+        )
+
+    def _without_adapter(self) -> Iterable[tuple[str, str]]:
+        """What belongs to adapters alone, and would be ignored."""
+        if self.training.loraplus_lr_ratio is not None:
+            yield "training.loraplus_lr_ratio", "LoRA+ is for adapters, and there is none; remove it"
+        if self.training.activation_checkpointing == "mlp":
+            yield "training.activation_checkpointing", "mlp belongs to the fused adapter functions: use none or full"
+        if self.model.backend == "unsloth":
+            yield "model.backend", "unsloth trains adapters here: add an adapter section, or use transformers"
+        if self.kernels.elementwise == "triton":
+            yield "kernels.elementwise", "triton's functions are part of the fused adapter functions; remove it"
 
     def sha(self) -> str:
         """sha256 (hex) of the resolved values; equal for two files that describe the same run."""

@@ -210,9 +210,9 @@ RULES: dict[str, FieldRule] = {
     "ddp_backend": _supported(),
     "ddp_timeout": _supported(),
     "ddp_static_graph": _refused(None, "the number of packs changes from step to step, so the graph is not static"),
-    "fsdp": _refused(None, engine_refusal("fsdp")),
-    "fsdp_config": _refused(None, engine_refusal("fsdp")),
-    "deepspeed": _refused(None, engine_refusal("deepspeed")),
+    "fsdp": _refused(None, "the config's engine says it: engine.kind: fsdp2 (FocalPOConfig: engine='fsdp2')"),
+    "fsdp_config": _refused(None, "the config's engine says it: engine.kind: fsdp2 (FocalPOConfig: engine='fsdp2')"),
+    "deepspeed": _refused(None, "the config's engine says it: engine.kind: zero3 (FocalPOConfig: engine='zero3')"),
     "parallelism_config": _refused(None, engine_refusal("a parallelism config")),
     # read by example scripts only
     "do_train": _refused(False, f"{_SCRIPT}; a run trains"),
