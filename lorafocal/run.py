@@ -1,4 +1,4 @@
-"""One training run from its config: the run folder, training, and the finished adapter."""
+"""One training run from its config: the run folder, training, and the finished adapter or model."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ from lorafocal.model.starts import lora_config
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
 from lorafocal.resume import changes, check_resumable
+from lorafocal.schema import Adapter
 from lorafocal.trainer import FocalPOTrainer
 
-CONFIG_FILE, MANIFEST_FILE, ADAPTER_DIR = "config.yaml", "manifest.json", "adapter"
+CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
+ADAPTER_DIR, MODEL_DIR = "adapter", "model"  # what a run makes, by adapters or at full parameters
 SWEEP_FILE = "sweep.json"  # a folder of runs that belong together, no run's own
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
 
@@ -50,13 +52,14 @@ class RunSummary:
     steps: int
     max_steps: int
     held_out: Mapping[str, float]  # metrics of the last evaluation; empty without held-out pairs
+    made: str = ADAPTER_DIR
     interrupted_by: int | None = None  # signal number
 
     def __str__(self) -> str:
         if self.interrupted_by is not None:
             return f"stopped and saved after step {self.steps} of {self.max_steps}; the same run resumes there"
         lines = [
-            f"{self.steps} step{'' if self.steps == 1 else 's'} done; the adapter is in {self.folder / ADAPTER_DIR}"
+            f"{self.steps} step{'' if self.steps == 1 else 's'} done; the {self.made} is in {self.folder / self.made}"
         ]
         if self.held_out:
             keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
@@ -106,24 +109,26 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     trainer.add_callback(stop)
     with stop.watching():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    state = trainer.state
+    state, made = trainer.state, ADAPTER_DIR if config.adapter is not None else MODEL_DIR
     if stop.received is not None and state.global_step < state.max_steps:
-        return RunSummary(folder, state.global_step, state.max_steps, {}, int(stop.received))
+        return RunSummary(folder, state.global_step, state.max_steps, {}, made, int(stop.received))
     held_out = _held_out_metrics(trainer)
-    trainer.save_model(str(folder / ADAPTER_DIR))
-    return RunSummary(folder, state.global_step, state.max_steps, held_out)
+    trainer.save_model(str(folder / made))
+    return RunSummary(folder, state.global_step, state.max_steps, held_out, made)
 
 
 def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = False) -> CacheReport:
     """Compute and store the reference log-probs that a run of `config` looks up, as far as the store lacks them.
 
-    With `per_token` those of each token too. Raises InputError where the config keeps none, or its input is wrong.
+    With `per_token` those of each token too. Nothing is trained, so each process holds the whole model, whatever the
+    config's engine. Raises InputError where the config keeps none, or its input is wrong.
     """
     kind = None if config.reference is None else config.reference.kind
     if kind != "cached":
         raise InputError(
             f"reference.kind is {kind or 'not set'}, and only `cached` looks log-probs up: set reference.kind=cached"
         )
+    config = config.model_copy(update={"engine": None})
     say = _speaker(quiet)
     check_places(config)
     with tempfile.TemporaryDirectory(prefix="lorafocal-cache-") as folder:  # a trainer's, which writes nothing here
@@ -163,7 +168,7 @@ def check_places(config: Config) -> None:
             check_place(config.reference.model)
         except InputError as error:
             raise InputError(f"reference.model: {error}") from error
-    start = config.adapter.start_from
+    start = None if config.adapter is None else config.adapter.start_from
     if start is not None and not (Path(start) / "adapter_config.json").is_file():
         raise InputError(
             f"adapter.start_from: {start} holds no adapter_config.json; it names the adapter folder of a run"
@@ -253,7 +258,8 @@ def _trainer(
     base: PreTrainedModel,
     quiet: bool,
 ) -> FocalPOTrainer:
-    start, reference = config.adapter.start_from, config.reference
+    adapter, reference = config.adapter, config.reference
+    start = None if adapter is None else adapter.start_from
     ref_model = None
     if reference is not None and reference.model is not None:
         try:
@@ -267,15 +273,15 @@ def _trainer(
         train_dataset=data["train"].tokens.pairs,
         eval_dataset=data["eval"].tokens.pairs if "eval" in data else None,
         processing_class=tokenizer,
-        peft_config=_lora_config(config, tokenizer) if start is None else None,
+        peft_config=None if adapter is None or start is not None else _lora_config(adapter, tokenizer),
         callbacks=[ProgressLine(quiet=quiet)],
     )
 
 
-def _lora_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> LoraConfig:
+def _lora_config(adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> LoraConfig:
     """The fresh adapter's configuration; trained tokens are named by text, and found by the tokenizer."""
-    tokens = trainable_token_ids(config.adapter.trainable_tokens, tokenizer) or None
-    return lora_config(**lora_arguments(config), trainable_token_indices=tokens)
+    tokens = trainable_token_ids(adapter.trainable_tokens, tokenizer) or None
+    return lora_config(**lora_arguments(adapter), trainable_token_indices=tokens)
 
 
 def _held_out_metrics(trainer: FocalPOTrainer) -> Mapping[str, float]:
