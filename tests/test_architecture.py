@@ -38,7 +38,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.spl
 
 # These answer before the heavy libraries are loaded: `lorafocal --help`, and a config's errors.
 LIGHT_FILES = (
-    "errors config schema values yaml12 training_fields bounds compatibility launch memory hardware __init__"
+    "errors config schema values yaml12 training_fields bounds compatibility launch memory/__init__ hardware __init__"
     " __main__ cli/__init__ cli/options cli/training cli/results"
 ).split()
 HEAVY_LIBRARIES = {

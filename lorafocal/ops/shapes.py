@@ -13,6 +13,7 @@ from typing import Any
 from lorafocal.errors import InputError
 
 WIDTHS = {"bfloat16": 2, "float32": 4, "float64": 8}
+WIDE = 4  # bytes of what is held in fp32 whatever the dtype: norms, sums of softmax, all that is trained
 
 
 # ---- the shape of a model -----------------------------------------------------------------------------------------

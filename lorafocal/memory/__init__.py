@@ -1,0 +1,72 @@
+"""Bytes and floating-point operations of a run, from a model's shape alone: pure arithmetic, no torch.
+
+Residents (weights, what is trained, its gradients, optimiser states) do not depend on the tokens of a pack; engines
+split them over GPUs. Activations grow with the tokens, by one of three tiers: keep all (`none`), compute gate and up
+again (`mlp`), compute every layer again (`full`). `choose` weighs them. docs/memory.md has the formulas and how well
+they agree with what was counted.
+"""
+
+from lorafocal.memory.activations import (
+    HEAD_CHUNK_ELEMENTS,
+    activation_bytes_per_token,
+    cast_bytes,
+    fixed_bytes,
+    head_chunk_bytes,
+    pack_bytes,
+    work_bytes_per_token,
+)
+from lorafocal.memory.choice import (
+    MAX_TOKENS,
+    SLACK,
+    TIERS,
+    TOKEN_STEP,
+    Choice,
+    choose,
+    relative_time,
+    tiers_of,
+    tokens_that_fit,
+)
+from lorafocal.memory.operations import flops_per_pair, minimum_flops_per_pair
+from lorafocal.memory.residents import (
+    adapter_bytes,
+    adapter_parameters,
+    gradient_bytes,
+    optimizer_bytes,
+    reference_bytes,
+    trained_tensors,
+    weight_bytes,
+)
+from lorafocal.memory.shards import sharded_bytes
+from lorafocal.ops.shapes import Lengths, Setup, Shape
+
+__all__ = [
+    "HEAD_CHUNK_ELEMENTS",
+    "MAX_TOKENS",
+    "SLACK",
+    "TIERS",
+    "TOKEN_STEP",
+    "Choice",
+    "Lengths",
+    "Setup",
+    "Shape",
+    "activation_bytes_per_token",
+    "adapter_bytes",
+    "adapter_parameters",
+    "cast_bytes",
+    "choose",
+    "fixed_bytes",
+    "flops_per_pair",
+    "gradient_bytes",
+    "head_chunk_bytes",
+    "minimum_flops_per_pair",
+    "optimizer_bytes",
+    "pack_bytes",
+    "reference_bytes",
+    "relative_time",
+    "sharded_bytes",
+    "tiers_of",
+    "tokens_that_fit",
+    "trained_tensors",
+    "weight_bytes",
+    "work_bytes_per_token",
+]

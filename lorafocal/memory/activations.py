@@ -1,0 +1,136 @@
+"""What grows with the tokens of a pack, and what a pass needs beside it."""
+
+from __future__ import annotations
+
+from lorafocal.memory.residents import adapter_parameters
+from lorafocal.ops.shapes import WIDE, Setup, Shape
+
+HEAD_CHUNK_ELEMENTS = 2**26  # entries of the largest logits chunk: 256 MiB in fp32
+
+
+def activation_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
+    """Bytes that a forward saves for its backward, a token row of a pack of typical pairs.
+
+    Raises InputError for the tier `mlp` where PEFT's own adapter functions are used, which have it not.
+    """
+    ends = _end_bytes(shape, setup)
+    if tier == "full":
+        return ends + shape.layers * setup.width * shape.hidden_size
+    # The first norm reads embeddings, which nothing trains, so transformers' own saves nothing there.
+    first_norm = WIDE if setup.fused else (shape.hidden_size + 1) * WIDE
+    return (
+        ends
+        + _rotary_bytes(shape, setup)
+        - first_norm
+        + sum(_layer_bytes(shape, setup, tier, layer) for layer in range(shape.layers))
+    )
+
+
+def _end_bytes(shape: Shape, setup: Setup) -> float:
+    """What the last norm and the head save: of each answer's row its gradient, label and log-prob."""
+    answers = setup.lengths.answers / setup.lengths.rows
+    last_norm = shape.hidden_size * (setup.width if setup.fused else WIDE) + WIDE
+    return last_norm + answers * (setup.width * shape.hidden_size + 12)
+
+
+def _rotary_bytes(shape: Shape, setup: Setup) -> int:
+    """Cosines and sines of a row, which all layers share."""
+    return shape.rotations * 2 * setup.width * shape.head_dim
+
+
+def _layer_bytes(shape: Shape, setup: Setup, tier: str, layer: int) -> float:
+    """What one decoder layer saves, a row."""
+    kept: float = _norm_bytes(shape, setup) + _attention_bytes(shape, setup) + _mlp_bytes(shape, setup, tier)
+    inputs: dict[str, int] = {}
+    for name, linear in shape.layer_linears(layer):
+        rank, saves = setup.rank_of(name), setup.saves(name)
+        kept += setup.width * rank
+        if not rank and not saves:
+            continue
+        kept += setup.use_dora * 2 * setup.width * linear.rows  # the base's product and the adapter's
+        if setup.dropout and rank and (layer or linear.reads != "normed"):  # embeddings, again, need no gradient
+            kept += linear.columns * (1 if setup.attention == "flash" else WIDE)  # the mask
+        # PEFT casts its input for each adapter, so in bf16 every one keeps a copy; in fp32 all keep the same tensor.
+        shared = linear.reads if setup.width == WIDE and not setup.dropout else name
+        inputs[shared] = linear.columns
+    return kept + (0 if setup.fused else setup.width * sum(inputs.values()))
+
+
+def _norm_bytes(shape: Shape, setup: Setup) -> float:
+    """Inputs of the norms, widened to fp32 by transformers' own, and a scale a row."""
+    width = setup.width if setup.fused else WIDE
+    kept: float = len(shape.family.norms) * (shape.hidden_size * width + WIDE)
+    if shape.family.head_norms:
+        kept += (shape.query_size + shape.kv_size) * width + (shape.heads + shape.kv_heads) * WIDE
+    return kept
+
+
+def _attention_bytes(shape: Shape, setup: Setup) -> float:
+    """Queries, keys, values and outputs, and the log of the softmax's sums."""
+    at, width = setup.lengths, setup.width
+    kept: float = 2 * shape.query_size * width + shape.heads * WIDE
+    second = at.prompt + at.rejected  # keys of the rejected answer's segment, gathered
+    if setup.attention == "flash":
+        return kept + 2 * shape.kv_size * width * (at.prompt + at.chosen + second) / at.rows
+    joined = shape.query_size + shape.kv_size if shape.family.joined else 0  # values are a view of all three
+    kept += (2 * shape.kv_size * (1 + second / at.rows) + joined) * width
+    mask = width * at.rejected * second / at.rows
+    return kept + mask + (shape.query_size * width if setup.fused else 0)  # segments are joined to one output
+
+
+def _mlp_bytes(shape: Shape, setup: Setup, tier: str) -> float:
+    inner = shape.intermediate_size * setup.width
+    if shape.family.joined:
+        return (4 if setup.fused else 3) * inner
+    if setup.fused:
+        return 0 if tier == "mlp" else 2 * inner
+    return 3 * inner  # gate, its activation, up; the product is the input of down's adapter
+
+
+def work_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
+    """Bytes beside the saved ones at the peak, a row: in the backward of the last norm, or of the last layer.
+
+    The tier `full` has that layer's activations there again, and keeps the rotations as every layer's argument.
+    """
+    hidden, inner, width = shape.hidden_size, shape.intermediate_size, setup.width
+    narrow = width < WIDE
+    if setup.fused:
+        layer: float = (3 * inner + 2 * hidden) * width
+        layer += WIDE * inner if narrow and setup.attention == "sdpa" else 0  # no GPU: products widen their factors
+    else:
+        layer = 2 * inner * width + (WIDE * inner + 10 * hidden if narrow else hidden * width)
+    if tier == "mlp":
+        layer += 2 * inner * width
+    if tier == "full":
+        layer += _layer_bytes(shape, setup, "none", shape.layers - 1) + _rotary_bytes(shape, setup)
+    return max(18 * hidden, layer - _end_bytes(shape, setup))  # what the ends saved is gone by then
+
+
+def head_chunk_bytes(shape: Shape, setup: Setup) -> int:
+    """Peak of the log-prob head beside what it saves: a chunk's logits in fp32, and their error where narrower.
+
+    A head that is trained has a gradient in fp32 and a cast of its weights beside that.
+    """
+    rows = max(1, HEAD_CHUNK_ELEMENTS // shape.vocab_size)
+    narrow = setup.width if setup.width < WIDE else 0
+    trained = shape.head_parameters if setup.saves("lm_head") else 0
+    return (rows * shape.vocab_size + trained) * (WIDE + narrow)
+
+
+def cast_bytes(shape: Shape, setup: Setup, tier: str) -> int:
+    """Adapters in bf16, which PEFT's way saves beside those in fp32; not where a layer is computed again."""
+    cast = not setup.fused and setup.width < WIDE and tier == "none"
+    return setup.width * adapter_parameters(shape, setup) if cast else 0
+
+
+def fixed_bytes(shape: Shape, setup: Setup, tier: str) -> int:
+    """What a pass needs whatever its tokens: the head's chunk, casts of adapters, the largest matrix de-quantised."""
+    largest = max(linear.entries for linear in shape.linears) * setup.width
+    fixed = head_chunk_bytes(shape, setup) + cast_bytes(shape, setup, tier)
+    return fixed + (largest if setup.quantization else 0)
+
+
+def pack_bytes(shape: Shape, setup: Setup, tier: str, tokens: float) -> float:
+    """Peak of one pack's forward and backward, beside the residents."""
+    per_token = activation_bytes_per_token(shape, setup, tier) + work_bytes_per_token(shape, setup, tier)
+    return fixed_bytes(shape, setup, tier) + tokens * per_token

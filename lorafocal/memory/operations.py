@@ -1,0 +1,46 @@
+"""Floating-point operations of a pair."""
+
+from __future__ import annotations
+
+from lorafocal.memory.residents import adapter_parameters
+from lorafocal.ops.shapes import Lengths, Setup, Shape
+
+
+def flops_per_pair(
+    shape: Shape,
+    setup: Setup,
+    lengths: Lengths | None = None,
+    *,
+    tier: str = "none",
+    live_reference: bool | None = None,
+    shared: bool = True,
+) -> float:
+    """Operations (a product and its sum are 2) of one pair's training step, for `lengths` or the setup's.
+
+    Through frozen matrices of N entries, 2N a row forward and 2N backward; adapters 2N_a forward and 4N_a backward;
+    attention 4 a visible pair, head and dimension, two and a half times that backward; the head 4HV a completion token.
+    `shared`: the prompt is computed once, not once an answer. `live_reference` (by default as the setup says) adds a
+    forward without adapters.
+    """
+    at = lengths or setup.lengths
+    live = setup.reference not in ("none", "cached") if live_reference is None else live_reference
+    rows, seen = at.rows, at.visible(shape.sliding_window)
+    if not shared:
+        alone = Lengths(at.prompt, 0, 0)
+        rows, seen = rows + at.prompt, seen + alone.visible(shape.sliding_window)
+    base = 2 * shape.linear_parameters * rows
+    attention = 4 * shape.query_size * seen * shape.layers
+    adapters = 2 * adapter_parameters(shape, setup) * rows
+    head = 2 * shape.head_parameters * at.answers
+    total = 2 * base + 3 * adapters + 3.5 * attention + 2 * head
+    if tier == "full":
+        total += base + adapters + attention
+    elif tier == "mlp":
+        again = sum(linear.entries for linear in shape.linears if linear.reads == "hidden")
+        total += 2 * shape.layers * again * rows
+    return total + (base + attention + head if live else 0)
+
+
+def minimum_flops_per_pair(shape: Shape, setup: Setup, lengths: Lengths | None = None) -> float:
+    """The least that the exact result needs: the prompt once, nothing computed again, no reference forward."""
+    return flops_per_pair(shape, setup, lengths, live_reference=False)
