@@ -13,9 +13,9 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from lorafocal.compatibility import ENGINES, engine_refusal
 from lorafocal.errors import InputError
@@ -75,6 +75,24 @@ def several(arguments: str = "train CONFIG", *, processes: int | str = "N") -> s
     return f"torchrun --standalone --nproc-per-node {processes} -m lorafocal {arguments}"
 
 
+def launched() -> bool:
+    """Whether a launcher has started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def start(arguments: Sequence[str], processes: int) -> NoReturn:
+    """Become torchrun, which starts `lorafocal` with `arguments` in so many processes of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, "-m", "lorafocal", *arguments])  # signals and exit codes are the launcher's
+
+
+def visible_gpus() -> int:
+    from torch.cuda import device_count
+
+    return device_count()
+
+
 def engine() -> str:
     """How this launch trains by itself, in the words of `lorafocal.compatibility.ENGINES`, or another engine's."""
     for name, (kind, prefix) in _ENGINES.items():
@@ -110,7 +128,7 @@ def settled_engine(asked: str | None) -> str:
         return launched
     if asked not in ENGINES:
         raise InputError(f"engine is {asked!r}; choose one of {', '.join(ENGINES[1:])}")
-    if "WORLD_SIZE" not in os.environ:
+    if not launched():
         raise InputError(
             f"{asked} shares a model between processes that a launcher starts: `lorafocal train CONFIG --engine {asked}"
             f" --processes N`, or `{several()}`"
@@ -128,7 +146,7 @@ def check_launch() -> None:
         f"start them by `{several()}`, or by `accelerate launch --multi_gpu --num_processes N -m lorafocal train"
         " CONFIG` (on CPUs as well)"
     )
-    if "WORLD_SIZE" not in os.environ:
+    if not launched():
         if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
             raise InputError(
                 "accelerate launch was asked for more than one process and started one, as it does with --cpu, and"

@@ -137,18 +137,12 @@ def test_an_adapter_that_scores_otherwise_when_loaded_again_is_no_success(monkey
         rehearse(described(), quiet=True)
 
 
-def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="one process"):
-        rehearse(described())
-
-
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
 
     def stand_in(config: Config, *, quiet: bool) -> Rehearsal:
         asked.append(config)
-        return Rehearsal("x", "y", (), (), 0, math.nan, math.nan, 0, 0, 0, 0.0, interrupted_by=2 if quiet else None)
+        return Rehearsal("x", "y", (), (), 0, math.nan, math.nan, 0, 0, "", 0, 0.0, interrupted_by=2 if quiet else None)
 
     monkeypatch.setattr(rehearsal, "rehearse", stand_in)
     (tmp_path / "run.yaml").write_text(resolved_yaml(described()))

@@ -17,6 +17,15 @@ from lorafocal import launch
 from lorafocal.cli.options import JsonOption, OverridesArgument, no_loading_bars, print_report
 from lorafocal.errors import InputError
 
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="KIND", help="ddp, zero1, zero2, zero3 or fsdp2: engine.kind of the config."),
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, metavar="N", help="Start N processes on this machine, one a GPU."),
+]
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
@@ -29,19 +38,23 @@ def train(
             help="Rehearse CONFIG on a tiny model of its architecture with made-up pairs; writes nothing to keep.",
         ),
     ] = False,
+    engine: EngineOption = None,
+    processes: ProcessesOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress line.")] = False,
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")] = Path(
         "runs"
     ),
 ) -> None:
-    """Train adapters as CONFIG says, into the run folder DIR/<name>."""
+    """Train as CONFIG says, adapters or every parameter, into the run folder DIR/<name>."""
     from lorafocal.config import load_config
 
     if tiny and resume:
         raise InputError("--tiny keeps nothing that --resume could go on from: leave one of the two out")
-    checked = load_config(config, overrides or [])
+    checked = load_config(config, _with_engine(overrides, engine))
+    _launch(checked.engine and checked.engine.kind, processes)
     if not tiny:  # a rehearsal loads by transformers
         _begin(checked.model.backend)
+    launch.settle_precision(checked.model.dtype)
     launch.check_launch()
     no_loading_bars()
     launch.quiet_unless_main()
@@ -52,6 +65,8 @@ def train(
         from lorafocal.rehearsal import rehearse
 
         rehearsal = rehearse(checked, quiet=quiet)
+        if rehearsal is None:  # not the process that speaks
+            return
         typer.echo(str(rehearsal))
         raise typer.Exit(0 if rehearsal.interrupted_by is None else 128 + rehearsal.interrupted_by)
 
@@ -96,6 +111,7 @@ def plan(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
     overrides: OverridesArgument = None,
     gpus: Annotated[str | None, typer.Option("--gpus", metavar="NxGPU", help="As 1xRTX4090 or 8xA100-40.")] = None,
+    engine: EngineOption = None,
     tflops: Annotated[
         float | None, typer.Option("--tflops", help="TFLOP/s of one GPU as measured; a share of its peak if absent.")
     ] = None,
@@ -106,13 +122,15 @@ def plan(
     from lorafocal.config import load_config
     from lorafocal.plan import plan as make_plan
 
-    print_report(make_plan(load_config(config, overrides or []), gpus, tflops=tflops, price_per_hour=price), as_json)
+    checked = load_config(config, _with_engine(overrides, engine))
+    print_report(make_plan(checked, gpus, tflops=tflops, price_per_hour=price), as_json)
 
 
 def cache_reference(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run; its reference.kind: cached.")],
     overrides: OverridesArgument = None,
     per_token: Annotated[bool, typer.Option("--per-token", help="Keep the log-prob of each token too.")] = False,
+    processes: ProcessesOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -123,7 +141,9 @@ def cache_reference(
     from lorafocal.config import load_config
 
     checked = load_config(config, overrides or [])
+    _launch(None, processes)
     _begin(checked.model.backend)
+    launch.settle_precision(checked.model.dtype)
     launch.check_launch()
     no_loading_bars()
     launch.quiet_unless_main()
@@ -206,6 +226,31 @@ def ends_tidily(words: str) -> Iterator[None]:
     finally:
         if alone:
             signal.signal(signal.SIGTERM, before)
+
+
+def _with_engine(overrides: list[str] | None, engine: str | None) -> list[str]:
+    return [*(overrides or []), *([] if engine is None else [f"engine.kind={engine}"])]
+
+
+def _launch(engine: str | None, processes: int | None) -> None:
+    """Become the launcher of `processes` of this very command, where that is asked for or the engine needs one."""
+    if launch.launched():
+        if processes not in (None, launch.world_size()):
+            raise InputError(
+                f"--processes {processes}, but a launcher has started {launch.world_size()}: leave --processes out"
+            )
+    elif processes is not None or engine not in (None, "ddp"):
+        launch.start(without_option(sys.argv[1:], "--processes"), processes or launch.visible_gpus() or 1)
+
+
+def without_option(words: list[str], option: str) -> list[str]:
+    """A command line without `option` and its value."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skip = not skip and word == option
+    return kept
 
 
 def _resume_command() -> str:
