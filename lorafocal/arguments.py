@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
 
 from transformers import TrainingArguments
@@ -15,16 +15,16 @@ from lorafocal.compatibility import offload_refusal
 from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
 from lorafocal.memory import TIERS
-from lorafocal.objectives import Objective, build_objective, entry_of
+from lorafocal.objectives import OBJECTIVES, PARAMETERS, Objective, build_objective, entry_of, python_name
 from lorafocal.optimizers import check_device
 from lorafocal.reference import REFERENCES
 from lorafocal.training_fields import check_training_fields, classify, forced_values
 
-_OF_THE_OBJECTIVE = ("beta", "gamma", "reference", "identity_probe", "reference_store")
+_OF_THE_OBJECTIVE = (*map(python_name, PARAMETERS), "reference", "identity_probe", "reference_store")
 
 # Words that people bring along from TRL's DPOConfig and DPOTrainer.
 _CONFIG_WORDS_OF_TRL = {
-    "loss_type": "say objective: focalpo, dpo or sft",
+    "loss_type": f"say objective: {', '.join(OBJECTIVES)}",
     "truncation_mode": "say truncation",
     "disable_dropout": "say allow_dropout",
     "padding_free": "say layout; packed is padding-free",
@@ -56,27 +56,33 @@ def refuse_unknown(owner: str, names: Iterable[str], hints: Mapping[str, str]) -
         raise InputError("\n  ".join([f"{owner} (lorafocal.compat.trl translates a DPOConfig):", *lines]))
 
 
+_Parameters: Any = make_dataclass(
+    "_Parameters",
+    [
+        (python_name(name), float | None, field(default=None, metadata={"help": text}))
+        for name, text in PARAMETERS.items()
+    ],
+    bases=(TrainingArguments,),
+)
+
+
 @dataclass
-class FocalPOConfig(TrainingArguments):
+class FocalPOConfig(_Parameters):
     """Arguments of `FocalPOTrainer`: ours below, beside those of `TrainingArguments`.
 
-    objective ("focalpo", "dpo", or "sft" on the chosen answers), beta, gamma; pairs_per_step, the one batch size, over
-    all processes; max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
+    objective (`lorafocal.objectives.OBJECTIVES`: "focalpo", "dpo", ..., "sft" on the chosen answers) and its
+    parameters, as beta and gamma (`lambda` is `lambda_` here); pairs_per_step, the one batch size, over all processes; max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
     they are); layout, tokens_per_pack and recompute, which change memory and speed and never the result, like the
     kernels (adapter_kernels, elementwise_kernels, compile_layers); engine and offload, which say how processes share a
     model; reference, reference_store and identity_probe; allow_dropout; loraplus_lr_ratio.
 
-    beta, gamma, reference and identity_probe are None where the objective has none of them, and get the defaults of
-    the objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
+    Parameters, reference and identity_probe are None where the objective has none of them, and get the defaults of the
+    objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
     reason (`lorafocal.training_fields`).
     Raises InputError listing every field that cannot be honoured.
     """
 
-    objective: str = field(default="focalpo", metadata={"help": "focalpo (Eq. 4 of the paper), dpo or sft"})
-    beta: float | None = field(
-        default=None, metadata={"help": "scale of the rewards, per nat (0.1); the paper trains with 0.01"}
-    )
-    gamma: float | None = field(default=None, metadata={"help": "FocalPO's exponent (0.05); 0 is DPO"})
+    objective: str = field(default="focalpo", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
     pairs_per_step: int = field(default=64, metadata={"help": "pairs of one optimiser step, over all processes"})
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and one completion"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; for truncation=recipe alone"})
@@ -177,17 +183,17 @@ class FocalPOConfig(TrainingArguments):
 
     def build_objective(self) -> Objective:
         """The objective with its checked parameters."""
-        return build_objective(self.objective, beta=self.beta, gamma=self.gamma)
+        return build_objective(self.objective, **{name: getattr(self, python_name(name)) for name in PARAMETERS})
 
     def _settle_objective(self) -> None:
         """Defaults of what the objective has; refuse what it has not, which would be ignored."""
         entry = entry_of(self.objective)
-        has = {*entry.parameters} | ({"reference", "identity_probe", "reference_store"} if entry.reference else set())
+        has = {*map(python_name, entry.parameters)} | ({"reference", "identity_probe", "reference_store"} if entry.reference else set())
         stray = [name for name in _OF_THE_OBJECTIVE if name not in has and getattr(self, name) is not None]
         if stray:
             raise InputError(f"{self.objective} has no {' and no '.join(stray)}, which would be ignored: leave it out")
         for name, value in self.build_objective().parameters.items():
-            setattr(self, name, value)
+            setattr(self, python_name(name), value)
         if entry.reference:
             self.reference = self.reference or "disabled_adapter"
             if self.reference not in REFERENCES:

@@ -1,4 +1,4 @@
-"""Which values of beta, gamma and adapter dropout make sense, checked without importing torch.
+"""Which values of an objective's parameters and of adapter dropout make sense, checked without importing torch.
 
 FocalPO (Eq. 4) is L(z) = -p^gamma log p with p = sigmoid(z) and z = beta * (chosen - rejected logratio).
 Its slope,
@@ -53,6 +53,36 @@ def check_gamma(gamma: float) -> str | None:
     return None
 
 
+def check_hard_gamma(gamma: float) -> None:
+    """Check the exponent of 1 - p, the hard emphasis: no gamma from 0 on turns a gradient round."""
+    _at_least_zero("gamma", gamma, "0 is DPO; the paper's Figure 1 has 1")
+
+
+def check_alpha(alpha: float) -> None:
+    """Check ODPO's weight of the log score gap (no unit)."""
+    _at_least_zero("alpha", alpha, "0 is DPO; the paper's own code has 1")
+
+
+def check_desirable_weight(weight: float) -> None:
+    """Check KTO's weight of chosen answers."""
+    _above_zero("desirable_weight", weight, "1 weighs both kinds of answers alike")
+
+
+def check_undesirable_weight(weight: float) -> None:
+    """Check KTO's weight of rejected answers."""
+    _above_zero("undesirable_weight", weight, "1 weighs both kinds of answers alike")
+
+
+def check_lambda(weight: float) -> None:
+    """Check ORPO's weight of the odds ratio beside the likelihood."""
+    _above_zero("lambda", weight, "the paper has 0.1; without the odds ratio train objective sft")
+
+
+def check_gamma_beta_ratio(ratio: float) -> None:
+    """Check SimPO's target margin over beta, in nats a token."""
+    _at_least_zero("gamma_beta_ratio", ratio, "published runs have 0.1 to 0.8")
+
+
 def check_dropout(dropout: float, *, allowed: bool) -> None:
     """Raise `InputError` unless the adapters' dropout (probability) is 0 or deliberately allowed."""
     if dropout > 0 and not allowed:
@@ -60,6 +90,16 @@ def check_dropout(dropout: float, *, allowed: bool) -> None:
             f"dropout is {dropout}, which makes policy and reference differ by noise at every step; "
             "use 0.0, or set allow_dropout to true to accept that"
         )
+
+
+def _at_least_zero(name: str, value: float, usual: str) -> None:
+    if not _is_number(value) or value < 0:
+        raise InputError(f"{name} is {value!r}; it must be a finite number, 0 or more; {usual}")
+
+
+def _above_zero(name: str, value: float, usual: str) -> None:
+    if not _is_number(value) or not value > 0:
+        raise InputError(f"{name} is {value!r}; it must be a finite number above 0; {usual}")
 
 
 def _is_number(value: object) -> bool:

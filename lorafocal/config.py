@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lorafocal.errors import InputError
+from lorafocal.objectives import python_name
 from lorafocal.schema import WORDED, Adapter, Config, Reference, Source
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml, parse_yaml
@@ -120,8 +121,7 @@ def training_arguments(config: Config) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "run_name": config.name,
         "objective": objective.name,
-        "beta": objective.beta,
-        "gamma": objective.gamma,
+        **{python_name(key): value for key, value in objective.parameters.items()},
         "reference": reference and reference.kind,
         "reference_store": reference.store if reference is not None and reference.kind == "cached" else None,
         "identity_probe": reference and _identity_probe(reference),

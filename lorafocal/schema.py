@@ -12,11 +12,22 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from lorafocal.bounds import check_beta, check_dropout, check_gamma
+from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import Cell, adapter_words, offload_refusal, verdict
+from lorafocal.errors import InputError
+from lorafocal.objectives import OBJECTIVES, PARAMETERS, Entry
 from lorafocal.training_fields import RULES, check_training_fields, installed_fields
 from lorafocal.values import (
     Architecture,
@@ -177,37 +188,54 @@ class Data(Section):
         ]
 
 
-class Objective(Section):
-    """The loss and its parameters; gamma (0.05 if absent) belongs to focalpo only, sft has none of them."""
+_PARAMETERS: dict[str, Any] = dict.fromkeys(PARAMETERS, (float | None, None))
 
-    name: Literal["focalpo", "dpo", "sft"]
-    beta: float | None = None
-    gamma: float | None = None
+
+class Objective(  # type: ignore[misc]  # its keys are those of the registry
+    create_model("_Objective", __base__=Section, name=(Literal.__getitem__(tuple(OBJECTIVES)), ...), **_PARAMETERS)
+):
+    """The loss and its parameters, as `lorafocal.objectives` lists them; another objective's are null."""
+
+    @property
+    def entry(self) -> Entry:
+        """What the objective needs."""
+        return OBJECTIVES[self.name]
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The objective's own parameters."""
+        return {key: getattr(self, key) for key in self.entry.parameters}
 
     @model_validator(mode="before")
     @classmethod
-    def _paper_gamma(cls, section: Any) -> Any:
-        if isinstance(section, dict) and section.get("name") == "focalpo":
-            return {"gamma": 0.05, **section}
-        return section
+    def _defaults(cls, section: Any) -> Any:
+        entry = OBJECTIVES.get(str(section.get("name"))) if isinstance(section, dict) else None
+        if entry is None:
+            return section
+        return {key: of.default for key, of in entry.parameters.items() if not of.stated} | section
 
     @model_validator(mode="after")
     def _values_make_sense(self) -> Objective:
-        given = [key for key in ("beta", "gamma") if getattr(self, key) is not None]
-        if self.name == "sft":
-            if given:
-                raise _mistakes((key, "sft has none and would ignore it; remove it, or set it null") for key in given)
-            return self
-        if self.beta is None:
-            raise _mistake("beta", "missing; it has no default")
-        check_beta(self.beta)
-        if self.name == "focalpo":
-            check_gamma(self.gamma)  # type: ignore[arg-type]  # an explicit null is refused there
-        elif self.gamma is not None:
-            raise ValueError(
-                f"gamma is {self.gamma}, but dpo has no gamma and would ignore it; remove it, or set it null"
-            )
+        if problems := list(self._misfits()):
+            raise _mistakes(problems)
         return self
+
+    def _misfits(self) -> Iterable[tuple[str, str]]:
+        for key in PARAMETERS:
+            value, parameter = getattr(self, key), self.entry.parameters.get(key)
+            if parameter is None and value is not None:
+                yield key, f"{self.name} has none and would ignore it; remove it, or set it null"
+            elif parameter is not None and parameter.stated and value is None:
+                yield key, "missing; it has no default"
+            elif parameter is not None:
+                try:
+                    parameter.check(value)
+                except InputError as error:  # of an explicit null too
+                    yield key, str(error)
+
+    @model_serializer(mode="plain")
+    def _own_parameters(self) -> dict[str, Any]:
+        return {"name": self.name, **self.parameters}
 
 
 class Reference(Section):
@@ -308,10 +336,11 @@ class Config(Section):
     def _reference_is_stated(cls, values: Any, handler: Any) -> Any:
         """Missing beside the other mistakes, not after them: whether it is needed depends on the objective."""
         objective = values.get("objective") if isinstance(values, dict) else None
-        supervised = isinstance(objective, dict) and objective.get("name") == "sft"
+        entry = OBJECTIVES.get(str(objective.get("name"))) if isinstance(objective, dict) else None
+        alone = entry is not None and not entry.reference
         stated = not isinstance(values, dict) or values.get("reference") is not None
         missing = {"type": "missing", "loc": ("reference",), "msg": "missing", "input": None}
-        return _all_at_once(cls, values, handler, () if stated or supervised else [missing])
+        return _all_at_once(cls, values, handler, () if stated or alone else [missing])
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
@@ -328,8 +357,8 @@ class Config(Section):
                 "asks for evaluation, but neither data.eval nor data.held_out gives held-out pairs; add one, or remove"
                 " eval_strategy",
             )
-        if self.objective.name == "sft" and self.reference is not None:
-            yield "reference", "sft compares with no reference and would ignore it; remove the section"
+        if not self.objective.entry.reference and self.reference is not None:
+            yield "reference", f"{self.objective.name} compares with no reference and would ignore it; remove the section"
         if self.training.activation_checkpointing == "mlp" and self.kernels.adapters == "peft":
             yield (
                 "training.activation_checkpointing",
@@ -383,8 +412,8 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """What is legal here but deserves a word before the run starts."""
-        risky = check_gamma(self.objective.gamma) if self.objective.gamma is not None else None
-        return [f"objective.gamma: {risky}"] if risky else []
+        checked = ((key, of.check(getattr(self.objective, key))) for key, of in self.objective.entry.parameters.items())
+        return [f"objective.{key}: {risky}" for key, risky in checked if risky]
 
 
 def _default(section: type[BaseModel], key: str) -> Any:

@@ -1,46 +1,141 @@
-"""Objectives as pure functions of log-probabilities, and the registry that says what each of them needs."""
+"""The registry of objectives: what each one needs, and what it is set by. Imports no torch, so that configs can ask it.
+
+One more objective is a pure function in a file of this room, an `Entry` below, and in `lorafocal.bounds` a check of
+each parameter that has none yet. The config's section, the fields of `FocalPOConfig` and what is refused follow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from keyword import iskeyword
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from lorafocal.bounds import check_beta, check_gamma
+from lorafocal import bounds
 from lorafocal.errors import InputError
-from lorafocal.objectives.focal import focalpo
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, dpo
-from lorafocal.objectives.sft import sft
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorafocal.objectives.focal import focalpo
+    from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores, dpo
+    from lorafocal.objectives.sft import sft
 
 __all__ = [
-    "OBJECTIVES", "Entry", "Objective", "PairLogps", "PairLosses", "build_objective", "dpo", "entry_of", "focalpo",
-    "mean_loss", "sft",
+    "OBJECTIVES", "PARAMETERS", "Entry", "Objective", "PairLogps", "PairLosses", "PairScores", "Parameter",
+    "build_objective", "dpo", "entry_of", "focalpo", "mean_loss", "python_name", "sft",
 ]  # fmt: skip
+
+_HOME = {
+    **dict.fromkeys(("PairLogps", "PairLosses", "PairScores", "dpo"), "pairwise"),
+    "focalpo": "focal",
+    "sft": "sft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The functions load with torch, on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A number that an objective is set by. `check` refuses what cannot train, and returns a warning or None."""
+
+    default: float
+    check: Callable[[float], str | None]
+    help: str
+    stated: bool = False  # a config must say it: its scale is the run's own
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """An objective as the registry holds it.
 
-    `loss` is called with the policy's log-probs, with `reference` and `lengths` where it needs them, and with its
-    parameters, all by keyword but the first. Nothing that it does not need is computed.
+    `loss` and `statistics` name functions, `file.function` of this room. `loss` is called with the policy's log-probs,
+    with what the objective needs by the names below, and with its parameters, all by keyword but the first.
+    `statistics(policy, reference)` are sums over a pack's pairs, (K,); `loss` gets their means over all pairs of the
+    step, so that how a step is split into packs and over ranks never changes the result.
     """
 
-    loss: Callable[..., PairLosses]
-    parameters: Mapping[str, float]  # names, with defaults; `bounds` has a check of each
+    loss: str
+    parameters: Mapping[str, Parameter]
     reference: bool = True  # log-probs of a reference policy
     rejected: bool = True  # log-probs of the rejected answers, and so rewards or margins
     lengths: bool = False  # completion tokens of each sequence, (2B,)
+    scores: bool = False  # a judge's scores of each pair's answers, `PairScores`
+    statistics: str | None = None
 
+
+_BETA = Parameter(0.1, bounds.check_beta, "scale of the rewards, per nat; the paper trains with 0.01", stated=True)
 
 OBJECTIVES: dict[str, Entry] = {
-    "focalpo": Entry(focalpo, {"beta": 0.1, "gamma": 0.05}),
-    "dpo": Entry(dpo, {"beta": 0.1}),
-    "sft": Entry(sft, {}, reference=False, rejected=False, lengths=True),
+    "focalpo": Entry(
+        "focal.focalpo",
+        {"beta": _BETA, "gamma": Parameter(0.05, bounds.check_gamma, "FocalPO's exponent; 0 is DPO")},
+    ),
+    "dpo": Entry("pairwise.dpo", {"beta": _BETA}),
+    "focal-hard": Entry(
+        "focal.focal_hard",
+        {"beta": _BETA, "gamma": Parameter(1.0, bounds.check_hard_gamma, "exponent of 1 - p; 0 is DPO")},
+    ),
+    "odpo": Entry(
+        "odpo.odpo",
+        {"beta": _BETA, "alpha": Parameter(1.0, bounds.check_alpha, "weight of the log score gap; 0 is DPO")},
+        scores=True,
+    ),
+    "kto": Entry(
+        "kto.kto",
+        {
+            "beta": _BETA,
+            "desirable_weight": Parameter(1.0, bounds.check_desirable_weight, "weight of chosen answers"),
+            "undesirable_weight": Parameter(1.0, bounds.check_undesirable_weight, "weight of rejected answers"),
+        },
+        statistics="kto.logratio_sums",
+    ),
+    "orpo": Entry(
+        "orpo.orpo",
+        {"lambda": Parameter(0.1, bounds.check_lambda, "weight of the odds ratio beside the likelihood")},
+        reference=False,
+        lengths=True,
+    ),
+    "simpo": Entry(
+        "simpo.simpo",
+        {
+            "beta": Parameter(2.0, bounds.check_beta, "scale of the mean log-probs; 2 to 10", stated=True),
+            "gamma_beta_ratio": Parameter(0.5, bounds.check_gamma_beta_ratio, "target margin over beta, nats a token"),
+        },
+        reference=False,
+        lengths=True,
+    ),
+    "sft": Entry("sft.sft", {}, reference=False, rejected=False, lengths=True),
 }
-_CHECKS: dict[str, Callable[[float], object]] = {"beta": check_beta, "gamma": check_gamma}
+
+
+def _parameters() -> dict[str, str]:
+    """Every parameter's name, with what it means where."""
+    helps: dict[str, dict[str, list[str]]] = {}
+    for objective, entry in OBJECTIVES.items():
+        for name, parameter in entry.parameters.items():
+            text = f"{parameter.help} (default {parameter.default:g})"
+            helps.setdefault(name, {}).setdefault(text, []).append(objective)
+    return {
+        name: "; ".join(f"{', '.join(objectives)}: {text}" for text, objectives in texts.items())
+        for name, texts in helps.items()
+    }
+
+
+PARAMETERS: dict[str, str] = _parameters()
+"""The parameters of all objectives: names as a config has them, with help."""
+
+
+def python_name(parameter: str) -> str:
+    """How a parameter is written in Python: `lambda` is a word of the language there, so `lambda_`."""
+    return f"{parameter}_" if iskeyword(parameter) else parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +146,23 @@ class Objective:
     entry: Entry
     parameters: Mapping[str, float]
     loss: Callable[..., PairLosses]
+    statistics: Callable[[PairLogps, PairLogps], Tensor] | None
 
     def __call__(
-        self, policy: PairLogps, reference: PairLogps | None = None, lengths: Tensor | None = None
+        self,
+        policy: PairLogps,
+        reference: PairLogps | None = None,
+        lengths: Tensor | None = None,
+        *,
+        scores: PairScores | None = None,
+        statistics: Tensor | None = None,
     ) -> PairLosses:
-        """Per-pair losses and rewards; what the objective does not need may be left out."""
-        inputs: dict[str, object] = {}
-        if self.entry.reference:
-            inputs["reference"] = reference
-        if self.entry.lengths:
-            inputs["lengths"] = lengths
-        return self.loss(policy, **inputs)
+        """Per-pair losses and rewards; what the objective does not need may be left out.
+
+        `lengths` (2B,) are completion tokens, chosen first; `statistics` (K,) means over all pairs of the step.
+        """
+        given = {"reference": reference, "lengths": lengths, "scores": scores, "statistics": statistics}
+        return self.loss(policy, **{name: value for name, value in given.items() if getattr(self.entry, name)})
 
     @property
     def gamma(self) -> float:
@@ -76,17 +177,26 @@ def entry_of(name: str) -> Entry:
     return OBJECTIVES[name]
 
 
-def build_objective(name: str, *, beta: float | None = None, gamma: float | None = None) -> Objective:
+def build_objective(name: str, **parameters: float | None) -> Objective:
     """The objective `name` with its parameters checked; None is its default, and what it has not is left aside.
 
-    Raises InputError for an unknown name, beta <= 0, or a gamma that learns backwards from the first step.
+    Parameters go by their names in a config or in Python. Raises InputError for an unknown name, and for a value that
+    cannot train, such as beta <= 0 or a gamma that learns backwards from the first step.
     """
     entry = entry_of(name)
-    given = {key: value for key, value in (("beta", beta), ("gamma", gamma)) if value is not None}
-    parameters = {key: given.get(key, default) for key, default in entry.parameters.items()}
-    for key, value in parameters.items():
-        _CHECKS[key](value)
-    return Objective(name, entry, parameters, partial(entry.loss, **parameters))
+    values = {}
+    for key, parameter in entry.parameters.items():
+        given = parameters.get(key, parameters.get(python_name(key)))
+        values[key] = parameter.default if given is None else given
+        parameter.check(values[key])
+    bound = partial(_function(entry.loss), **{python_name(key): value for key, value in values.items()})
+    return Objective(name, entry, values, bound, entry.statistics and _function(entry.statistics))
+
+
+def _function(place: str) -> Callable[..., Any]:
+    """`file.function` of this room."""
+    file, _, function = place.partition(".")
+    return getattr(import_module(f"{__name__}.{file}"), function)
 
 
 def mean_loss(losses: Tensor, num_pairs: int) -> Tensor:

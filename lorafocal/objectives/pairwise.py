@@ -17,11 +17,18 @@ class PairLogps(NamedTuple):
     rejected: Tensor  # (B,)
 
 
+class PairScores(NamedTuple):
+    """A judge's scores of B pairs' answers, on the judge's own scale; higher is better."""
+
+    chosen: Tensor  # (B,)
+    rejected: Tensor  # (B,)
+
+
 class PairLosses(NamedTuple):
     """Per-pair results of an objective; rewards are detached, and (0,) where an objective has none."""
 
     losses: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) beta * logratio
+    chosen_rewards: Tensor  # (B,) what the objective ranks answers by: beta * logratio where it has a reference
     rejected_rewards: Tensor  # (B,)
 
     @property
@@ -46,6 +53,12 @@ def pair_losses(
     """Apply a loss of the margin, (B,) -> (B,), to the implicit rewards."""
     chosen, rejected = rewards(policy, reference, beta=beta)
     return PairLosses(loss_of_margin(chosen - rejected), chosen.detach(), rejected.detach())
+
+
+def average_logps(policy: PairLogps, lengths: Tensor) -> PairLogps:
+    """Mean log-probability a completion token, (B,) each, in nats; `lengths` (2B,) tokens, chosen first."""
+    chosen, rejected = lengths.split(len(policy.chosen))
+    return PairLogps(widen(policy.chosen) / chosen, widen(policy.rejected) / rejected)
 
 
 def dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> PairLosses:

@@ -1,0 +1,23 @@
+"""ODPO: DPO that wants a wider margin where a judge's scores lie further apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores, dpo_loss, pair_losses, widen
+
+
+def odpo(policy: PairLogps, reference: PairLogps, *, scores: PairScores, beta: float, alpha: float) -> PairLosses:
+    """-log sigmoid(margin - alpha * log(chosen score - rejected score)).
+
+    Every chosen score must be above the rejected one. alpha = 0 is DPO, and so is a gap of 1.
+    Source: Amini et al. 2024, arXiv:2402.10571, Eq. 8 with f = log.
+    """
+    offset = score_offset(scores, alpha=alpha)
+    return pair_losses(policy, reference, beta=beta, loss_of_margin=lambda margin: dpo_loss(margin - offset))
+
+
+def score_offset(scores: PairScores, *, alpha: float) -> Tensor:
+    """The margin that a pair should exceed, (B,): alpha * log(score gap)."""
+    return alpha * torch.log(widen(scores.chosen) - widen(scores.rejected))
