@@ -51,23 +51,59 @@ ELSEWHERE = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides in order, and check everything.
+    """Read a YAML file and what it `extends`, apply `section.key=value` overrides in order, and check everything.
 
     Raises `InputError` naming the file and listing all mistakes: unknown keys with the nearest known one,
     missing keys, wrong types (a number written as text is one), and values out of bounds.
+    """
+    stack = layers(path)
+    values: dict[str, Any] = {}
+    for _, own in stack:
+        values = _over(values, own)
+    for override in overrides:
+        _apply(values, override)
+    below = [str(file) for file, _ in stack[:-1]]
+    source = f"{path} (extends {', '.join(below)})" if below else str(path)
+    return check_config(values, source=f"{source} with {' '.join(overrides)}" if overrides else source)
+
+
+def layers(path: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A config file and what it `extends`, each with its own values, the weakest first.
+
+    `extends` is one file or a list, relative to the file that says so; a later one wins, and the file's own keys win
+    over all. `above` are the files on the way here. Raises InputError where a file cannot be read, or extends itself.
     """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the config {file}: {getattr(error, 'strerror', None) or error}") from error
+        where = f"{above[-1]}: extends: " if above else ""
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{where}cannot read the config {file}: {reason}") from error
     values = parse_yaml(text, source=str(file))
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise InputError(f"{file}: found {found}; a config is a mapping of {_names(Config)}")
-    for override in overrides:
-        _apply(values, override)
-    return check_config(values, source=f"{file} with {' '.join(overrides)}" if overrides else str(file))
+    stated = values.pop("extends", [])
+    extended = [stated] if isinstance(stated, str) else stated
+    if not isinstance(extended, list) or not all(isinstance(name, str) and name for name in extended):
+        raise InputError(f"{file}: extends: found {stated!r}; allowed: a config file, or a list of them")
+    chain = (*above, file)
+    below = []
+    for name in extended:
+        if (other := file.parent / name).resolve() in {place.resolve() for place in chain}:
+            raise InputError(f"{file}: extends: {name} leads back to itself ({' > '.join(map(str, chain))})")
+        below += layers(other, chain)
+    return [*below, (file, values)]
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, key by key inside sections; a list, a single value or null replaces what is below."""
+    both = dict(below)
+    for key, value in above.items():
+        inside = isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
+        both[key] = _over(below[key], value) if inside else value
+    return both
 
 
 def check_config(values: Mapping[str, Any], source: str = "config") -> Config:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from lorafocal import recipes
 from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import Cell, adapter_words, offload_refusal, verdict
 from lorafocal.errors import InputError
@@ -318,7 +319,10 @@ class Kernels(Section):
 
 
 class Config(Section):
-    """One training run; without `adapter`, of every parameter of the model."""
+    """One training run; without `adapter`, of every parameter of the model.
+
+    `recipe` names the file of configs/paper that it repeats: the manifest lists what it does otherwise.
+    """
 
     name: RunName
     model: Model
@@ -330,6 +334,7 @@ class Config(Section):
     packing: Packing = Packing()
     kernels: Kernels = Kernels()
     engine: Engine | None = None
+    recipe: str | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -350,6 +355,8 @@ class Config(Section):
 
     def _misfits(self) -> Iterable[tuple[str, str]]:
         """What each section allows, but not beside the others."""
+        if self.recipe is not None and self.recipe not in recipes.names():
+            yield "recipe", f"found {self.recipe!r}; known: {', '.join(recipes.names())}"
         evaluates = self.training.fields.get("eval_strategy", "no") != "no" or self.training.fields.get("eval_on_start")
         if evaluates and self.data.eval is None and self.data.held_out is None:
             yield (
