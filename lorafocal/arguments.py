@@ -71,7 +71,8 @@ class FocalPOConfig(_Parameters):
     """Arguments of `FocalPOTrainer`: ours below, beside those of `TrainingArguments`.
 
     objective (`lorafocal.objectives.OBJECTIVES`: "focalpo", "dpo", ..., "sft" on the chosen answers) and its
-    parameters, as beta and gamma (`lambda` is `lambda_` here); pairs_per_step, the one batch size, over all processes; max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
+    parameters, as beta and gamma (`lambda` is `lambda_` here); pairs_per_step, the one batch size, over all processes;
+    max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
     they are); layout, tokens_per_pack and recompute, which change memory and speed and never the result, like the
     kernels (adapter_kernels, elementwise_kernels, compile_layers); engine and offload, which say how processes share a
     model; reference, reference_store and identity_probe; allow_dropout; loraplus_lr_ratio.
@@ -188,7 +189,9 @@ class FocalPOConfig(_Parameters):
     def _settle_objective(self) -> None:
         """Defaults of what the objective has; refuse what it has not, which would be ignored."""
         entry = entry_of(self.objective)
-        has = {*map(python_name, entry.parameters)} | ({"reference", "identity_probe", "reference_store"} if entry.reference else set())
+        has = {*map(python_name, entry.parameters)}
+        if entry.reference:
+            has |= {"reference", "identity_probe", "reference_store"}
         stray = [name for name in _OF_THE_OBJECTIVE if name not in has and getattr(self, name) is not None]
         if stray:
             raise InputError(f"{self.objective} has no {' and no '.join(stray)}, which would be ignored: leave it out")

@@ -365,7 +365,8 @@ class Config(Section):
                 " eval_strategy",
             )
         if not self.objective.entry.reference and self.reference is not None:
-            yield "reference", f"{self.objective.name} compares with no reference and would ignore it; remove the section"
+            name = self.objective.name
+            yield "reference", f"{name} compares with no reference and would ignore it; remove the section"
         if self.training.activation_checkpointing == "mlp" and self.kernels.adapters == "peft":
             yield (
                 "training.activation_checkpointing",
