@@ -163,11 +163,11 @@ GUARDS: list[Guard] = [
     Guard("S5", "lorafocal.data.hub:REVISION", careless.any_revision, "tests/data/test_hub.py::test_a_hub_id_without_a_commit_is_refused"),
     Guard("S17", "lorafocal.data.readers:bounded_lines", lambda _: careless.whole_lines, "tests/data/test_readers.py::test_a_line_over_the_limit_is_skipped_without_being_held"),
     # tokens
-    Guard("23", "lorafocal.data.tokens:encode", lambda _: careless.encode_with_special_tokens, "tests/data/test_tokens.py::test_a_conversation_is_what_its_template_writes"),
+    Guard("23", "lorafocal.data.encoding:encode", lambda _: careless.encode_with_special_tokens, "tests/data/test_tokens.py::test_a_conversation_is_what_its_template_writes"),
     Guard("23", "lorafocal.data.tokens:check_one_bos", lambda _: lambda *a: None, "tests/data/test_tokens.py::test_a_doubled_bos_is_refused"),
     Guard("24", "lorafocal.data.templates:one_eos", lambda _: lambda tokenizer: (), "tests/data/test_tokens.py::test_plain_text_gets_the_usual_bos_and_one_eos"),
     Guard("24", "lorafocal.data.templates:chat_texts", careless.eos_after_everything, "tests/data/test_tokens.py::test_a_conversation_is_what_its_template_writes"),
-    Guard("25", "lorafocal.data.tokens:seam_holds", lambda _: lambda *a: True, "tests/data/test_tokens.py::test_a_merge_across_the_seam_leaves_the_prompt_alone_and_is_counted"),
+    Guard("25", "lorafocal.data.encoding:seam_holds", lambda _: lambda *a: True, "tests/data/test_tokens.py::test_a_merge_across_the_seam_leaves_the_prompt_alone_and_is_counted"),
     Guard("24", "lorafocal.data.templates:cut_after_turn", lambda _: lambda text, renderer: text.rstrip(), "tests/data/test_templates.py::test_what_follows_the_end_of_the_turn_is_not_part_of_it"),
     Guard("26", "lorafocal.data.templates:added_text", lambda _: lambda chat, answer, asked, full, renderer: full[len(asked) :], "tests/data/test_templates.py::test_a_prompt_that_is_not_kept_is_refused_with_the_option_that_keeps_it"),
     Guard("28 30", "lorafocal.data.tokens:ids_fault", lambda _: lambda pair: None, "tests/data/test_truncation.py::test_answers_that_a_cut_makes_equal_are_dropped_and_said_so"),
@@ -177,7 +177,7 @@ GUARDS: list[Guard] = [
     Guard("32", "lorafocal.data.template_options:check_options", lambda _: lambda *a: None, "tests/data/test_templates.py::test_an_option_that_the_template_does_not_read_is_refused_with_the_nearest"),
     Guard("32", "lorafocal.data.truncation:check_limits", lambda _: lambda *a: None, "tests/data/test_truncation.py::test_a_length_that_a_rule_would_not_look_at_is_refused"),
     Guard("33", "lorafocal.data.tokens:text_fault", lambda _: lambda *a: None, "tests/data/test_tokens.py::test_text_that_spells_control_tokens_is_dropped"),
-    Guard("33", "lorafocal.data.tokens:Encoder.forges", lambda _: lambda *a: False, "tests/data/test_tokens.py::test_a_control_token_that_a_normalizer_reads_into_text_is_found"),
+    Guard("33", "lorafocal.data.encoding:Encoder.forges", lambda _: lambda *a: False, "tests/data/test_tokens.py::test_a_control_token_that_a_normalizer_reads_into_text_is_found"),
     # merging
     Guard("41", "lorafocal.release.rounding:rounded_change", careless_release.merged_into_four_bits, "tests/release/test_quantized.py::test_the_merged_weights_are_those_of_training_plus_the_change"),
     Guard("42", "lorafocal.model.saved:_multiply_as_trained", lambda _: lambda *a: None, "tests/release/test_merge.py::test_the_gate_holds_a_merge_against_the_weights_that_training_multiplied_by"),

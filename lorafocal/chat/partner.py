@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lorafocal.data.encoding import Encoder, encode
 from lorafocal.data.held_out import HELD_OUT_FILE, read_held_out
 from lorafocal.data.templates import PROBE_ANSWER, PROBE_QUESTION, Fault, Renderer, cut_after_turn
-from lorafocal.data.tokens import REMEDIES, Encoder, encode
+from lorafocal.data.tokens import REMEDIES
 from lorafocal.errors import InputError
 from lorafocal.lineage import Lineage
 from lorafocal.model.adapters import AdapterSwitch
@@ -188,12 +189,15 @@ def _is_templated(encoder: Encoder, held_out: Path | None) -> bool:
     """Whether prompts go through the chat template: where there is one, unless the run's own pairs did not."""
     if not encoder.tokenizer.chat_template:
         return False
-    [probe] = encoder.renderer.render([[{"role": "user", "content": PROBE_QUESTION}]], add_generation_prompt=True)
-    if held_out is None or not held_out.is_file() or isinstance(probe, Fault):
+    asked = [[{"role": "user", "content": PROBE_QUESTION}]]
+    [opened], [closed] = encoder.renderer.render(asked, add_generation_prompt=True), encoder.renderer.render(asked)
+    if held_out is None or not held_out.is_file() or isinstance(opened, Fault):
         return True
-    opening = _bare(probe.rpartition(PROBE_QUESTION)[2])
+    endings = [_bare(opened.rpartition(PROBE_QUESTION)[2])]
+    if isinstance(closed, str) and (closing := _bare(closed.rpartition(PROBE_QUESTION)[2])):
+        endings.append(closing)  # of `truncation: recipe`
     prompts = (encoder.tokenizer.decode(pair.prompt_ids) for pair in read_held_out(held_out))
-    return any(_bare(str(prompt)).endswith(opening) for prompt in prompts)
+    return any(_bare(str(prompt)).endswith(tuple(endings)) for prompt in prompts)
 
 
 def _bare(text: str) -> str:

@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from transformers import PreTrainedTokenizerBase
 
+from lorafocal.data.encoding import Encoder
 from lorafocal.data.sources import Preference
-from lorafocal.data.tokens import Encoder, TokenizedData, TokenizedPair, tokenize_preferences
+from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
 from lorafocal.publish import write_atomically
 
-SCHEMA = 1  # raise it when equal inputs come to give other tokens, or an entry another shape
+SCHEMA = 2  # raise it when equal inputs come to give other tokens, or an entry another shape
 LIBRARIES = ("lorafocal", "transformers", "tokenizers", "jinja2")
 SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 

@@ -1,8 +1,6 @@
-"""Texts to token ids: the same prompt ids on both sides, and every dropped pair with a named reason.
+"""Preferences to token ids: the same prompt ids on both sides, and every dropped pair with a named reason.
 
-The seam. Prompt ids are those of the prompt alone, as in generation. A completion is the rest of the joint
-tokenisation where that begins with the prompt ids, and is tokenised alone where a merge crosses the seam;
-such pairs are counted. No merge crosses a special token, so both are compared from the prompt's last one on.
+Texts are read as generation sees them (`encoding.py`), and for `truncation: recipe` as its era did (`era.py`).
 
 Control tokens. Text that spells one would become that token, so the pair is dropped: data must not be able
 to end a turn or to forge one.
@@ -10,15 +8,16 @@ to end a turn or to forge one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lorafocal.data.encoding import TO_GENERATE, Encoder, Reading, Side, SideIds
+from lorafocal.data.era import AS_IN_ITS_ERA
 from lorafocal.data.sources import Preference
-from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation, preference_texts
+from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation
 from lorafocal.data.truncation import TRUNCATIONS, Limits, check_limits, why_too_long
 from lorafocal.errors import InputError
 
@@ -36,6 +35,9 @@ REMEDIES = {
     "empty_completion": "one of their answers is blank: remove these rows",
     "identical_completions": "both answers have the same tokens (after truncation, if they were cut), which "
     "teaches nothing: remove these rows",
+    "seam_lost": "truncation: recipe splits prompt and answer as its era did, and where a merge joins the end of the "
+    "prompt to an answer, that leaves the two answers different prompts: give message lists, end such prompts with a "
+    "line feed, or use another truncation",
     "prompt_fills_length": "their prompts leave no token of max_length to an answer: raise max_length",
     "overlong": "prompt and answer are longer than max_length tokens: raise max_length",
 }
@@ -93,45 +95,6 @@ class TokenizedData:
             self.details[fault.reason] = fault.detail
 
 
-@dataclass(frozen=True, slots=True)
-class Encoder:
-    """A tokenizer, with what is asked of it once for all rows."""
-
-    tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
-    bos: tuple[int, ...]  # what the tokenizer normally writes before plain text: one BOS or nothing
-    walls: re.Pattern[str] | None  # special tokens that text is split at before anything else
-    control_ids: frozenset[int]  # but that of unknown text
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Encoder:
-        """The habits of a tokenizer. Leaves its backend without truncation and padding, as every call does."""
-        if getattr(tokenizer, "split_special_tokens", False):
-            raise InputError(
-                "the tokenizer has split_special_tokens on: a turn would not end with its token; switch it off"
-            )
-        first_id = next(iter(tokenizer("a")["input_ids"]), None)
-        bos = (first_id,) if first_id is not None and first_id == tokenizer.bos_token_id else ()
-        renderer = Renderer(tokenizer, options)
-        added = tokenizer.added_tokens_decoder.values()
-        plain = {token.content for token in added if token.special and not (token.normalized or token.single_word)}
-        walls = [re.escape(text) for text in renderer.control_tokens if text in plain]
-        ids = {tokenizer.convert_tokens_to_ids(text) for text in renderer.control_tokens} - {tokenizer.unk_token_id}
-        return cls(tokenizer, renderer, bos, re.compile("|".join(walls)) if walls else None, frozenset(ids))
-
-    def tail_of(self, prompt: str) -> str:
-        """The prompt from its last special token on, that included."""
-        start = 0
-        for match in self.walls.finditer(prompt) if self.walls else ():
-            start = match.start()
-        return prompt[start:]
-
-    def forges(self, text: str, ids: list[int]) -> bool:
-        """Whether there are more control tokens than the text spells: a normalizer read them into something else."""
-        written = len(self.renderer.forged.findall(text)) if self.renderer.forged else 0
-        return sum(map(self.control_ids.__contains__, ids)) > written
-
-
 def tokenize_preferences(
     preferences: Iterable[Preference],
     tokenizer: PreTrainedTokenizerBase,
@@ -155,11 +118,12 @@ def tokenize_preferences(
     if options and not any(is_conversation(preference) for preference in preferences):
         raise InputError("chat_template_kwargs are given, but all rows are plain strings; leave them out")
     encoder = Encoder.of(tokenizer, options)
+    reading = AS_IN_ITS_ERA if truncation == "recipe" else TO_GENERATE
     limits = Limits(max_length, max_prompt_length, tokenizer.bos_token_id)
     data = TokenizedData()
     for start in range(0, len(preferences), CHUNK):
         chunk = preferences[start : start + CHUNK]
-        for preference, tokenized in zip(chunk, tokenize_chunk(chunk, encoder), strict=True):
+        for preference, tokenized in zip(chunk, tokenize_chunk(chunk, encoder, reading), strict=True):
             place = preference.place or preference.id
             if isinstance(tokenized, Fault):
                 data.drop(place, tokenized)
@@ -235,55 +199,29 @@ def ids_fault(pair: TokenizedPair) -> Fault | None:
 # ---- texts to ids
 
 
-def tokenize_chunk(preferences: Sequence[Preference], encoder: Encoder) -> list[Fault | tuple[TokenizedPair, bool]]:
+def tokenize_chunk(
+    preferences: Sequence[Preference], encoder: Encoder, reading: Reading
+) -> list[Fault | tuple[TokenizedPair, bool]]:
     """For each preference its pair, with whether a merge would have crossed its seam, or the reason to drop it."""
     faults = [text_fault(preference, encoder.renderer) for preference in preferences]
     sound = [preference for preference, fault in zip(preferences, faults, strict=True) if fault is None]
-    rendered = iter(preference_texts(sound, encoder.renderer, encoder.bos))
+    rendered = iter(reading.texts(sound, encoder))
     texts = [next(rendered) if fault is None else fault for fault in faults]
     sides = [(text.prompt, answer) for text in texts if isinstance(text, PairTexts) for answer in text.answers]
-    ids = encode_sides(sides, encoder)
+    ids = reading.sides(sides, encoder)
     return [
-        text if isinstance(text, Fault) else tokenized_pair(preference, text, ids, encoder)
+        text if isinstance(text, Fault) else tokenized_pair(preference, text, ids, encoder, reading)
         for preference, text in zip(preferences, texts, strict=True)
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class SideIds:
-    """Ids of a prompt and one completion, and whether a merge would have crossed the seam."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    merged: bool
-
-
-def encode_sides(sides: Iterable[tuple[str, str]], encoder: Encoder) -> dict[tuple[str, str], SideIds]:
-    """Ids by (prompt, answer). Equal texts are encoded once, and long prompts not again with each answer."""
-    sides = list(dict.fromkeys(sides))
-    tails = {prompt: encoder.tail_of(prompt) for prompt, _ in sides}
-    alone = encode(encoder.tokenizer, (*tails, *tails.values()))
-    joint = encode(encoder.tokenizer, (tails[prompt] + answer for prompt, answer in sides))
-    crossing = [
-        (prompt, answer)
-        for prompt, answer in sides
-        if not seam_holds(alone[tails[prompt]], joint[tails[prompt] + answer])
-    ]
-    rest = encode(encoder.tokenizer, (answer for _, answer in crossing))
-    merged = set(crossing)
-    return {
-        (prompt, answer): SideIds(alone[prompt], rest[answer], True)
-        if (prompt, answer) in merged
-        else SideIds(alone[prompt], joint[tails[prompt] + answer][len(alone[tails[prompt]]) :], False)
-        for prompt, answer in sides
-    }
-
-
 def tokenized_pair(
-    preference: Preference, text: PairTexts, ids: Mapping[tuple[str, str], SideIds], encoder: Encoder
+    preference: Preference, text: PairTexts, ids: Mapping[Side, SideIds], encoder: Encoder, reading: Reading
 ) -> Fault | tuple[TokenizedPair, bool]:
     """The pair of a preference's texts; a fault if there are more control tokens than the template wrote."""
-    chosen, rejected = (ids[text.prompt, answer] for answer in text.answers)
+    chosen, rejected = (ids.get((text.prompt, answer)) for answer in text.answers)
+    if chosen is None or rejected is None:
+        return Fault("seam_lost")
     said = (
         (text.prompt, chosen.prompt_ids),
         (text.chosen, chosen.completion_ids),
@@ -291,28 +229,12 @@ def tokenized_pair(
     )
     if any(encoder.forges(*spelled) for spelled in said):
         return Fault("control_tokens")
-    prompt_ids = [*text.ids_before, *chosen.prompt_ids]
-    chosen_ids, rejected_ids = chosen.completion_ids, rejected.completion_ids
-    if chosen_ids and rejected_ids:
-        chosen_ids, rejected_ids = [*chosen_ids, *text.ids_after], [*rejected_ids, *text.ids_after]
-    check_one_bos(prompt_ids, preference.place or preference.id, encoder.tokenizer)
-    scores = preference.score_chosen, preference.score_rejected
-    pair = TokenizedPair(preference.id, prompt_ids, chosen_ids, rejected_ids, *scores)
+    ended = reading.ends(text, chosen, rejected, encoder)
+    if isinstance(ended, Fault):
+        return ended
+    check_one_bos(ended[0], preference.place or preference.id, encoder.tokenizer)
+    pair = TokenizedPair(preference.id, *ended, preference.score_chosen, preference.score_rejected)
     return pair, chosen.merged or rejected.merged
-
-
-def seam_holds(prompt_ids: list[int], joint_ids: list[int]) -> bool:
-    """Whether the joint tokenisation leaves the prompt's tokens as they are."""
-    return joint_ids[: len(prompt_ids)] == prompt_ids
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:
-    """Token ids by text in one batch, without special tokens beyond those in the text."""
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return {}
-    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return dict(zip(distinct, encoded["input_ids"], strict=True))
 
 
 def check_one_bos(prompt_ids: list[int], place: str, tokenizer: PreTrainedTokenizerBase) -> None:

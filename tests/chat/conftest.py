@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorafocal.chat.partner import Speech
-from lorafocal.data.tokens import Encoder
+from lorafocal.data.encoding import Encoder
 from lorafocal.data.toy import toy_tokenizer
 from tests.saved_run import SavedRun, save_run
 

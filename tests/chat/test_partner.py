@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
 from lorafocal.chat.partner import Speech, adapter_folder, check_room, meet
+from lorafocal.data.encoding import Encoder
 from lorafocal.data.held_out import write_held_out
-from lorafocal.data.tokens import Encoder
 from lorafocal.data.toy import toy_prompts, toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, Stage, lineage_of

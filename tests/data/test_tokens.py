@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lorafocal.data.encoding import Encoder, encode_sides
 from lorafocal.data.sources import Preference
-from lorafocal.data.tokens import REMEDIES, Encoder, TokenizedPair, encode_sides, tokenize_preferences
+from lorafocal.data.tokens import REMEDIES, TokenizedPair, tokenize_preferences
 from lorafocal.data.truncation import TRUNCATIONS
 from lorafocal.errors import InputError
 
@@ -336,7 +337,7 @@ def test_nothing_left_is_an_error_with_the_reasons() -> None:
 
 def test_every_reason_has_a_remedy() -> None:
     assert set(REMEDIES) == {
-        "control_tokens", "undecodable_text", "template_refuses", "text_left_out", "empty_prompt", "empty_completion",
+        "control_tokens", "undecodable_text", "template_refuses", "text_left_out", "seam_lost", "empty_prompt", "empty_completion",
         "identical_completions", "prompt_fills_length", "overlong",
     }  # fmt: skip
 

@@ -1,0 +1,154 @@
+"""A prompt and an answer to token ids, and where the one ends and the other begins.
+
+The seam. Prompt ids are those of the prompt alone, as in generation. A completion is the rest of the joint
+tokenisation where that begins with the prompt ids, and is tokenised alone where a merge crosses the seam;
+such pairs are counted. No merge crosses a special token, so both are compared from the prompt's last one on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorafocal.data.sources import Preference
+from lorafocal.data.templates import Fault, PairTexts, Renderer, preference_texts
+from lorafocal.errors import InputError
+
+Ids = list[int]
+Side = tuple[str, str]  # prompt and answer
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A tokenizer, with what is asked of it once for all rows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    bos: tuple[int, ...]  # what the tokenizer normally writes before plain text: one BOS or nothing
+    walls: re.Pattern[str] | None  # special tokens that text is split at before anything else
+    control_ids: frozenset[int]  # but that of unknown text
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Encoder:
+        """The habits of a tokenizer. Leaves its backend without truncation and padding, as every call does."""
+        if getattr(tokenizer, "split_special_tokens", False):
+            raise InputError(
+                "the tokenizer has split_special_tokens on: a turn would not end with its token; switch it off"
+            )
+        first_id = next(iter(tokenizer("a")["input_ids"]), None)
+        bos = (first_id,) if first_id is not None and first_id == tokenizer.bos_token_id else ()
+        renderer = Renderer(tokenizer, options)
+        added = tokenizer.added_tokens_decoder.values()
+        plain = {token.content for token in added if token.special and not (token.normalized or token.single_word)}
+        walls = [re.escape(text) for text in renderer.control_tokens if text in plain]
+        ids = {tokenizer.convert_tokens_to_ids(text) for text in renderer.control_tokens} - {tokenizer.unk_token_id}
+        return cls(tokenizer, renderer, bos, re.compile("|".join(walls)) if walls else None, frozenset(ids))
+
+    def tail_of(self, prompt: str) -> str:
+        """The prompt from its last special token on, that included."""
+        start = 0
+        for match in self.walls.finditer(prompt) if self.walls else ():
+            start = match.start()
+        return prompt[start:]
+
+    def forges(self, text: str, ids: list[int]) -> bool:
+        """Whether there are more control tokens than the text spells: a normalizer read them into something else."""
+        written = len(self.renderer.forged.findall(text)) if self.renderer.forged else 0
+        return sum(map(self.control_ids.__contains__, ids)) > written
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """Ids of a prompt alone, of its end from the last special token on, and of that end with the answer."""
+
+    prompt_ids: Ids
+    tail_ids: Ids
+    joint_ids: Ids
+
+    @property
+    def holds(self) -> bool:
+        return seam_holds(self.tail_ids, self.joint_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SideIds:
+    """Ids of a prompt and one completion, and whether a merge would have crossed the seam."""
+
+    prompt_ids: Ids
+    completion_ids: Ids
+    merged: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How preferences become ids: their texts, the ids of each side, and what begins a prompt and ends an answer.
+
+    `sides` leaves out what it cannot split; `ends` makes prompt, chosen and rejected ids of two sides.
+    """
+
+    texts: Callable[[Sequence[Preference], Encoder], list[PairTexts | Fault]]
+    sides: Callable[[Iterable[Side], Encoder], dict[Side, SideIds]]
+    ends: Callable[[PairTexts, SideIds, SideIds, Encoder], tuple[Ids, Ids, Ids] | Fault]
+
+
+# ---- as generation sees them
+
+
+def texts_to_generate(preferences: Sequence[Preference], encoder: Encoder) -> list[PairTexts | Fault]:
+    return preference_texts(preferences, encoder.renderer, encoder.bos)
+
+
+def encode_sides(sides: Iterable[Side], encoder: Encoder) -> dict[Side, SideIds]:
+    """Ids by prompt and answer."""
+    found = seams(sides, encoder)
+    crossed = {side for side, seam in found.items() if not seam.holds}
+    rest = encode(encoder.tokenizer, (answer for prompt, answer in found if (prompt, answer) in crossed))
+    return {
+        side: SideIds(seam.prompt_ids, rest[side[1]], True)
+        if side in crossed
+        else SideIds(seam.prompt_ids, seam.joint_ids[len(seam.tail_ids) :], False)
+        for side, seam in found.items()
+    }
+
+
+def ends_of_texts(texts: PairTexts, chosen: SideIds, rejected: SideIds, encoder: Encoder) -> tuple[Ids, Ids, Ids]:
+    """What plain text gets before and after; an answer without tokens stays so."""
+    after = texts.ids_after if chosen.completion_ids and rejected.completion_ids else ()
+    answers = [[*side.completion_ids, *after] for side in (chosen, rejected)]
+    return [*texts.ids_before, *chosen.prompt_ids], answers[0], answers[1]
+
+
+TO_GENERATE = Reading(texts_to_generate, encode_sides, ends_of_texts)
+
+
+# ---- ids
+
+
+def seams(sides: Iterable[Side], encoder: Encoder) -> dict[Side, Seam]:
+    """Equal texts are encoded once, and long prompts not again with each answer."""
+    sides = list(dict.fromkeys(sides))
+    tails = {prompt: encoder.tail_of(prompt) for prompt, _ in sides}
+    alone = encode(encoder.tokenizer, (*tails, *tails.values()))
+    joint = encode(encoder.tokenizer, (tails[prompt] + answer for prompt, answer in sides))
+    return {
+        (prompt, answer): Seam(alone[prompt], alone[tails[prompt]], joint[tails[prompt] + answer])
+        for prompt, answer in sides
+    }
+
+
+def seam_holds(prompt_ids: Ids, joint_ids: Ids) -> bool:
+    """Whether the joint tokenisation leaves the prompt's tokens as they are."""
+    return joint_ids[: len(prompt_ids)] == prompt_ids
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, Ids]:
+    """Token ids by text in one batch, without special tokens beyond those in the text."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return dict(zip(distinct, encoded["input_ids"], strict=True))
