@@ -17,12 +17,11 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.bounds import check_dropout
 from lorafocal.budget import settle_budget
 from lorafocal.caching import SpotCheck, context_of, spot_check
-from lorafocal.compatibility import Cell, check
+from lorafocal.compatibility import Cell, adapter_words, check
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
 from lorafocal.errors import InputError
-from lorafocal.launch import engine
 from lorafocal.memory import Choice
 from lorafocal.model.adapters import (
     FROZEN_COPY,
@@ -82,48 +81,47 @@ def assemble_policy(
     peft_config: LoraConfig | None,
     args: FocalPOConfig,
     pairs: Sequence[TokenizedPair],
-) -> PeftModel:
-    """The model with exactly one checked adapter, in fp32 and at its start; dropout off unless allowed.
+) -> PreTrainedModel | PeftModel:
+    """The model as it is, to be trained in full, or with exactly one checked adapter, in fp32 and at its start.
 
-    `pairs` are the tokenised training pairs, which the start "eva" is computed from. Raises InputError for what
-    `lorafocal.compatibility` does not train.
+    Dropout is off unless allowed. `pairs` are the tokenised training pairs, which the start "eva" is computed from.
+    Raises InputError for what `lorafocal.compatibility` does not train.
     """
     settle(model)
-    config = peft_config or _only_adapter(model)
+    config = _only_adapter(model) if peft_config is None and isinstance(model, PeftModel) else peft_config
     check(cell_of(model, config, args))
-    if peft_config is None:
+    policy: PreTrainedModel | PeftModel = model
+    if config is not None and peft_config is None:
         policy = widen_adapters(model)
-    else:
+    elif config is not None:
         check_dropout(config.lora_dropout, allowed=args.allow_dropout)
         set_seed(args.seed)  # the adapter's start depends on `seed` alone
         with attaching(model, config):
             policy = attach_lora(model, config)
         with plain_attention(policy):  # a base of an earlier run is prepared for packs
             initialize(policy, pairs, seed=args.seed)
-    if policy.active_adapter == FROZEN_COPY:
+    if isinstance(policy, PeftModel) and policy.active_adapter == FROZEN_COPY:
         raise InputError(f"the adapter is named {FROZEN_COPY!r}, the name of a frozen copy: load it under another name")
     if not args.allow_dropout and (count := switch_dropout_off(policy)):
         logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
     return policy
 
 
-def cell_of(model: nn.Module, config: LoraConfig, args: FocalPOConfig) -> Cell:
+def cell_of(model: nn.Module, config: LoraConfig | None, args: FocalPOConfig) -> Cell:
     """Where a run stands in the table, read from what will be trained; layout "auto" counts as packed."""
-    if type(config) is not LoraConfig:
+    if config is not None and type(config) is not LoraConfig:
         raise InputError(f"the adapter is of kind {config.peft_type.value}, and LoRA adapters are trained here")
     return Cell(
         base=quantization_of(model) or str(base_dtype(model)).removeprefix("torch."),
-        adapter=features(config),
+        adapter=adapter_words(None) if config is None else features(config),
         reference=args.reference or "none",
         layout="packed" if args.layout == "auto" else args.layout,
-        engine=engine(),
+        engine=str(args.engine),
     )
 
 
-def _only_adapter(model: nn.Module) -> LoraConfig:
-    """The configuration of the one adapter that a model brings. Raises InputError for none and for several."""
-    if not isinstance(model, PeftModel):
-        raise InputError("the model has no adapter to train: pass `peft_config=LoraConfig(...)`")
+def _only_adapter(model: PeftModel) -> LoraConfig:
+    """The configuration of the one adapter that a model brings. Raises InputError for several."""
     if len(model.peft_config) > 1:
         raise InputError(
             f"the model carries {len(model.peft_config)} adapters ({', '.join(model.peft_config)}), and one is"
@@ -142,15 +140,20 @@ def _only_adapter(model: nn.Module) -> LoraConfig:
 
 
 def assemble_ref_model(
-    ref_model: str | PreTrainedModel | PeftModel, policy: PeftModel, device: torch.device
+    ref_model: str | PreTrainedModel | PeftModel, policy: PreTrainedModel | PeftModel
 ) -> PreTrainedModel | PeftModel:
-    """The separate reference on `device`: frozen, dropout off, in evaluation mode for good.
+    """The separate reference: frozen, dropout off, in evaluation mode for good.
 
     Raises InputError where it is the policy's own base, or speaks of another vocabulary.
     """
     model = load_base(ref_model) if isinstance(ref_model, str) else ref_model
     settle(model)
     base = causal_lm(model)
+    if base is policy:
+        raise InputError(
+            "ref_model is the very model that is trained, so it would change with every step: give a second copy of it"
+            ' (or its name), or store its log-probs first (`reference="cached"`)'
+        )
     if base is causal_lm(policy):
         raise InputError(
             "ref_model is the policy's own base, with the policy's adapter in its layers: leave `ref_model` out and use"
@@ -164,10 +167,10 @@ def assemble_ref_model(
         )
     switch_dropout_off(model)
     freeze(dict(model.named_parameters()))
-    return model.to(device).eval()
+    return model.eval()
 
 
-def reference_identity(kind: str | None, policy: PeftModel, ref_model: nn.Module | None) -> dict[str, str | None]:
+def reference_identity(kind: str | None, policy: nn.Module, ref_model: nn.Module | None) -> dict[str, str | None]:
     """What a resumed run must find again: the kind, and the digest of a separate model or of a frozen copy.
 
     The copy is made here, of the adapter as it is now.
@@ -217,13 +220,14 @@ def assemble_kernels(
     policy: PeftModel, args: FocalPOConfig, pairs: Sequence[TokenizedPair]
 ) -> tuple[Choice, dict[str, str]]:
     """The fused functions that `args` allows and that are exact, the token budget and the tier; each also in words."""
-    fused = None
-    if args.adapter_kernels == "auto":
+    fused, adapters = None, isinstance(policy, PeftModel)
+    if args.adapter_kernels == "auto" and adapters:
         fused = fuse(policy, args.elementwise_kernels)
-    elif args.elementwise_kernels != "torch" or args.recompute == "mlp":
+    elif args.recompute == "mlp" or (adapters and args.elementwise_kernels != "torch"):
         stray = "recompute=mlp" if args.recompute == "mlp" else f"elementwise_kernels={args.elementwise_kernels}"
         raise InputError(
-            f"{stray} is a matter of the fused adapter functions: set adapter_kernels=auto, or leave it out"
+            f"{stray} is a matter of the fused adapter functions: "
+            + ("set adapter_kernels=auto, or leave it out" if adapters else "without an adapter, leave it out")
         )
     choice = settle_budget(policy, args, args.device, pairs, fused=fused is not None and fused.mlps > 0)
     if choice.tier == "mlp":
@@ -231,7 +235,7 @@ def assemble_kernels(
     if choice.tier == "full":
         checkpoint_layers(args)
     return choice, {
-        "adapters": "PEFT's own" if fused is None else str(fused),
+        "adapters": str(fused) if fused is not None else "PEFT's own" if adapters else "none: every weight is trained",
         "recomputed": {"none": "nothing", "mlp": "gate and up", "full": "every layer"}[choice.tier],
         "packs": f"{choice.tokens} token rows, or one longer pair ({choice.reason})",
     }

@@ -12,19 +12,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorafocal import launch
 from lorafocal.data.held_out import write_held_out
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.engines import Engine
+from lorafocal.engines.agreement import anywhere
 from lorafocal.errors import UnhealthyRun
 
 
 class HealthCheck(TrainerCallback):
-    """Checks log-probs and losses a pack, gradients a step, and that the first real step moved the adapter."""
+    """Checks log-probs and losses a pack, gradients a step, and that the first real step moved what is trained."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], pairs: list[TokenizedPair], folder: Path) -> None:
+    def __init__(
+        self, engine: Engine, parameters: dict[str, nn.Parameter], pairs: list[TokenizedPair], folder: Path
+    ) -> None:
+        self._engine = engine
         self._parameters = parameters
         self._pairs = {pair.id: pair for pair in pairs}
         self._folder = folder
         self._step_ids: list[str] = []
-        self._norms_before: list[Tensor] | None = None
-        self.moved = False  # whether a step has changed the adapter in this process
+        self._before: list[Tensor] | None = None
+        self.moved = False  # whether a step has changed the trained weights in this process
 
     def see_pack(self, losses: Tensor, pair_ids: tuple[str, ...], step: int) -> None:
         """Raise UnhealthyRun where a pair's loss, (B,), is not finite, before any gradient is taken."""
@@ -43,39 +48,37 @@ class HealthCheck(TrainerCallback):
         """The packs of this step begin, or begin again."""
         self._step_ids = []
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Every adapter tensor has a gradient, and every gradient is finite, before the weights change."""
-        without = [name for name, parameter in self._parameters.items() if parameter.grad is None]
-        if without:
+    def check_gradients(self, step: int) -> None:
+        """Every trained tensor has a gradient, and every one is finite; all ranks ask, before the weights change."""
+        if without := self._engine.ungraded(self._parameters):
             raise UnhealthyRun(
-                f"{len(without)} of {len(self._parameters)} adapter tensors received no gradient (first: {without[0]}):"
+                f"{len(without)} of {len(self._parameters)} trained tensors received no gradient (first: {without[0]}):"
                 " they would never learn. Activation checkpointing with frozen embeddings is a known cause; use"
                 " `activation_checkpointing: true` of lorafocal, or none"
             )
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
-            self._stop("the gradient is not finite", self._step_ids, state.global_step)
-        self._norms_before = None if self.moved else [n.clone() for n in self._norms()]
+        if not self._engine.finite(self._parameters):
+            self._stop("the gradient is not finite", self._step_ids, step)
+        self._before = None if self.moved else self._samples()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The first step with a learning rate above 0 must change at least one adapter tensor."""
-        if self._norms_before is None:
+        """The first step with a learning rate above 0 must change at least one trained tensor."""
+        if self._before is None:
             return
         rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
         if max(rates) > 0:
-            if all(torch.equal(a, b) for a, b in zip(self._norms_before, self._norms(), strict=True)):
+            still = all(torch.equal(before, now) for before, now in zip(self._before, self._samples(), strict=True))
+            self._before = None
+            if not anywhere(not still, args.device):
                 raise UnhealthyRun(
-                    f"no adapter weight moved at step {state.global_step + 1} with learning rate {max(rates):g}: the"
-                    " optimiser does not hold the adapter's parameters, or the rate is too small for their precision"
+                    f"no trained weight moved at step {state.global_step + 1} with learning rate {max(rates):g}: the"
+                    " optimiser does not hold the trained parameters, or the rate is too small for their precision"
                 )
             self.moved = True
 
-    def _norms(self) -> list[Tensor]:
-        return list(torch._foreach_norm([parameter.detach() for parameter in self._parameters.values()]))
+    def _samples(self) -> list[Tensor]:
+        return [self._engine.sample(parameter) for parameter in self._parameters.values()]
 
     def _stop(self, what: str, pair_ids: list[str], step: int) -> None:
         who = "" if launch.world_size() == 1 else f"-rank-{launch.rank()}"

@@ -86,8 +86,8 @@ def _adapter(trainer: FocalPOTrainer) -> dict[str, Any]:
         "kind": sorted(features(lora)),
         "rank": lora.r,
         "targets": sorted(lora.target_modules),
-        "trainable_parameters": sum(p.numel() for p in trainer.adapter.values()),
-        "trainable_tensors": sorted(trainer.adapter),
+        "trainable_parameters": sum(p.numel() for p in trainer.trained.values()),
+        "trainable_tensors": sorted(trainer.trained),
     }
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lorafocal.data.packing import Pack
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm, install_head, scoring
-from lorafocal.model.quantized import base_dtype
+from lorafocal.model.master import arithmetic_of
 from lorafocal.objectives.pairwise import PairLogps
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 
@@ -60,8 +60,8 @@ def _set_attention(base: PreTrainedModel, name: str) -> None:
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The base's floating dtype. A bf16 base computes under bf16 autocast, with fp32 adapters and log-probs."""
-    return base_dtype(model)
+    """What the model computes in: bf16 is autocast, with adapters, masters and log-probs in fp32."""
+    return arithmetic_of(model)
 
 
 def token_logps(model: nn.Module, pack: Pack) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -48,6 +47,7 @@ from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
 from lorafocal.checkpoint import load_state
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.engines import build_engine
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
 from lorafocal.health import HealthCheck
@@ -55,11 +55,11 @@ from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import check_trainable
 from lorafocal.model.fused import forget
-from lorafocal.objectives import PairLogps, mean_loss
+from lorafocal.model.master import train_in_full
+from lorafocal.objectives import mean_loss
 from lorafocal.optimizers import check_given, settle
-from lorafocal.policy import evaluating, sequence_logps
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
-from lorafocal.reference import Reference, build_reference, check_identity, check_ref_model, check_same_reference
+from lorafocal.reference import Comparison, check_ref_model, check_same_reference
 from lorafocal.sampler import step_loader
 from lorafocal.saving import TrainedAdapter, find_checkpoint, progress_at, publish_adapter, write_checkpoint
 from lorafocal.tensor_files import check_keys
@@ -117,9 +117,10 @@ class FocalPOTrainer(Trainer):
             check_pairs(part.pairs, name, [model])  # some adapters start from what the model computes of pairs
         policy = assemble_policy(model, peft_config, args, self._pairs("train_dataset") or [])
         self.objective = args.build_objective()
-        self.adapter = check_trainable(policy)
-        self._files = TrainedAdapter(policy, self.objective, args.reference)
-        self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy, args.device)
+        self.trained = check_trainable(policy) if isinstance(policy, PeftModel) else train_in_full(policy)
+        self.engine = build_engine(args)
+        self._files = TrainedAdapter(policy, self.objective, args.reference) if isinstance(policy, PeftModel) else None
+        self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy)
         self._scorers = [policy, *filter(None, [self.ref_model])]
         for name, part in self.data.items():
             check_pairs(part.pairs, name, self._scorers)  # the reference's lengths too
@@ -133,6 +134,8 @@ class FocalPOTrainer(Trainer):
             processing_class=processing_class,
             optimizers=optimizers,
         )
+        for model in self._scorers:
+            self.engine.place(model, args.device)
         policy.eval()  # each step sets its own mode again
         self.budget, self.layout, bucket, self.kernels = prepare_layers(self._scorers, args, self._all_pairs())
         rejected = self.objective.entry.rejected
@@ -144,7 +147,7 @@ class FocalPOTrainer(Trainer):
             self.reference_identity["sha256"] = self.stored.store.context.weights_sha256
         self.remove_callback(PrinterCallback)
         output = Path(args.output_dir)
-        self.health = HealthCheck(self.adapter, self._pairs("train_dataset") or [], output)
+        self.health = HealthCheck(self.engine, self.trained, self._pairs("train_dataset") or [], output)
         files = (MetricsFile(output / "metrics.jsonl"), ForgetLaterEvaluations(output))
         self.speed = Speed()
         own = (self.health, SetEpoch(self), OwnIntervals(), LossWithEvaluation(), self.speed, *files)
@@ -154,7 +157,7 @@ class FocalPOTrainer(Trainer):
             self.add_callback(ProgressLine())
         self.metrics = PairMetrics(metric_keys(self.objective))
         self.pairs_seen = 0
-        self._reference: tuple[nn.Module, Reference] | None = None
+        self.compared = Comparison(args.reference, self.ref_model, noisy=args.allow_dropout)
 
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
         return self.data[name].pairs if name in self.data else None
@@ -191,7 +194,7 @@ class FocalPOTrainer(Trainer):
             part.pairs[:] = islice(found, len(part.pairs))  # the lists that the loaders know
         say(str(self.stored.checked))
         if self.ref_model is not None:  # nothing asks it any more, and it is as large as the policy
-            self.ref_model = self.stored.model = None
+            self.ref_model = self.compared.ref_model = self.stored.model = None
             del self._scorers[1:]
 
     def get_train_dataloader(self) -> DataLoader:
@@ -230,7 +233,7 @@ class FocalPOTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As `optim` names it; with LoRA+, two rates."""
         if self.optimizer is None:
-            settle(super().create_optimizer(*args, **kwargs), self.adapter, self.args.loraplus_lr_ratio)
+            settle(super().create_optimizer(*args, **kwargs), self.trained, self.args.loraplus_lr_ratio)
         return self.optimizer
 
     # ---- the step ---------------------------------------------------------------------------------------------
@@ -244,10 +247,12 @@ class FocalPOTrainer(Trainer):
             self.metrics = copy(before)
             self.health.forget_step()
             forget(self.model)
-            for parameter in self.adapter.values():
+            for parameter in self.trained.values():
                 parameter.grad = None
 
         loss, step_pairs = self._retry.run(inputs, lambda batch: self._step(model, batch), undo=undo)
+        self.health.check_gradients(self.state.global_step)
+        self.engine.step()
         self.pairs_seen += step_pairs
         return loss
 
@@ -256,51 +261,28 @@ class FocalPOTrainer(Trainer):
         if self.args.allow_dropout:
             set_seed(self.args.seed + self.state.global_step)  # so that a resumed run draws the same noise
         packs, step_pairs = self._in_step(batch)
-        world = self.args.world_size
         total = torch.zeros((), device=self.args.device)
         for number, pack in enumerate(packs):
             last = number == len(packs) - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._pack_loss(model, pack, step_pairs) * world  # engines average over ranks
-                self.accelerator.backward(loss)
+            with self.engine.pack(model, last=last):
+                loss = self._pack_loss(model, pack, step_pairs)
+                self.engine.backward(loss, last=last)
             total = total + loss.detach()  # not in place: a float64 model keeps a float64 loss
-        return total, step_pairs
+        return total * self.args.world_size, step_pairs  # transformers logs the mean over ranks
 
     def _pack_loss(self, model: nn.Module, pack: Pack, step_pairs: int) -> Tensor:
         """This pack's share of the step's mean loss."""
         pack = pack.to(self.args.device, non_blocking=True)
-        policy, reference = self._logps(model, pack)
+        policy, reference = self.compared.logps(model, pack)
         losses = self.objective(policy, reference, pack.index.lengths)
         if pack.pair_ids == (FILLER.id,):
             return losses.losses.sum() * 0.0
         self.health.see_pack(losses.losses, pack.pair_ids, self.state.global_step)
         if reference is not None and self.state.global_step == 0 and self.args.identity_probe:
-            self._check_start(pack, policy, reference)
+            noise = 0.0 if self.stored is None else self.stored.noise
+            self.compared.check_start(self.model, pack, policy, reference, tolerance=noise)
         self.metrics.add(pair_values(self.objective, losses, policy, reference))
         return mean_loss(losses.losses, step_pairs)
-
-    def _logps(self, model: nn.Module, pack: Pack) -> tuple[PairLogps, PairLogps | None]:
-        """Log-probs of a pack under the policy and, where the objective needs one, under the reference.
-
-        Dropout that is allowed is the policy's alone: the reference never changes, in no layer.
-        """
-        reference = None
-        if self.objective.entry.reference:
-            with evaluating(model) if self.args.allow_dropout else nullcontext():
-                reference = self._reference_of(model).logps(pack)
-        policy = sequence_logps(model, pack)
-        if reference is not None:  # stored ones are wider
-            reference = PairLogps(*(side.to(policy.chosen.dtype) for side in reference))
-        return policy, reference
-
-    def _check_start(self, pack: Pack, policy: PairLogps, reference: PairLogps) -> None:
-        """The identity probe, of the policy without its noise."""
-        if self.args.allow_dropout:
-            with evaluating(self.model), torch.no_grad():  # not an engine's wrapper: ranks may call unequally often
-                policy = sequence_logps(self.model, pack)
-        tolerance = 0.0 if self.stored is None else self.stored.noise
-        check_identity(policy, reference, pack.pair_ids, kind=str(self.args.reference), tolerance=tolerance)
 
     def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
         """Packs of this rank, filled up to the longest rank's, and the pairs of the step over all ranks."""
@@ -310,12 +292,6 @@ class FocalPOTrainer(Trainer):
         gathered = self.accelerator.gather(counts)
         missing = int(gathered[:, 1].max()) - len(batch.packs)
         return batch.packs + self.data_collator([FILLER]).packs * missing, int(gathered[:, 0].sum())
-
-    def _reference_of(self, model: nn.Module) -> Reference:
-        """The reference of the policy as it is called: an engine wraps it when training begins."""
-        if self._reference is None or self._reference[0] is not model:
-            self._reference = model, build_reference(self.args.reference, model, self.ref_model)
-        return self._reference[1]
 
     # ---- evaluation and logging -------------------------------------------------------------------------------
 
@@ -338,7 +314,7 @@ class FocalPOTrainer(Trainer):
             sums = copy(metrics)
             for pack in self._in_step(batch)[0]:
                 pack = pack.to(self.args.device, non_blocking=True)
-                policy, reference = self._logps(model, pack)
+                policy, reference = self.compared.logps(model, pack)
                 if pack.pair_ids == (FILLER.id,):
                     continue
                 losses = self.objective(policy, reference, pack.index.lengths)
@@ -378,6 +354,10 @@ class FocalPOTrainer(Trainer):
         found = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir), writes=self.args.should_save)
         self.metrics.reset()  # on every rank: what an earlier call left is not of this one
         self.pairs_seen = 0
+        self.engine.begin(self)
+        self.trained |= {name: p for name, p in self.model.named_parameters() if name in self.trained}
+        if self.ref_model is not None:
+            self.ref_model = self.compared.ref_model = self.engine.hold_reference(self.ref_model)
         if found is None:
             return super().train(**kwargs)
         progress = progress_at(found)
@@ -390,9 +370,16 @@ class FocalPOTrainer(Trainer):
         progress.is_local_process_zero = self.is_local_process_zero()
         progress.is_world_process_zero = self.is_world_process_zero()
         self.state = progress
-        self.create_optimizer_and_scheduler(self.args.max_steps)
-        self._load_optimizer_and_scheduler(str(checkpoint))
+        self._prepare_for_training(self.args.max_steps, None, str(checkpoint))
         return TrainOutput(progress.global_step, float("nan"), {})
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As transformers does, but for the checkpoint, which is taken up here under every engine."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.engine.ready(self)
+        if resume_from_checkpoint is not None:
+            self._take_up(Path(resume_from_checkpoint))
+        return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Everything a resumed run needs, complete or absent."""
@@ -411,11 +398,10 @@ class FocalPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights come back together with the optimiser's state, strictly, by name."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        self._files.check_same(Path(checkpoint))
-        extra = load_state(Path(checkpoint), **self._trained())
+    def _take_up(self, checkpoint: Path) -> None:
+        """Weights, the optimiser's state and the schedule as they were at the checkpoint."""
+        self._files.check_same(checkpoint)
+        extra = load_state(checkpoint, **self._trained())
         check_keys(extra, ("metrics", "pairs_seen", "reference"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
         if self.is_world_process_zero():
@@ -424,8 +410,7 @@ class FocalPOTrainer(Trainer):
 
     def _trained(self) -> dict[str, Any]:
         """What a step changes, without accelerate's wrapper."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return {"parameters": self.adapter, "optimizer": optimizer, "scheduler": self.lr_scheduler}
+        return {"parameters": self.trained, "optimizer": self.engine.optimizer, "scheduler": self.lr_scheduler}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """None is needed: the order of pairs is a function of seed and epoch, and dropout is off."""

@@ -48,7 +48,7 @@ def logged(run: FocalPOTrainer) -> list[dict[str, float]]:
 
 
 def weights(run: FocalPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in run.adapter.items()}
+    return {name: parameter.detach().clone() for name, parameter in run.trained.items()}
 
 
 @pytest.mark.row("34")
@@ -148,7 +148,7 @@ def test_gradients_are_the_live_ones_to_the_noise_floor(tmp_path):
             self.name, self.run = name, run
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            found.setdefault((self.name, state.global_step), {n: p.grad.clone() for n, p in self.run.adapter.items()})
+            found.setdefault((self.name, state.global_step), {n: p.grad.clone() for n, p in self.run.trained.items()})
 
     still = {"learning_rate": 1e-3, "max_grad_norm": 0.0}
     for name, run in {

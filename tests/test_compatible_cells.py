@@ -66,13 +66,13 @@ class LastStep(TrainerCallback):
     """The adapter and its gradients, as the optimiser meets them (clipping is off)."""
 
     def __init__(self, made: FocalPOTrainer) -> None:
-        self.adapter = made.adapter
+        self.trained = made.trained
         self.values: Tensors = {}
         self.gradients: dict[str, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.values = values_of(self.adapter)
-        self.gradients = {name: p.grad.double().cpu() for name, p in self.adapter.items()}
+        self.values = values_of(self.trained)
+        self.gradients = {name: p.grad.double().cpu() for name, p in self.trained.items()}
 
 
 def values_of(adapter: Tensors) -> Tensors:
@@ -89,7 +89,7 @@ def trained(folder: Path, base: PreTrainedModel, adapter: str, reference: str, *
         settings["peft_config"] = ADAPTERS[adapter]()
     defaults = {"max_steps": STEPS, "pairs_per_step": len(PAIRS), "tokens_per_pack": 40, "learning_rate": 3e-2}
     made = trainer(folder, PAIRS, model=model, reference=reference, max_grad_norm=0.0, **defaults | settings)
-    start, seen = values_of(made.adapter), LastStep(made)
+    start, seen = values_of(made.trained), LastStep(made)
     made.add_callback(seen)
     made.train()
     losses = [line["loss"] for line in made.state.log_history if "loss" in line]

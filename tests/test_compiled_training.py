@@ -46,7 +46,7 @@ def logged(run: FocalPOTrainer) -> list[dict[str, float]]:
 
 
 def weights(run: FocalPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in run.adapter.items()}
+    return {name: parameter.detach().clone() for name, parameter in run.trained.items()}
 
 
 def assert_same_run(ours: FocalPOTrainer, theirs: FocalPOTrainer, tolerance: float) -> None:

@@ -34,7 +34,7 @@ def made(folder: Path, dtype: torch.dtype, **settings: Any) -> FocalPOTrainer:
 
 def look_up(run: FocalPOTrainer) -> None:
     """From the store; in float64, whose digits a store of fp32 sums has not, from the pass that fills it."""
-    if run.adapter[next(iter(run.adapter))].dtype == torch.float32:
+    if run.trained[next(iter(run.trained))].dtype == torch.float32:
         run.cache_reference()
         run.look_up_reference()
         return
@@ -61,10 +61,10 @@ def steps_of(run: FocalPOTrainer) -> list[list[TokenizedPair]]:
 
 
 def gradients(run: FocalPOTrainer, batch: StepBatch) -> dict[str, Tensor]:
-    for parameter in run.adapter.values():
+    for parameter in run.trained.values():
         parameter.grad = None
     run.training_step(run.model, batch)
-    return {name: parameter.grad.clone() for name, parameter in run.adapter.items() if parameter.grad is not None}
+    return {name: parameter.grad.clone() for name, parameter in run.trained.items() if parameter.grad is not None}
 
 
 @pytest.mark.slow
@@ -85,12 +85,12 @@ def test_along_a_trajectory_gradients_are_those_without_any_fast_path(tmp_path, 
         known = {pair.id: pair for pair in fast.data["train_dataset"].pairs}
         ours = gradients(fast, fast.data_collator([known[pair.id] for pair in step]))
         theirs = gradients(plain, plain.data_collator(step))
-        assert ours.keys() == fast.adapter.keys()
+        assert ours.keys() == fast.trained.keys()
         worst = max(worst, relative_difference(ours, theirs))
         fast.optimizer.step()
         with torch.no_grad():
-            for name, parameter in plain.adapter.items():
-                parameter.copy_(fast.adapter[name])
+            for name, parameter in plain.trained.items():
+                parameter.copy_(fast.trained[name])
     assert worst < TOLERANCE[dtype]
-    moved = [float(parameter.detach().abs().max()) for name, parameter in fast.adapter.items() if "lora_B" in name]
+    moved = [float(parameter.detach().abs().max()) for name, parameter in fast.trained.items() if "lora_B" in name]
     assert min(moved) > 0.01  # far from the start, where much is zero

@@ -34,7 +34,7 @@ class Gradients(TrainerCallback):
         self.steps: list[dict[str, float | None]] = []
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        largest = {n: None if p.grad is None else float(p.grad.abs().max()) for n, p in self.run.adapter.items()}
+        largest = {n: None if p.grad is None else float(p.grad.abs().max()) for n, p in self.run.trained.items()}
         self.steps.append(largest)
 
 
@@ -44,7 +44,7 @@ def trained(folder, base, quantization, **adapter):
     run = trainer(folder, DATA, DATA[:3], model=model, peft_config=lora(**adapter), max_steps=3, pairs_per_step=6)
     seen = Gradients(run)
     run.add_callback(seen)
-    before = {name: parameter.detach().clone() for name, parameter in run.adapter.items()}
+    before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
     run.evaluate()
     run.train()
     run.evaluate()
@@ -70,7 +70,7 @@ def test_every_tensor_has_a_gradient_and_moves_and_the_base_stays_where_and_what
     run, before, steps, held = trained(tmp_path, base, quantization, **adapter)
     assert all(value is not None for step in steps for value in step.values())
     assert run.health.moved
-    unmoved = [name for name, parameter in run.adapter.items() if torch.equal(parameter, before[name])]
+    unmoved = [name for name, parameter in run.trained.items() if torch.equal(parameter, before[name])]
     assert not unmoved
     now = {parameter.data_ptr(): parameter for parameter in run.model.parameters()}
     for place, (dtype, kind, bits) in held.items():
@@ -81,9 +81,9 @@ def test_every_tensor_has_a_gradient_and_moves_and_the_base_stays_where_and_what
 
 def test_a_token_that_no_pair_has_gets_a_gradient_of_zeros_and_stays(tmp_path, base):
     run, before, steps, _ = trained(tmp_path, base, None, trainable_token_indices=[NEVER])
-    [name] = [name for name in run.adapter if "trainable_tokens" in name]
+    [name] = [name for name in run.trained if "trainable_tokens" in name]
     assert [step[name] for step in steps] == [0.0, 0.0, 0.0]
-    assert torch.equal(run.adapter[name], before[name])
+    assert torch.equal(run.trained[name], before[name])
 
 
 @pytest.mark.row("2", "39")
@@ -93,7 +93,7 @@ def test_a_tensor_of_any_kind_without_a_gradient_stops_the_first_step(tmp_path, 
     settings = {"use_dora": True, "modules_to_save": ["lm_head"], "trainable_token_indices": [OFTEN]}
     model = load_base(str(base), dtype="bfloat16" if quantization else "float32", quantization=quantization)
     run = trainer(tmp_path, DATA, model=model, peft_config=lora(**settings))
-    name = next(name for name in run.adapter if kind in name)
-    run.adapter[name].requires_grad_(False)
+    name = next(name for name in run.trained if kind in name)
+    run.trained[name].requires_grad_(False)
     with pytest.raises(UnhealthyRun, match=rf"received no gradient \(first: .*{kind}"):
         run.train()

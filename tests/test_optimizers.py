@@ -43,11 +43,11 @@ class FirstStep(TrainerCallback):
         self.updates: dict[str, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.before = {name: parameter.detach().clone() for name, parameter in self.run.adapter.items()}
-        self.gradients = {name: parameter.grad.clone() for name, parameter in self.run.adapter.items()}
+        self.before = {name: parameter.detach().clone() for name, parameter in self.run.trained.items()}
+        self.gradients = {name: parameter.grad.clone() for name, parameter in self.run.trained.items()}
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.updates = {name: parameter.detach() - self.before[name] for name, parameter in self.run.adapter.items()}
+        self.updates = {name: parameter.detach() - self.before[name] for name, parameter in self.run.trained.items()}
 
 
 def first_step(folder, **settings) -> FirstStep:
@@ -98,7 +98,7 @@ def test_a_ratio_of_one_changes_no_bit(tmp_path, base, optim):
         settings = {"optim": optim, "weight_decay": 0.1, "loraplus_lr_ratio": ratio, "peft_config": lora(r=64)}
         run = trainer(tmp_path / str(ratio), pairs(10), model=load_base(str(base), dtype="float32"), **settings)
         run.train()
-        ends.append(run.adapter)
+        ends.append(run.trained)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -136,7 +136,7 @@ def test_the_schedule_moves_both_rates_and_a_is_logged(tmp_path):
 
     class Rates(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            by_name = rates(plain(run), run.adapter)
+            by_name = rates(plain(run), run.trained)
             seen.append({"lora_B" in name: rate for name, rate in by_name.items()})
 
     run.add_callback(Rates())
@@ -168,11 +168,11 @@ def test_paging_without_a_gpu_is_refused_before_a_model_is_loaded(tmp_path, opti
 
 
 def moments(run) -> dict[str, torch.dtype]:
-    return {name: plain(run).state[parameter]["state1"].dtype for name, parameter in run.adapter.items()}
+    return {name: plain(run).state[parameter]["state1"].dtype for name, parameter in run.trained.items()}
 
 
 def of_the_bits(run) -> dict[str, torch.dtype]:
-    large = {name: parameter.numel() >= SMALLEST_IN_8_BITS for name, parameter in run.adapter.items()}
+    large = {name: parameter.numel() >= SMALLEST_IN_8_BITS for name, parameter in run.trained.items()}
     return {name: torch.uint8 if is_large else torch.float32 for name, is_large in large.items()}
 
 
@@ -182,7 +182,7 @@ def test_eight_bits_reach_every_tensor_that_is_large_enough_whatever_ran_before(
     monkeypatch.setitem(manager.index2config, (0, 0), {"optim_bits": 32})
     model = load_base(str(base), dtype="float32")
     run = trainer(tmp_path, pairs(8), model=model, peft_config=lora(r=64), optim="adamw_8bit", max_steps=1)
-    for parameter in list(run.adapter.values())[:5]:
+    for parameter in list(run.trained.values())[:5]:
         monkeypatch.setitem(manager.pid2config, id(parameter), {"optim_bits": 32})
     run.train()
     assert of_bitsandbytes(plain(run))
@@ -214,10 +214,10 @@ def test_small_rates_move_every_entry_of_an_fp32_adapter_with_8_bit_moments(tmp_
     model = load_base(str(base), dtype="bfloat16", quantization=quantization)
     settings = {"optim": "adamw_8bit", "learning_rate": 5e-6, "max_steps": 8, "peft_config": lora(r=64)}
     run = trainer(tmp_path, pairs(8), model=model, **settings)
-    before = {name: p.detach().clone() for name, p in run.adapter.items() if "lora_A" in name}
+    before = {name: p.detach().clone() for name, p in run.trained.items() if "lora_A" in name}
     run.train()
-    assert {parameter.dtype for parameter in run.adapter.values()} == {torch.float32}
-    moved = torch.cat([(run.adapter[name] != old).flatten() for name, old in before.items()])
+    assert {parameter.dtype for parameter in run.trained.values()} == {torch.float32}
+    moved = torch.cat([(run.trained[name] != old).flatten() for name, old in before.items()])
     assert moved.double().mean() > 0.99
 
 
@@ -228,8 +228,8 @@ def end_of(folder, base, quantization, settings, checkpoint=None):
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "pairs_per_step": 5}
     run = trainer(folder, pairs(12), model=model, peft_config=adapter, optim="adamw_8bit", **(steps | others))
     run.train(resume_from_checkpoint=checkpoint)
-    tensors = {name: parameter.detach().clone() for name, parameter in run.adapter.items()}
-    for name, parameter in run.adapter.items():
+    tensors = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    for name, parameter in run.trained.items():
         tensors |= {f"{name}/{key}": torch.as_tensor(v) for key, v in plain(run).state[parameter].items()}
     return tensors
 

@@ -47,7 +47,7 @@ def made(folder, **settings: Any) -> FocalPOTrainer:
 def step_of(run: FocalPOTrainer) -> tuple[dict[str, Tensor], dict[str, float], float]:
     """Gradients, logged means and loss of one step."""
     loss = run.training_step(run.model, run.get_train_dataloader().collate_fn(run.train_dataset))
-    gradients = {name: p.grad.clone() for name, p in run.adapter.items() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in run.trained.items() if p.grad is not None}
     return gradients, run.metrics.means(run.args.device), float(loss)
 
 
@@ -132,9 +132,9 @@ def test_what_waited_for_layers_that_were_not_called_is_let_go_before_the_step_i
 def test_a_backward_that_breaks_off_leaves_no_gradient_behind(tmp_path, uninterrupted, number):
     """Half of the tensors have got their gradient by then."""
     run = made(tmp_path)
-    names = list(run.adapter)
+    names = list(run.trained)
     broken = RunsOut(lambda gradient: gradient, number)
-    run.adapter[names[len(names) // 2]].register_hook(broken)
+    run.trained[names[len(names) // 2]].register_hook(broken)
     check_same(step_of(run), uninterrupted)
     assert broken.calls > PACKS
 

@@ -32,7 +32,7 @@ def test_gradients_of_many_packs_are_those_of_one(tmp_path: Path, dtype: torch.d
         made.create_optimizer_and_scheduler(4)
         batch = made.data_collator(made.train_dataset)
         made.training_step(made.model, batch)
-        return len(batch.packs), {name: p.grad.clone() for name, p in made.adapter.items() if p.grad is not None}
+        return len(batch.packs), {name: p.grad.clone() for name, p in made.trained.items() if p.grad is not None}
 
     (one, whole), (many, split) = gradients(10_000), gradients(40)
     assert one == 1 < 4 <= many

@@ -45,7 +45,7 @@ def run_on(folder: Path, base: str, word: str | None, *, dtype: str = "float32",
 
 
 def weights(run: FocalPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in run.adapter.items()}
+    return {name: parameter.detach().clone() for name, parameter in run.trained.items()}
 
 
 def sha_of_base(model: torch.nn.Module) -> str:
@@ -69,7 +69,7 @@ def test_the_first_loss_is_the_identity_loss_and_packs_are_trained(tmp_path, bas
     assert first["loss"] == pytest.approx(FIRST_LOSS, abs=5e-7)
     assert (first["rewards/ties"], second["rewards/ties"]) == (1.0, 0.0)
     assert quantization_of(run.model) == word
-    assert {parameter.dtype for parameter in run.adapter.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in run.trained.values()} == {torch.float32}
 
 
 @pytest.mark.row("9")

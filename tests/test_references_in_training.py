@@ -45,17 +45,17 @@ def test_the_copy_is_never_trained_and_the_policy_is(tmp_path, checkpointing):
     settings = {f"{prefix}_checkpointing": True} if checkpointing else {}
     run = trainer(tmp_path, pairs(12), model=tiny_policy(), reference="frozen_copy", max_steps=3, **settings)
     copies, own = named(run.model, ".reference."), named(run.model, ".default.")
-    assert len(copies) == len(own) == len(run.adapter)
+    assert len(copies) == len(own) == len(run.trained)
     assert all(torch.equal(c, o) for c, o in zip(copies.values(), own.values(), strict=True))
 
     class Trained(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(run.adapter)
+            assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(run.trained)
 
     run.add_callback(Trained())
     run.train()
     assert all(torch.equal(copies[n], p) for n, p in named(run.model, ".reference.").items())
-    assert not any(torch.equal(own[n], p) for n, p in run.adapter.items())
+    assert not any(torch.equal(own[n], p) for n, p in run.trained.items())
 
 
 @pytest.mark.row("8", "52")
@@ -72,7 +72,7 @@ def test_only_the_policys_adapter_is_saved(tmp_path, name):
     for folder in (tmp_path / "adapter", tmp_path / "run" / "checkpoint-1" / "adapter"):
         assert {file.name for file in folder.iterdir()} == ADAPTER_FILES
         assert not [key for key in load_file(folder / "adapter_model.safetensors") if "reference" in key]
-    assert set(load_file(tmp_path / "run" / "checkpoint-1" / "parameters.safetensors")) == set(run.adapter)
+    assert set(load_file(tmp_path / "run" / "checkpoint-1" / "parameters.safetensors")) == set(run.trained)
 
 
 SETTINGS = {"reference": "frozen_copy", "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "pairs_per_step": 5}
@@ -100,7 +100,7 @@ def test_stopped_and_resumed_the_reference_is_still_the_start_and_the_bits_are_t
     assert first.state.global_step == stop
     resumed = trainer(tmp_path / "cut", data, model=tiny_policy(), **SETTINGS)
     resumed.train(resume_from_checkpoint=True)
-    assert all(torch.equal(p, whole.adapter[n]) for n, p in resumed.adapter.items())
+    assert all(torch.equal(p, whole.trained[n]) for n, p in resumed.trained.items())
     logs = [
         {
             entry["step"]: (entry["loss"], entry["logps/reference_chosen"])
@@ -144,10 +144,10 @@ def test_a_separate_model_is_a_reference_that_is_neither_trained_nor_saved(tmp_p
     assert not any(p.requires_grad for p in run.ref_model.parameters())
     assert not run.ref_model.training
     assert {f.name for f in (tmp_path / "a" / "checkpoint-2").iterdir()} >= {"adapter", "parameters.safetensors"}
-    assert set(load_file(tmp_path / "a" / "checkpoint-2" / "parameters.safetensors")) == set(run.adapter)
+    assert set(load_file(tmp_path / "a" / "checkpoint-2" / "parameters.safetensors")) == set(run.trained)
     twin = trainer(tmp_path / "b", pairs(12), max_steps=2)
     twin.train()
-    assert all(torch.equal(p, twin.adapter[n]) for n, p in run.adapter.items())
+    assert all(torch.equal(p, twin.trained[n]) for n, p in run.trained.items())
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -297,7 +297,7 @@ def initial_and_first_step(folder: Path, **seeds: int) -> tuple[list[torch.Tenso
     """The adapter before training, and the pairs of the first step."""
     made = trainer(folder, pairs(20), **seeds)
     first = next(iter(made.get_train_dataloader()))
-    return [p.detach().clone() for p in made.adapter.values()], tuple(i for pack in first.packs for i in pack.pair_ids)
+    return [p.detach().clone() for p in made.trained.values()], tuple(i for pack in first.packs for i in pack.pair_ids)
 
 
 @pytest.mark.row("57")

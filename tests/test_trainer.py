@@ -116,11 +116,11 @@ def test_a_base_that_would_train_is_refused_and_a_run_leaves_it_alone(tmp_path):
         trainer(tmp_path, pairs(4), model=policy)
     run = trainer(tmp_path, pairs(8))
     names = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
-    assert names == {name for name in run.model.state_dict() if "lora_" in name} == set(run.adapter)
+    assert names == {name for name in run.model.state_dict() if "lora_" in name} == set(run.trained)
     before = {n: p.clone() for n, p in run.model.named_parameters() if n not in names}
     run.train()
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters() if n in before)
-    assert all(parameter.any() for name, parameter in run.adapter.items() if "lora_B" in name)
+    assert all(parameter.any() for name, parameter in run.trained.items() if "lora_B" in name)
 
 
 @pytest.mark.row("4")
@@ -247,7 +247,7 @@ def test_a_non_finite_loss_stops_the_run_names_the_pair_and_overwrites_nothing(t
 @pytest.mark.row("12", "F6")
 def test_a_non_finite_gradient_stops_the_run_before_the_weights_change(tmp_path):
     run = trainer(tmp_path, pairs(8))
-    name, parameter = next((n, p) for n, p in run.adapter.items() if "lora_B" in n)
+    name, parameter = next((n, p) for n, p in run.trained.items() if "lora_B" in n)
     parameter.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(UnhealthyRun, match="gradient is not finite"):
         run.train()
@@ -281,14 +281,14 @@ def test_adapters_and_moments_are_fp32_on_a_bf16_base_and_small_steps_move_every
     run = trainer(
         tmp_path, pairs(8), model=tiny_base(dtype=torch.bfloat16), peft_config=lora(), learning_rate=5e-6, max_steps=20
     )
-    before = {n: p.detach().clone() for n, p in run.adapter.items() if "lora_A" in n}
+    before = {n: p.detach().clone() for n, p in run.trained.items() if "lora_A" in n}
     run.train()
     state = run.optimizer.state if not hasattr(run.optimizer, "optimizer") else run.optimizer.optimizer.state
-    assert {p.dtype for p in run.adapter.values()} == {torch.float32}
+    assert {p.dtype for p in run.trained.values()} == {torch.float32}
     assert {moments["exp_avg"].dtype for moments in state.values()} == {torch.float32}
-    moved = torch.cat([(run.adapter[n] != p).flatten() for n, p in before.items()])
+    moved = torch.cat([(run.trained[n] != p).flatten() for n, p in before.items()])
     assert moved.double().mean() > 0.99
-    base = {p.dtype for n, p in run.model.named_parameters() if n not in run.adapter}
+    base = {p.dtype for n, p in run.model.named_parameters() if n not in run.trained}
     assert base == {torch.bfloat16}
 
 
@@ -328,7 +328,7 @@ def test_activation_checkpointing_trains_every_adapter_tensor_alike(tmp_path, re
     }
     steps, run = gradients_of(tmp_path / "a", pairs(10), max_steps=2, **settings)
     plain, _ = gradients_of(tmp_path / "b", pairs(10), max_steps=2)
-    assert steps[0].keys() == set(run.adapter)
+    assert steps[0].keys() == set(run.trained)
     for ours, theirs in zip(steps, plain, strict=True):
         assert relative_difference(ours, theirs) < 1e-6
 
@@ -336,8 +336,8 @@ def test_activation_checkpointing_trains_every_adapter_tensor_alike(tmp_path, re
 @pytest.mark.row("39", "2")
 def test_missing_gradients_stop_the_first_step(tmp_path):
     run = trainer(tmp_path, pairs(8))
-    name = next(iter(run.adapter))
-    run.adapter[name].requires_grad_(False)
+    name = next(iter(run.trained))
+    run.trained[name].requires_grad_(False)
     with pytest.raises(UnhealthyRun, match="received no gradient"):
         run.train()
 

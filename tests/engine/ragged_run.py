@@ -71,7 +71,7 @@ class Record(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients as the optimiser meets them (clipping is off)."""
         step = len(self.steps)
-        self.gradients |= {f"{step}/{name}": p.grad.clone() for name, p in self.trainer.adapter.items()}
+        self.gradients |= {f"{step}/{name}": p.grad.clone() for name, p in self.trainer.trained.items()}
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps[-1]["optimizer_steps"] += 1

@@ -1,0 +1,78 @@
+"""Models of which every weight is trained: which weights those are, and fp32 masters under bf16 arithmetic.
+
+A bf16 weight of 0.02 is moved by steps of 6e-5 or not at all, and AdamW's are some 1e-6. So where the engine keeps no
+masters of its own, the trained weights are widened in place, and computed with under bf16 autocast: embeddings hand on
+bf16 rows, so that a widened model computes what it did in bf16, up to the rounding of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorafocal.errors import InputError
+from lorafocal.model.head import causal_lm
+from lorafocal.model.quantized import base_dtype
+
+_ARITHMETIC = "_lorafocal_arithmetic"  # of a widened base: the dtype that it still computes in
+_SCALE = "embed_scale"  # what embeddings are multiplied by, as transformers names it
+
+
+def arithmetic_of(model: nn.Module) -> torch.dtype:
+    """What a model computes in: bfloat16 under autocast for one with fp32 masters, else the dtype of its base."""
+    return getattr(causal_lm(model), _ARITHMETIC, None) or base_dtype(model)
+
+
+def train_in_full(model: nn.Module) -> dict[str, Parameter]:
+    """Let every floating parameter of the text part be trained; those by name, tied ones once.
+
+    Other parts, such as an image encoder, see no pair and stay frozen. Raises InputError where nothing is left.
+    """
+    base: Any = causal_lm(model)
+    text = {id(p) for part in (base.get_decoder(), base.get_output_embeddings()) for p in part.parameters()}
+    trained = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in text and parameter.is_floating_point())
+        if parameter.requires_grad:
+            trained[name] = parameter
+    if not trained:
+        raise InputError(f"{type(base).__name__} has no floating parameters to train")
+    return trained
+
+
+def hold_masters(model: nn.Module, trained: Mapping[str, Parameter]) -> None:
+    """Widen the trained weights of a bf16 model to fp32, in place; those that are wide already stay, as adapters are.
+
+    A second call changes nothing.
+    """
+    if base_dtype(model) != torch.bfloat16 or not any(p.dtype == torch.bfloat16 for p in trained.values()):
+        return
+    _widen(model)
+
+
+def hold_alike(model: nn.Module, policy: nn.Module) -> nn.Module:
+    """A reference that computes exactly as a `policy` with masters does, if it has them."""
+    if hasattr(causal_lm(policy), _ARITHMETIC) and base_dtype(model) == torch.bfloat16:
+        _widen(model)
+    return model
+
+
+def _widen(model: nn.Module) -> None:
+    base = causal_lm(model)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    for module in base.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(_in_bfloat16)
+            if isinstance(scale := getattr(module, _SCALE, None), Tensor):
+                scale.copy_(scale.bfloat16())  # Gemma rounds it to the dtype of the weights
+    setattr(base, _ARITHMETIC, torch.bfloat16)
+
+
+def _in_bfloat16(module: nn.Module, inputs: Any, rows: Tensor) -> Tensor:
+    return rows.to(torch.bfloat16)
