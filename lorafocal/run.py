@@ -120,15 +120,16 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
 def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = False) -> CacheReport:
     """Compute and store the reference log-probs that a run of `config` looks up, as far as the store lacks them.
 
-    With `per_token` those of each token too. Nothing is trained, so each process holds the whole model, whatever the
-    config's engine. Raises InputError where the config keeps none, or its input is wrong.
+    With `per_token` those of each token too. Nothing is trained: each process holds the whole model, and one process
+    without a launcher will do whatever the engine. Raises InputError where the config keeps none, or its input is wrong.
     """
     kind = None if config.reference is None else config.reference.kind
     if kind != "cached":
         raise InputError(
             f"reference.kind is {kind or 'not set'}, and only `cached` looks log-probs up: set reference.kind=cached"
         )
-    config = config.model_copy(update={"engine": None})
+    if not launch.launched():
+        config = config.model_copy(update={"engine": None})
     say = _speaker(quiet)
     check_places(config)
     with tempfile.TemporaryDirectory(prefix="lorafocal-cache-") as folder:  # a trainer's, which writes nothing here

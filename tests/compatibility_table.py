@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lorafocal.compatibility import (
     ADAPTERS,
     BASES,
     ENGINES,
+    FULL,
     REFERENCES,
     RULES,
     STARTS,
@@ -45,8 +47,9 @@ PROOFS = {
     "rewritten-base-as-reference": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
     "started-elsewhere": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
     "start-up-to-rounding": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
-    "split-states": "tests/test_compatibility.py::test_engines_are_refused_at_launch",
-    "split-base": "tests/test_compatibility.py::test_engines_are_refused_at_launch",
+    "full-quantized": "tests/test_compatibility.py::test_configs_without_an_adapter_are_refused_so",
+    "no-adapter-to-compare": "tests/test_compatibility.py::test_configs_without_an_adapter_are_refused_so",
+    "split-quantized-base": "tests/engine/test_zero.py::test_quantised_bases_are_not_split",
 }
 
 INTRODUCTION = """\
@@ -196,8 +199,28 @@ adapter that trains.
 
 
 def _engines(notes: Notes) -> str:
-    cells = {engine: Cell("nf4", frozenset({"lora"}), "disabled_adapter", "packed", engine) for engine in ENGINES}
-    return _table(["engine", "all cells that train"], [[title(word), notes.mark(cell)] for word, cell in cells.items()])
+    columns = {
+        "every parameter": Cell("bfloat16", frozenset({FULL}), "cached"),
+        "adapters on float bases": Cell("bfloat16", frozenset({"lora"}), "disabled_adapter"),
+        "adapters on quantised bases": Cell("nf4", frozenset({"lora"}), "disabled_adapter"),
+    }
+    rows = [
+        [title(engine), *(notes.mark(replace(cell, engine=engine)) for cell in columns.values())] for engine in ENGINES
+    ]
+    return _table(["engine", *columns], rows) + _full(notes)
+
+
+def _full(notes: Notes) -> str:
+    """What trains without an adapter, by base and reference."""
+    bases = [base for base in BASES if base not in ("float16", "other-quantization")]
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for base in bases:
+        marks = tuple(notes.mark(Cell(base, frozenset({FULL}), reference)) for reference in REFERENCES)
+        columns.setdefault(marks, []).append(base)
+    rows = [[_code(reference), *(marks[place] for marks in columns)] for place, reference in enumerate(REFERENCES)]
+    return "\nWithout `adapter`, every parameter is trained:\n\n" + _table(
+        ["reference", *(", ".join(held) for held in columns.values())], rows
+    )
 
 
 def _proofs() -> str:

@@ -26,12 +26,12 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 # What stands directly in the package, and on which floor. A module imports from its floor or from lower ones.
 FLOORS = {
     0: "errors config schema values yaml12 training_fields bounds compatibility launch metrics evaluations publish"
-    " tensor_files memory hardware objectives ops",
+    " tensor_files shard_files together memory hardware recipes objectives ops",
     1: "data model lineage card store",
     2: "policy reference probes caching",
-    3: "arguments assembly budget callbacks trainer saving optimizers sampler checkpoint health interrupt resume"
-    " progress run",
-    4: "release evaluate report rehearsal plan sweep chat",
+    3: "arguments assembly budget callbacks engines trainer saving optimizers sampler checkpoint health interrupt"
+    " resume progress manifest run",
+    4: "release evaluate report rehearsal plan sweep chat provenance",
     5: "cli compat __init__ __main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
@@ -52,6 +52,7 @@ HEAVY_LIBRARIES = {
     "pandas",
     "bitsandbytes",
     "triton",
+    "deepspeed",
 }
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "joblib", "dill", "cloudpickle", "shelve"}

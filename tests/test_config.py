@@ -107,6 +107,8 @@ TOGETHER = {
     "data.held_out": ["data={train: train.jsonl, held_out: 0.1}"],
     "data.truncation": ["data.truncation=keep_start"],
     "data.max_prompt_length": ["data.truncation=recipe", "data.max_prompt_length=512"],
+    "engine.kind": ["engine.kind=fsdp2"],
+    "engine.offload": ["engine={kind: fsdp2, offload: all}"],
     "reference.kind": ["reference.kind=frozen_copy"],
     "reference.store": ["reference={kind: cached, store: elsewhere}"],
     "reference.model": ["reference={kind: separate_model, model: another}"],
@@ -130,6 +132,8 @@ CHOICES = (
     "model.quantization",
     "model.backend",
     "adapter.init",
+    "engine.kind",
+    "engine.offload",
 )
 
 
@@ -158,7 +162,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def everything(config: Config) -> dict[str, Any]:
-    return {**training_arguments(config), **lora_arguments(config)}
+    return {**training_arguments(config), **(lora_arguments(config.adapter) if config.adapter else {})}
 
 
 def override_for(key: str) -> list[str]:
@@ -310,7 +314,7 @@ def test_dropout_needs_permission() -> None:
     assert "adapter: dropout is 0.05" in mistakes(changed("adapter", "dropout", 0.05))
     allowed = check_config(changed("adapter", {"r": 8, "alpha": 16, "dropout": 0.05, "allow_dropout": True}))
     assert training_arguments(allowed)["allow_dropout"] is True
-    assert lora_arguments(allowed)["lora_dropout"] == 0.05
+    assert lora_arguments(allowed.adapter)["lora_dropout"] == 0.05
 
 
 @pytest.mark.row("64")

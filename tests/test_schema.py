@@ -89,5 +89,5 @@ def test_sources_take_the_keys_of_their_section_unless_they_have_their_own() -> 
 def test_a_missing_reference_is_told_beside_the_other_mistakes_with_an_example() -> None:
     told = mistakes({"name": "run", "objective": {"name": "focalpo", "beta": 0.1}})
     assert "reference: missing; it has no default (for example reference: {kind: disabled_adapter})" in told
-    for section in ("model", "adapter", "data", "training"):
+    for section in ("model", "data", "training"):
         assert f"{section}: missing" in told
