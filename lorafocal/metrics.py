@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorafocal.evaluations import EvaluatedPair
-from lorafocal.objectives import Objective, PairLogps, PairLosses
-from lorafocal.objectives.focal import focal_ratio_to_dpo, focal_weight, turning_point
+from lorafocal.objectives import Objective
+from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores, dpo_weight
 from lorafocal.tensor_files import check_keys
 
 CHOSEN_KEYS = ("loss", "logps/chosen")
@@ -30,20 +30,27 @@ REFERENCE_KEYS = (
     "logps/reference_chosen",
     "logps/reference_rejected",
     "focal/chosen_fell_share",  # pairs whose chosen answer is less likely than under the reference
-    "focal/weight_mean",  # mean of -dL/dmargin
-    "focal/ratio_to_dpo",  # mean of that weight over DPO's, pair by pair
-    "focal/turned_share",  # pairs below the turning point, where a step lowers the margin
 )
+MARGIN_KEYS = (
+    "focal/weight_mean",  # mean of -dL/dmargin
+    "focal/ratio_to_dpo",  # mean of that weight over DPO's at the same margin, pair by pair
+    "focal/turned_share",  # pairs past a turning point, where a step lowers the margin
+)
+_LIMIT = 500.0  # from this margin on every ratio to DPO has reached its limit, and soon both weights would be 0
 
 
 def metric_keys(objective: Objective) -> tuple[str, ...]:
     """What is logged under `objective`: nothing is made up for answers or a reference that it does not look at."""
     entry = objective.entry
-    return CHOSEN_KEYS + PAIR_KEYS * entry.rejected + REFERENCE_KEYS * entry.reference
+    return CHOSEN_KEYS + PAIR_KEYS * entry.rejected + REFERENCE_KEYS * entry.reference + MARGIN_KEYS * entry.of_margin
 
 
 def pair_values(
-    objective: Objective, losses: PairLosses, policy: PairLogps, reference: PairLogps | None = None
+    objective: Objective,
+    losses: PairLosses,
+    policy: PairLogps,
+    reference: PairLogps | None = None,
+    scores: PairScores | None = None,
 ) -> Tensor:
     """The metrics of each pair, (B, len(metric_keys(objective))), float64."""
     columns = [losses.losses, policy.chosen]
@@ -51,15 +58,11 @@ def pair_values(
         margin = losses.margins
         columns += [policy.rejected, losses.chosen_rewards, losses.rejected_rewards, margin, margin > 0, margin == 0]
     if reference is not None:
-        margin, gamma = losses.margins, objective.gamma
-        columns += [
-            reference.chosen,
-            reference.rejected,
-            policy.chosen < reference.chosen,
-            focal_weight(margin, gamma=gamma),
-            focal_ratio_to_dpo(margin, gamma=gamma),
-            margin < turning_point(gamma),
-        ]
+        columns += [reference.chosen, reference.rejected, policy.chosen < reference.chosen]
+    if objective.entry.of_margin:
+        margin = losses.margins.detach().double().clamp(max=_LIMIT)
+        weight = objective.weights(margin, scores)
+        columns += [weight, weight / dpo_weight(margin), weight < 0]
     return torch.stack([column.detach().double() for column in columns], dim=1)
 
 
@@ -94,7 +97,7 @@ class PairMetrics:
         """The sums in the order of `keys`, then the count."""
         sums = torch.zeros(len(self.keys), dtype=torch.float64) if self._sums is None else self._sums
         totals = torch.cat((sums.to(device), torch.tensor([self.num_pairs], dtype=torch.float64, device=device)))
-        return _summed_over_ranks(totals).tolist()
+        return summed_over_ranks(totals).tolist()
 
     def load(self, state: dict[str, float]) -> None:
         """Take up the sums that `state` wrote: on one rank only, because they are those of all.
@@ -118,11 +121,11 @@ class PairTable:
 
     def rows(self, ids: Sequence[str]) -> list[EvaluatedPair]:
         """All pairs in the order of the data set, whose ids are given; every rank must call."""
-        table = _summed_over_ranks(self._values.clone()).tolist()
+        table = summed_over_ranks(self._values.clone()).tolist()
         return [EvaluatedPair(name, *values) for name, values in zip(ids, table, strict=True)]
 
 
-def _summed_over_ranks(values: Tensor) -> Tensor:
+def summed_over_ranks(values: Tensor) -> Tensor:
     """`values`, summed in place over all ranks."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)

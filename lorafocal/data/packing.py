@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.pairwise import PairLogps, PairScores
 from lorafocal.ops.attention import PairSpan, Segments
 
 
@@ -38,7 +38,8 @@ class CompletionIndex:
 class Pack:
     """One forward pass: whole pairs, with their index. Packed rows carry `segments`, padded ones a mask.
 
-    `reference` are the looked-up log-probs of its pairs, (B,) each, in nats and float64 as they were read.
+    `reference` are the looked-up log-probs of its pairs, (B,) each, in nats and float64 as they were read; `scores`
+    a judge's, float64.
     """
 
     input_ids: Tensor  # (1, T) packed, (2B, T) padded
@@ -48,6 +49,7 @@ class Pack:
     segments: Segments | None = None
     attention_mask: Tensor | None = None
     reference: PairLogps | None = None
+    scores: PairScores | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -73,6 +75,7 @@ class Pack:
             segments=self.segments and self.segments.to(device, non_blocking=non_blocking),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
             reference=self.reference and PairLogps(*map(move, self.reference)),
+            scores=self.scores and PairScores(*map(move, self.scores)),
         )
 
 
@@ -167,6 +170,14 @@ def looked_up(pairs: Sequence[TokenizedPair]) -> PairLogps | None:
     return PairLogps(*torch.tensor(known, dtype=torch.float64).unbind(1))
 
 
+def scores_of(pairs: Sequence[TokenizedPair]) -> PairScores | None:
+    """A judge's scores of B pairs, (B,) each; None unless every pair has both."""
+    known = [(pair.score_chosen, pair.score_rejected) for pair in pairs]
+    if not known or any(score is None for both in known for score in both):
+        return None
+    return PairScores(*torch.tensor(known, dtype=torch.float64).unbind(1))
+
+
 def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionIndex:
     labels = [token for pair in pairs for token in pair.chosen_ids]
     labels += [token for pair in pairs for token in pair.rejected_ids]
@@ -257,7 +268,7 @@ class PairCollator:
             pack = pad_sequences(pairs, pad_token_id=self.pad_token_id)
         else:
             pack = fill_up(share_prefixes(pairs), self.bucket)
-        return replace(pack, reference=looked_up(pairs))
+        return replace(pack, reference=looked_up(pairs), scores=scores_of(pairs))
 
 
 def _padded_bins(lengths: Sequence[int], budget: int, *, rows: int) -> list[list[int]]:

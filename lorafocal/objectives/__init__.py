@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
@@ -17,21 +16,19 @@ from lorafocal import bounds
 from lorafocal.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorafocal.objectives.focal import focalpo
+    from lorafocal.objectives.objective import Objective, build_objective, mean_loss
     from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores, dpo
-    from lorafocal.objectives.sft import sft
 
 __all__ = [
     "OBJECTIVES", "PARAMETERS", "Entry", "Objective", "PairLogps", "PairLosses", "PairScores", "Parameter",
-    "build_objective", "dpo", "entry_of", "focalpo", "mean_loss", "python_name", "sft",
+    "build_objective", "dpo", "entry_of", "focalpo", "mean_loss", "python_name",
 ]  # fmt: skip
 
 _HOME = {
+    **dict.fromkeys(("Objective", "build_objective", "mean_loss"), "objective"),
     **dict.fromkeys(("PairLogps", "PairLosses", "PairScores", "dpo"), "pairwise"),
     "focalpo": "focal",
-    "sft": "sft",
 }
 
 
@@ -66,6 +63,7 @@ class Entry:
     parameters: Mapping[str, Parameter]
     reference: bool = True  # log-probs of a reference policy
     rejected: bool = True  # log-probs of the rejected answers, and so rewards or margins
+    of_margin: bool = True  # a pair's loss depends on its margin alone, and on its scores
     lengths: bool = False  # completion tokens of each sequence, (2B,)
     scores: bool = False  # a judge's scores of each pair's answers, `PairScores`
     statistics: str | None = None
@@ -95,12 +93,14 @@ OBJECTIVES: dict[str, Entry] = {
             "desirable_weight": Parameter(1.0, bounds.check_desirable_weight, "weight of chosen answers"),
             "undesirable_weight": Parameter(1.0, bounds.check_undesirable_weight, "weight of rejected answers"),
         },
+        of_margin=False,
         statistics="kto.logratio_sums",
     ),
     "orpo": Entry(
         "orpo.orpo",
         {"lambda": Parameter(0.1, bounds.check_lambda, "weight of the odds ratio beside the likelihood")},
         reference=False,
+        of_margin=False,
         lengths=True,
     ),
     "simpo": Entry(
@@ -112,7 +112,7 @@ OBJECTIVES: dict[str, Entry] = {
         reference=False,
         lengths=True,
     ),
-    "sft": Entry("sft.sft", {}, reference=False, rejected=False, lengths=True),
+    "sft": Entry("sft.sft", {}, reference=False, rejected=False, of_margin=False, lengths=True),
 }
 
 
@@ -138,67 +138,8 @@ def python_name(parameter: str) -> str:
     return f"{parameter}_" if iskeyword(parameter) else parameter
 
 
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """A chosen objective with its parameters bound."""
-
-    name: str
-    entry: Entry
-    parameters: Mapping[str, float]
-    loss: Callable[..., PairLosses]
-    statistics: Callable[[PairLogps, PairLogps], Tensor] | None
-
-    def __call__(
-        self,
-        policy: PairLogps,
-        reference: PairLogps | None = None,
-        lengths: Tensor | None = None,
-        *,
-        scores: PairScores | None = None,
-        statistics: Tensor | None = None,
-    ) -> PairLosses:
-        """Per-pair losses and rewards; what the objective does not need may be left out.
-
-        `lengths` (2B,) are completion tokens, chosen first; `statistics` (K,) means over all pairs of the step.
-        """
-        given = {"reference": reference, "lengths": lengths, "scores": scores, "statistics": statistics}
-        return self.loss(policy, **{name: value for name, value in given.items() if getattr(self.entry, name)})
-
-    @property
-    def gamma(self) -> float:
-        """FocalPO's exponent; 0 for an objective without one, whose weights are DPO's."""
-        return self.parameters.get("gamma", 0.0)
-
-
 def entry_of(name: str) -> Entry:
     """What the registry says of `name`. Raises InputError for an unknown one."""
     if name not in OBJECTIVES:
         raise InputError(f"objective: {name!r} is not known; choose one of {', '.join(sorted(OBJECTIVES))}")
     return OBJECTIVES[name]
-
-
-def build_objective(name: str, **parameters: float | None) -> Objective:
-    """The objective `name` with its parameters checked; None is its default, and what it has not is left aside.
-
-    Parameters go by their names in a config or in Python. Raises InputError for an unknown name, and for a value that
-    cannot train, such as beta <= 0 or a gamma that learns backwards from the first step.
-    """
-    entry = entry_of(name)
-    values = {}
-    for key, parameter in entry.parameters.items():
-        given = parameters.get(key, parameters.get(python_name(key)))
-        values[key] = parameter.default if given is None else given
-        parameter.check(values[key])
-    bound = partial(_function(entry.loss), **{python_name(key): value for key, value in values.items()})
-    return Objective(name, entry, values, bound, entry.statistics and _function(entry.statistics))
-
-
-def _function(place: str) -> Callable[..., Any]:
-    """`file.function` of this room."""
-    file, _, function = place.partition(".")
-    return getattr(import_module(f"{__name__}.{file}"), function)
-
-
-def mean_loss(losses: Tensor, num_pairs: int) -> Tensor:
-    """Sum over a pack's pairs divided by the pairs of the whole optimiser step (never a mean of means)."""
-    return losses.sum() / num_pairs
