@@ -61,7 +61,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for _, own in stack:
         values = _over(values, own)
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     below = [str(file) for file, _ in stack[:-1]]
     source = f"{path} (extends {', '.join(below)})" if below else str(path)
     return check_config(values, source=f"{source} with {' '.join(overrides)}" if overrides else source)
@@ -214,7 +214,7 @@ def lora_arguments(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in nested values; the value is read as YAML, so 1e-5 is a number."""
     key, separator, text = override.partition("=")
     path = key.strip().split(".")

@@ -1,4 +1,4 @@
-"""The manifest of a run: what went in, what was put together of it, and on which machine.
+"""The manifest of a run: what went in, what was put together of it, on which machine, and what its recipe says else.
 
 `run.py` writes it before the first step; `resume`, `provenance`, model cards and reports read it.
 """
@@ -7,38 +7,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lorafocal import launch
-from lorafocal.config import Config
+from lorafocal import launch, recipes
+from lorafocal.config import Config, layers, load_config
 from lorafocal.data.prepare import Part
 from lorafocal.model.adapters import features
 from lorafocal.model.load import base_fingerprint
 from lorafocal.model.quantized import LoadedBase
+from lorafocal.model.saved import WEIGHTS_FILE
+from lorafocal.publish import sha256
 from lorafocal.resume import MAY_CHANGE
 from lorafocal.trainer import FocalPOTrainer
 
-LIBRARIES = ("lorafocal", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers")
+LIBRARIES = (
+    "lorafocal", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "safetensors",
+    "tokenizers", "datasets", "triton",
+)  # fmt: skip
+EXACT = "exact"  # a run that does nothing otherwise than its recipe
+NO_DEVIATION = frozenset({"name", "recipe", "reference.store", "model.revision", "data.revision", *MAY_CHANGE})
+"""Keys that a run may set as it likes and still repeat its recipe: labels, places, pins, and what cannot reach the
+weights but for their last bits."""
 
 
 def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Part]) -> dict[str, Any]:
     """What goes into a run, without any path of this machine but those the config states."""
-    reference = config.reference
+    reference, start = config.reference, config.adapter and config.adapter.start_from
+    pairs, processes = config.training.pairs_per_step, launch.world_size()
     return {
         "format": 1,
         "config": config.model_dump(mode="json"),
         "config_sha256": config.sha(),
+        "recipe": against_recipe(config),
         "base": base_fingerprint(config.model.name, revision=config.model.revision),
         "reference_model": base_fingerprint(reference.model, revision=reference.revision)
         if reference is not None and reference.model is not None
         else None,
+        "start_from": {"sha256": sha256(Path(start) / WEIGHTS_FILE)} if start is not None else None,
         "chat_template_sha256": _sha256(tokenizer.chat_template or ""),
         "data": {name: _part(part) for name, part in data.items()},
         "seeds": {"adapter": config.training.seed, "order": config.training.data_seed},
@@ -46,21 +62,48 @@ def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mappin
             "python": platform.python_version(),
             **{name: _version(name) for name in dict.fromkeys((*LIBRARIES, config.model.backend))},
         },
-        "processes": launch.world_size(),
+        "effective_batch": {"pairs": pairs, "pairs_per_process": math.ceil(pairs / processes)},
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+        "machine": {"gpus": torch.cuda.device_count(), "cuda": torch.version.cuda, "cpu_cores": os.cpu_count()},
         "may_change_on_resume": MAY_CHANGE,
     }
 
 
+def against_recipe(config: Config) -> dict[str, Any] | None:
+    """The recipe that `config` names, and what the run does otherwise: `exact`, or a list; None where it names none.
+
+    Of each deviation: the key, the recipe's value, this run's, and where the recipe's is from. Weights and rows are
+    not compared here: their digests stand beside.
+    """
+    if config.recipe is None:
+        return None
+    path = recipes.path_of(config.recipe)
+    recipe, known = load_config(path), recipes.marks([file for file, _ in layers(path)])
+    found = [
+        {
+            "key": other.key,
+            "recipe": other.first,
+            "here": other.second,
+            "mark": str(mark) if (mark := recipes.mark_of(other.key, known)) else None,
+        }
+        for other in recipes.differences(
+            recipe.model_dump(mode="json"), config.model_dump(mode="json"), ignoring=NO_DEVIATION
+        )
+    ]
+    return {"name": config.recipe, "sha256": recipe.sha(), "deviations": found or EXACT}
+
+
 def assembled(trainer: FocalPOTrainer, loaded: LoadedBase) -> dict[str, Any]:
-    """The sections on what was put together: base, adapter, layout, kernels and what `auto` became."""
+    """The sections on what was put together: base, what is trained, engine, layout, kernels and what `auto` became."""
     sections = {
         "loaded": loaded.as_dict(),
         "layout": asdict(trainer.layout),
         "kernels": trainer.kernels,
         "settled": {"tokens_per_pack": trainer.budget.tokens, "recompute": trainer.budget.tier},
-        "adapter": _adapter(trainer),
+        "engine": {"kind": trainer.engine.word, "offload": trainer.args.offload},
+        _made(trainer): _trained(trainer),
     }
     if trainer.stored is not None and trainer.stored.checked is not None:
         context, checked = trainer.stored.store.context, trainer.stored.checked
@@ -70,34 +113,43 @@ def assembled(trainer: FocalPOTrainer, loaded: LoadedBase) -> dict[str, Any]:
 
 def assembled_lines(trainer: FocalPOTrainer, loaded: LoadedBase) -> Iterator[str]:
     """`assembled` for a person, a line each."""
-    adapter = _adapter(trainer)
     yield str(loaded)
-    yield (
-        f"adapter: {', '.join(adapter['kind'])} of rank {adapter['rank']}; {adapter['trainable_parameters']:,}"
-        f" parameters on {', '.join(adapter['targets'])}"
-    )
+    trained = _trained(trainer)
+    if "rank" in trained:
+        yield (
+            f"adapter: {', '.join(trained['kind'])} of rank {trained['rank']}; {trained['trainable_parameters']:,}"
+            f" parameters on {', '.join(trained['targets'])}"
+        )
+    else:
+        yield f"all {trained['trainable_parameters']:,} parameters are trained, by {trainer.engine.word}"
     for what, choice in trainer.kernels.items():
         yield f"{what}: {choice}"
 
 
-def _adapter(trainer: FocalPOTrainer) -> dict[str, Any]:
-    lora = trainer.model.peft_config["default"]
-    return {
-        "kind": sorted(features(lora)),
-        "rank": lora.r,
-        "targets": sorted(lora.target_modules),
-        "trainable_parameters": sum(p.numel() for p in trainer.trained.values()),
+def _made(trainer: FocalPOTrainer) -> str:
+    """What the run leaves: an adapter, or a model."""
+    return "adapter" if isinstance(trainer.model, PeftModel) else "model"
+
+
+def _trained(trainer: FocalPOTrainer) -> dict[str, Any]:
+    sizes = {
+        "trainable_parameters": sum(parameter.numel() for parameter in trainer.trained.values()),
         "trainable_tensors": sorted(trainer.trained),
     }
+    if not isinstance(trainer.model, PeftModel):
+        return sizes
+    lora = trainer.model.peft_config["default"]
+    return {"kind": sorted(features(lora)), "rank": lora.r, "targets": sorted(lora.target_modules), **sizes}
 
 
 def _part(part: Part) -> dict[str, Any]:
-    """Where pairs came from, how many were left out, and the hash of their tokens."""
+    """Where pairs came from, how many were left out, and the digests of their tokens and scores."""
     return {
         "sources": [asdict(source) for source in part.sources],
         "pairs": len(part.tokens.pairs),
         "left_out": {drop.reason: drop.count for drop in part.drops},
         "tokens_sha256": _sha256([[p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in part.tokens.pairs]),
+        "scores_sha256": _sha256([[p.score_chosen, p.score_rejected] for p in part.tokens.pairs]),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,9 +68,17 @@ class RunSummary:
         return "\n".join(lines)
 
 
-def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir: Path = Path("runs")) -> RunSummary:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    runs_dir: Path = Path("runs"),
+    inspect: Callable[[Mapping[str, Any]], Iterable[str]] = lambda manifest: (),
+) -> RunSummary:
     """Train as `config` says into `runs_dir`/<name>, or go on with that run.
 
+    `inspect` is given the manifest of what goes in, before a model is loaded: it raises, or returns notes to be said.
     Raises InputError before anything is written where the input is wrong, the folder is taken, or what is resumed
     would give another result; UnhealthyRun where numbers stop being finite. Under a launcher all processes call it
     alike; rank 0 alone writes and speaks.
@@ -86,9 +94,8 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False, runs_dir
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer, data = _tokenized(config, say)
     manifest = manifest_of(config, tokenizer, data)
-    if resume:
-        for note in check_resumable(began, manifest):
-            say(f"note: {note}")
+    for note in (*(check_resumable(began, manifest) if resume else ()), *inspect(manifest)):
+        say(f"note: {note}")
     base = _load(config.model.name, config.model.revision, config)
     loaded = describe(base)
     with nothing_left_of(folder):

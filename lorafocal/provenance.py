@@ -1,0 +1,152 @@
+"""A run once more, from its manifest: the same config on the same inputs, refused by name where these are others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafocal import launch
+from lorafocal.config import Config, apply_override, check_config
+from lorafocal.errors import InputError
+from lorafocal.publish import sha256
+from lorafocal.resume import MAY_CHANGE, changes
+from lorafocal.run import CONFIG_FILE, RunSummary, train
+
+PLACES = (
+    "model.name", "model.revision", "reference.model", "reference.revision", "reference.store", "data.train",
+    "data.eval", "data.revision", "adapter.start_from",
+)  # fmt: skip
+"""Keys that say where an input lies: it may lie elsewhere, for its digest is compared."""
+
+AUTO = {"packing.tokens": "tokens_per_pack", "training.activation_checkpointing": "recompute"}
+"""What a config may leave open, and the manifest's word for what it became: the last bits depend on it."""
+
+INPUTS: Mapping[tuple[str, ...], str] = {
+    ("base", "sha256"): "the base model's weights: model.name=FOLDER or model.revision=COMMIT names those of then",
+    ("reference_model", "sha256"): "the reference model's weights: reference.model=FOLDER names those of then",
+    ("start_from", "sha256"): "the adapter that training starts from: adapter.start_from=FOLDER names that of then",
+    ("chat_template_sha256",): "the tokenizer's chat template: model.name=FOLDER names a base that brings that of then",
+    ("data", "train", "tokens_sha256"): "the training pairs: data.train=FILE names those of then",
+    ("data", "train", "scores_sha256"): "the scores of the training pairs: data.train=FILE names those of then",
+    ("data", "eval", "tokens_sha256"): "the held-out pairs: data.eval=FILE names those of then",
+    ("data", "eval", "scores_sha256"): "the scores of the held-out pairs: data.eval=FILE names those of then",
+}
+"""Digests that must be equal, each with what it is of and the way out."""
+
+NOTED = ("versions", "processes", "threads", "hardware", "machine")
+AGAIN = "-again"
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """A run that was done again, and whether it gave the weights of the first."""
+
+    summary: RunSummary
+    first: str  # the first run's name
+    same: bool | None  # bit for bit; None where the first run's weights do not lie beside its manifest
+
+    def __str__(self) -> str:
+        if self.summary.interrupted_by is not None or self.same is None:
+            return str(self.summary)
+        found = "bit for bit those" if self.same else "not bit for bit those"
+        return f"{self.summary}\nits weights are {found} of {self.first}"
+
+
+def reproduce(
+    manifest: Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    runs_dir: Path = Path("runs"),
+) -> Reproduction:
+    """Train again what `manifest` (a run's manifest.json) says, into `runs_dir`/<its name>-again.
+
+    `overrides` may say where inputs lie by now, another name, and what cannot reach the weights. Raises InputError,
+    before a model is loaded, where base, reference model, template, pairs or first adapter are others than they were;
+    other versions and machines are noted.
+    """
+    old = read_manifest(manifest)
+    config = config_again(old, overrides, source=str(manifest))
+    summary = train(
+        config, resume=resume, quiet=quiet, runs_dir=runs_dir, inspect=lambda new: check_same_inputs(old, new)
+    )
+    done = launch.is_main() and summary.interrupted_by is None
+    same = same_weights(manifest.parent / summary.made, summary.folder / summary.made) if done else None
+    return Reproduction(summary, str(old["config"]["name"]), same)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run. Raises InputError where `path` is none."""
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the manifest {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: --repro takes the manifest.json of a run folder") from error
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("config", "base")):
+        raise InputError(f"{path} is no run's manifest: --repro takes the manifest.json of a run folder")
+    return manifest
+
+
+def config_again(manifest: Mapping[str, Any], overrides: Sequence[str], source: str = "manifest") -> Config:
+    """The config of the manifest's run with what `auto` became then, under another name unless one is given.
+
+    Raises InputError for an override of anything that reaches the weights: that would be another run.
+    """
+    values = json.loads(json.dumps(manifest["config"]))
+    values["name"] = f"{str(values.get('name'))[: 64 - len(AGAIN)]}{AGAIN}"
+    settled = manifest.get("settled") or {}
+    for key, word in AUTO.items():
+        section, _, name = key.partition(".")
+        if values.get(section, {}).get(name) == "auto" and word in settled:
+            values[section][name] = settled[word]
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in ("name", *PLACES, *MAY_CHANGE):
+            raise InputError(
+                f"{key} would make another run than the one of {source}: --repro takes name, {', '.join(PLACES)}, and"
+                f" what cannot reach the weights; for another run, train {Path(source).parent / CONFIG_FILE} with it"
+            )
+        apply_override(values, override)
+    return check_config(values, source=source)
+
+
+def check_same_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Notes on what may change the last bits; `old` and `new` are manifests.
+
+    Raises InputError that names every input that is another than it was, each with both digests and the way out.
+    """
+    others = list(_other_inputs(old, new))
+    if others:
+        raise InputError("this is not what the run was made of:\n  " + "\n  ".join(others))
+    noted = changes({key: old.get(key) for key in NOTED}, {key: new.get(key) for key in NOTED}, ())
+    return [f"{line} (the last bits may differ from the first run)" for line in noted]
+
+
+def _other_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for path, words in INPUTS.items():
+        before, now = _at(old, path), _at(new, path)
+        if before is not _MISSING and before != now:  # an older manifest may lack one
+            yield f"{'.'.join(path)}: {_shown(before)} -> {_shown(now)}, {words}"
+
+
+def _at(manifest: Mapping[str, Any], path: Sequence[str]) -> Any:
+    value: Any = manifest
+    for key in path:
+        value = value.get(key, _MISSING) if isinstance(value, Mapping) else _MISSING
+    return value
+
+
+def _shown(digest: Any) -> str:
+    return f"{digest[:12]}..." if isinstance(digest, str) else "none"
+
+
+def same_weights(first: Path, second: Path) -> bool | None:
+    """Whether two folders hold the same safetensors files; None where `first` holds none."""
+    before, now = ({path.name: sha256(path) for path in folder.glob("*.safetensors")} for folder in (first, second))
+    return before == now if before else None
