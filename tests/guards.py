@@ -92,7 +92,7 @@ GUARDS: list[Guard] = [
     Guard("F6 12", "lorafocal.training_fields:forced_values", lambda original: lambda: {k: v for k, v in original().items() if k != "logging_nan_inf_filter"}, "tests/test_arguments.py::test_the_filter_that_hides_nan_is_off_and_cannot_be_turned_on"),
     Guard("12", "lorafocal.training_fields:_field_problem", lambda _: lambda *a: None, "tests/test_training_fields.py::test_half_precision_is_refused_with_the_reason"),
     Guard("14", "lorafocal.bounds:check_dropout", lambda _: lambda *a, **k: None, "tests/test_config.py::test_dropout_needs_permission"),
-    Guard("32", "lorafocal.schema:_training_problems", lambda _: lambda *a: (), "tests/test_config.py::test_unknown_keys_are_answered_with_the_nearest"),
+    Guard("32", "lorafocal.schema.training:_training_problems", lambda _: lambda *a: (), "tests/test_config.py::test_unknown_keys_are_answered_with_the_nearest"),
     # the reference and the adapter
     Guard("1", "lorafocal.reference:check_identity", lambda _: lambda *a: None, "tests/test_trainer.py::test_an_adapter_away_from_its_start_is_refused_with_both_remedies"),
     Guard("1 55", "lorafocal.reference:check_same_reference", lambda _: lambda *a: None, "tests/test_references_in_training.py::test_resuming_with_another_start_is_refused"),

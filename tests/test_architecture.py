@@ -28,7 +28,7 @@ FLOORS = {
     0: "errors config schema values yaml12 training_fields bounds compatibility launch metrics evaluations publish"
     " tensor_files shard_files together memory hardware recipes objectives ops",
     1: "data model lineage card store",
-    2: "policy reference probes caching",
+    2: "policy reference comparison probes caching",
     3: "arguments assembly budget callbacks engines trainer saving optimizers sampler checkpoint health interrupt"
     " resume progress manifest run",
     4: "release evaluate report rehearsal plan sweep chat provenance",
@@ -38,7 +38,8 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.spl
 
 # These answer before the heavy libraries are loaded: `lorafocal --help`, and a config's errors.
 LIGHT_FILES = (
-    "errors config schema values yaml12 training_fields bounds compatibility launch memory/__init__ hardware __init__"
+    "errors config schema/__init__ schema/sections schema/training schema/mistakes values yaml12 training_fields bounds"
+    " compatibility launch memory/__init__ hardware recipes objectives/__init__ __init__"
     " __main__ cli/__init__ cli/options cli/training cli/results"
 ).split()
 HEAVY_LIBRARIES = {
