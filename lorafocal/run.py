@@ -160,7 +160,7 @@ def _tokenized(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTo
         other, revision = config.reference.model, config.reference.revision
         check_same_tokens(tokenizer, load_tokenizer(other, revision), other)
     with launch.main_process_first():
-        data = prepare_data(config.data, tokenizer)
+        data = prepare_data(config.data, tokenizer, scored=config.objective.entry.scores)
     for name, part in data.items():
         say(f"{name}: {part}")
     for note in template_notes(data, config.data, tokenizer):

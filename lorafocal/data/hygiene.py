@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lorafocal.data.forms import Side
 from lorafocal.data.places import BadRow, OnBadRow, RowFault, leave_out, nothing_left
 from lorafocal.data.sources import Preference, Preferences
+from lorafocal.errors import InputError
 
 Key = tuple[str | tuple[str, str], ...]
 Verdict = tuple[str, str] | None  # the reason to leave a pair out, and what to say
@@ -60,6 +61,30 @@ def drop_contradictions(preferences: Preferences, *, on_bad_row: OnBadRow = "dro
         if swapped is None or key(pair.chosen) == key(pair.rejected):
             return None
         return "contradiction", f"judged the other way round in {where(swapped)}; remove the wrong one of the two"
+
+    return sift(preferences, verdict, on_bad_row)
+
+
+def drop_unranked(preferences: Preferences, *, on_bad_row: OnBadRow = "drop") -> Preferences:
+    """Without pairs whose chosen answer is not scored above the rejected one: for objectives of the score gap.
+
+    Raises InputError for a pair without scores, which cannot be told from a tie.
+    """
+
+    def verdict(pair: Preference) -> Verdict:
+        if pair.score_chosen is None or pair.score_rejected is None:
+            raise InputError(
+                f"{where(pair)}: {'score_rejected' if pair.score_rejected is None else 'score_chosen'} is missing, and"
+                " the objective weighs pairs by how far their scores lie apart; give every row both scores (columns:"
+                " names them where they are called otherwise), or choose an objective without scores"
+            )
+        if pair.score_chosen > pair.score_rejected:
+            return None
+        return (
+            "not_scored_higher",
+            f"chosen is scored {pair.score_chosen:g} and rejected {pair.score_rejected:g}, and the objective needs a"
+            " gap; remove the row",
+        )
 
     return sift(preferences, verdict, on_bad_row)
 

@@ -178,6 +178,25 @@ def scores_of(pairs: Sequence[TokenizedPair]) -> PairScores | None:
     return PairScores(*torch.tensor(known, dtype=torch.float64).unbind(1))
 
 
+def check_scores(pairs: Sequence[TokenizedPair], name: str) -> None:
+    """Refuse pairs that lack a judge's scores, or score chosen no higher: for an objective of the score gap.
+
+    `name` is what the data are called. Raises InputError naming the pair and the way out.
+    """
+    for pair in pairs:
+        chosen, rejected = pair.score_chosen, pair.score_rejected
+        if chosen is None or rejected is None:
+            raise InputError(
+                f"{name}: pair {pair.id!r} has no {'score_chosen' if chosen is None else 'score_rejected'}, and the"
+                " objective is a loss of both scores: give every row both, or choose an objective without scores"
+            )
+        if not chosen > rejected:
+            raise InputError(
+                f"{name}: pair {pair.id!r} scores chosen {chosen:g} and rejected {rejected:g}, and the objective needs"
+                " the chosen one above: remove such rows"
+            )
+
+
 def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionIndex:
     labels = [token for pair in pairs for token in pair.chosen_ids]
     labels += [token for pair in pairs for token in pair.rejected_ids]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.cache import cached_tokenization, default_folder
 from lorafocal.data.hub import check_revision, is_hub_id, read_source
-from lorafocal.data.hygiene import clean, drop_overlap
+from lorafocal.data.hygiene import clean, drop_overlap, drop_unranked
 from lorafocal.data.mixture import join, split_held_out, weigh
 from lorafocal.data.places import BadRow, OnBadRow
 from lorafocal.data.sources import Preference, Preferences
@@ -139,15 +139,17 @@ def check_sources(section: Data) -> None:
                 raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 
-def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase) -> dict[str, Part]:
+def prepare_data(
+    section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: bool = False
+) -> dict[str, Part]:
     """`train`, and `eval` where the section names held-out pairs or asks for some of the training pairs.
 
     Pairs of all sources are cleaned together; held-out pairs are taken before sources are weighted, and training pairs
-    with a held-out prompt go. Raises InputError for what cannot be read, and for any bad row where
-    `on_bad_row: error` says so.
+    with a held-out prompt go. `scored` pairs need a judge's scores, chosen above rejected. Raises InputError for what
+    cannot be read, for a pair without scores, and for any bad row where `on_bad_row: error` says so.
     """
-    train = _read(section.sources("train"), section.on_bad_row)
-    held_out = _read(section.sources("eval"), section.on_bad_row) if section.eval else None
+    train = _read(section.sources("train"), section.on_bad_row, scored=scored)
+    held_out = _read(section.sources("eval"), section.on_bad_row, scored=scored) if section.eval else None
     if section.held_out is not None:
         rest, taken = split_held_out(train.preferences, section.held_out, seed=SEED)
         train = _Rows(train.sources, rest, train.source_of, train.weights)
@@ -159,7 +161,7 @@ def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     return {name: _tokenized(section, part, tokenizer) for name, part in rows.items()}
 
 
-def _read(sources: Sequence[Source], on_bad_row: OnBadRow) -> _Rows:
+def _read(sources: Sequence[Source], on_bad_row: OnBadRow, *, scored: bool) -> _Rows:
     read = [
         read_source(
             source.path,
@@ -177,6 +179,8 @@ def _read(sources: Sequence[Source], on_bad_row: OnBadRow) -> _Rows:
         for source, one in zip(sources, read, strict=True)
     )
     preferences = clean(joined.preferences, on_bad_row=on_bad_row)
+    if scored:
+        preferences = drop_unranked(preferences, on_bad_row=on_bad_row)
     return _Rows(summaries, preferences, dict(joined.source_of), [source.weight for source in sources])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lorafocal.data.forms import FORMS, Form, Row, form_named, read_sides, recognise, refuse_columns, with_system
+from lorafocal.data.forms import FORMS, Form, Row, Side, form_named, read_sides, recognise, refuse_columns, with_system
 from lorafocal.data.messages import Messages, kind, read_text
 from lorafocal.data.places import BadRow, OnBadRow, Place, RowFault, leave_out, nothing_left, printable
 from lorafocal.data.readers import NumberedRow, read_rows
@@ -27,6 +27,8 @@ SCORES = (
     ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )
+# Several answers of a model with a score each, two of which became the pair, as in llama3-ultrafeedback-armorm.
+JUDGED = ("all_generated_responses", "all_rm_scores")
 OPTIONAL_KEYS = ("id", *SCORES[0], "system")
 FIRST_ROWS = 100  # where the columns that a config names must show up
 
@@ -186,7 +188,8 @@ def read_row(values: Any, place: Place, reading: Reading) -> tuple[Preference, s
         raise place.at("input").fault("lost_input", message)
     form = reading.form or recognise(row)
     prompt, chosen, rejected = with_system(read_sides(row, form), row)
-    preference = Preference(prompt, chosen, rejected, read_id(row), *read_scores(row), place=str(place))
+    scores = read_scores(row) if named_scores(row) else judged_scores(row, chosen, rejected)
+    preference = Preference(prompt, chosen, rejected, read_id(row), *scores, place=str(place))
     return preference, form.name
 
 
@@ -198,11 +201,32 @@ def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[st
     return others | {ours: values.get(theirs) for ours, theirs in columns.items()}
 
 
+def named_scores(row: Row) -> tuple[str, str] | None:
+    """The first pair of names of which one has a score."""
+    return next((keys for keys in SCORES if any(row.values.get(key) is not None for key in keys)), None)
+
+
 def read_scores(row: Row) -> tuple[float | None, float | None]:
-    """A judge's scores under the first pair of names of which one is there."""
-    keys = next((keys for keys in SCORES if any(row.values.get(key) is not None for key in keys)), SCORES[0])
-    chosen, rejected = (read_score(row.values.get(key), row.place.at(key)) for key in keys)
+    """A judge's scores of the two answers, under their own names."""
+    chosen, rejected = (read_score(row.values.get(key), row.place.at(key)) for key in named_scores(row) or SCORES[0])
     return chosen, rejected
+
+
+def judged_scores(row: Row, chosen: Side, rejected: Side) -> tuple[float | None, float | None]:
+    """A judge's scores from a list of all answers and one of their scores; None for an answer that is not listed.
+
+    An answer that stands there twice has its better score as chosen, its worse as rejected: that is why it was taken.
+    """
+    answers, scores = (row.values.get(key) for key in JUDGED)
+    if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
+        return None, None
+
+    def found(side: Side) -> list[float]:
+        text = (side if isinstance(side, str) else side[-1]["content"]).strip()
+        those = (score for answer, score in zip(answers, scores) if isinstance(answer, str) and answer.strip() == text)
+        return [number for score in those if (number := read_score(score, row.place.at(JUDGED[1]))) is not None]
+
+    return max(found(chosen), default=None), min(found(rejected), default=None)
 
 
 def read_score(score: Any, place: Place) -> float | None:

@@ -115,7 +115,7 @@ def check_data(config: Config) -> CheckReport:
     """Read and tokenise as `train` would, and report. Raises InputError as `train` would."""
     check_sources(config.data)
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    data = prepare_data(config.data, tokenizer)
+    data = prepare_data(config.data, tokenizer, scored=config.objective.entry.scores)
     parts = tuple(check_part(name, part, config) for name, part in data.items())
     notes = [note for part in parts for note in part_notes(part)]
     notes += template_notes(data, config.data, tokenizer)
