@@ -139,9 +139,7 @@ def check_sources(section: Data) -> None:
                 raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 
-def prepare_data(
-    section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: bool = False
-) -> dict[str, Part]:
+def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: bool = False) -> dict[str, Part]:
     """`train`, and `eval` where the section names held-out pairs or asks for some of the training pairs.
 
     Pairs of all sources are cleaned together; held-out pairs are taken before sources are weighted, and training pairs

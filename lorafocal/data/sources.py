@@ -223,7 +223,8 @@ def judged_scores(row: Row, chosen: Side, rejected: Side) -> tuple[float | None,
 
     def found(side: Side) -> list[float]:
         text = (side if isinstance(side, str) else side[-1]["content"]).strip()
-        those = (score for answer, score in zip(answers, scores) if isinstance(answer, str) and answer.strip() == text)
+        listed = zip(answers, scores, strict=True)
+        those = (score for answer, score in listed if isinstance(answer, str) and answer.strip() == text)
         return [number for score in those if (number := read_score(score, row.place.at(JUDGED[1]))) is not None]
 
     return max(found(chosen), default=None), min(found(rejected), default=None)
