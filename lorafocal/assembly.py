@@ -18,7 +18,7 @@ from lorafocal.bounds import check_dropout
 from lorafocal.budget import settle_budget
 from lorafocal.caching import SpotCheck, context_of, spot_check
 from lorafocal.compatibility import Cell, adapter_words, check
-from lorafocal.data.packing import PairCollator
+from lorafocal.data.packing import PairCollator, check_scores
 from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
 from lorafocal.errors import InputError
@@ -323,10 +323,19 @@ class StoredReference:
 
 
 def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig) -> TokenizedData:
-    """Preference rows, `Preference`s or already tokenised pairs, to pairs."""
+    """Preference rows, `Preference`s or already tokenised pairs, to pairs; with scores where the objective needs them."""
     rows = list(rows)
-    if rows and all(isinstance(row, TokenizedPair) for row in rows):
-        return TokenizedData(rows, {}, {})
+    ready = rows and all(isinstance(row, TokenizedPair) for row in rows)
+    made = TokenizedData(rows, {}, {}) if ready else _from_rows(rows, name, tokenizer, args)
+    if entry_of(args.objective).scores:
+        check_scores(made.pairs, name)
+    return made
+
+
+def _from_rows(
+    rows: list[Any], name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig
+) -> TokenizedData:
+    """Preference rows or `Preference`s to pairs; says what was dropped."""
     if tokenizer is None:
         raise InputError("processing_class is missing: give the base's tokenizer")
     preferences = (

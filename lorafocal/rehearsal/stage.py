@@ -203,6 +203,8 @@ def _data(config: Config, folder: Path) -> dict[str, Any]:
         if not sources:
             continue
         rows = toy_preferences(rows_each * len(sources), seed=1, held_out=held_out)
+        if config.objective.entry.scores:  # the rule's, with gaps that differ
+            rows = [row | {"score_chosen": 1 + n % 3, "score_rejected": 0} for n, row in enumerate(rows)]
         section[name] = []
         for place, source in enumerate(sources):
             file = folder / f"{name}-{place + 1}.jsonl"
