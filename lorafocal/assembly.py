@@ -40,6 +40,7 @@ from lorafocal.model.quantized import base_dtype, quantization_of, settle
 from lorafocal.model.starts import attaching, initialize, rewrites_base
 from lorafocal.model.stored import check_as_stored
 from lorafocal.model.trained_modules import embeddings_of
+from lorafocal.objectives import OBJECTIVES
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.ops.attention_kernels import KernelChoice, choose
 from lorafocal.ops.elementwise import load
@@ -323,11 +324,11 @@ class StoredReference:
 
 
 def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig) -> TokenizedData:
-    """Preference rows, `Preference`s or already tokenised pairs, to pairs; with scores where the objective needs them."""
+    """Preference rows, `Preference`s or already tokenised pairs, to pairs; scored where the objective needs it."""
     rows = list(rows)
     ready = rows and all(isinstance(row, TokenizedPair) for row in rows)
     made = TokenizedData(rows, {}, {}) if ready else _from_rows(rows, name, tokenizer, args)
-    if entry_of(args.objective).scores:
+    if OBJECTIVES[args.objective].scores:
         check_scores(made.pairs, name)
     return made
 
