@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from lorafocal.data.packing import Pack
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import FROZEN_COPY, AdapterSwitch
 from lorafocal.objectives.pairwise import PairLogps
-from lorafocal.policy import evaluating, sequence_logps
+from lorafocal.policy import sequence_logps
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,39 +118,6 @@ def build_reference(kind: str | None, model: nn.Module, ref_model: nn.Module | N
     if ref_model is not None:
         return SeparateModelReference(ref_model)
     return DisabledAdapterReference(model) if kind == "disabled_adapter" else FrozenCopyReference(model)
-
-
-class Comparison:
-    """Scores packs under the policy and, where `kind` names one, under the reference: what an objective compares."""
-
-    def __init__(self, kind: str | None, ref_model: nn.Module | None, *, noisy: bool) -> None:
-        """`noisy`: dropout is allowed, and it is the policy's alone: the reference never changes, in no layer."""
-        self.kind, self.ref_model, self.noisy = kind, ref_model, noisy
-        self._built: tuple[nn.Module, nn.Module | None, Reference] | None = None
-
-    def logps(self, model: nn.Module, pack: Pack) -> tuple[PairLogps, PairLogps | None]:
-        """Log-probs of a pack under the policy `model`, as it is called in training, and under the reference."""
-        if self.kind is None:
-            return sequence_logps(model, pack), None
-        with evaluating(model) if self.noisy else nullcontext():
-            reference = self._of(model).logps(pack)
-        policy = sequence_logps(model, pack)
-        return policy, PairLogps(*(side.to(policy.chosen.dtype) for side in reference))  # stored ones are wider
-
-    def _of(self, model: nn.Module) -> Reference:
-        """An engine wraps policy and reference model when training begins."""
-        if self._built is None or self._built[:2] != (model, self.ref_model):
-            self._built = model, self.ref_model, build_reference(self.kind, model, self.ref_model)
-        return self._built[2]
-
-    def check_start(
-        self, model: nn.Module, pack: Pack, policy: PairLogps, reference: PairLogps, *, tolerance: float
-    ) -> None:
-        """The identity probe, of the policy without its noise; `model` is without an engine's wrapper."""
-        if self.noisy:
-            with evaluating(model), torch.no_grad():
-                policy = sequence_logps(model, pack)
-        check_identity(policy, reference, pack.pair_ids, kind=str(self.kind), tolerance=tolerance)
 
 
 def check_ref_model(kind: str | None, ref_model: object) -> None:

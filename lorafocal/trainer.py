@@ -45,6 +45,7 @@ from lorafocal.budget import Retry
 from lorafocal.caching import CacheReport, cache_reference
 from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
 from lorafocal.checkpoint import load_state
+from lorafocal.comparison import FILLER, Comparison, StepTotals, is_filler
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import build_engine
@@ -59,15 +60,12 @@ from lorafocal.model.master import train_in_full
 from lorafocal.objectives import mean_loss
 from lorafocal.optimizers import check_given, settle
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
-from lorafocal.reference import Comparison, check_ref_model, check_same_reference
+from lorafocal.reference import check_identity, check_ref_model, check_same_reference
 from lorafocal.sampler import step_loader
 from lorafocal.saving import TrainedAdapter, find_checkpoint, progress_at, publish_adapter, write_checkpoint
 from lorafocal.tensor_files import check_keys
 
 logger = logging.getLogger(__name__)
-
-# Keeps a rank with fewer packs in step; its weight is 0.
-FILLER = TokenizedPair("\0filler", [0], [0], [0], reference=(0.0, 0.0))
 
 # transformers counts a step as one sample of batch size 1, estimates FLOPs of unpacked text, and averages the loss
 # over the steps since the last resume.
@@ -157,7 +155,7 @@ class FocalPOTrainer(Trainer):
             self.add_callback(ProgressLine())
         self.metrics = PairMetrics(metric_keys(self.objective))
         self.pairs_seen = 0
-        self.compared = Comparison(args.reference, self.ref_model, noisy=args.allow_dropout)
+        self.compared = Comparison(self.objective, args.reference, self.ref_model, noisy=args.allow_dropout)
 
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
         return self.data[name].pairs if name in self.data else None
@@ -261,37 +259,42 @@ class FocalPOTrainer(Trainer):
         if self.args.allow_dropout:
             set_seed(self.args.seed + self.state.global_step)  # so that a resumed run draws the same noise
         packs, step_pairs = self._in_step(batch)
+        step = self.compared.totals(model, packs, step_pairs)
         total = torch.zeros((), device=self.args.device)
         for number, pack in enumerate(packs):
             last = number == len(packs) - 1
             with self.engine.pack(model, last=last):
-                loss = self._pack_loss(model, pack, step_pairs)
+                loss = self._pack_loss(model, pack, step)
                 self.engine.backward(loss, last=last)
             total = total + loss.detach()  # not in place: a float64 model keeps a float64 loss
         return total * self.args.world_size, step_pairs  # transformers logs the mean over ranks
 
-    def _pack_loss(self, model: nn.Module, pack: Pack, step_pairs: int) -> Tensor:
+    def _pack_loss(self, model: nn.Module, pack: Pack, step: StepTotals) -> Tensor:
         """This pack's share of the step's mean loss."""
-        pack = pack.to(self.args.device, non_blocking=True)
-        policy, reference = self.compared.logps(model, pack)
-        losses = self.objective(policy, reference, pack.index.lengths)
-        if pack.pair_ids == (FILLER.id,):
+        losses, policy, reference = self.compared(model, pack, step)
+        probed = reference is not None and self.state.global_step == 0 and self.args.identity_probe
+        start = self.compared.without_noise(model, pack, policy) if probed else policy
+        if is_filler(pack):
             return losses.losses.sum() * 0.0
         self.health.see_pack(losses.losses, pack.pair_ids, self.state.global_step)
-        if reference is not None and self.state.global_step == 0 and self.args.identity_probe:
+        if probed and reference is not None:
             noise = 0.0 if self.stored is None else self.stored.noise
-            self.compared.check_start(self.model, pack, policy, reference, tolerance=noise)
-        self.metrics.add(pair_values(self.objective, losses, policy, reference))
-        return mean_loss(losses.losses, step_pairs)
+            check_identity(start, reference, pack.pair_ids, kind=str(self.args.reference), tolerance=noise)
+        self.metrics.add(pair_values(self.objective, losses, policy, reference, pack.scores))
+        return mean_loss(losses.losses, step.pairs)
 
     def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
         """Packs of this rank, filled up to the longest rank's, and the pairs of the step over all ranks."""
         if self.args.world_size == 1:
-            return batch.packs, batch.num_pairs
+            return self._moved(batch.packs), batch.num_pairs
         counts = torch.tensor([[batch.num_pairs, len(batch.packs)]], device=self.args.device)
         gathered = self.accelerator.gather(counts)
         missing = int(gathered[:, 1].max()) - len(batch.packs)
-        return batch.packs + self.data_collator([FILLER]).packs * missing, int(gathered[:, 0].sum())
+        packs = batch.packs + self.data_collator([FILLER]).packs * missing
+        return self._moved(packs), int(gathered[:, 0].sum())
+
+    def _moved(self, packs: Sequence[Pack]) -> tuple[Pack, ...]:
+        return tuple(pack.to(self.args.device, non_blocking=True) for pack in packs)
 
     # ---- evaluation and logging -------------------------------------------------------------------------------
 
@@ -312,13 +315,13 @@ class FocalPOTrainer(Trainer):
 
         def seen(batch: StepBatch) -> PairMetrics:
             sums = copy(metrics)
-            for pack in self._in_step(batch)[0]:
-                pack = pack.to(self.args.device, non_blocking=True)
-                policy, reference = self.compared.logps(model, pack)
-                if pack.pair_ids == (FILLER.id,):
+            packs, num_pairs = self._in_step(batch)
+            step = self.compared.totals(model, packs, num_pairs)
+            for pack in packs:
+                losses, policy, reference = self.compared(model, pack, step)
+                if is_filler(pack):
                     continue
-                losses = self.objective(policy, reference, pack.index.lengths)
-                sums.add(pair_values(self.objective, losses, policy, reference))
+                sums.add(pair_values(self.objective, losses, policy, reference, pack.scores))
                 if reference is not None:
                     table.add([int(place) for place in pack.pair_ids], policy, reference)
             return sums

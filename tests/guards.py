@@ -117,7 +117,7 @@ GUARDS: list[Guard] = [
     Guard("45", "lorafocal.model.trained_modules:is_tied", lambda _: lambda model: False, "tests/model/test_variants.py::test_a_part_of_tied_embeddings_is_refused_with_the_way_out"),
     Guard("46", "lorafocal.model.trained_modules:resolve_tokens", lambda _: lambda model, tokens: tokens, "tests/model/test_variants.py::test_a_token_that_the_base_has_no_row_for_is_refused"),
     Guard("14", "lorafocal.model.adapters:switch_dropout_off", lambda _: lambda model: 0, "tests/test_trainer.py::test_dropout_is_switched_off_everywhere"),
-    Guard("39", "lorafocal.health:HealthCheck.on_pre_optimizer_step", lambda _: lambda *a, **k: None, "tests/test_trainer.py::test_missing_gradients_stop_the_first_step"),
+    Guard("39", "lorafocal.health:HealthCheck.check_gradients", lambda _: lambda *a, **k: None, "tests/test_trainer.py::test_missing_gradients_stop_the_first_step"),
     # numbers
     Guard("11", "lorafocal.objectives.focal:focal_loss", lambda _: careless.naive_focal_loss, "tests/objectives/test_focal.py::test_value_and_gradient_stay_finite_and_accurate_at_extreme_margins"),
     Guard("11", "lorafocal.objectives.pairwise:widen", lambda _: lambda logps: logps, "tests/objectives/test_focal.py::test_the_objective_computes_in_fp32_whatever_the_dtype_of_the_log_probs"),

@@ -120,7 +120,7 @@ class Watched(FocalPOTrainer):
         super().__init__(*args, **kwargs)
         self.scored: dict[str, Tensor] = {}  # id -> (2, 2)
         self.packs: list[tuple[str, ...]] = []
-        self.objective = replace(self.objective, loss=self._note(self.objective.loss))
+        self.compared.objective = replace(self.objective, loss=self._note(self.objective.loss))
 
     def _note(self, loss: Callable[[PairLogps, PairLogps], PairLosses]) -> Callable[..., PairLosses]:
         def noted(policy: PairLogps, reference: PairLogps) -> PairLosses:

@@ -83,7 +83,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path, folder, init):
     resumed = run_of(tmp_path / "cut", folder, init)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
-    assert resumed.adapter.keys() == whole.adapter.keys()
+    assert resumed.trained.keys() == whole.trained.keys()
     ours, theirs = (trained.model.state_dict() for trained in (whole, resumed))  # what is left of the base too
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -109,7 +109,7 @@ def test_a_trained_adapter_loads_with_plain_peft_on_the_original_base(tmp_path, 
         again = PeftModel.from_pretrained(load_base(str(folder), dtype="float32"), saved)
         torch.testing.assert_close(logps(again), logps(trained.model), atol=1e-5, rtol=1e-6)
         assert not [key for key in load_file(saved / "adapter_model.safetensors") if "reference" in key]
-    assert set(load_file(tmp_path / "checkpoint-4" / "parameters.safetensors")) == set(trained.adapter)
+    assert set(load_file(tmp_path / "checkpoint-4" / "parameters.safetensors")) == set(trained.trained)
     lineage = trained.lineage()
     assert lineage is not None
     assert lineage.parents == ()  # a start that is not zero is no earlier training
@@ -144,7 +144,7 @@ def test_a_base_that_is_prepared_already_can_start_by_eva(tmp_path):
     trained.train()
     again = trainer(tmp_path / "two", DATA, model=trained.model.unload(), peft_config=config_of("eva"), max_steps=1)
     fresh = trainer(tmp_path / "three", DATA, peft_config=config_of("eva"), max_steps=1)
-    assert all(torch.equal(p, again.adapter[name]) for name, p in fresh.adapter.items())
+    assert all(torch.equal(p, again.trained[name]) for name, p in fresh.trained.items())
 
 
 @pytest.mark.filterwarnings("error:.*(EVA config|post-training conversion|low_cpu_mem)")

@@ -7,10 +7,13 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lorafocal.errors import InputError
 from lorafocal.model.master import hold_alike, hold_masters
 from lorafocal.optimizers import states_of_bitsandbytes
 
@@ -39,17 +42,16 @@ class Whole:
         return hold_alike(model, self._policy)
 
     def ready(self, trainer: FocalPOTrainer) -> None:
-        self._accelerator = trainer.accelerator
         self.optimizer: Optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
     @contextmanager
     def pack(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        self._accelerator.gradient_state._set_sync_gradients(last)
-        with nullcontext() if last else self._accelerator.no_sync(model):
+        GradientState()._set_sync_gradients(last)
+        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             yield
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._accelerator.backward(loss * self._world)  # DDP averages over ranks
+        (loss * self._world).backward()  # DDP averages over ranks
 
     def ungraded(self, parameters: Mapping[str, Parameter]) -> list[str]:
         return [name for name, parameter in parameters.items() if parameter.grad is None]
@@ -101,6 +103,9 @@ class Whole:
 
     def groups(self, parameters: Mapping[str, Parameter]) -> list[tuple[list[str], dict[str, Any]]]:
         names = {id(parameter): name for name, parameter in parameters.items()}
+        for index, group in enumerate(self.optimizer.param_groups):
+            if unknown := [tuple(p.shape) for p in group["params"] if id(p) not in names]:
+                raise InputError(f"optimizer group {index} holds parameters not among the trainable: {unknown}")
         return [([names[id(p)] for p in group["params"]], group) for group in self.optimizer.param_groups]
 
 

@@ -18,9 +18,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import TrainerCallback
 
 from lorafocal import launch
+from lorafocal.comparison import FILLER
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.trainer import FILLER, FocalPOTrainer
+from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import pairs, tiny_policy, trainer
 
 PAIRS, PAIRS_PER_STEP, EPOCHS, HELD_OUT = 17, 8, 2, 7  # the last step of an epoch has one pair: a rank has none

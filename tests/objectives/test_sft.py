@@ -122,4 +122,4 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path):
     whole.train()
     resumed = trainer(tmp_path, pairs(16), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert all(torch.equal(p, whole.adapter[name]) for name, p in resumed.adapter.items())
+    assert all(torch.equal(p, whole.trained[name]) for name, p in resumed.trained.items())
