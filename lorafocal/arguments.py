@@ -162,13 +162,15 @@ class FocalPOConfig(_Parameters):
         if refusal := offload_refusal(self.engine, self.offload):
             raise InputError(f"offload: {refusal}")
         if self.engine.startswith("zero"):
-            from lorafocal.engines.zero import deepspeed_config
+            from lorafocal.engines.zero import deepspeed_config, load_whole
 
             self.deepspeed = deepspeed_config(self)
         try:
             super().__post_init__()
         except ValueError as error:  # what this machine or these values cannot do, in transformers' words
             raise InputError(f"FocalPOConfig: {error}") from error
+        if self.deepspeed:
+            load_whole()
         self._settle_recompute()
         _ = self.device  # decides the number of GPUs, which transformers would otherwise join by DataParallel
         self._n_gpu = min(self.n_gpu, 1)

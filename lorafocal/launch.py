@@ -116,16 +116,16 @@ def settled_engine(asked: str | None) -> str:
 
     Raises InputError where they differ, and where processes that share a model were not started by a launcher.
     """
-    launched = engine()
-    if asked is None or asked == launched:
-        return launched
-    if launched not in ("one-process", "ddp"):
+    own = engine()
+    if asked is None or asked == own:
+        return own
+    if own not in ("one-process", "ddp"):
         raise InputError(
-            f"engine.kind is {asked}, but accelerate launched for {launched}: leave one of the two out, or make them"
+            f"engine.kind is {asked}, but accelerate launched for {own}: leave one of the two out, or make them"
             " the same"
         )
     if asked == "ddp":
-        return launched
+        return own
     if asked not in ENGINES:
         raise InputError(f"engine is {asked!r}; choose one of {', '.join(ENGINES[1:])}")
     if not launched():

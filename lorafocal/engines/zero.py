@@ -1,0 +1,288 @@
+"""DeepSpeed's ZeRO: optimiser states (stage 1), gradients (2) and weights (3) are split over processes.
+
+DeepSpeed keeps the fp32 masters of a bf16 model, adds up and reduces gradients in fp32, clips and steps. Its own
+checkpoints are pickles and are neither written nor read: values go in and out by parameter name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import GradientState
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import OptimizerNames
+
+from lorafocal.engines.agreement import anywhere
+from lorafocal.engines.whole import SAMPLE
+from lorafocal.engines.zero_parts import Part, link_states, own_entries, parts_of, refresh_weights, set_entries
+from lorafocal.errors import InputError
+from lorafocal.model.compiled import decoder_layers
+from lorafocal.model.master import arithmetic_of
+
+if TYPE_CHECKING:
+    from lorafocal.arguments import FocalPOConfig
+    from lorafocal.trainer import FocalPOTrainer
+
+# Entries that are reduced, or fetched ahead, at a time: 200 MB in fp32.
+BUCKET_ENTRIES = 50_000_000
+
+# Their state is one number for each entry, so that it may be split anywhere.
+_OPTIMISERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.SGD)
+
+_LAUNCHED_FOR_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # accelerate's own: set by its launcher, and by its plugin
+
+
+def deepspeed_config(args: FocalPOConfig) -> dict[str, Any]:
+    """What `TrainingArguments.deepspeed` is given; the precision is added when the model is known.
+
+    Raises InputError where DeepSpeed is not installed, and for an optimiser whose state it cannot split.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            f"engine {args.engine} is DeepSpeed's, which is not installed: pip install 'lorafocal[deepspeed]'"
+        )
+    if OptimizerNames(args.optim) not in _OPTIMISERS:
+        raise InputError(
+            f"optim is {args.optim}: {args.engine} splits the optimiser's state over processes by entries, and"
+            f" bitsandbytes keeps it in blocks. Choose {' or '.join(name.value for name in _OPTIMISERS)}"
+        )
+    _prepare_process(on_cpu=args.use_cpu or not torch.cuda.is_available())
+    zero: dict[str, Any] = {"stage": int(str(args.engine)[-1]), "reduce_bucket_size": BUCKET_ENTRIES}
+    kept = {"device": "cpu", "pin_memory": not args.use_cpu and torch.cuda.is_available()}
+    if args.offload != "none":
+        zero["offload_optimizer"] = kept
+    if zero["stage"] == 3:
+        zero["stage3_prefetch_bucket_size"] = BUCKET_ENTRIES
+        if args.offload == "all":
+            zero["offload_param"] = kept
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": float(args.max_grad_norm),
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # that one is compiled where it runs; torch's fused AdamW is not
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def _prepare_process(*, on_cpu: bool) -> None:
+    """DeepSpeed chooses its device by what is installed, and on a CPU compiles an operator that nothing here calls."""
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def load_whole() -> None:
+    """Have transformers load models whole from here on: while it knows of ZeRO-3 it splits them before they are read.
+
+    The engine splits them itself, when probes and the stored reference have seen them.
+    """
+    unset_hf_deepspeed_config()
+
+
+class Zero:
+    """The engine of the words zero1, zero2 and zero3; one training per trainer."""
+
+    def __init__(self, args: FocalPOConfig) -> None:
+        self.word = str(args.engine)
+        self._stage = int(self.word[-1])
+        self._device = args.device
+        self._world = args.world_size
+        self._on_host = args.offload == "all"
+        self._launched = os.environ.get(_LAUNCHED_FOR_DEEPSPEED)
+        self._engine: Any = None
+        self._graded: set[int] = set()
+
+    def place(self, model: nn.Module, device: torch.device) -> None:
+        load_whole()
+        _set_environment(_LAUNCHED_FOR_DEEPSPEED, self._launched)  # accelerate leaves its own there
+        if not self._on_host:
+            model.to(device)
+
+    def begin(self, trainer: FocalPOTrainer) -> None:
+        if self._engine is not None:
+            raise InputError(
+                f"under {self.word} a trainer trains once: its optimiser belongs to the engine. Build another trainer,"
+                " and let it go on from a checkpoint (`resume_from_checkpoint`)"
+            )
+        if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+            raise InputError(
+                f"`optimizers` brings an optimiser or a schedule of whole parameters, and {self.word} steps split ones:"
+                " leave it out, and name them by `optim` and `lr_scheduler_type`"
+            )
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        config |= _precision(trainer.model, trainer.trained)
+        self._config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"},
+            **_precision(trainer.model, trainer.trained),
+        }
+        if self._stage == 3:
+            self._split(trainer.model)
+
+    def _split(self, model: nn.Module) -> None:
+        """Split all weights over the processes, each on its own: no device needs room for the whole.
+
+        A decoder layer is gathered as a whole, so that whatever reads a weight in it finds that.
+        """
+        import deepspeed
+        from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+
+        for layer in decoder_layers(model):
+            set_z3_leaf_module(layer, True)
+        deepspeed.zero.Init(module=model, config_dict_or_path=self._config)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self._device)
+
+    def hold_reference(self, model: nn.Module) -> nn.Module:
+        if self._stage < 3 or hasattr(model, "module"):
+            return model
+        import deepspeed
+
+        self._split(model)
+        held: nn.Module = deepspeed.initialize(model=model, config=self._config)[0]
+        held.eval()
+        return held
+
+    def ready(self, trainer: FocalPOTrainer) -> None:
+        self._engine = trainer.model_wrapped
+        self._parts = parts_of(self._engine.optimizer)
+        self._places = {id(parameter): part for part in self._parts for parameter in part.parameters}
+        for parameter in trainer.trained.values():
+            parameter.register_post_accumulate_grad_hook(lambda graded: self._graded.add(id(graded)))
+
+    @contextmanager
+    def pack(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        GradientState()._set_sync_gradients(last)
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.backward(loss * self._world, scale_wrt_gas=False)  # DeepSpeed averages over ranks
+
+    def ungraded(self, parameters: Mapping[str, Parameter]) -> list[str]:
+        flags = torch.tensor([id(parameter) in self._graded for parameter in parameters.values()], device=self._device)
+        graded = flags.int()
+        dist.all_reduce(graded, op=dist.ReduceOp.MAX)
+        return [name for name, found in zip(parameters, graded.tolist(), strict=True) if not found]
+
+    def finite(self, parameters: Mapping[str, Parameter]) -> bool:
+        own = [gradient for part in self._parts for gradient in part.gradients()]
+        finite = not own or bool(torch.isfinite(torch.stack(torch._foreach_norm(own))).all())
+        return not anywhere(not finite, self._device)
+
+    def step(self) -> None:
+        """DeepSpeed clips, steps, and lets its gradients go."""
+        self._graded.clear()
+        self._engine.step()
+
+    def sample(self, parameter: Parameter) -> Tensor:
+        own = own_entries(parameter)
+        return own[:: 1 + own.numel() // SAMPLE].clone()
+
+    def full(self, parameter: Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).to("cpu", copy=True)
+
+    def full_gradient(self, parameter: Parameter) -> Tensor:
+        held: Any = parameter  # DeepSpeed's own function takes a gradient that is not reduced where it finds one
+        whole = held._z3_optimizer.get_fp32_grad_for_param(held) if self._stage == 3 else held.get_full_hp_grad()
+        return whole.to("cpu", copy=True)
+
+    def states(self, parameter: Parameter) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        masters = self._part_of(parameter).masters
+        found = {}
+        for key, entry in self.optimizer.state.get(masters, {}).items():
+            if isinstance(entry, Tensor):
+                of_entries = entry.shape == masters.shape
+                found[key] = (safe_get_full_optimizer_state(parameter, key) if of_entries else entry).to(
+                    "cpu", copy=True
+                )
+            else:
+                found[key] = entry
+        return found
+
+    def restore(
+        self,
+        parameters: Mapping[str, Parameter],
+        value: Callable[[str], Tensor],
+        states: Callable[[str], Mapping[str, Any]],
+    ) -> None:
+        self.optimizer.state.clear()
+        for part in self._parts:
+            name, parameter = next(item for item in parameters.items() if self._part_of(item[1]) is part)
+            if saved := states(name):
+                self.optimizer.state[part.masters] = self._made_for(part, parameter, saved)
+        link_states(self._engine.optimizer)
+        for name, parameter in parameters.items():
+            set_entries(parameter, value(name).to(self._device))
+            for key, entry in states(name).items():
+                if _is_of_entries(entry, parameter):
+                    set_entries(parameter, entry.to(self._device), key)
+        refresh_weights(self._engine.optimizer)
+
+    def _made_for(self, part: Part, parameter: Parameter, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a part as the optimiser makes it: zeros for its entries, and what counts for all of them."""
+        group = self.optimizer.param_groups[part.group]
+        # torch keeps AdamW's step counts on the CPU unless its kernel reads them on the device
+        device = part.masters.device if group.get("capturable") or group.get("fused") else torch.device("cpu")
+        made: dict[str, Any] = {}
+        for key, entry in saved.items():
+            if _is_of_entries(entry, parameter):
+                made[key] = torch.zeros_like(part.masters)
+            else:
+                made[key] = entry.to(device, copy=True) if isinstance(entry, Tensor) else entry
+        return made
+
+    def _part_of(self, parameter: Parameter) -> Part:
+        return self._places[id(parameter)]
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._engine.basic_optimizer
+
+    def groups(self, parameters: Mapping[str, Parameter]) -> list[tuple[list[str], dict[str, Any]]]:
+        return [
+            ([name for name, parameter in parameters.items() if self._part_of(parameter).group == number], group)
+            for number, group in enumerate(self.optimizer.param_groups)
+        ]
+
+
+def _is_of_entries(entry: Any, parameter: Any) -> bool:
+    """Whether a state holds a number for each entry of its parameter, and not one for all."""
+    return isinstance(entry, Tensor) and entry.shape == getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _precision(policy: nn.Module, trained: Mapping[str, Parameter]) -> dict[str, Any]:
+    """bf16 weights that are trained get masters; fp32 ones on a bf16 base (adapters) are computed with by autocast.
+
+    DeepSpeed switches any other autocast off within its forward.
+    """
+    if any(parameter.dtype == torch.bfloat16 for parameter in trained.values()):
+        return {"bf16": {"enabled": True}}
+    if arithmetic_of(policy) == torch.bfloat16:
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # reduces in fp32
+        return {"torch_autocast": autocast}
+    return {}
+
+
+def _set_environment(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
