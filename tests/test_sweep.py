@@ -305,7 +305,7 @@ def test_a_point_is_the_run_that_train_gives(finished: SweepReport, config: Path
 @pytest.mark.engine
 def test_a_run_that_fails_is_recorded_with_its_reason_and_the_others_go_on(finished: SweepReport) -> None:
     assert list(states(finished).values()) == ["finished", "finished", "failed", "failed"]
-    assert "no adapter weight moved at step 1" in finished.record.points[2].reason
+    assert "no trained weight moved at step 1" in finished.record.points[2].reason
     assert finished.choice is not None
     assert finished.choice.setting.values == {"training.learning_rate": 1e-2}
 
