@@ -6,10 +6,12 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
+from torch import nn
 from transformers.training_args import OptimizerNames
 
 from lorafocal import launch, memory
@@ -18,15 +20,16 @@ from lorafocal.data.packing import PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
-from lorafocal.model.quantized import base_dtype, quantization_of
+from lorafocal.model.master import arithmetic_of
+from lorafocal.model.quantized import quantization_of
 from lorafocal.ops.shapes import Lengths, Setup, Shape
 
 logger = logging.getLogger(__name__)
 
 CPU_TOKENS = 2048  # more are no faster there
 SMALLER = (
-    "recompute more (`training.activation_checkpointing: mlp` or `full`), quantise the base (`model.quantization`) or"
-    " lower `data.max_length`"
+    "recompute more (`training.activation_checkpointing: mlp` or `full`), hold less (`model.quantization` under an"
+    " adapter, `--engine zero3` without one) or lower `data.max_length`"
 )
 
 T = TypeVar("T")
@@ -36,17 +39,18 @@ T = TypeVar("T")
 
 
 def settle_budget(
-    policy: PeftModel,
+    policy: nn.Module,
     args: FocalPOConfig,
     device: torch.device,
     pairs: Sequence[TokenizedPair],
     *,
     fused: bool = True,
 ) -> memory.Choice:
-    """Token rows of a pack and the tier of activations for `policy`, which is on `device` by now.
+    """Token rows of a pack and the tier of activations for `policy`, which its engine has placed and not yet begun.
 
     What `args` states wins; the rest is what `memory.choose` finds for the device's free memory and the lengths of
-    `pairs`. Without CUDA, and for models that its arithmetic does not know, packs of 2048 that keep everything.
+    `pairs`. The least free memory of all ranks counts: where weights are split, one that recomputed alone would wait
+    for the others. Without CUDA, and for models that the arithmetic does not know, packs of 2048 that keep everything.
     `fused`: the MLP blocks run through the fused functions, which save less and alone have the tier "mlp".
     """
     stated = args.tokens_per_pack
@@ -64,45 +68,71 @@ def settle_budget(
     except InputError as problem:
         return memory.Choice(stated or max(CPU_TOKENS, longest), tier, str(problem))
     tiers = memory.TIERS if args.recompute == "auto" else (args.recompute,)
-    free = free_bytes(device) - memory.gradient_bytes(shape, setup, args.world_size)
-    free -= memory.optimizer_bytes(shape, setup, on_gpu=True)
+    held = memory.residents(shape, setup, args.world_size)
+    room = free_bytes(device)
+    if setup.full or setup.engine not in memory.WHOLE:  # what is here now is widened, or split, when training begins
+        copies = 2 if setup.reference == "separate_model" else 1
+        room += copies * _bytes_on(device, policy) - held.before
+    free = _least_anywhere(memory.room_for_packs(room, held), device)
     choice = memory.choose(shape, setup, free, max(longest, stated or 0), tiers)
     if not choice.fits:
         logger.warning("packs may not fit into the device's memory: %s. If they do not, %s", choice.reason, SMALLER)
     return choice if stated is None else replace(choice, tokens=stated)
 
 
-def setup_of(policy: PeftModel, args: FocalPOConfig, pairs: Sequence[TokenizedPair], *, fused: bool) -> Setup:
+def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPair], *, fused: bool) -> Setup:
     """What the arithmetic asks of a run on a GPU, read from the policy itself and the mean lengths of `pairs`."""
-    adapter = next(iter(policy.peft_config.values()))
-    dtype = str(base_dtype(policy)).removeprefix("torch.")
+    dtype = str(arithmetic_of(policy)).removeprefix("torch.")
     sides = [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     means = [sum(side) / len(sides) for side in zip(*sides, strict=True)]
-    named = not isinstance(adapter.target_modules, str)  # else by an expression, of which the most is assumed
     return Setup(
         dtype=dtype,
         quantization=quantization_of(policy),
-        r=adapter.r,
-        targets=sorted(adapter.target_modules or ()) if named else "all-linear",
-        rank_pattern=adapter.rank_pattern,
-        use_dora=adapter.use_dora,
-        dropout=adapter.lora_dropout if args.allow_dropout else 0.0,
-        modules_to_save=adapter.modules_to_save or (),
+        **(_adapter_of(policy, args) if isinstance(policy, PeftModel) else {"full": True}),
         optim=OptimizerNames(args.optim).value,
         reference=args.reference or "none",
+        engine=str(args.engine),
+        offload=args.offload,
         adapter_kernels="fused" if fused else "peft",
         attention="flash" if dtype == "bfloat16" else "sdpa",
         lengths=Lengths(*means) if means else Lengths(),
     )
 
 
+def _adapter_of(policy: PeftModel, args: FocalPOConfig) -> dict[str, Any]:
+    adapter = next(iter(policy.peft_config.values()))
+    named = not isinstance(adapter.target_modules, str)  # else by an expression, of which the most is assumed
+    return {
+        "r": adapter.r,
+        "targets": sorted(adapter.target_modules or ()) if named else "all-linear",
+        "rank_pattern": adapter.rank_pattern,
+        "use_dora": adapter.use_dora,
+        "dropout": adapter.lora_dropout if args.allow_dropout else 0.0,
+        "modules_to_save": adapter.modules_to_save or (),
+    }
+
+
+def _bytes_on(device: torch.device, model: nn.Module) -> int:
+    """What the parameters of `model` take of the device."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.device.type == device.type)
+
+
+def _least_anywhere(free: float, device: torch.device) -> float:
+    """Collective: the smallest of all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return free
+    least = torch.tensor(free, dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least)
+
+
 def free_bytes(device: torch.device) -> float:
-    """Bytes of the device that nothing holds by now, or that this process may still take, without slack."""
+    """Bytes of the device that nothing holds by now, or that this process may still take."""
     free, whole = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 and later
         free = min(free, int(torch.cuda.get_per_process_memory_fraction(device) * whole) - reserved)
-    return (1 - memory.SLACK) * (free + reserved - torch.cuda.memory_allocated(device))
+    return free + reserved - torch.cuda.memory_allocated(device)
 
 
 # ---- in a step ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from lorafocal.memory.choice import (
     Choice,
     choose,
     relative_time,
+    room_for_packs,
     tiers_of,
     tokens_that_fit,
 )
@@ -36,19 +37,23 @@ from lorafocal.memory.residents import (
     trained_tensors,
     weight_bytes,
 )
-from lorafocal.memory.shards import sharded_bytes
+from lorafocal.memory.shards import SHARING, WHOLE, Residents, Traffic, held_dtype, residents, traffic
 from lorafocal.ops.shapes import Lengths, Setup, Shape
 
 __all__ = [
     "HEAD_CHUNK_ELEMENTS",
     "MAX_TOKENS",
+    "SHARING",
     "SLACK",
     "TIERS",
     "TOKEN_STEP",
+    "WHOLE",
     "Choice",
     "Lengths",
+    "Residents",
     "Setup",
     "Shape",
+    "Traffic",
     "activation_bytes_per_token",
     "adapter_bytes",
     "adapter_parameters",
@@ -58,14 +63,17 @@ __all__ = [
     "flops_per_pair",
     "gradient_bytes",
     "head_chunk_bytes",
+    "held_dtype",
     "minimum_flops_per_pair",
     "optimizer_bytes",
     "pack_bytes",
     "reference_bytes",
     "relative_time",
-    "sharded_bytes",
+    "residents",
+    "room_for_packs",
     "tiers_of",
     "tokens_that_fit",
+    "traffic",
     "trained_tensors",
     "weight_bytes",
     "work_bytes_per_token",

@@ -9,28 +9,43 @@ HEAD_CHUNK_ELEMENTS = 2**26  # entries of the largest logits chunk: 256 MiB in f
 
 
 def activation_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
-    """Bytes that a forward saves for its backward, a token row of a pack of typical pairs.
-
-    Raises InputError for the tier `mlp` where PEFT's own adapter functions are used, which have it not.
-    """
+    """Bytes that a forward saves for its backward, a token row of a pack of typical pairs."""
     ends = _end_bytes(shape, setup)
     if tier == "full":
         return ends + shape.layers * setup.width * shape.hidden_size
-    # The first norm reads embeddings, which nothing trains, so transformers' own saves nothing there.
-    first_norm = WIDE if setup.fused else (shape.hidden_size + 1) * WIDE
+    # The first norm reads embeddings; where nothing trains them, transformers' own saves nothing there.
+    unsaved = 0 if setup.full else WIDE if setup.fused else (shape.hidden_size + 1) * WIDE
     return (
         ends
         + _rotary_bytes(shape, setup)
-        - first_norm
+        - unsaved
         + sum(_layer_bytes(shape, setup, tier, layer) for layer in range(shape.layers))
     )
 
 
 def _end_bytes(shape: Shape, setup: Setup) -> float:
-    """What the last norm and the head save: of each answer's row its gradient, label and log-prob."""
+    """What the last norm and the head save: of each answer's row its gradient, label and log-prob.
+
+    Where all is trained, the row itself in the gradient's place, as the norm hands it on, its position, and the
+    embeddings' ids.
+    """
     answers = setup.lengths.answers / setup.lengths.rows
-    last_norm = shape.hidden_size * (setup.width if setup.fused else WIDE) + WIDE
-    return last_norm + answers * (setup.width * shape.hidden_size + 12)
+    last_norm = shape.hidden_size * (setup.width if setup.fused else WIDE) + WIDE + _normed_bytes(shape, setup)
+    if not setup.full:
+        return last_norm + answers * (setup.width * shape.hidden_size + 12)
+    width = WIDE if _widens_rows(shape, setup) else setup.width
+    return last_norm + 8 + answers * (width * shape.hidden_size + 24)
+
+
+def _widens_rows(shape: Shape, setup: Setup) -> bool:
+    """Whether norms hand on fp32 rows to bf16 products: their weights are fp32, and they do not round in the end."""
+    return setup.widened and not shape.family.wide_norms
+
+
+def _normed_bytes(shape: Shape, setup: Setup, size: int | None = None) -> int:
+    """What a norm multiplies by its weight, which is saved where the weight is trained."""
+    width = WIDE if shape.family.wide_norms else setup.width
+    return width * (size or shape.hidden_size) if setup.full else 0
 
 
 def _rotary_bytes(shape: Shape, setup: Setup) -> int:
@@ -41,6 +56,8 @@ def _rotary_bytes(shape: Shape, setup: Setup) -> int:
 def _layer_bytes(shape: Shape, setup: Setup, tier: str, layer: int) -> float:
     """What one decoder layer saves, a row."""
     kept: float = _norm_bytes(shape, setup) + _attention_bytes(shape, setup) + _mlp_bytes(shape, setup, tier)
+    if setup.full:
+        return kept + setup.width * sum(_inputs_of_trained(shape, setup).values())
     inputs: dict[str, int] = {}
     for name, linear in shape.layer_linears(layer):
         rank, saves = setup.rank_of(name), setup.saves(name)
@@ -56,12 +73,27 @@ def _layer_bytes(shape: Shape, setup: Setup, tier: str, layer: int) -> float:
     return kept + (0 if setup.fused else setup.width * sum(inputs.values()))
 
 
+def _inputs_of_trained(shape: Shape, setup: Setup) -> dict[str, int]:
+    """Entries a row of what the trained linear layers of one decoder layer read, each tensor once.
+
+    Under autocast every layer casts what a wide norm hands it, and keeps its own; the others read narrow tensors.
+    """
+    inputs: dict[str, int] = {}
+    for linear in shape.linears:
+        if linear.reads == "heads" and setup.attention == "flash":
+            continue  # its kernel keeps its output anyway
+        cast = _widens_rows(shape, setup) and linear.reads in ("normed", "hidden")
+        inputs[linear.name if cast else linear.reads] = linear.columns
+    return inputs
+
+
 def _norm_bytes(shape: Shape, setup: Setup) -> float:
     """Inputs of the norms, widened to fp32 by transformers' own, and a scale a row."""
     width = setup.width if setup.fused else WIDE
-    kept: float = len(shape.family.norms) * (shape.hidden_size * width + WIDE)
+    kept: float = len(shape.family.norms) * (shape.hidden_size * width + WIDE + _normed_bytes(shape, setup))
     if shape.family.head_norms:
-        kept += (shape.query_size + shape.kv_size) * width + (shape.heads + shape.kv_heads) * WIDE
+        heads = shape.query_size + shape.kv_size
+        kept += heads * width + (shape.heads + shape.kv_heads) * WIDE + _normed_bytes(shape, setup, heads)
     return kept
 
 
@@ -118,7 +150,10 @@ def head_chunk_bytes(shape: Shape, setup: Setup) -> int:
 
 
 def cast_bytes(shape: Shape, setup: Setup, tier: str) -> int:
-    """Adapters in bf16, which PEFT's way saves beside those in fp32; not where a layer is computed again."""
+    """What is held in fp32 and cast to bf16: adapters by PEFT's way, beside those in fp32, but where a layer is
+    computed again; matrices of a widened model until the pass is over."""
+    if setup.full:
+        return setup.width * shape.linear_parameters if setup.widened else 0
     cast = not setup.fused and setup.width < WIDE and tier == "none"
     return setup.width * adapter_parameters(shape, setup) if cast else 0
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lorafocal.errors import InputError
 from lorafocal.memory.activations import fixed_bytes, pack_bytes
 from lorafocal.memory.operations import flops_per_pair
+from lorafocal.memory.shards import Residents
 from lorafocal.ops.shapes import Setup, Shape
 
 TIERS = ("none", "mlp", "full")
@@ -57,6 +58,11 @@ _NO_MLP = (
     "training.activation_checkpointing: mlp computes gate and up again, which PEFT's own adapter functions cannot: use"
     " none or full, or `kernels.adapters: auto` without DoRA and dropout"
 )
+
+
+def room_for_packs(room: float, held: Residents) -> float:
+    """What is left for packs of the `room` beside all that is there before the first step: without slack and steps."""
+    return (1 - SLACK) * room - held.in_steps
 
 
 def tokens_that_fit(shape: Shape, setup: Setup, free_bytes: float, tier: str, longest_pair: int = 0) -> int:

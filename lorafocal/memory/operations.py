@@ -17,8 +17,9 @@ def flops_per_pair(
 ) -> float:
     """Operations (a product and its sum are 2) of one pair's training step, for `lengths` or the setup's.
 
-    Through frozen matrices of N entries, 2N a row forward and 2N backward; adapters 2N_a forward and 4N_a backward;
-    attention 4 a visible pair, head and dimension, two and a half times that backward; the head 4HV a completion token.
+    Through frozen matrices of N entries, 2N a row forward and 2N backward; trained ones and adapters 4N backward;
+    attention 4 a visible pair, head and dimension, two and a half times that backward; the head 4HV a completion token,
+    8HV in full-parameter training, where its logits are computed again for the gradient of its weights.
     `shared`: the prompt is computed once, not once an answer. `live_reference` (by default as the setup says) adds a
     forward without adapters.
     """
@@ -30,9 +31,10 @@ def flops_per_pair(
         rows, seen = rows + at.prompt, seen + alone.visible(shape.sliding_window)
     base = 2 * shape.linear_parameters * rows
     attention = 4 * shape.query_size * seen * shape.layers
-    adapters = 2 * adapter_parameters(shape, setup) * rows
+    adapters = 0 if setup.full else 2 * adapter_parameters(shape, setup) * rows
     head = 2 * shape.head_parameters * at.answers
-    total = 2 * base + 3 * adapters + 3.5 * attention + 2 * head
+    passes, head_passes = (3, 4) if setup.full else (2, 2)
+    total = passes * base + 3 * adapters + 3.5 * attention + head_passes * head
     if tier == "full":
         total += base + adapters + attention
     elif tier == "mlp":

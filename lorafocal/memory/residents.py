@@ -42,9 +42,9 @@ def trained_tensors(shape: Shape, setup: Setup) -> Iterator[int]:
                 if setup.use_dora:
                     yield linear.rows
     for name, sizes in shape.modules():
-        if setup.saves(name):
+        if setup.saves(name) and not (setup.full and shape.tied and name == "lm_head"):
             yield from sizes
-    if setup.trainable_tokens:
+    if setup.trainable_tokens and not setup.full:
         yield setup.trainable_tokens * shape.hidden_size
 
 

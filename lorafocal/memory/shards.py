@@ -1,13 +1,173 @@
-"""What engines split over GPUs."""
+"""What each GPU holds under an engine that shares a run between several, and what they send each other in a step.
+
+Weights, gradients and states are split evenly; what DeepSpeed and FSDP2 hold beside them, while parameters are whole
+for their layer's turn and gradients on their way, is bounded by sizes that they are given or take by default.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 
-def sharded_bytes(parameters: int, gpus: int, stage: int, *, live_reference: bool = False) -> float:
-    """Bytes a GPU of full-parameter training in mixed precision under ZeRO stage 0 to 3 (Rajbhandari et al., 2020).
+from lorafocal.memory.residents import (
+    adapter_bytes,
+    adapter_parameters,
+    gradient_bytes,
+    optimizer_bytes,
+    reference_bytes,
+    trained_tensors,
+    weight_bytes,
+)
+from lorafocal.ops.shapes import WIDE, Setup, Shape
 
-    16 a parameter: bf16 weights and gradients, fp32 master and two moments. Stage 2 splits all but the weights, stage
-    3 all; a live reference is one more set of weights, split as those are.
+LIVE_PARAMETERS = 10**9  # entries that ZeRO-3 keeps whole at a time: `stage3_max_live_parameters`
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What an engine splits over GPUs, and whether it keeps fp32 masters beside the weights that compute."""
+
+    weights: bool = False
+    gradients: bool = False
+    states: bool = False
+    masters: bool = False
+
+
+WHOLE = ("one-process", "ddp")  # every GPU holds everything
+SHARING = {
+    "one-process": Sharing(),
+    "ddp": Sharing(),
+    "zero1": Sharing(states=True, masters=True),
+    "zero2": Sharing(states=True, gradients=True, masters=True),
+    "zero3": Sharing(states=True, gradients=True, weights=True, masters=True),
+    "fsdp2": Sharing(states=True, gradients=True, weights=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Residents:
+    """Bytes of one GPU, whatever the tokens of a pack; `host` of them are offloaded to the machine's memory."""
+
+    weights: float
+    adapter: float
+    masters: float
+    reference: float
+    gradients: float
+    states: float
+    gathered: float  # parameters that are whole for a while
+    exchanged: float  # gradients on their way between GPUs
+    host: float = 0
+
+    @property
+    def before(self) -> float:
+        """What is there before the first step."""
+        return self.weights + self.adapter + self.masters + self.reference
+
+    @property
+    def in_steps(self) -> float:
+        """What steps add to that."""
+        return self.gradients + self.states + self.gathered + self.exchanged
+
+
+def residents(shape: Shape, setup: Setup, gpus: int = 1) -> Residents:
+    """What a GPU of `gpus` holds of a run, activations aside."""
+    sharing = SHARING[setup.engine]
+    of_weights, of_gradients, of_states = (
+        gpus if split else 1 for split in (sharing.weights, sharing.gradients, sharing.states)
+    )
+    as_held = replace(setup, dtype=held_dtype(setup))
+    trained = WIDE * adapter_parameters(shape, setup)
+    gradients = gradient_bytes(shape, setup, gpus if setup.engine == "ddp" else 1) / of_gradients
+    if setup.engine == "zero1":
+        gradients += trained / gpus  # those of its own states, flat
+    whole = Residents(
+        weights=weight_bytes(shape, as_held) / of_weights,
+        adapter=0 if setup.full else adapter_bytes(shape, setup) / of_weights,
+        masters=trained / of_states if sharing.masters else 0,
+        reference=reference_bytes(shape, as_held) / of_weights,
+        gradients=gradients,
+        states=optimizer_bytes(shape, setup, on_gpu=True) / of_states,
+        gathered=_gathered_bytes(shape, setup),
+        exchanged=_exchanged_bytes(shape, setup),
+    )
+    return _offloaded(whole, setup)
+
+
+def held_dtype(setup: Setup) -> str:
+    """Float weights as they are held: in float32 where they are trained and no engine keeps masters beside them."""
+    wide = setup.full and setup.dtype == "bfloat16" and not SHARING[setup.engine].masters
+    return "float32" if wide else setup.dtype
+
+
+def _offloaded(whole: Residents, setup: Setup) -> Residents:
+    """DeepSpeed offloads masters, states and gradients, or the weights' shards too; FSDP2 all of its shards."""
+    names = {"none": (), "optimizer": ("masters", "gradients", "states")}.get(
+        setup.offload, ("weights", "adapter", "masters", "reference", "gradients", "states")
+    )
+    return replace(whole, host=sum(getattr(whole, name) for name in names), **dict.fromkeys(names, 0))
+
+
+def layer_parameters(shape: Shape) -> int:
+    """Entries of one decoder layer."""
+    ends = (2 - shape.tied) * shape.head_parameters + shape.hidden_size
+    return (shape.parameters - ends) // shape.layers
+
+
+def _gathered_bytes(shape: Shape, setup: Setup) -> float:
+    """ZeRO-3 lets go of parameters beyond a number of entries; FSDP2 of a layer when the next but one is asked for, and
+    of what is in no layer after the pass."""
+    if setup.engine == "zero3":
+        return setup.width * min(shape.parameters, LIVE_PARAMETERS)
+    if setup.engine == "fsdp2":
+        layer = layer_parameters(shape)
+        return setup.width * (shape.parameters - (shape.layers - 2) * layer)
+    return 0
+
+
+def _exchanged_bytes(shape: Shape, setup: Setup) -> float:
+    """Gradients whole, in fp32, and again as they are sent: the largest tensor's, which is that of the head."""
+    if setup.engine in WHOLE:
+        return 0
+    return WIDE * max(trained_tensors(shape, setup))
+
+
+# ---- what is sent -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes of one step: what a GPU sends to others and receives, beside its passes and when they are over; what it
+    sends to the machine's memory and back; what a processor reads and writes there, for all GPUs."""
+
+    beside: float
+    after: float
+    to_host: float = 0
+    in_host: float = 0
+
+
+def traffic(shape: Shape, setup: Setup, gpus: int, packs: int, *, forwards: int = 0) -> Traffic:
+    """What a step of `packs` packs a GPU moves; `forwards` more of the policy are made of each. Adapters whose engine
+    splits nothing move too little to count.
+
+    A ring gathers or scatters n parts by sending n - 1 of them, and sums whole tensors by doing both: so DeepSpeed's
+    stage 2 does. Weights that are split are gathered for the forward and for the backward, a second model's once.
     """
-    weights, gradients, states = (size / (gpus if stage >= splits else 1) for size, splits in ((2, 3), (2, 2), (12, 1)))
-    return parameters * (weights * (2 if live_reference else 1) + gradients + states)
+    if setup.engine in WHOLE and not setup.full:
+        return Traffic(0, 0)
+    sent = (gpus - 1) / gpus
+    trained, weights = WIDE * adapter_parameters(shape, setup), weight_bytes(shape, setup)
+    passes = packs * (2 + forwards + (setup.reference == "separate_model"))
+    if setup.engine in ("zero3", "fsdp2"):
+        beside, after = sent * (passes * weights + packs * trained), 0.0
+    else:
+        updated = sent * (weights if setup.full else trained) if SHARING[setup.engine].states else 0.0
+        sums = 2 * sent * trained
+        beside = {"zero1": 0.0, "zero2": packs * sums}.get(setup.engine, sums)
+        after = updated + (sums if setup.engine == "zero1" else 0.0)
+    if setup.offload == "none":
+        return Traffic(beside, after)
+    moved = 2 * packs * trained + (weights if setup.full else trained)  # gradients are added up there
+    moved += passes * weights if setup.offload == "all" else 0
+    return Traffic(beside, after, moved / gpus, _ADAM_TOUCHES * trained)
+
+
+_ADAM_TOUCHES = 7  # a step reads gradient, weight and two moments, and writes the last three

@@ -47,6 +47,7 @@ class Family:
     head_dim: int | None = None  # where the config does not say
     period: int | None = None  # every so many layers attend without a window, and turn positions their own way
     windowed: bool = True  # where the config has a window and does not say whether it is used
+    wide_norms: bool = False  # multiply by their weight in fp32
     scalars: int = 0  # other numbers of its embeddings
 
 
@@ -61,8 +62,10 @@ FAMILIES = {
     "mistral": Family(False, False),
     "qwen2": Family(True, False, windowed=False),
     "qwen3": Family(head_norms=True, head_dim=128, windowed=False),
-    "gemma": Family(tied=True, head_dim=256, scalars=1),
-    "gemma3_text": Family(head_norms=True, norms=_FOUR_NORMS, tied=True, head_dim=256, period=6, scalars=1),
+    "gemma": Family(tied=True, head_dim=256, wide_norms=True, scalars=1),
+    "gemma3_text": Family(
+        head_norms=True, norms=_FOUR_NORMS, tied=True, head_dim=256, period=6, wide_norms=True, scalars=1
+    ),
     "phi3": Family(False, False, joined=True),
 }
 
@@ -237,13 +240,15 @@ def _causal(length: float, window: int | None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a shape is trained: precision, adapter, optimiser, kernels, reference. Words are the config's.
+    """How a shape is trained: precision, adapter or all parameters, optimiser, kernels, reference, engine.
 
+    Words are the config's. `full` trains every parameter, and what is said of adapters counts for nothing.
     `adapter_kernels` is "fused" or "peft"; `attention` is "flash" (one variable-length call) or "sdpa" (one a segment).
     """
 
     dtype: str = "bfloat16"
     quantization: str | None = None
+    full: bool = False
     r: int = 16
     targets: str | Sequence[str] = "all-linear"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -253,6 +258,8 @@ class Setup:
     trainable_tokens: int = 0
     optim: str = "adamw_torch_fused"
     reference: str = "disabled_adapter"
+    engine: str = "one-process"  # or ddp, which holds the same; zero1, zero2, zero3, fsdp2
+    offload: str = "none"
     adapter_kernels: str = "fused"
     attention: str = "flash"
     lengths: Lengths = Lengths()
@@ -265,7 +272,12 @@ class Setup:
     @property
     def fused(self) -> bool:
         """Whether the fused adapter functions apply: DoRA and dropout fall back to PEFT's own."""
-        return self.adapter_kernels == "fused" and not self.use_dora and not self.dropout
+        return self.adapter_kernels == "fused" and not (self.full or self.use_dora or self.dropout)
+
+    @property
+    def widened(self) -> bool:
+        """Whether all weights are held in fp32 and cast for each product: no engine keeps masters beside them."""
+        return self.full and self.dtype == "bfloat16" and self.engine in ("one-process", "ddp")
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer `name`, 0 where it has no adapter."""
@@ -276,4 +288,4 @@ class Setup:
 
     def saves(self, name: str) -> bool:
         """Whether the module `name` is trained whole, by itself or as a part of another."""
-        return any(f".{module}." in f".{name}." for module in self.modules_to_save)
+        return self.full or any(f".{module}." in f".{name}." for module in self.modules_to_save)

@@ -12,6 +12,8 @@ from lorafocal.plan.work import Work
 
 SHARE_OF_PEAK = 0.45  # of a card's bf16 peak: LoRA runs reported elsewhere reach 0.4 to 0.5 of it on H100 and A100
 SHARE_OF_BANDWIDTH = 0.7
+HOST_LINK_GB_S = 32  # from a GPU to the machine's memory: 16 lanes of PCIe 4
+HOST_MEMORY_GB_S = 200  # that all processors of the machine read and write
 DRIVER_BYTES = 2**30  # what driver, CUDA context and libraries take of the memory that a card reports
 FILLED = 0.96  # of a pack, by lengths as spread as UltraFeedback's
 
@@ -31,8 +33,11 @@ class Speed:
 
     tflops: float
     step_s: float
+    sent_s: float  # of a step, to and from other GPUs and the machine's memory
+    waits_s: float  # of that, what no products hide
     reference_h: float  # the stored reference's one pass
     hours: float  # all of it, evaluations included
+    gpu_hours: float
     cost: float | None
 
 
@@ -41,10 +46,13 @@ class OnMachine:
     """A run on one machine."""
 
     machine: Machine
+    engine: str
     parts: tuple[Part, ...]
     choice: memory.Choice
     budgets: Mapping[str, int]  # token rows that fit, by tier
     packs: int  # of a step, a GPU
+    host_bytes: float  # offloaded to the machine's memory, by all GPUs
+    sent_bytes: float  # by a GPU in a step
     speed: Speed | None
 
     @property
@@ -57,9 +65,10 @@ class OnMachine:
 
 
 def on_machine(work: Work, machine: Machine, tflops: float | None = None, price: float | None = None) -> OnMachine:
-    """Memory, choice and speed of `work` on `machine`, each GPU with all weights and its share of the pairs."""
+    """Memory, choice and speed of `work` on `machine`, each GPU with its share of the pairs."""
+    work = _shared(work, machine)
     shape, setup = work.shape, work.setup
-    residents = list(_residents(work, machine.count))
+    held = memory.residents(shape, setup, machine.count)
     free = free_bytes(work, machine)
     tiers = tuple(tier for tier in work.tiers if tier in memory.tiers_of(shape, setup)) or work.tiers
     pairs = math.ceil(work.pairs_per_step / machine.count)  # of the GPU with the most
@@ -72,82 +81,131 @@ def on_machine(work: Work, machine: Machine, tflops: float | None = None, price:
         if not choice.fits and filled > work.longest:
             choice = replace(choice, reason=f"packing.tokens is {work.tokens}, and fewer fit")
     budgets = {tier: max(0, memory.tokens_that_fit(shape, setup, free, tier, least)) for tier in tiers}
-    per_token = memory.activation_bytes_per_token(shape, setup, choice.tier)
     tokens = max(min(choice.tokens, rows), min(choice.tokens, work.longest))
-    activations = tokens * per_token
-    rest = memory.pack_bytes(shape, setup, choice.tier, tokens) - activations
     packs = min(pairs, math.ceil(rows / choice.tokens))  # a pair is never split
-    parts = (
-        *residents,
-        Part("activations", activations, f"{per_token / 2**20:.2f} MiB a token row, tier {choice.tier}"),
-        Part("head and workspaces", rest, "logits of a chunk, one layer's backward"),
-        Part(
-            "driver and slack", DRIVER_BYTES + _slack(work, machine), f"1 GiB, and {memory.SLACK:.0%} of what is left"
-        ),
-    )
+    parts = (*_residents(work, held, machine.count), *_of_a_pack(work, machine, choice.tier, tokens))
+    traffic = memory.traffic(shape, setup, machine.count, packs, forwards=work.first_passes)
     rate = tflops or (machine.gpu.bf16_tflops if setup.dtype == "bfloat16" else None)
     if rate is not None and tflops is None:
         rate *= SHARE_OF_PEAK
-    speed = None if rate is None else _speed(work, machine, choice, packs, rate, price)
-    return OnMachine(machine, parts, choice, budgets, packs, speed)
+    speed = None if rate is None else _speed(work, machine, choice, packs, traffic, rate, price)
+    return OnMachine(
+        machine,
+        setup.engine,
+        parts,
+        choice,
+        budgets,
+        packs,
+        held.host * machine.count,
+        traffic.beside + traffic.after,
+        speed,
+    )
 
 
-def _residents(work: Work, gpus: int) -> Iterator[Part]:
+def _shared(work: Work, machine: Machine) -> Work:
+    """The run as several GPUs train it where it names no engine: each with the whole model."""
+    if machine.count == 1 or work.setup.engine != "one-process":
+        return work
+    return replace(work, setup=replace(work.setup, engine="ddp"))
+
+
+def _residents(work: Work, held: memory.Residents, gpus: int) -> Iterator[Part]:
     shape, setup = work.shape, work.setup
-    held = setup.quantization or setup.dtype
-    trained = memory.adapter_parameters(shape, setup)
-    yield Part(f"base, {held}", memory.weight_bytes(shape, setup), f"{shape.parameters:,} parameters")
-    yield Part("adapter", memory.adapter_bytes(shape, setup), f"{trained:,} parameters in float32")
-    if extra := memory.reference_bytes(shape, setup):
-        yield Part("reference", extra, setup.reference)
-    copies = "" if gpus == 1 else ", and once more in the buckets that GPUs exchange"
-    yield Part("gradients", memory.gradient_bytes(shape, setup, gpus), f"float32{copies}")
+    splits, trained = memory.SHARING[setup.engine], memory.adapter_parameters(shape, setup)
+    share = {split: f", 1/{gpus} of them" if split and gpus > 1 else "" for split in (True, False)}
+    yield Part(
+        f"{'weights' if setup.full else 'base'}, {setup.quantization or memory.held_dtype(setup)}",
+        held.weights,
+        f"{shape.parameters:,} parameters{share[splits.weights]}",
+    )
+    if not setup.full:
+        yield Part("adapter", held.adapter, f"{trained:,} parameters in float32{share[splits.weights]}")
+    if splits.masters:
+        yield Part("master weights", held.masters, f"of what is trained, in float32{share[splits.states]}")
+    if setup.reference in ("frozen_copy", "separate_model"):
+        yield Part("reference", held.reference, f"{setup.reference}{share[splits.weights]}")
+    copies = ", and once more in the buckets that GPUs exchange" if setup.engine == "ddp" and gpus > 1 else ""
+    yield Part("gradients", held.gradients, f"float32{share[splits.gradients]}{copies}")
     states = memory.optimizer_bytes(shape, setup)
-    on_gpu = memory.optimizer_bytes(shape, setup, on_gpu=True)
-    paged = f", {(states - on_gpu) / 2**30:.2f} GiB paged to the machine's memory" if on_gpu < states else ""
-    yield Part("optimiser", on_gpu, f"{setup.optim}{paged}")
+    paged = states - memory.optimizer_bytes(shape, setup, on_gpu=True)
+    moved = f", {paged / 2**30:.2f} GiB paged to the machine's memory" if paged else ""
+    yield Part("optimiser", held.states, f"{setup.optim}{share[splits.states]}{moved}")
+    if held.gathered:
+        yield Part("gathered weights", held.gathered, f"{setup.width} bytes of each that is whole for its layer's turn")
+    if held.exchanged:
+        yield Part("exchange", held.exchanged, "float32 gradients of the largest tensor, as they are sent")
 
 
-def _after_weights(work: Work, machine: Machine) -> float:
+def _of_a_pack(work: Work, machine: Machine, tier: str, tokens: float) -> Iterator[Part]:
     shape, setup = work.shape, work.setup
-    held = (memory.weight_bytes, memory.adapter_bytes, memory.reference_bytes)
-    return machine.gpu.memory_bytes - DRIVER_BYTES - sum(size(shape, setup) for size in held)
+    per_token = memory.activation_bytes_per_token(shape, setup, tier)
+    casts = memory.cast_bytes(shape, setup, tier) if setup.full else 0
+    rest = memory.pack_bytes(shape, setup, tier, tokens) - tokens * per_token - casts
+    yield Part("activations", tokens * per_token, f"{per_token / 2**20:.2f} MiB a token row, tier {tier}")
+    if casts:
+        yield Part("bfloat16 weights", casts, "of the matrices, cast for a pack's products")
+    yield Part("head and workspaces", rest, "logits of a chunk, one layer's backward")
+    slack = memory.SLACK * max(0.0, _room(work, machine))
+    yield Part("driver and slack", DRIVER_BYTES + slack, f"1 GiB, and {memory.SLACK:.0%} of what is left")
 
 
-def _slack(work: Work, machine: Machine) -> float:
-    return memory.SLACK * max(0.0, _after_weights(work, machine))
+def _room(work: Work, machine: Machine) -> float:
+    """What a GPU has beside all that is there before the first step."""
+    held = memory.residents(work.shape, work.setup, machine.count)
+    return machine.gpu.memory_bytes - DRIVER_BYTES - held.before
 
 
 def free_bytes(work: Work, machine: Machine) -> float:
     """What a GPU has for packs, as a run finds it: without residents, driver and slack."""
-    gradients = memory.gradient_bytes(work.shape, work.setup, machine.count)
-    states = memory.optimizer_bytes(work.shape, work.setup, on_gpu=True)
-    return _after_weights(work, machine) - _slack(work, machine) - gradients - states
+    work = _shared(work, machine)
+    return memory.room_for_packs(_room(work, machine), memory.residents(work.shape, work.setup, machine.count))
 
 
 def _speed(
-    work: Work, machine: Machine, choice: memory.Choice, packs: int, tflops: float, price: float | None
+    work: Work,
+    machine: Machine,
+    choice: memory.Choice,
+    packs: int,
+    traffic: memory.Traffic,
+    tflops: float,
+    price: float | None,
 ) -> Speed:
-    """Products at `tflops`, and matrices de-quantised once a pass at the memory's bandwidth."""
+    """Products at `tflops`, matrices de-quantised once a pass at the memory's bandwidth, and what is sent.
+
+    What GPUs send beside their passes costs time as far as it takes longer than these; the rest comes on top.
+    """
     shape, setup = work.shape, work.setup
     rate = tflops * 1e12 * machine.count
     forward = forward_flops(work)
     live = setup.reference not in ("none", "cached")
     share = math.ceil(work.pairs_per_step / machine.count)  # of the GPU that the others wait for
-    step_s = share * step_flops(work, choice.tier) / (tflops * 1e12)
+    products_s = share * step_flops(work, choice.tier) / (tflops * 1e12)
     if setup.quantization is not None and machine.gpu.bandwidth_gb_s is not None:
         passes = 2 + live + (choice.tier == "full")
-        traffic = 2.5 * shape.linear_parameters  # bytes: half a byte read, two written
-        step_s += packs * passes * traffic / (SHARE_OF_BANDWIDTH * machine.gpu.bandwidth_gb_s * 1e9)
+        dequantised = 2.5 * shape.linear_parameters  # bytes: half a byte read, two written
+        products_s += packs * passes * dequantised / (SHARE_OF_BANDWIDTH * machine.gpu.bandwidth_gb_s * 1e9)
+    beside_s, after_s = _sent_s(traffic, machine)
+    waits_s = max(0.0, beside_s - products_s) + after_s
+    step_s = products_s + waits_s
     stored = (work.pairs + work.held_out) * forward / rate / 3600 if setup.reference == "cached" else 0.0
     evaluated = work.evaluations * work.held_out * forward * (1 + live) / rate / 3600
     hours = work.steps * step_s / 3600 + stored + evaluated
-    return Speed(tflops, step_s, stored, hours, None if price is None else hours * machine.count * price)
+    gpu_hours = hours * machine.count
+    cost = None if price is None else gpu_hours * price
+    return Speed(tflops, step_s, beside_s + after_s, waits_s, stored, hours, gpu_hours, cost)
+
+
+def _sent_s(traffic: memory.Traffic, machine: Machine) -> tuple[float, float]:
+    """Seconds of a step's traffic beside its passes, and after them."""
+    link = SHARE_OF_BANDWIDTH * (machine.link_gb_s or math.inf) * 1e9
+    bus, host = (SHARE_OF_BANDWIDTH * gb_s * 1e9 for gb_s in (HOST_LINK_GB_S, HOST_MEMORY_GB_S))
+    return traffic.beside / link, traffic.after / link + traffic.to_host / bus + traffic.in_host / host
 
 
 def step_flops(work: Work, tier: str) -> float:
     """Operations of one pair's share of a training step."""
-    return memory.flops_per_pair(work.shape, work.setup, tier=tier, shared=work.shared)
+    step = memory.flops_per_pair(work.shape, work.setup, tier=tier, shared=work.shared)
+    return step + work.first_passes * forward_flops(work)
 
 
 def forward_flops(work: Work) -> float:

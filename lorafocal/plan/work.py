@@ -13,6 +13,8 @@ from lorafocal import memory
 from lorafocal.config import Config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape
+from lorafocal.objectives import OBJECTIVES
+from lorafocal.schema import Adapter
 
 TYPICAL = Lengths(200, 305, 305)  # UltraFeedback's means
 TYPICAL_PAIRS, TYPICAL_HELD_OUT = 61_135, 2_000  # binarised UltraFeedback's splits
@@ -35,6 +37,7 @@ class Work:
     shared: bool
     tokens: int | None  # stated, or None for auto
     tiers: tuple[str, ...]
+    first_passes: int  # forwards over a step's packs before it, for what its loss needs to know of all of them
     assumed: tuple[str, ...]
 
     @property
@@ -52,7 +55,8 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
     assumed: list[str] = []
     training, fields = config.training, config.training.fields
     lengths = lengths or _typical(config.data.max_length, assumed)
-    if config.objective.name == "sft":
+    objective = OBJECTIVES[config.objective.name]
+    if not objective.rejected:
         lengths = replace(lengths, rejected=0)
     trained, held_out = _pairs(config, pairs, assumed)
     steps_an_epoch = math.ceil(trained / training.pairs_per_step)
@@ -74,6 +78,7 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
         shared=config.packing.layout != "padded",
         tokens=tokens if isinstance(tokens, int) else None,
         tiers=memory.TIERS if tier == "auto" else (tier,),
+        first_passes=int(objective.statistics is not None),
         assumed=tuple(assumed),
     )
 
@@ -134,22 +139,29 @@ def shape_of(config: Config) -> Shape:
 
 
 def setup_of(config: Config, lengths: Lengths) -> Setup:
-    adapter, kernels = config.adapter, config.kernels.adapters
-    found = {name: getattr(adapter, name) for name in ("r", "targets", "rank_pattern", "use_dora", "modules_to_save")}
-    if adapter.start_from is not None:
-        found = _stored_adapter(Path(adapter.start_from))
+    """How `config` trains; its engine where it says none is that of one process."""
+    engine, kernels = config.engine, config.kernels.adapters
     return Setup(
         dtype=config.model.dtype,
         quantization=config.model.quantization,
-        **found,
-        dropout=adapter.dropout,
-        trainable_tokens=len(adapter.trainable_tokens),
+        **(_adapter(config.adapter) if config.adapter is not None else {"full": True}),
         optim=str(config.training.fields.get("optim", "adamw_torch_fused")),
         reference="none" if config.reference is None else config.reference.kind,
+        engine="one-process" if engine is None else engine.kind,
+        offload="none" if engine is None else engine.offload,
         adapter_kernels="fused" if kernels == "auto" else kernels,
         attention="flash" if config.model.dtype == "bfloat16" else "sdpa",
         lengths=lengths,
     )
+
+
+def _adapter(adapter: Adapter) -> dict[str, Any]:
+    """What the arithmetic asks of an adapter: a fresh one's settings, or those of the one that is continued."""
+    names = ("r", "targets", "rank_pattern", "use_dora", "modules_to_save")
+    found = {name: getattr(adapter, name) for name in names}
+    if adapter.start_from is not None:
+        found = _stored_adapter(Path(adapter.start_from))
+    return found | {"dropout": adapter.dropout, "trainable_tokens": len(adapter.trainable_tokens)}
 
 
 def _not_counted(shape: Shape, setup: Setup) -> Iterator[str]:
