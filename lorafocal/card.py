@@ -1,4 +1,4 @@
-"""Model cards: the README.md beside an adapter or a merged model. Pure text; imports nothing that loads
+"""Model cards: the README.md beside an adapter or a model. Pure text; imports nothing that loads
 weights."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lorafocal.lineage import Lineage
+from lorafocal.lineage import FULL, Lineage
 from lorafocal.objectives import OBJECTIVES
 
 CARD_FILE = "README.md"
@@ -58,6 +58,27 @@ def adapter_card(
             *_trained_on(quantization),
             "The adapter fits this base only; `lorafocal.json` has the digest of its weights.",
         ),
+    )
+
+
+def model_card(
+    lineage: Lineage, results: Mapping[str, float] | None = None, *, dtype: str, run: Mapping[str, Any] | None = None
+) -> str:
+    """Card of a model of which every weight was trained; `results` and `run` as of `adapter_card`."""
+    kind = "preference" if _of_preferences(lineage) else "fine"
+    return _card(
+        _front_matter(lineage, library="transformers", relation="finetune"),
+        f"# {lineage.base.name}, {kind}-tuned at full parameters",
+        _origin(lineage),
+        f"Every weight was trained, and is stored in {dtype}.",
+        _results(results),
+        *_training(run),
+        _loading(
+            _TRANSFORMERS,
+            f'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="{dtype}")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
+        ),
+        _limits(lineage),
     )
 
 
@@ -210,7 +231,8 @@ def _row(*cells: object) -> str:
 
 def _front_matter(lineage: Lineage, *, library: str, relation: str) -> str:
     """Metadata that model hubs read. A local base has no hub id, so it is left out rather than made up."""
-    tags = ["lorafocal", "lora", "preference-tuning" if _of_preferences(lineage) else "supervised-fine-tuning"]
+    lora = [] if lineage.parents and lineage.parents[-1].how == FULL else ["lora"]
+    tags = ["lorafocal", *lora, "preference-tuning" if _of_preferences(lineage) else "supervised-fine-tuning"]
     if lineage.objective is not None:
         tags.append(str(lineage.objective["name"]))
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
@@ -244,6 +266,9 @@ def _origin(lineage: Lineage, adapter: str | None = None) -> str:
     for number, stage in enumerate(lineage.parents, 1):
         made_by = "" if stage.objective is None else f"{stage.objective['name']} "
         on = "" if stage.quantization is None else f" (trained on {_title(stage.quantization)})"
+        if stage.how == FULL:
+            rows.append((f"stage {number}: {made_by}training of all weights, sha256", stage.sha256))
+            continue
         how = stage.how if stage.weight is None else f"{stage.how} with weight {stage.weight:g}"
         rows.append((f"stage {number}: {made_by}adapter `{stage.adapter}`{on}, {how}, sha256", stage.sha256))
     if lineage.combined:

@@ -1,4 +1,4 @@
-"""Where an adapter or a merged model comes from: the file `lorafocal.json` beside its weights."""
+"""Where an adapter or a model comes from: the file `lorafocal.json` beside its weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError
 
 LINEAGE_FILE = "lorafocal.json"
-FORMAT = 2  # 2: a base may have been quantised in training, which a reader of 1 would take for a float one
-READ_FORMATS = (1, FORMAT)
+# 2: a base may have been quantised in training, which a reader of 1 would take for a float one.
+# 3: a stage may have trained every weight, which a reader of 2 would take for an adapter. Written where one did.
+FORMAT, FORMAT_OF_FULL = 2, 3
+READ_FORMATS = (1, FORMAT, FORMAT_OF_FULL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class BaseIdentity:
 
 
 MERGED, CONTINUED, COMBINED = "merged", "continued", "combined"
+FULL = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class Stage:
 
     `how` says where it went: "merged" into the base that the next stage was trained on (or into the model that this
     is), "continued" by the next stage as its start, or "combined" with others: its change times the signed `weight`,
-    which only these stages have. `quantization` is what its base was quantised to in training: where it was merged,
+    which only these stages have. A "full" stage is no adapter: it trained every weight, and its digest is that of the
+    whole model, as of a base. `quantization` is what its base was quantised to in training: where it was merged,
     then into that base de-quantised, or into the floats that it was made of (`merge.json` says which).
     """
 
@@ -55,6 +59,8 @@ class Stage:
         return record if self.weight is not None else {key: record[key] for key in record if key != "weight"}
 
     def __str__(self) -> str:
+        if self.how == FULL and self.objective is not None:
+            return f"the {self.objective['name']} training of all weights (sha256 {self.sha256[:12]}...)"
         made_by = "an adapter of unknown making" if self.objective is None else f"the {self.objective['name']} adapter"
         return f"{made_by} {self.adapter!r} (sha256 {self.sha256[:12]}...)"
 
@@ -63,12 +69,12 @@ class Stage:
 class Lineage:
     """What made these weights.
 
-    `base` is the model that the adapter was trained on, or was merged into. `objective` is its name with its
-    parameters, or None where an adapter of another tool was merged. `parents` are all earlier stages, the oldest
-    first; of a merged model the adapter itself too. `origin` is the model before the first stage, where that is not
-    `base`. `quantization` (nf4, nf4-double, fp4, fp4-double, int8 or None) is what `base` was quantised to in training;
-    a merged model with one was made of that base de-quantised. `dtype` is what `base` was loaded in, whatever it is
-    stored in; None where that is not known.
+    `base` is the model that was trained, that the adapter was trained on, or was merged into. `objective` is its name
+    with its parameters, or None where an adapter of another tool was merged. `parents` are all earlier stages, the
+    oldest first; of a merged model the adapter itself too, and of a wholly trained one its own training. `origin` is
+    the model before the first stage, where that is not `base`. `quantization` (nf4, nf4-double, fp4, fp4-double, int8
+    or None) is what `base` was quantised to in training; a merged model with one was made of that base de-quantised.
+    `dtype` is what `base` was loaded in, whatever it is stored in; None where that is not known.
     """
 
     base: BaseIdentity
@@ -94,9 +100,9 @@ class Lineage:
 
     @property
     def contained(self) -> tuple[Stage, ...]:
-        """The earlier adapters that this one contains: those after the last merge."""
-        last_merge = max((n for n, stage in enumerate(self.parents, 1) if stage.how == MERGED), default=0)
-        return self.parents[last_merge:]
+        """The earlier adapters that this one contains: those after the last that ended in a base."""
+        in_base = max((n for n, stage in enumerate(self.parents, 1) if stage.how in (MERGED, FULL)), default=0)
+        return self.parents[in_base:]
 
     @property
     def merged(self) -> tuple[Stage, ...]:
@@ -130,7 +136,7 @@ class Lineage:
         version = self.lorafocal or installed_version()
         start = self.start
         return {
-            "format": FORMAT,
+            "format": FORMAT_OF_FULL if any(stage.how == FULL for stage in self.parents) else FORMAT,
             "lorafocal": version,
             "base": asdict(self.base),
             "quantization": self.quantization,
@@ -162,7 +168,9 @@ def lineage_of(folder: Path) -> Lineage | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         found = record["format"]
         if found not in READ_FORMATS:
-            raise InputError(f"{path}: format {found!r}; only 1 to {FORMAT} are read. Use the version that wrote it.")
+            raise InputError(
+                f"{path}: format {found!r}; only 1 to {FORMAT_OF_FULL} are read. Use the version that wrote it."
+            )
         if (held := record.get("quantization")) not in (None, *QUANTIZED):
             raise InputError(
                 f"{path}: quantization {held!r}; known are {', '.join(QUANTIZED)} and null. Restore it from the run."

@@ -1,34 +1,41 @@
-"""What a run leaves behind and takes up again: checkpoints, complete or absent, and adapters with what made them."""
+"""What a run leaves behind and takes up again: checkpoints, complete or absent, and what it made, with its making."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from peft import PeftModel
-from transformers import TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from lorafocal.checkpoint import latest_complete, rotate, save_state
+from lorafocal import launch
+from lorafocal.checkpoint import latest_complete, rotate, save_state, step_of
 from lorafocal.errors import InputError
-from lorafocal.launch import main_process_first
 from lorafocal.lineage import Lineage, lineage_of
+from lorafocal.model.adapters import adapter_parameters
 from lorafocal.model.continued import lineage_on, stages_of
 from lorafocal.model.head import causal_lm
+from lorafocal.model.master import arithmetic_of
 from lorafocal.model.save import save_adapter
+from lorafocal.model.save_model import write_papers, write_weights
 from lorafocal.model.saved import CONFIG_FILE
 from lorafocal.model.starts import plain_adapter
 from lorafocal.objectives import Objective
-from lorafocal.publish import check_name, published, recover, why_incomplete
+from lorafocal.publish import check_name, recover, why_incomplete
 from lorafocal.resume import changes
+from lorafocal.together import all_or_none, of_all_ranks, published_by_all
+
+if TYPE_CHECKING:
+    from lorafocal.engines import Engine
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-ADAPTER_FOLDER = "adapter"
+ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 
 # Of an adapter's configuration: what gives tensors of the same names and shapes another meaning.
 _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -37,19 +44,25 @@ _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_p
 def find_checkpoint(asked: str | bool | None, run: Path, *, writes: bool) -> Path | None:
     """The checkpoint to go on from: the one named, or for True the newest complete one of `run`; None for neither.
 
+    Collective: rank 0 reads all of it to verify it, the others take its word.
     `writes` is whether this process writes the run's files: it puts right what a kill left half renamed.
     Raises InputError where there is none, or where the one named is torn.
     """
     if not asked:
         return None
-    if asked is not True:
-        if reason := why_incomplete(Path(asked)):
+    newest = 0
+    with all_or_none():
+        if asked is not True and launch.is_main() and (reason := why_incomplete(Path(asked))):
             raise InputError(f"{asked} cannot be resumed from: {reason}. Give an earlier checkpoint")
-        return Path(asked)
-    with main_process_first():
-        if writes:
-            recover(run)
-        latest = latest_complete(run)
+        if asked is True and launch.is_main():
+            newest = step_of(_newest(run, writes=writes))
+    return run / f"checkpoint-{of_all_ranks(newest)[0]}" if asked is True else Path(asked)
+
+
+def _newest(run: Path, *, writes: bool) -> Path:
+    if writes:
+        recover(run)
+    latest = latest_complete(run)
     for skipped in latest.skipped:
         logger.warning(skipped)
     if latest.path is None:
@@ -63,63 +76,168 @@ def progress_at(checkpoint: Path) -> TrainerState:
 
 
 def write_checkpoint(
-    run: Path, progress: TrainerState, *, write_adapter: Callable[[Path], None], keep: int | None, **training: Any
+    run: Path, progress: TrainerState, *, made: Trained, keep: int | None, engine: Engine, **training: Any
 ) -> None:
-    """`run`/checkpoint-<step>, complete or absent, and only the newest `keep` of them (None: all).
+    """Collective: `run`/checkpoint-<step>, complete or absent, and only the newest `keep` of them (None: all).
 
-    `training` is what `checkpoint.save_state` takes.
+    `training` is what `checkpoint.save_state` takes beside the engine.
     """
-    recover(run)
-    with published(run / f"checkpoint-{progress.global_step}", replace=True) as folder:
-        write_adapter(folder / ADAPTER_FOLDER)
-        save_state(folder, **training)
-        progress.save_to_json(str(folder / STATE_FILE))
-    if keep:
-        rotate(run, keep)
+    if launch.is_main():
+        recover(run)
+    target = run / f"checkpoint-{progress.global_step}"
+    with published_by_all(target, replace=True) as folder:
+        made.mark(folder, progress, engine, pairs_seen=training["extra"]["pairs_seen"])
+        save_state(folder, engine=engine, **training)
+        if launch.is_main():
+            progress.save_to_json(str(folder / STATE_FILE))
+    if keep and launch.is_main():
+        rotate(run, keep, newest=target)
 
 
-class TrainedAdapter:
-    """A policy's adapter as others can load it: plain PEFT files with its lineage and a card.
+class Trained(Protocol):
+    """What a run makes, as others can load it.
 
-    Made before the first step: an adapter that is continued is part of the lineage as it was then.
+    Made before the first step: what the weights were then is part of the lineage.
     """
 
-    def __init__(self, policy: PeftModel, objective: Objective, reference: str | None) -> None:
-        self._policy = policy
-        self._stages = stages_of(policy)
-        self._made = {"objective": {"name": objective.name, **objective.parameters}, "reference": reference}
-        self._lineage: Lineage | None = None
+    folder: str  # in the run's
 
     def lineage(self, *, steps: int, pairs_seen: int) -> Lineage | None:
-        """What made the adapter; None for a base that was never loaded from anywhere."""
-        if self._lineage is None:
-            self._lineage = lineage_on(causal_lm(self._policy), self._stages, **self._made, steps=0, pairs_seen=0)
-        return self._lineage and replace(self._lineage, steps=steps, pairs_seen=pairs_seen)
+        """What made it; None for a base that was never loaded from anywhere."""
 
     def check_same(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of a run that was set otherwise: its tensors fit, and would mean something else here.
 
         Raises InputError naming what differs: the base's weights or precision, the objective, ranks and scales.
         """
+
+    def mark(self, checkpoint: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int) -> None:
+        """Collective: put into an unpublished checkpoint what `check_same` asks for."""
+
+    def write(self, folder: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int, trained: bool) -> None:
+        """Collective: fill an unpublished folder; the card gets the rewards of the last evaluation.
+
+        `trained` says that a step has changed the weights.
+        """
+
+
+class TrainedAdapter:
+    """A policy's adapter: plain PEFT files with its lineage and a card."""
+
+    folder = ADAPTER_FOLDER
+
+    def __init__(self, policy: PeftModel, objective: Objective, reference: str | None) -> None:
+        self._policy = policy
+        self._stages = stages_of(policy)
+        self._made = _made_by(objective, reference)
+        self._lineage: Lineage | None = None
+
+    def lineage(self, *, steps: int, pairs_seen: int) -> Lineage | None:
+        if self._lineage is None:
+            self._lineage = lineage_on(causal_lm(self._policy), self._stages, **self._made, steps=0, pairs_seen=0)
+        return self._lineage and replace(self._lineage, steps=steps, pairs_seen=pairs_seen)
+
+    def check_same(self, checkpoint: Path) -> None:
         folder = checkpoint / ADAPTER_FOLDER
-        then, now = lineage_of(folder), self.lineage(steps=0, pairs_seen=0)
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         differ = changes(_scales(config), _scales(plain_adapter(self._policy)[0].to_dict()), ())
-        if then is not None and now is not None:
-            differ += changes(_made_of(then), _made_of(now), ())
-        if differ:
-            raise InputError(
-                f"{checkpoint.name} was trained otherwise than this run is set up (in its words, then -> now):\n  "
-                + "\n  ".join(differ)
-                + "\nset these back to resume, or continue its adapter in a new run"
-            )
+        differ += _otherwise(lineage_of(folder), self.lineage(steps=0, pairs_seen=0))
+        _refuse(checkpoint, differ, "continue its adapter in a new run")
 
-    def write(self, folder: Path, progress: TrainerState, *, pairs_seen: int, trained: bool) -> None:
-        """Fill an unpublished folder; the card gets the rewards of the last evaluation."""
-        last: dict[str, float] = next((e for e in reversed(progress.log_history) if "eval_loss" in e), {})
-        results = {key: value for key, value in last.items() if key.startswith("eval_rewards/")}
+    def mark(self, checkpoint: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int) -> None:
+        self.write(checkpoint / ADAPTER_FOLDER, progress, engine, pairs_seen=pairs_seen, trained=False)
+
+    def write(self, folder: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int, trained: bool) -> None:
+        values = {name: engine.full(parameter) for name, parameter in adapter_parameters(self._policy).items()}
+        if launch.is_main():
+            lineage = self.lineage(steps=progress.global_step, pairs_seen=pairs_seen)
+            save_adapter(self._policy, folder, lineage, _results(progress), trained=trained, values=values)
+
+
+class TrainedModel:
+    """A policy of which every weight is trained: a model's files, with its lineage and a card."""
+
+    folder = MODEL_FOLDER
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        objective: Objective,
+        reference: str | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self._policy, self._tokenizer = policy, tokenizer
+        self._dtype = arithmetic_of(policy)
+        self._made = _made_by(objective, reference)
+        self._lineage: Lineage | None = None
+
+    def lineage(self, *, steps: int, pairs_seen: int) -> Lineage | None:
+        if self._lineage is None:
+            lineage = lineage_on(self._policy, (), **self._made, steps=0, pairs_seen=0)
+            self._lineage = lineage and replace(lineage, dtype=str(self._dtype).removeprefix("torch."))
+        return self._lineage and replace(self._lineage, steps=steps, pairs_seen=pairs_seen)
+
+    def check_same(self, checkpoint: Path) -> None:
+        differ = _otherwise(lineage_of(checkpoint), self.lineage(steps=0, pairs_seen=0))
+        _refuse(checkpoint, differ, "start a new run")
+
+    def mark(self, checkpoint: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int) -> None:
+        if not launch.is_main():
+            return
         lineage = self.lineage(steps=progress.global_step, pairs_seen=pairs_seen)
-        save_adapter(self._policy, folder, lineage, results, trained=trained)
+        if lineage is not None:
+            lineage.write(checkpoint)
+
+    def write(self, folder: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int, trained: bool) -> None:
+        write_weights(folder, self._policy, engine.full, dtype=self._dtype)
+        if launch.is_main():
+            lineage = self.lineage(steps=progress.global_step, pairs_seen=pairs_seen)
+            write_papers(folder, self._policy, self._tokenizer, lineage, _results(progress), dtype=self._dtype)
+
+
+def what_is_made(
+    policy: PreTrainedModel | PeftModel,
+    objective: Objective,
+    reference: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Trained:
+    """The adapter, or the whole model where there is none."""
+    if isinstance(policy, PeftModel):
+        return TrainedAdapter(policy, objective, reference)
+    return TrainedModel(policy, objective, reference, tokenizer)
+
+
+def publish(target: Path, made: Trained, progress: TrainerState, engine: Engine, **seen: Any) -> None:
+    """Collective: the folder of what was made, complete or as it was; its name is checked.
+
+    `seen` is what `Trained.write` takes beside the engine.
+    """
+    check_name(target.name)
+    with published_by_all(target, replace=True, record=False) as folder:
+        made.write(folder, progress, engine, **seen)
+
+
+def _made_by(objective: Objective, reference: str | None) -> dict[str, Any]:
+    return {"objective": {"name": objective.name, **objective.parameters}, "reference": reference}
+
+
+def _results(progress: TrainerState) -> dict[str, float]:
+    """The rewards of the last evaluation."""
+    last: dict[str, float] = next((e for e in reversed(progress.log_history) if "eval_loss" in e), {})
+    return {key: value for key, value in last.items() if key.startswith("eval_rewards/")}
+
+
+def _refuse(checkpoint: Path, differ: list[str], other: str) -> None:
+    if differ:
+        raise InputError(
+            f"{checkpoint.name} was trained otherwise than this run is set up (in its words, then -> now):\n  "
+            + "\n  ".join(differ)
+            + f"\nset these back to resume, or {other}"
+        )
+
+
+def _otherwise(then: Lineage | None, now: Lineage | None) -> list[str]:
+    return [] if then is None or now is None else changes(_made_of(then), _made_of(now), ())
 
 
 def _scales(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,10 +248,3 @@ def _made_of(lineage: Lineage) -> dict[str, Any]:
     """The base, by its weights and not by its name, as training holds it; and what it is trained by."""
     base = {"sha256": lineage.base.sha256, "quantization": lineage.quantization, "dtype": lineage.dtype}
     return {"base": base, "objective": lineage.objective}
-
-
-def publish_adapter(target: Path, write_adapter: Callable[[Path], None]) -> None:
-    """The adapter's folder, complete or as it was; its name is checked."""
-    check_name(target.name)
-    with published(target, replace=True, record=False) as folder:
-        write_adapter(folder)

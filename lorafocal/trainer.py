@@ -62,7 +62,7 @@ from lorafocal.optimizers import check_given, settle
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
 from lorafocal.reference import check_identity, check_ref_model, check_same_reference
 from lorafocal.sampler import step_loader
-from lorafocal.saving import TrainedAdapter, find_checkpoint, progress_at, publish_adapter, write_checkpoint
+from lorafocal.saving import find_checkpoint, progress_at, publish, what_is_made, write_checkpoint
 from lorafocal.tensor_files import check_keys
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class FocalPOTrainer(Trainer):
         self.objective = args.build_objective()
         self.trained = check_trainable(policy) if isinstance(policy, PeftModel) else train_in_full(policy)
         self.engine = build_engine(args)
-        self._files = TrainedAdapter(policy, self.objective, args.reference) if isinstance(policy, PeftModel) else None
+        self.made = what_is_made(policy, self.objective, args.reference, processing_class)
         self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy)
         self._scorers = [policy, *filter(None, [self.ref_model])]
         for name, part in self.data.items():
@@ -387,33 +387,31 @@ class FocalPOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Everything a resumed run needs, complete or absent."""
         sums = self.metrics.state(self.args.device)  # of all ranks
-        if self.args.should_save:
-            write_checkpoint(
-                Path(self.args.output_dir),
-                self.state,
-                write_adapter=self._write_adapter,
-                keep=self.args.save_total_limit,
-                extra={"metrics": sums, "pairs_seen": self.pairs_seen, "reference": self.reference_identity},
-                **self._trained(),
-            )
-        self.accelerator.wait_for_everyone()
+        write_checkpoint(
+            Path(self.args.output_dir),
+            self.state,
+            made=self.made,
+            keep=self.args.save_total_limit,
+            extra={"metrics": sums, "pairs_seen": self.pairs_seen, "reference": self.reference_identity},
+            **self._training(),
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights come back together with the optimiser's state, strictly, by name."""
 
     def _take_up(self, checkpoint: Path) -> None:
         """Weights, the optimiser's state and the schedule as they were at the checkpoint."""
-        self._files.check_same(checkpoint)
-        extra = load_state(checkpoint, **self._trained())
+        self.made.check_same(checkpoint)
+        extra = load_state(checkpoint, **self._training())
         check_keys(extra, ("metrics", "pairs_seen", "reference"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
         if self.is_world_process_zero():
             self.metrics.load(extra["metrics"])
         self.pairs_seen = extra["pairs_seen"]
 
-    def _trained(self) -> dict[str, Any]:
-        """What a step changes, without accelerate's wrapper."""
-        return {"parameters": self.trained, "optimizer": self.engine.optimizer, "scheduler": self.lr_scheduler}
+    def _training(self) -> dict[str, Any]:
+        """What a step changes, and who holds it."""
+        return {"engine": self.engine, "parameters": self.trained, "scheduler": self.lr_scheduler}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """None is needed: the order of pairs is a function of seed and epoch, and dropout is off."""
@@ -422,14 +420,14 @@ class FocalPOTrainer(Trainer):
         """None exists: float16 is refused."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter as plain PEFT files with its lineage; default: `output_dir`/adapter."""
-        if self.args.should_save:
-            publish_adapter(Path(output_dir or Path(self.args.output_dir) / "adapter"), self._write_adapter)
-        self.accelerator.wait_for_everyone()
+        """Collective: what was trained, as others load it, with its lineage; default: `output_dir`/adapter, or /model.
 
-    def _write_adapter(self, folder: Path) -> None:
-        self._files.write(folder, self.state, pairs_seen=self.pairs_seen, trained=self.health.moved)
+        An adapter becomes plain PEFT files, a whole model what plain transformers loads.
+        """
+        target = Path(output_dir or Path(self.args.output_dir) / self.made.folder)
+        seen = {"pairs_seen": self.pairs_seen, "trained": self.health.moved}
+        publish(target, self.made, self.state, self.engine, **seen)
 
     def lineage(self) -> Lineage | None:
-        """What made the adapter; None for a base that was never loaded from anywhere."""
-        return self._files.lineage(steps=self.state.global_step, pairs_seen=self.pairs_seen)
+        """What made the weights; None for a base that was never loaded from anywhere."""
+        return self.made.lineage(steps=self.state.global_step, pairs_seen=self.pairs_seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from lorafocal.checkpoint import load_state, save_state
+from lorafocal.engines.whole import Whole
 from lorafocal.publish import published
 
 EXTRA = {"global_step": 3, "pairs_seen": 12, "loss": 0.1 + 0.2, "ids": ["a", "b"], "best": None}
@@ -55,6 +57,8 @@ class Run:
             "paged": lambda: Paged(groups, lr=1e-2, optim_bits=8, min_8bit_size=1, is_paged=True),
         }
         self.optimizer = make[kind]()
+        self.engine = Whole(SimpleNamespace(engine="one-process", world_size=1))  # type: ignore[arg-type]
+        self.engine.optimizer = self.optimizer
         self.scheduler = get_scheduler("cosine", self.optimizer, num_warmup_steps=2, num_training_steps=10)
 
     def train(self, first: int, last: int) -> None:
@@ -67,16 +71,16 @@ class Run:
             self.scheduler.step()
             self.optimizer.zero_grad()
 
-    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
+    def save(self, folder: Path, extra: dict[str, Any] | None = None, **size: int) -> None:
         folder.mkdir(exist_ok=True)
-        save_state(folder, **self.parts, extra=EXTRA if extra is None else extra)
+        save_state(folder, **self.parts, extra=EXTRA if extra is None else extra, **size)
 
     def load(self, folder: Path) -> dict[str, Any]:
         return load_state(folder, **self.parts)
 
     @property
     def parts(self) -> dict[str, Any]:
-        return {"parameters": self.parameters, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {"engine": self.engine, "parameters": self.parameters, "scheduler": self.scheduler}
 
     def everything(self) -> dict[str, Any]:
         """All that decides the next step, comparable with ==."""

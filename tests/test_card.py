@@ -77,7 +77,7 @@ def test_no_lineage_is_not_an_error_but_a_broken_one_is(tmp_path: Path) -> None:
         "{",
         "[]",
         "{}",
-        json.dumps(LINEAGE.as_dict() | {"format": 3}),
+        json.dumps(LINEAGE.as_dict() | {"format": 4}),
         json.dumps({"format": 1, "base": {}}),
     ):
         (tmp_path / LINEAGE_FILE).write_text(broken)

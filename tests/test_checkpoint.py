@@ -14,14 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorafocal.checkpoint import (
-    OPTIMIZER_FILE,
-    PARAMETERS_FILE,
-    STATE_FILE,
-    check_saved,
-    latest_complete,
-)
+from lorafocal.checkpoint import OPTIMIZER_FILE, PARAMETERS_FILE, STATE_FILE, latest_complete
 from lorafocal.errors import InputError
+from lorafocal.tensor_files import check_saved
 from tests.small_run import EXTRA, Run, checkpoint
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
 
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.lineage import Lineage
@@ -23,11 +24,13 @@ def save_adapter(
     results: Mapping[str, float] | None = None,
     *,
     trained: bool = False,
+    values: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fill an unpublished `folder` with the policy's adapter, its lineage and its card, and nothing else.
 
-    `results` are measured numbers for the card; `trained` says that a step has changed the adapter. Without a
-    lineage (a base from nowhere) there is no card either.
+    `results` are measured numbers for the card; `trained` says that a step has changed the adapter; `values` are the
+    adapter's parameters by full name, where the policy holds parts of them only. Without a lineage (a base from
+    nowhere) there is no card either.
 
     It loads anywhere on the base as it was before any start (`model.starts.plain_adapter`), which is named by hub id or
     by its folder's last name: a path of this machine is never written. A hub's base is named with its commit, which
@@ -36,7 +39,7 @@ def save_adapter(
     """
     name = policy.active_adapter
     own = policy.peft_config[name]
-    plain, state = plain_adapter(policy)
+    plain, state = plain_adapter(policy, values)
     base, revision = (
         _public_name(own.base_model_name_or_path),
         own.revision if lineage is None else lineage.base.revision,

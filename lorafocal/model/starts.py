@@ -83,8 +83,12 @@ def initialize(policy: PeftModel, pairs: Sequence[TokenizedPair], *, seed: int) 
         eva_start(policy, pairs, seed=seed)
 
 
-def plain_adapter(policy: PeftModel) -> tuple[LoraConfig, Mapping[str, Tensor] | None]:
-    """The configuration that the policy's adapter is saved under, and the state dict to save it from (None: its own).
+def plain_adapter(
+    policy: PeftModel, values: Mapping[str, Tensor] | None = None
+) -> tuple[LoraConfig, Mapping[str, Tensor]]:
+    """The configuration that the policy's adapter is saved under, and the state dict to save it from.
+
+    `values` take the place of the policy's own parameters of the same names.
 
     A PiSSA or OLoRA adapter becomes plain LoRA of twice the rank on the base as it was, W + s (B A - B0 A0): rows A
     and A0, columns B and -B0. alpha grows so that the scaling s stays. Exact up to the rounding of the base.
@@ -92,8 +96,9 @@ def plain_adapter(policy: PeftModel) -> tuple[LoraConfig, Mapping[str, Tensor] |
     config = policy.peft_config[policy.active_adapter]
     plain = {"init_lora_weights": True, "loftq_config": {}, "eva_config": None}  # the tensors are all there
     start: Mapping[str, Tensor] | None = getattr(policy, _START, None)
+    state = {**policy.state_dict(), **(values or {})}
     if start is None:
-        return replace(config, **plain), None
+        return replace(config, **plain), state
     factor = math.sqrt(2) if config.use_rslora else 2  # scaling is alpha / sqrt(r) or alpha / r
     doubled = replace(
         config,
@@ -103,7 +108,6 @@ def plain_adapter(policy: PeftModel) -> tuple[LoraConfig, Mapping[str, Tensor] |
         alpha_pattern={name: alpha * factor for name, alpha in config.alpha_pattern.items()},
         **plain,
     )
-    state = dict(policy.state_dict())
     for name, first in start.items():
         now = state[name].detach().cpu()
         state[name] = torch.cat((now, first)) if ".lora_A." in name else torch.cat((now, -first), dim=1)

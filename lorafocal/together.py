@@ -1,0 +1,68 @@
+"""What all processes of a run do at once: numbers they tell each other, work that fails on all of them or on none, and
+a folder that they fill together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lorafocal import launch
+from lorafocal.errors import InputError
+from lorafocal.publish import hidden, published
+
+EXPECTED = (InputError, OSError, SafetensorError)  # what files may meet; anything else ends the process, and the launch
+
+
+def of_all_ranks(number: int) -> list[int]:
+    """Collective: each rank's number, by rank."""
+    if launch.world_size() == 1:
+        return [number]
+    import torch
+    from accelerate import PartialState
+
+    slots = torch.zeros(launch.world_size(), dtype=torch.int64, device=PartialState().device)
+    slots[launch.rank()] = number
+    torch.distributed.all_reduce(slots)
+    return slots.tolist()
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block that every rank runs; where it fails on one of them, it fails on all.
+
+    Raises this rank's own error, or InputError that names the rank whose message says more. A block that itself waits
+    for other ranks must not fail on one of them before it has done its waiting.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except EXPECTED as caught:
+        error = caught
+    failed = [rank for rank, bad in enumerate(of_all_ranks(error is not None)) if bad]
+    if error is not None:
+        raise error
+    if failed:
+        raise InputError(f"rank {failed[0]} could not do its part; its message says why")
+
+
+@contextmanager
+def published_by_all(target: Path, *, replace: bool = False, record: bool = True) -> Iterator[Path]:
+    """Collective: `publish.published` of a folder that every rank may write into, its own files each.
+
+    It is published by rank 0, when all ranks have left the block without an error. A rank on a machine that does not
+    share the run's files gets a path where there is nothing.
+    """
+    with ExitStack() as stack:
+        partial: Path | None = None
+        with all_or_none():
+            if launch.is_main():
+                partial = stack.enter_context(published(target, replace=replace, record=record))
+        owner = of_all_ranks(os.getpid())[0]
+        with all_or_none():
+            yield partial or hidden(target, "partial", owner)
+        with all_or_none():
+            stack.close()
