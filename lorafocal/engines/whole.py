@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lorafocal.errors import InputError
-from lorafocal.errors import InputError
 from lorafocal.model.master import hold_alike, hold_masters
 from lorafocal.optimizers import states_of_bitsandbytes
 
@@ -104,9 +103,6 @@ class Whole:
 
     def groups(self, parameters: Mapping[str, Parameter]) -> list[tuple[list[str], dict[str, Any]]]:
         names = {id(parameter): name for name, parameter in parameters.items()}
-        for index, group in enumerate(self.optimizer.param_groups):
-            if unknown := [tuple(p.shape) for p in group["params"] if id(p) not in names]:
-                raise InputError(f"optimizer group {index} holds parameters not among the trainable: {unknown}")
         for index, group in enumerate(self.optimizer.param_groups):
             if unknown := [tuple(p.shape) for p in group["params"] if id(p) not in names]:
                 raise InputError(f"optimizer group {index} holds parameters not among the trainable: {unknown}")
