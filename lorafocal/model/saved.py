@@ -24,6 +24,7 @@ from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
 from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_base
 from lorafocal.model.quantized import dequantized_weight, prequantized, settle, to_dtype
 from lorafocal.model.trained_modules import resolve_tokens
+from lorafocal.objectives import OBJECTIVES
 from lorafocal.yaml12 import parse_yaml
 
 CONFIG_FILE = "adapter_config.json"
@@ -80,9 +81,17 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
         quantization=quantization,
         lineage=lineage,
         tokenization={"max_length": MAX_LENGTH} | _tokenization(run.get("data", {})),
-        beta=None if lineage is None or lineage.objective is None else lineage.objective.get("beta"),
+        beta=_beta(lineage),
         notes=_check_base(folder, name, revision, lineage),
     )
+
+
+def _beta(lineage: Lineage | None) -> float | None:
+    """The scale of rewards against a reference; None where the adapter's objective has none, as SimPO's beta."""
+    if lineage is None or lineage.objective is None:
+        return None
+    entry = OBJECTIVES.get(lineage.objective["name"])
+    return None if entry is not None and not entry.reference else lineage.objective.get("beta")
 
 
 def _tokenization(data: Mapping[str, Any]) -> dict[str, Any]:

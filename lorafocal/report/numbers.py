@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from lorafocal.objectives.focal import focal_weight
+from lorafocal.objectives import Objective
 from lorafocal.objectives.pairwise import dpo_weight, rewards
 from lorafocal.report.read import PairTable, RunRecord, Series
 
@@ -67,7 +67,7 @@ class Flip:
     pairs: int
     share: float
     mean_margin: float | None  # the change since the reference, whose margin is 0; None without pairs
-    focal_weight_share: float | None  # share of FocalPO's gradient weight that falls on these pairs
+    own_weight_share: float | None  # share of the objective's gradient weight on these pairs, where it is not DPO's
     dpo_weight_share: float | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def flips(record: RunRecord) -> list[Flip]:
     margins = table_margins(table, record.beta)
     initially, finally_ = (logps.chosen > logps.rejected for logps in (table.reference, table.policy))
     weights = {"dpo": dpo_weight(margins)}
-    if record.gamma:
-        weights["focal"] = focal_weight(margins, gamma=record.gamma)
+    if (own := own_weights(record)) is not None:
+        weights["own"] = own.weights(margins)
     groups = []
     for before in (True, False):
         for after in (True, False):
@@ -194,10 +194,16 @@ def flips(record: RunRecord) -> list[Flip]:
             count = int(mask.sum())
             shares = {name: share_of(weight, mask) for name, weight in weights.items()}
             mean = float(margins[mask].mean()) if count else None
-            groups.append(
-                Flip(before, after, count, count / len(margins), mean, shares.get("focal"), shares.get("dpo"))
-            )
+            groups.append(Flip(before, after, count, count / len(margins), mean, shares.get("own"), shares.get("dpo")))
     return groups
+
+
+def own_weights(record: RunRecord) -> Objective | None:
+    """The run's objective where its gradient weights are known from margins alone, and are not DPO's."""
+    own = record.objective
+    if own is None or not own.entry.of_margin or own.entry.scores:
+        return None
+    return None if own.name == "dpo" or own.parameters.get("gamma") == 0 else own
 
 
 def share_of(weights: Tensor, mask: Tensor) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lorafocal.report import html
-from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite, settings
+from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite, own_weights, settings
 from lorafocal.report.plots import DARK, LIGHT, Theme, run_colours
 from lorafocal.report.read import RunRecord
 from lorafocal.report.words import RULES, Remark, comparison_remarks, remarks
@@ -126,7 +126,7 @@ def _margins_words(pictures: Sequence[Picture]) -> str:
         return ""
     return html.paragraph(
         "Above: how much a pair weighs in the gradient, over its margin (beta times the difference of the two"
-        " log-ratios). Below: where the pairs were. Where the two curves agree, FocalPO and DPO do the same.",
+        " log-ratios). Below: where the pairs were. Where the two curves agree, the objective and DPO do the same.",
         soft=True,
     )
 
@@ -145,13 +145,14 @@ def _flips(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _flip_table(record: RunRecord) -> str:
+    own = own_weights(record)
     rows = [
         [
             _GROUPS[flip.initially_right, flip.finally_right],
             f"{flip.pairs:,}",
             f"{flip.share:.1%}",
             number_text(flip.mean_margin, "+.3f"),
-            number_text(flip.focal_weight_share, ".1%"),
+            *([number_text(flip.own_weight_share, ".1%")] if own else []),
             number_text(flip.dpo_weight_share, ".1%"),
         ]
         for flip in flips(record)
@@ -161,7 +162,7 @@ def _flip_table(record: RunRecord) -> str:
         "pairs",
         "share",
         "mean margin gained",
-        "gradient weight, FocalPO",
+        *([f"gradient weight, {own.name}"] if own else []),
         "gradient weight, DPO",
     ]
     return html.table(head, rows, caption=f"{record.name}, after step {record.tables[-1].step}")

@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
-from lorafocal.objectives.focal import focal_weight, turning_point
+from lorafocal.objectives import Objective
 from lorafocal.objectives.pairwise import dpo_weight
 from lorafocal.report.numbers import (
     HELD_OUT,
     displacement_series,
     first_middle_last,
     gap_series,
+    own_weights,
     right_answers,
     table_margins,
 )
@@ -166,18 +167,19 @@ def margins_png(record: RunRecord, colour: str, theme: Theme) -> bytes | None:
         return None
     tables = first_middle_last(record.tables)
     margins = {table.step: table_margins(table, record.beta) for table in tables}
-    low, high = _view(torch.cat(list(margins.values())), record.gamma or 0.0)
+    low, high = _view(torch.cat(list(margins.values())), record.turning_point)
     figure = new_figure((PANEL_INCHES[0], 1.9 + 1.25 * len(tables)), theme)
     top, *below = figure.subplots(
         1 + len(tables), 1, sharex=True, squeeze=False, height_ratios=[1.5] + [1.0] * len(tables)
     ).flat
-    _draw_weights(top, record.gamma, low, high, theme)
+    _draw_weights(top, own_weights(record), low, high, theme)
     for axes, (step, values) in zip(below, margins.items(), strict=True):
         _draw_histogram(axes, step, values, low, high, colour, theme)
     for axes in (top, *below):
         axes.axvline(0, color=theme.soft, linewidth=0.8)
-        if record.gamma and low < (turn := turning_point(record.gamma)) < high:
-            axes.axvline(turn, color=theme.soft, linewidth=1.2, linestyle=":", label=f"turns at {turn:.1f}")
+        if low < record.turning_point < high:
+            label = f"turns at {record.turning_point:.1f}"
+            axes.axvline(record.turning_point, color=theme.soft, linewidth=1.2, linestyle=":", label=label)
     draw_key(top, theme)
     below[-1].set_xlabel("margin of a pair", color=theme.text)
     below[-1].set_xlim(low, high)
@@ -186,14 +188,15 @@ def margins_png(record: RunRecord, colour: str, theme: Theme) -> bytes | None:
     return png_bytes(figure)
 
 
-def _draw_weights(axes: Axes, gamma: float | None, low: float, high: float, theme: Theme) -> None:
-    """FocalPO's and DPO's weight of a pair in the gradient, over its margin."""
+def _draw_weights(axes: Axes, own: Objective | None, low: float, high: float, theme: Theme) -> None:
+    """The objective's and DPO's weight of a pair in the gradient, over its margin."""
     dress(axes, theme)
     margin = torch.linspace(low, high, 400, dtype=torch.float64)
     axes.plot(margin, dpo_weight(margin), "--", color=theme.soft, linewidth=1.6, label="DPO")
-    if gamma:
-        weight = focal_weight(margin, gamma=gamma)
-        axes.plot(margin, weight, color=theme.text, linewidth=1.8, label=f"FocalPO, gamma {gamma:g}")
+    if own is not None:
+        weight = own.weights(margin)
+        words = [own.name, *(f"{key} {value:g}" for key, value in own.parameters.items() if key != "beta")]
+        axes.plot(margin, weight, color=theme.text, linewidth=1.8, label=", ".join(words))
         axes.set_ylim(min(-0.03, float(weight.min()) - 0.03), 1.05)
     else:
         axes.set_ylim(-0.03, 1.05)
@@ -224,13 +227,13 @@ def _draw_histogram(
     axes.set_ylabel("pairs", color=theme.text)
 
 
-def _view(margins: torch.Tensor, gamma: float) -> tuple[float, float]:
+def _view(margins: torch.Tensor, turn: float) -> tuple[float, float]:
     """Bounds that show nearly all pairs and margin 0, and the turning point where a pair is past it."""
     tail = (1 - _IN_VIEW) / 2
     low, high = torch.quantile(margins, torch.tensor([tail, 1 - tail], dtype=margins.dtype)).tolist()
     low, high = min(low, -_NARROWEST_VIEW / 2), max(high, _NARROWEST_VIEW / 2)
-    if gamma and float(margins.min()) < turning_point(gamma):
-        low = min(low, 1.2 * turning_point(gamma))
+    if float(margins.min()) < turn:
+        low = min(low, 1.2 * turn)
     room = 0.06 * (high - low)
     return low - room, high + room
 

@@ -15,6 +15,8 @@ import torch
 from lorafocal.errors import InputError
 from lorafocal.evaluations import FOLDER, EvaluatedPair, evaluation_files, read_evaluation
 from lorafocal.lineage import lineage_of
+from lorafocal.objectives import PARAMETERS, Objective, build_objective
+from lorafocal.objectives.focal import turning_point
 from lorafocal.objectives.pairwise import PairLogps
 
 METRICS_FILE, MANIFEST_FILE, ADAPTER_DIR = "metrics.jsonl", "manifest.json", "adapter"
@@ -54,9 +56,20 @@ class RunRecord:
     lines: Sequence[Mapping[str, float]]
     tables: Sequence[PairTable] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    beta: float | None = None
-    gamma: float | None = None  # FocalPO's exponent; 0 for DPO, None where unknown
+    objective: Objective | None = None  # None where it is unknown
     notes: Sequence[str] = ()
+
+    @property
+    def beta(self) -> float | None:
+        """The scale of the rewards; None where it is unknown, or the objective has none."""
+        return None if self.objective is None else self.objective.parameters.get("beta")
+
+    @property
+    def turning_point(self) -> float:
+        """The margin below which a step lowers the margin; -inf where none is known of."""
+        if self.objective is None or self.objective.name != "focalpo":
+            return -math.inf
+        return turning_point(self.objective.parameters["gamma"])
 
     def series(self, key: str) -> Series:
         """Every logged value of `key`; of several at one step the last."""
@@ -86,16 +99,16 @@ def read_run(folder: Path, name: str) -> RunRecord:
     """
     lines, notes = _read_metrics(folder)
     manifest = _read_manifest(folder, notes)
-    beta, gamma = _objective(folder, manifest)
+    objective = _objective(folder, manifest)
     tables = _read_tables(folder, notes)
-    if tables and beta is None:
+    if tables and objective is None:
         notes.append("beta is unknown: margins and gradient weights of single pairs cannot be computed.")
     if not (folder / ADAPTER_DIR).is_dir():
         last = max(int(line["step"]) for line in lines)
         notes.append(
             f"The run has no finished adapter: it is still going on, or was stopped after step {last} or later."
         )
-    return RunRecord(name, lines, tables, manifest, beta, gamma, notes)
+    return RunRecord(name, lines, tables, manifest, objective, notes)
 
 
 def _names(places: Sequence[Path]) -> list[str]:
@@ -156,8 +169,8 @@ def _read_manifest(folder: Path, notes: list[str]) -> Mapping[str, Any]:
     return manifest
 
 
-def _objective(folder: Path, manifest: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """beta and gamma: from the manifest, or from the finished adapter where a run was started from Python."""
+def _objective(folder: Path, manifest: Mapping[str, Any]) -> Objective | None:
+    """From the manifest, or from the finished adapter where a run was started from Python."""
     objective = manifest.get("config", {}).get("objective")
     if objective is None:
         try:
@@ -166,11 +179,12 @@ def _objective(folder: Path, manifest: Mapping[str, Any]) -> tuple[float | None,
             lineage = None
         objective = lineage.objective if lineage else None
     if not isinstance(objective, Mapping):
-        return None, None
-    beta, gamma = objective.get("beta"), objective.get("gamma") or 0.0
-    if _is_number(beta) and _is_number(gamma) and 0 < beta < math.inf and 0 <= gamma < math.inf:
-        return float(beta), float(gamma)
-    return None, None
+        return None
+    given = {key: objective[key] for key in PARAMETERS.keys() & objective.keys()}
+    try:
+        return build_objective(str(objective.get("name")), **given)
+    except InputError:  # written by another version, or by hand
+        return None
 
 
 def _read_tables(folder: Path, notes: list[str]) -> list[PairTable]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, read_evaluation
-from lorafocal.objectives.focal import focal_loss
+from lorafocal.objectives import build_objective
 from lorafocal.objectives.pairwise import PairLogps, rewards
 
 LOSS, ACCURACY, MARGIN = "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"
@@ -178,7 +178,7 @@ def _pair_means(setting: Setting, sweep: SweepRecord) -> Tensor | None:
 
 
 def pair_scores(point: Point, sweep: SweepRecord) -> Tensor | None:
-    """Loss or correctness of each held-out pair at the end of a run, (B,) float64; None without a table of them.
+    """Loss or correctness of each held-out pair at the end of a run, (B,) float64; None without a table that tells it.
 
     The loss is the objective's, which all points share where the loss is the criterion; correctness has no scale.
     """
@@ -188,12 +188,13 @@ def pair_scores(point: Point, sweep: SweepRecord) -> Tensor | None:
         return None
     columns = [[row.policy_chosen, row.policy_rejected, row.reference_chosen, row.reference_rejected] for row in rows]
     policy_chosen, policy_rejected, *reference = torch.tensor(columns, dtype=torch.float64).reshape(-1, 4).unbind(1)
-    chosen, rejected = rewards(
-        PairLogps(policy_chosen, policy_rejected), PairLogps(*reference), beta=sweep.objective.get("beta") or 1.0
-    )
-    if sweep.criterion.lower_is_better:
-        return focal_loss(chosen - rejected, gamma=sweep.objective.get("gamma") or 0.0)  # gamma 0 is DPO
-    return (chosen > rejected).double()
+    both = PairLogps(policy_chosen, policy_rejected), PairLogps(*reference)
+    if not sweep.criterion.lower_is_better:
+        chosen, rejected = rewards(*both, beta=1.0)
+        return (chosen > rejected).double()
+    objective = build_objective(**sweep.objective)
+    alone = not objective.entry.scores and objective.statistics is None  # of these four log-probs
+    return objective(*both).losses if alone else None
 
 
 def values_text(values: Mapping[str, Any], axes: Mapping[str, Any], leave_out: Sequence[str] = ()) -> str:

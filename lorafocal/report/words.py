@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorafocal.objectives.focal import turning_point
 from lorafocal.report.numbers import (
     HELD_OUT,
     at,
@@ -93,7 +92,7 @@ def pairs_turned(record: RunRecord) -> Remark | None:
     if not seen:
         return None
     step, most = max(seen, key=lambda entry: entry[1])
-    where = f" (margin below {turning_point(record.gamma):.2f})" if record.gamma else ""
+    where = "" if record.turning_point == -math.inf else f" (margin below {record.turning_point:.2f})"
     return Remark(
         f"Up to {most:.2%} of the pairs (step {step}) were past the turning point{where}, from step {seen[0][0]} on.",
         "FocalPO's gradient changes its sign there: a step lowers the margin of these pairs, which are misranked"
@@ -104,7 +103,9 @@ def pairs_turned(record: RunRecord) -> Remark | None:
 
 
 def nothing_moved(record: RunRecord) -> Remark | None:
-    """Policy and reference still answer alike."""
+    """Policy and reference still answer alike; without a reference a small margin may be where the model started."""
+    if record.objective is not None and not record.objective.entry.reference:
+        return None
     margins, ties = record.series("rewards/margins").finite(), record.series("rewards/ties")
     if not margins.steps or margins.steps[-1] <= 1:  # the first step is measured before anything has moved
         return None

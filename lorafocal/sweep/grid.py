@@ -259,8 +259,8 @@ def choose_criterion(best: str | None, varied: Collection[str], config: Config) 
         raise InputError(f"--best is {best!r}; choose {LOSS}, or {ACCURACY}")
     if best == LOSS and scales:
         raise InputError(f"--best {LOSS}: {why_not}; use {ACCURACY}")
-    if best == ACCURACY and config.objective.name == "sft":
-        raise InputError(f"--best {ACCURACY}: sft ranks no pairs, so it has none; use {LOSS}")
+    if best == ACCURACY and not config.objective.entry.rejected:
+        raise InputError(f"--best {ACCURACY}: {config.objective.name} ranks no pairs, so it has none; use {LOSS}")
     if best is not None:
         return Criterion(best, "as asked")
     return Criterion(ACCURACY, why_not) if scales else Criterion(LOSS, "one objective in all runs")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lorafocal.objectives import build_objective
 from lorafocal.objectives.focal import focal_weight
 from lorafocal.objectives.pairwise import PairLogps, dpo_weight
 from lorafocal.report.numbers import (
@@ -26,8 +28,8 @@ from lorafocal.report.read import PairTable, RunRecord, read_run
 from tests.written_run import BETA, GAMMA, evaluation_line, pairs, training_line, write_run
 
 
-def record_of(*lines: dict[str, float], tables: tuple[PairTable, ...] = (), gamma: float = GAMMA) -> RunRecord:
-    return RunRecord("a", lines, tables, {}, BETA, gamma)
+def record_of(*lines: dict[str, float], tables: tuple[PairTable, ...] = ()) -> RunRecord:
+    return RunRecord("a", lines, tables, {}, build_objective("focalpo", beta=BETA, gamma=GAMMA))
 
 
 @pytest.mark.row("17")
@@ -87,19 +89,25 @@ def test_flips_are_counted_by_the_reference_and_the_policys_own_ranking(tmp_path
     assert groups[True, True].mean_margin == pytest.approx(BETA * 1.5)
     assert groups[True, False].mean_margin == pytest.approx(BETA * -5)
     margins = BETA * torch.tensor([1.0, 2.0, -5.0, 5.0, 1.0, 0.0], dtype=torch.float64)
-    for name, weight in (("focal", focal_weight(margins, gamma=GAMMA)), ("dpo", dpo_weight(margins))):
+    for name, weight in (("own", focal_weight(margins, gamma=GAMMA)), ("dpo", dpo_weight(margins))):
         expected = float(weight[2] / weight.sum())
         assert getattr(groups[True, False], f"{name}_weight_share") == pytest.approx(expected)
 
 
-def test_a_dpo_run_has_no_focal_weights(tmp_path: Path) -> None:
-    assert {flip.focal_weight_share for flip in flips(flip_record(tmp_path, gamma=0.0))} == {None}
+def test_only_weights_that_margins_tell_and_dpo_has_not_are_an_objectives_own(tmp_path: Path) -> None:
+    assert {flip.own_weight_share for flip in flips(flip_record(tmp_path, gamma=0.0))} == {None}
+    record = flip_record(tmp_path / "hard")
+    for name, own in (("focalpo", True), ("focal-hard", True), ("dpo", False), ("odpo", False), ("kto", False)):
+        table = flips(replace(record, objective=build_objective(name, beta=BETA)))
+        assert all((flip.own_weight_share is not None) == own for flip in table)
+        assert all(flip.dpo_weight_share is not None for flip in table)
+    assert flips(replace(record, objective=build_objective("orpo"))) == []
 
 
 def test_weights_of_both_signs_have_no_shares(tmp_path: Path) -> None:
     rows = pairs(chosen=[-300.0, 1.0], rejected=[0.0, 0.0], references=[1.0, 1.0])  # margin -30: turned
     record = read_run(write_run(tmp_path / "a", tables={1: rows}), "a")
-    assert {flip.focal_weight_share for flip in flips(record)} == {None}
+    assert {flip.own_weight_share for flip in flips(record)} == {None}
     assert all(flip.dpo_weight_share is not None for flip in flips(record))
 
 

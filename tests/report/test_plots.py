@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from lorafocal.objectives import build_objective
+from lorafocal.objectives.focal import turning_point
 from lorafocal.report import plots
 from lorafocal.report.plots import DARK, LIGHT, PANELS, drawable, margins_png, overview_png, panel_png, run_colours
 from lorafocal.report.read import RunRecord, read_run
 from tests.written_run import evaluation_line, pairs, training_line, write_run
+
+TURN = turning_point(0.05)
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -81,7 +86,7 @@ def test_colours_stand_out_from_their_background(theme: plots.Theme) -> None:
 def test_a_users_name_is_text_and_not_mathematics(tmp_path: Path) -> None:
     names = ["$\\frac{", "_hidden", "<b>", "x" * 500, "數"]
     record = run_of(tmp_path / "a")
-    named = [RunRecord(name, record.lines, record.tables, {}, 0.1, 0.05) for name in names]
+    named = [RunRecord(name, record.lines, record.tables, {}, record.objective) for name in names]
     with pytest.warns(UserWarning, match="Glyph"):
         assert overview_png(named).startswith(b"\x89PNG")
     assert margins_png(named[0], "#0072b2", LIGHT)
@@ -91,17 +96,17 @@ def test_margins_need_pairs_and_beta(tmp_path: Path) -> None:
     record = run_of(tmp_path / "a")
     assert shows(margins_png(record, LIGHT.runs[2], LIGHT) or b"", LIGHT.runs[0]) is False
     assert margins_png(RunRecord("a", record.lines, record.tables), "#0072b2", LIGHT) is None
-    assert margins_png(RunRecord("a", record.lines, (), {}, 0.1), "#0072b2", LIGHT) is None
+    assert margins_png(RunRecord("a", record.lines, (), {}, record.objective), "#0072b2", LIGHT) is None
 
 
 def test_the_view_holds_margin_zero_most_pairs_and_the_turning_point_where_it_matters() -> None:
-    low, high = plots._view(torch.zeros(10), 0.05)
+    low, high = plots._view(torch.zeros(10), TURN)
     assert low < 0 < high
     assert high - low < 0.1
-    low, high = plots._view(torch.linspace(1.0, 3.0, 2000), 0.05)
+    low, high = plots._view(torch.linspace(1.0, 3.0, 2000), TURN)
     assert low < 0
     assert high == pytest.approx(3.0, abs=0.25)
-    low, high = plots._view(torch.cat((torch.linspace(0.0, 3.0, 2000), torch.tensor([-25.0]))), 0.05)
+    low, high = plots._view(torch.cat((torch.linspace(0.0, 3.0, 2000), torch.tensor([-25.0]))), TURN)
     assert low < -20
 
 
@@ -110,7 +115,7 @@ def test_the_view_holds_margin_zero_most_pairs_and_the_turning_point_where_it_ma
 def test_margins_of_any_size_are_drawn(tmp_path: Path, far: float) -> None:
     record = read_run(write_run(tmp_path / "a", tables={1: pairs(chosen=[-far, far])}), "a")
     for gamma in (0.0, 0.05, 1.0):
-        drawn = RunRecord("a", record.lines, record.tables, {}, 0.1, gamma)
+        drawn = replace(record, objective=build_objective("focalpo", beta=0.1, gamma=gamma))
         assert margins_png(drawn, "#0072b2", DARK)
 
 

@@ -17,7 +17,7 @@ def test_a_whole_run_is_read_without_a_note(tmp_path: Path) -> None:
     record = read_run(write_run(tmp_path / "a"), "a")
     assert record.series("loss").steps == [1, 10]
     assert record.series("eval_loss").values == [0.6, 0.6]
-    assert (record.beta, record.gamma) == (0.1, 0.05)
+    assert (record.beta, record.objective.parameters["gamma"]) == (0.1, 0.05)
     assert [table.step for table in record.tables] == [1, 10]
     assert record.tables[0].policy.chosen.tolist() == [-8.8, -8.8]
     assert record.notes == []
@@ -107,7 +107,7 @@ def test_a_python_run_tells_beta_and_gamma_by_its_adapter(tmp_path: Path) -> Non
         "reference": None, "objective": {"name": "focalpo", "beta": 0.3, "gamma": 0.1}, "steps": 1, "pairs_seen": 1,
     }  # fmt: skip
     (folder / "adapter" / "lorafocal.json").write_text(json.dumps(lineage))
-    assert (read_run(folder, "a").beta, read_run(folder, "a").gamma) == (0.3, 0.1)
+    assert read_run(folder, "a").objective.parameters == {"beta": 0.3, "gamma": 0.1}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"config": 3}', "null"])

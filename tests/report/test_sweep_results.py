@@ -33,6 +33,7 @@ from lorafocal.report.sweep_results import (
 
 LR, GAMMA, SEED = "training.learning_rate", "objective.gamma", "training.seed"
 STEPS = 3
+OBJECTIVE = {"name": "focalpo", "beta": 0.1, "gamma": 0.05}
 
 
 def point(values: Mapping[str, Any], loss: float, accuracy: float = 0.5, **changes: Any) -> Point:
@@ -43,7 +44,7 @@ def point(values: Mapping[str, Any], loss: float, accuracy: float = 0.5, **chang
 
 def record(points: Sequence[Point], folder: Path = Path("nowhere"), key: str = LOSS) -> SweepRecord:
     axes = {axis: list(dict.fromkeys(p.values[axis] for p in points)) for axis in points[0].values}
-    return SweepRecord("toy", folder, Criterion(key, "because"), axes, {"beta": 0.1, "gamma": 0.05}, points)
+    return SweepRecord("toy", folder, Criterion(key, "because"), axes, OBJECTIVE, points)
 
 
 def over_seeds(losses: Mapping[float, Sequence[float]]) -> list[Point]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorafocal.objectives import build_objective
 from lorafocal.report import words
 from lorafocal.report.read import RunRecord, read_run
 from lorafocal.report.words import RULES, comparison_remarks, remarks
@@ -14,7 +16,7 @@ from tests.written_run import BETA, GAMMA, evaluation_line, pairs, training_line
 
 
 def record_of(*lines: dict[str, Any], name: str = "a", beta: float = BETA, **manifest: Any) -> RunRecord:
-    return RunRecord(name, lines, (), manifest, beta, GAMMA)
+    return RunRecord(name, lines, (), manifest, build_objective("focalpo", beta=beta, gamma=GAMMA))
 
 
 QUIET = (training_line(1), evaluation_line(1), training_line(10), evaluation_line(10))
@@ -95,6 +97,12 @@ def test_a_run_that_does_not_move_gets_a_line(changes: dict[str, float]) -> None
 def test_before_the_first_step_nothing_can_have_moved() -> None:
     assert words.nothing_moved(record_of(training_line(1, rewards__margins=0.0, rewards__ties=1.0))) is None
     assert words.nothing_moved(record_of({"loss": 2.0, "step": 40})) is None  # sft has no margin
+
+
+def test_a_small_margin_without_a_reference_is_no_sign_that_nothing_moved() -> None:
+    still = record_of(training_line(9, rewards__margins=1e-4))
+    assert words.nothing_moved(still) is not None
+    assert words.nothing_moved(replace(still, objective=build_objective("orpo"))) is None
 
 
 def losses(training: list[float], held_out: list[float]) -> RunRecord:
