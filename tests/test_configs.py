@@ -10,7 +10,7 @@ import yaml
 from lorafocal.config import load_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+CONFIGS = sorted({*FOLDER.rglob("*.yaml")} - {*(FOLDER / "paper").rglob("*.yaml")})  # those: test_recipes.py
 # Parameters of the published checkpoints.
 PARAMETERS = {"llama3-8b": 8_030_261_248, "mistral-7b": 7_241_732_096, "qwen3-8b": 8_190_735_360}
 BIG = [f"{kind}/{model}.yaml" for kind in ("lora", "qlora") for model in PARAMETERS]
