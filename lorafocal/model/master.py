@@ -19,6 +19,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.quantized import base_dtype
 
 _ARITHMETIC = "_lorafocal_arithmetic"  # of a widened base: the dtype that it still computes in
+_UNLEARNED = ("e_score_correction_bias",)  # of routers: balanced by counting, never by a gradient
 _SCALE = "embed_scale"  # what embeddings are multiplied by, as transformers names it
 
 
@@ -36,7 +37,8 @@ def train_in_full(model: nn.Module) -> dict[str, Parameter]:
     text = {id(p) for part in (base.get_decoder(), base.get_output_embeddings()) for p in part.parameters()}
     trained = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) in text and parameter.is_floating_point())
+        learned = id(parameter) in text and parameter.is_floating_point() and not name.endswith(_UNLEARNED)
+        parameter.requires_grad_(learned)
         if parameter.requires_grad:
             trained[name] = parameter
     if not trained:
@@ -49,23 +51,32 @@ def hold_masters(model: nn.Module, trained: Mapping[str, Parameter]) -> None:
 
     A second call changes nothing.
     """
-    if base_dtype(model) != torch.bfloat16 or not any(p.dtype == torch.bfloat16 for p in trained.values()):
-        return
-    _widen(model)
+    if needs_masters(model, trained):
+        _hold(model)
+
+
+def needs_masters(model: nn.Module, trained: Mapping[str, Parameter]) -> bool:
+    """Whether weights are trained that are held in bf16."""
+    return base_dtype(model) == torch.bfloat16 and any(p.dtype == torch.bfloat16 for p in trained.values())
 
 
 def hold_alike(model: nn.Module, policy: nn.Module) -> nn.Module:
     """A reference that computes exactly as a `policy` with masters does, if it has them."""
     if hasattr(causal_lm(policy), _ARITHMETIC) and base_dtype(model) == torch.bfloat16:
-        _widen(model)
+        _hold(model)
     return model
 
 
-def _widen(model: nn.Module) -> None:
-    base = causal_lm(model)
-    for parameter in model.parameters():
+def widen(module: nn.Module) -> None:
+    """Parameters in bf16 to fp32, in place: of a part of a model, where the engine takes one part after the other."""
+    for parameter in module.parameters():
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
+
+
+def _hold(model: nn.Module) -> None:
+    base = causal_lm(model)
+    widen(model)
     for module in base.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(_in_bfloat16)
