@@ -57,7 +57,7 @@ def test_all_refusals_come_at_once(tmp_path):
     [
         ({"gamma": 1.5}, "gamma"),
         ({"beta": 0.0}, "beta"),
-        ({"objective": "simpo"}, "objective"),
+        ({"objective": "ppo"}, "objective"),
         ({"pairs_per_step": 0}, "pairs_per_step"),
         ({"reference": "second_model"}, "disabled_adapter, frozen_copy, separate_model"),
         ({"recompute": "some"}, "recompute is 'some'; choose one of auto, none, mlp, full"),

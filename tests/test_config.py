@@ -22,6 +22,7 @@ from lorafocal.config import (
     training_arguments,
 )
 from lorafocal.errors import InputError
+from lorafocal.objectives import OBJECTIVES, PARAMETERS, python_name
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml
 
@@ -43,7 +44,7 @@ READ_BY_THE_RUN = {
     *(f"data.{name}.{key}" for name in ("train", "eval") for key in SOURCE_KEYS),
 }  # fmt: skip
 FOCALPO_FIELDS = {
-    "objective", "beta", "gamma", "pairs_per_step", "max_length", "max_prompt_length", "truncation",
+    "objective", *map(python_name, PARAMETERS), "pairs_per_step", "max_length", "max_prompt_length", "truncation",
     "chat_template_kwargs", "layout", "tokens_per_pack", "identity_probe", "allow_dropout", "reference",
     "loraplus_lr_ratio", "recompute", "adapter_kernels", "elementwise_kernels", "compile_layers", "reference_store",
 }  # fmt: skip
@@ -116,6 +117,11 @@ TOGETHER = {
         "reference={kind: separate_model, model: another, revision: 0123456789abcdef0123456789abcdef01234567}"
     ],
 }
+for name, entry in OBJECTIVES.items():
+    stated = {key: of.default for key, of in entry.parameters.items() if of.stated}
+    for key in entry.parameters.keys() - {"beta", "gamma"}:
+        chosen = [f"objective={json.dumps({'name': name, **stated, key: 0.3})}"]
+        TOGETHER[f"objective.{key}"] = chosen if entry.reference else [*chosen, "reference=null"]
 for name, key in itertools.product(("train", "eval"), SOURCE_KEYS):
     source = {"path": f"{name}.jsonl"} | {key: ANOTHER_SOURCE[key]}
     TOGETHER[f"data.{name}.{key}"] = [f"data.{name}={json.dumps(source)}"]

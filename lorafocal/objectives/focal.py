@@ -44,12 +44,6 @@ def hard_loss(margin: Tensor, *, gamma: float) -> Tensor:
     return -torch.exp(gamma * logsigmoid(-margin)) * logsigmoid(margin)
 
 
-def hard_weight(margin: Tensor, *, gamma: float) -> Tensor:
-    """-dL/dmargin = (1-p)^gamma ((1-p) - gamma p log p), elementwise; never negative."""
-    lp, lq = logsigmoid(margin), logsigmoid(-margin)
-    return torch.exp(gamma * lq) * (torch.exp(lq) - gamma * torch.exp(lp) * lp)
-
-
 def focal_weight(margin: Tensor, *, gamma: float) -> Tensor:
     """-dL/dmargin = (1 - p) p^gamma (1 + gamma log p), elementwise (the paper's Eq. 6 over beta).
 

@@ -14,10 +14,10 @@ def odpo(policy: PairLogps, reference: PairLogps, *, scores: PairScores, beta: f
     Every chosen score must be above the rejected one. alpha = 0 is DPO, and so is a gap of 1.
     Source: Amini et al. 2024, arXiv:2402.10571, Eq. 8 with f = log.
     """
-    offset = score_offset(scores, alpha=alpha)
+    offset = score_offset(scores, alpha=alpha).to(widen(policy.chosen))
     return pair_losses(policy, reference, beta=beta, loss_of_margin=lambda margin: dpo_loss(margin - offset))
 
 
 def score_offset(scores: PairScores, *, alpha: float) -> Tensor:
-    """The margin that a pair should exceed, (B,): alpha * log(score gap)."""
-    return alpha * torch.log(widen(scores.chosen) - widen(scores.rejected))
+    """The margin that a pair should exceed, (B,), a constant: alpha * log(score gap)."""
+    return alpha * torch.log(widen(scores.chosen) - widen(scores.rejected)).detach()

@@ -1,0 +1,210 @@
+"""The registry: every objective is what its entry says, and configs, Python's door and refusals follow from it."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+import torch
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.config import check_config, known_keys, training_arguments
+from lorafocal.errors import InputError
+from lorafocal.objectives import OBJECTIVES, PARAMETERS, PairLogps, build_objective, python_name
+from lorafocal.objectives.pairwise import dpo_weight
+from tests.objectives.logps import LENGTHS, SCORES, made_up
+from tests.test_config import VALUES, mistakes
+
+INPUTS = ("reference", "lengths", "scores", "statistics")
+
+
+def function_of(place: str):
+    file, _, name = place.partition(".")
+    return getattr(import_module(f"lorafocal.objectives.{file}"), name)
+
+
+def given(name: str, policy: PairLogps, against: PairLogps, /, **changes):
+    """The objective's losses of the five made-up pairs."""
+    objective = build_objective(name)
+    inputs = {"reference": against, "lengths": LENGTHS, "scores": SCORES}
+    if objective.statistics is not None:
+        inputs["statistics"] = objective.statistics(policy, against) / len(policy.chosen)
+    return objective(policy, **inputs | changes)
+
+
+def section(name: str, **values: object) -> dict[str, object]:
+    """A config's values with this objective."""
+    stated = {key: of.default for key, of in OBJECTIVES[name].parameters.items() if of.stated}
+    reference = {"kind": "disabled_adapter"} if OBJECTIVES[name].reference else None
+    return {**VALUES, "objective": {"name": name, **stated, **values}, "reference": reference}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_entry_names_a_function_that_takes_exactly_what_it_says(name):
+    entry = OBJECTIVES[name]
+    takes = {key for key, of in inspect.signature(function_of(entry.loss)).parameters.items()} - {"policy"}
+    needs = {key for key in INPUTS if getattr(entry, key)}
+    assert takes == needs | {python_name(key) for key in entry.parameters}
+    if entry.statistics:
+        assert list(inspect.signature(function_of(entry.statistics)).parameters) == ["policy", "reference"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_an_entry_does_not_need_moves_nothing(name):
+    entry = OBJECTIVES[name]
+    policy, reference = made_up()
+    with torch.no_grad():
+        whole = given(name, policy, reference)
+        left_out = {key: None for key in INPUTS if not getattr(entry, key)}
+        bare = given(name, policy, reference, **left_out)
+        assert all(torch.equal(one, other) for one, other in zip(whole, bare, strict=True))
+        if not entry.rejected:
+            moved = given(name, PairLogps(policy.chosen, policy.rejected - 5), reference)
+            assert torch.equal(moved.losses, whole.losses)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_losses_are_finite_and_differentiable_and_rewards_are_detached(name, dtype):
+    policy, reference = made_up(dtype=dtype)
+    out = given(name, policy, reference)
+    assert out.losses.shape == (5,)
+    assert out.losses.dtype == dtype
+    assert torch.isfinite(out.losses).all()
+    assert not out.chosen_rewards.requires_grad
+    assert not out.rejected_rewards.requires_grad
+    out.losses.sum().backward()
+    for side in policy[: 1 + OBJECTIVES[name].rejected]:
+        assert torch.isfinite(side.grad).all()
+        assert side.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_pair_s_loss_does_not_depend_on_who_shares_its_pack(name):
+    policy, reference = made_up()
+    objective = build_objective(name)
+    statistics = objective.statistics(policy, reference) / 5 if objective.statistics else None
+    with torch.no_grad():
+        whole = given(name, policy, reference, statistics=statistics).losses
+        for pair in range(5):
+            alone = objective(
+                PairLogps(*(side[pair : pair + 1] for side in policy)),
+                PairLogps(*(side[pair : pair + 1] for side in reference)),
+                LENGTHS[[pair, pair + 5]],
+                scores=type(SCORES)(*(side[pair : pair + 1] for side in SCORES)),
+                statistics=statistics,
+            )
+            torch.testing.assert_close(alone.losses[0], whole[pair], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if entry.of_margin])
+def test_weights_are_the_slope_of_the_loss_over_its_own_margin(name):
+    objective = build_objective(name)
+    policy, reference = made_up()
+    out = given(name, policy, reference)
+    [slope] = torch.autograd.grad(out.losses.sum(), policy.chosen)
+    nats_a_margin = (LENGTHS[:5] if objective.entry.lengths else 1) / objective.parameters["beta"]
+    weight = objective.weights(out.margins, SCORES)
+    torch.testing.assert_close(-slope * nats_a_margin, weight, rtol=1e-9, atol=1e-12)
+    assert not weight.requires_grad
+
+
+def test_dpo_s_weights_are_its_own():
+    margins = torch.linspace(-600, 600, 241)
+    torch.testing.assert_close(
+        build_objective("dpo").weights(margins), dpo_weight(margins.double()), rtol=1e-12, atol=0
+    )
+
+
+def test_values_are_checked_and_names_known():
+    for name, values, told in (
+        ("focalpo", {"gamma": 1.5}, r"1\.4427"),
+        ("focal-hard", {"gamma": -0.1}, "gamma"),
+        ("dpo", {"beta": 0.0}, "beta"),
+        ("odpo", {"alpha": -1.0}, "alpha"),
+        ("kto", {"desirable_weight": 0}, "desirable_weight"),
+        ("kto", {"undesirable_weight": float("nan")}, "undesirable_weight"),
+        ("orpo", {"lambda": 0.0}, "lambda is 0.0"),
+        ("simpo", {"gamma_beta_ratio": -0.1}, "gamma_beta_ratio"),
+        ("simpo", {"beta": True}, "beta"),
+        ("ppo", {}, "focalpo"),
+    ):
+        with pytest.raises(InputError, match=told):
+            build_objective(name, **values)
+    assert build_objective("focal-hard", gamma=2.0).parameters["gamma"] == 2.0  # FocalPO's own bound is not its
+    assert (
+        build_objective("orpo", lambda_=0.3).parameters
+        == {"lambda": 0.3}
+        == dict(build_objective("orpo", **{"lambda": 0.3}).parameters)
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_config_has_an_objective_s_own_parameters_with_their_defaults_and_no_others(name):
+    entry = OBJECTIVES[name]
+    config = check_config(section(name))
+    assert config.objective.parameters == {key: of.default for key, of in entry.parameters.items()}
+    assert config.objective.model_dump() == {"name": name, **config.objective.parameters}
+    arguments = training_arguments(config)
+    assert {key: arguments[python_name(key)] for key in entry.parameters} == config.objective.parameters
+    for key in PARAMETERS.keys() - entry.parameters.keys():
+        assert f"objective.{key}: {name} has none and would ignore it" in mistakes(section(name, **{key: 0.5}))
+    for key, of in entry.parameters.items():
+        if of.stated:
+            assert f"objective.{key}: missing; it has no default" in mistakes(section(name, **{key: None}))
+        assert f"objective.{key}: {key} is" in mistakes(section(name, **{key: -1.0}))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_reference_is_asked_for_where_there_is_one_and_refused_elsewhere(name):
+    values = section(name)
+    if OBJECTIVES[name].reference:
+        assert "reference: missing" in mistakes({**values, "reference": None})
+    else:
+        told = mistakes({**values, "reference": {"kind": "disabled_adapter"}})
+        assert f"reference: {name} compares with no reference" in told
+
+
+def test_keys_of_the_config_and_fields_of_python_s_door_are_the_registry_s():
+    assert {key.partition(".")[2] for key in known_keys() if key.startswith("objective.")} == {"name", *PARAMETERS}
+    fields_there = {spec.name: spec for spec in fields(FocalPOConfig)}
+    for key, text in PARAMETERS.items():
+        assert fields_there[python_name(key)].metadata["help"] == text
+    for name, entry in OBJECTIVES.items():
+        for key in entry.parameters:
+            assert name in PARAMETERS[key]
+
+
+def test_python_s_door_settles_defaults_and_refuses_strays(tmp_path):
+    args = FocalPOConfig(str(tmp_path), objective="orpo", lambda_=0.2, use_cpu=True)
+    assert (args.lambda_, args.beta, args.reference) == (0.2, None, None)
+    assert args.build_objective().parameters == {"lambda": 0.2}
+    for settings, told in (
+        ({"objective": "orpo", "beta": 0.1}, "orpo has no beta"),
+        ({"objective": "simpo", "reference": "disabled_adapter"}, "simpo has no reference"),
+        ({"objective": "dpo", "lambda_": 0.1}, "dpo has no lambda_"),
+        ({"objective": "kto", "desirable_weight": 0.0}, "desirable_weight is 0.0"),
+    ):
+        with pytest.raises(InputError, match=told):
+            FocalPOConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_one_more_objective_is_one_entry():
+    """In a fresh interpreter, before anything has read the registry; and none of this loads torch."""
+    code = """
+import sys
+from lorafocal import bounds, objectives
+own = objectives.Parameter(0.5, bounds.check_hard_gamma, "how much")
+objectives.OBJECTIVES["new"] = objectives.Entry("pairwise.dpo", {"zeta": own}, reference=False)
+objectives.PARAMETERS |= objectives._parameters()
+from lorafocal.config import known_keys
+from lorafocal.schema import Objective
+assert Objective(name="new").model_dump() == {"name": "new", "zeta": 0.5}
+assert "objective.zeta" in known_keys()
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
