@@ -129,8 +129,8 @@ FATES: dict[str, Fate] = {
     # the objective
     "beta": _translated(lambda given: {"beta": given.values["beta"]}),
     "loss_type": _refused(
-        "only sigmoid, DPO's loss, has counterparts here: objective focalpo or dpo. A stage of supervised fine-tuning is"
-        " objective sft; what TRL has other trainers for (ORPO, SimPO in CPO, KTO) is objective orpo, simpo or kto",
+        "only sigmoid, DPO's loss, has counterparts here: objective focalpo or dpo. Supervised fine-tuning is objective"
+        " sft; what TRL has other trainers for (ORPO, SimPO in CPO, KTO) is objective orpo, simpo or kto",
         "sigmoid", ["sigmoid"],
     ),
     "loss_weights": _refused(_LOSS, None, [1.0]),
