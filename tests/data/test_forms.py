@@ -139,6 +139,38 @@ def test_an_implicit_prompt_in_strings_is_trls(prompt: str, chosen: str, rejecte
         assert {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} == theirs
 
 
+JUDGED = {"all_generated_responses": ["5", " 4 ", "6", "4", "5"], "all_rm_scores": [0.1, 0.2, 0.15, 0.3, 0.05]}
+
+
+def test_scores_are_looked_up_among_all_the_answers_that_were_judged() -> None:
+    """llama3-ultrafeedback-armorm: five answers, the best chosen and the worst rejected; here both stand there twice."""
+    [_, row, _] = ROWS["ultrafeedback"]
+    pair, _ = read_one(row | JUDGED)
+    assert (pair.score_chosen, pair.score_rejected) == (0.3, 0.05)
+    named, _ = read_one(row | JUDGED | {"score_chosen": 2.0, "score_rejected": 0.5})
+    assert (named.score_chosen, named.score_rejected) == (2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"all_generated_responses": ["4", "6"], "all_rm_scores": [0.3, 0.1]}, (0.3, None)),  # not by their order
+        ({"all_rm_scores": [0.3, 0.1]}, (None, None)),
+        ({"all_rm_scores": None}, (None, None)),
+        ({"all_generated_responses": [None, 4, "4", "5", ""]}, (0.15, 0.3)),
+        ({"all_rm_scores": [None, 0.2, None, None, 0.05]}, (0.2, 0.05)),
+    ],
+)
+def test_a_score_that_is_not_an_answers_own_is_none(changes: dict[str, Any], found: tuple[float | None, ...]) -> None:
+    pair, _ = read_one(ROWS["ultrafeedback"][1] | JUDGED | changes)
+    assert (pair.score_chosen, pair.score_rejected) == found
+
+
+def test_a_judged_score_that_is_no_number_is_named() -> None:
+    with pytest.raises(InputError, match=r"key `all_rm_scores`: expected a finite number"):
+        read_one(ROWS["ultrafeedback"][1] | JUDGED | {"all_rm_scores": [0.1, "high", 0.2, 0.3, 0.4]})
+
+
 @pytest.mark.parametrize(
     "keys",
     SCORES,

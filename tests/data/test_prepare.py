@@ -121,6 +121,20 @@ def test_nothing_left_says_what_was_wrong_first(tmp_path: Path) -> None:
         prepared(train=write(tmp_path / "a.jsonl", [row]))
 
 
+def test_scored_pairs_are_asked_for_their_scores_on_both_sides(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    scored = [row | {"score_chosen": n % 3, "score_rejected": 0.5} for n, row in enumerate(rows)]
+    section = {"train": write(tmp_path / "train.jsonl", scored), "held_out": 4}
+    every = prepared(**section)
+    parts = prepare_data(Data.model_validate({"max_length": 64, "cache": False, **section}), TOKENIZER, scored=True)
+    kept = [pair for part in parts.values() for pair in part.tokens.pairs]
+    assert sum(len(part.tokens.pairs) for part in every.values()) > len(kept) > 0
+    assert all(pair.score_chosen > pair.score_rejected for pair in kept)
+    assert any(drop.reason == "not_scored_higher" for drop in parts["train"].drops)
+    section["train"] = write(tmp_path / "bare.jsonl", rows)
+    with pytest.raises(InputError, match=r"bare.jsonl, row 1: score_rejected is missing"):
+        prepare_data(Data.model_validate({"max_length": 64, "cache": False, **section}), TOKENIZER, scored=True)
+
+
 def test_places_are_told_with_what_they_share_once() -> None:
     assert listed(["a.jsonl, row 3", "a.jsonl, row 5"]) == "a.jsonl, row 3, 5"
     assert listed(["a.jsonl, row 3", "b.jsonl, row 5"]) == "a.jsonl, row 3; b.jsonl, row 5"
