@@ -25,6 +25,7 @@ from lorafocal.engines.agreement import anywhere
 from lorafocal.engines.whole import SAMPLE
 from lorafocal.engines.zero_parts import Part, link_states, own_entries, parts_of, refresh_weights, set_entries
 from lorafocal.errors import InputError
+from lorafocal.model.adapters import adapter_layers
 from lorafocal.model.compiled import decoder_layers
 from lorafocal.model.master import arithmetic_of
 
@@ -133,15 +134,12 @@ class Zero:
             self._split(trainer.model)
 
     def _split(self, model: nn.Module) -> None:
-        """Split all weights over the processes, each on its own: no device needs room for the whole.
-
-        A decoder layer is gathered as a whole, so that whatever reads a weight in it finds that.
-        """
+        """Split all weights over the processes, one after the other: no device needs room for all of them."""
         import deepspeed
         from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
-        for layer in decoder_layers(model):
-            set_z3_leaf_module(layer, True)
+        for module in _gathered_whole(model):
+            set_z3_leaf_module(module, True)
         deepspeed.zero.Init(module=model, config_dict_or_path=self._config)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self._device)
@@ -261,6 +259,16 @@ class Zero:
             ([name for name, parameter in parameters.items() if self._part_of(parameter).group == number], group)
             for number, group in enumerate(self.optimizer.param_groups)
         ]
+
+
+def _gathered_whole(model: nn.Module) -> list[nn.Module]:
+    """Modules whose weights are all there while one of them computes: something may read those of another in it.
+
+    Fused functions and DoRA do so within a decoder layer, PEFT's trained modules and tokens beside them.
+    """
+    layers = decoder_layers(model)
+    within = {id(module) for layer in layers for module in layer.modules()}
+    return layers + [module for module in adapter_layers(model) if id(module) not in within]
 
 
 def _is_of_entries(entry: Any, parameter: Any) -> bool:
