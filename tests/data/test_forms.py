@@ -143,7 +143,7 @@ JUDGED = {"all_generated_responses": ["5", " 4 ", "6", "4", "5"], "all_rm_scores
 
 
 def test_scores_are_looked_up_among_all_the_answers_that_were_judged() -> None:
-    """llama3-ultrafeedback-armorm: five answers, the best chosen and the worst rejected; here both stand there twice."""
+    """llama3-ultrafeedback-armorm: five answers, the best chosen and the worst rejected; here both are there twice."""
     [_, row, _] = ROWS["ultrafeedback"]
     pair, _ = read_one(row | JUDGED)
     assert (pair.score_chosen, pair.score_rejected) == (0.3, 0.05)

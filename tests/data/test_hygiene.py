@@ -145,7 +145,8 @@ def test_an_objective_of_the_score_gap_gets_pairs_that_have_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "key"), [((1.0, None), "score_rejected"), ((None, 1.0), "score_chosen"), ((None, None), "score_rejected")]
+    ("scores", "key"),
+    [((1.0, None), "score_rejected"), ((None, 1.0), "score_chosen"), ((None, None), "score_rejected")],
 )
 def test_a_missing_score_is_refused_whatever_becomes_of_bad_rows(scores: tuple[Any, Any], key: str) -> None:
     for on_bad_row in ("drop", "error"):
