@@ -222,7 +222,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise InputError(f"{override!r} is not an override; write section.key=value, for example objective.beta=0.1")
     place = values
     for depth, part in enumerate(path[:-1], start=1):
-        place = place.setdefault(part, {})
+        if place.get(part) is None:
+            place[part] = {}  # a section that is left out, or null
+        place = place[part]
         if not isinstance(place, dict):
             raise InputError(f"{override!r}: {'.'.join(path[:depth])} is {place!r}, which has no keys inside")
     place[path[-1]] = parse_yaml(text, source=f"override {key.strip()}")

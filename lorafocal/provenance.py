@@ -1,4 +1,7 @@
-"""A run once more, from its manifest: the same config on the same inputs, refused by name where these are others."""
+"""A run once more, from its manifest: the same config on the same inputs, refused by name where these are others.
+
+`config_of` is what to train, `reproduce` trains it. Torch is imported by the latter alone.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,25 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafocal import launch
 from lorafocal.config import Config, apply_override, check_config
 from lorafocal.errors import InputError
 from lorafocal.publish import sha256
 from lorafocal.resume import MAY_CHANGE, changes
-from lorafocal.run import CONFIG_FILE, RunSummary, train
+
+if TYPE_CHECKING:
+    from lorafocal.run import RunSummary
 
 PLACES = (
     "model.name", "model.revision", "reference.model", "reference.revision", "reference.store", "data.train",
     "data.eval", "data.revision", "adapter.start_from",
 )  # fmt: skip
 """Keys that say where an input lies: it may lie elsewhere, for its digest is compared."""
+
+ENGINE = ("engine", "engine.kind", "engine.offload")
+"""Keys that may change, because every engine gives the same run but for its last bits."""
 
 AUTO = {"packing.tokens": "tokens_per_pack", "training.activation_checkpointing": "recompute"}
 """What a config may leave open, and the manifest's word for what it became: the last bits depend on it."""
@@ -56,28 +64,48 @@ class Reproduction:
         return f"{self.summary}\nits weights are {found} of {self.first}"
 
 
-def reproduce(
-    manifest: Path,
-    overrides: Sequence[str] = (),
-    *,
-    resume: bool = False,
-    quiet: bool = False,
-    runs_dir: Path = Path("runs"),
-) -> Reproduction:
-    """Train again what `manifest` (a run's manifest.json) says, into `runs_dir`/<its name>-again.
+def config_of(manifest: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of the run whose manifest.json is `manifest`, with what `auto` became then, and `-again` in its name.
 
-    `overrides` may say where inputs lie by now, another name, and what cannot reach the weights. Raises InputError,
-    before a model is loaded, where base, reference model, template, pairs or first adapter are others than they were;
-    other versions and machines are noted.
+    `overrides` may say where inputs lie by now, another name, another engine, and what cannot reach the weights. Raises
+    InputError for any other, which would make another run, and where `manifest` is none.
     """
-    old = read_manifest(manifest)
-    config = config_again(old, overrides, source=str(manifest))
+    first = read_manifest(manifest)
+    values = first["config"]
+    values["name"] = f"{str(values.get('name'))[: 64 - len(AGAIN)]}{AGAIN}"
+    settled = first.get("settled") or {}
+    for key, word in AUTO.items():
+        section, _, name = key.partition(".")
+        if values.get(section, {}).get(name) == "auto" and word in settled:
+            values[section][name] = settled[word]
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in ("name", *PLACES, *ENGINE, *MAY_CHANGE):
+            raise InputError(
+                f"{key} would make another run than the one of {manifest}: to it, name, {', '.join(PLACES)}, engine and"
+                f" what cannot reach the weights may change; for another run, train {manifest.parent / 'config.yaml'}"
+            )
+        apply_override(values, override)
+    return check_config(values, source=str(manifest))
+
+
+def reproduce(
+    config: Config, manifest: Path, *, resume: bool = False, quiet: bool = False, runs_dir: Path = Path("runs")
+) -> Reproduction:
+    """Train `config`, which is `config_of(manifest)`, into `runs_dir`/<its name>, and compare what comes out.
+
+    Raises InputError, before a model is loaded, where base, reference model, template, pairs or first adapter are
+    others than they were; other versions and machines are noted.
+    """
+    from lorafocal.run import train
+
+    first = read_manifest(manifest)
     summary = train(
-        config, resume=resume, quiet=quiet, runs_dir=runs_dir, inspect=lambda new: check_same_inputs(old, new)
+        config, resume=resume, quiet=quiet, runs_dir=runs_dir, inspect=lambda new: check_same_inputs(first, new)
     )
     done = launch.is_main() and summary.interrupted_by is None
     same = same_weights(manifest.parent / summary.made, summary.folder / summary.made) if done else None
-    return Reproduction(summary, str(old["config"]["name"]), same)
+    return Reproduction(summary, str(first["config"]["name"]), same)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -93,29 +121,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def config_again(manifest: Mapping[str, Any], overrides: Sequence[str], source: str = "manifest") -> Config:
-    """The config of the manifest's run with what `auto` became then, under another name unless one is given.
-
-    Raises InputError for an override of anything that reaches the weights: that would be another run.
-    """
-    values = json.loads(json.dumps(manifest["config"]))
-    values["name"] = f"{str(values.get('name'))[: 64 - len(AGAIN)]}{AGAIN}"
-    settled = manifest.get("settled") or {}
-    for key, word in AUTO.items():
-        section, _, name = key.partition(".")
-        if values.get(section, {}).get(name) == "auto" and word in settled:
-            values[section][name] = settled[word]
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key not in ("name", *PLACES, *MAY_CHANGE):
-            raise InputError(
-                f"{key} would make another run than the one of {source}: --repro takes name, {', '.join(PLACES)}, and"
-                f" what cannot reach the weights; for another run, train {Path(source).parent / CONFIG_FILE} with it"
-            )
-        apply_override(values, override)
-    return check_config(values, source=source)
-
-
 def check_same_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Notes on what may change the last bits; `old` and `new` are manifests.
 
@@ -124,7 +129,7 @@ def check_same_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     others = list(_other_inputs(old, new))
     if others:
         raise InputError("this is not what the run was made of:\n  " + "\n  ".join(others))
-    noted = changes({key: old.get(key) for key in NOTED}, {key: new.get(key) for key in NOTED}, ())
+    noted = changes(_noted(old), _noted(new), ())
     return [f"{line} (the last bits may differ from the first run)" for line in noted]
 
 
@@ -133,6 +138,10 @@ def _other_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
         before, now = _at(old, path), _at(new, path)
         if before is not _MISSING and before != now:  # an older manifest may lack one
             yield f"{'.'.join(path)}: {_shown(before)} -> {_shown(now)}, {words}"
+
+
+def _noted(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: manifest.get(key) for key in NOTED} | {"engine": (manifest["config"].get("engine") or {}).get("kind")}
 
 
 def _at(manifest: Mapping[str, Any], path: Sequence[str]) -> Any:
