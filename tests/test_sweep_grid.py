@@ -138,6 +138,11 @@ def test_held_out_pairs_are_needed(root: Path) -> None:
         Grid.read(write_config(root, "blind.yaml", data__eval=None), [RATES])
 
 
+def test_an_engine_of_several_processes_is_refused(config: Path) -> None:
+    with pytest.raises(InputError, match=r"engine\.kind: zero3 is for several processes"):
+        Grid.read(config, [RATES], ["engine.kind=zero3"])
+
+
 def test_a_backend_that_must_be_imported_first_is_refused(config: Path) -> None:
     with pytest.raises(InputError, match=r"model\.backend: unsloth trains one run a process"):
         Grid.read(config, [RATES], ["model.backend=unsloth", "model.dtype=bfloat16"])

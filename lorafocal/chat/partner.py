@@ -22,7 +22,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, load_base, load_tokenizer
 from lorafocal.model.saved import CONFIG_FILE, SavedAdapter, open_adapter, read_adapter, read_config, stored_dtype
 
-MODEL_CONFIG, ADAPTER_DIR = "config.json", "adapter"
+MODEL_CONFIG, ADAPTER_DIR, MODEL_DIR = "config.json", "adapter", "model"
 _OTHER_DRAWING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
@@ -104,9 +104,9 @@ def meet(target: Path, *, base: str | None = None) -> Partner:
 
     Raises InputError for anything missing or unfit, before weights are loaded where that can be known.
     """
-    folder = adapter_folder(target)
-    if folder is None:
-        return _model(target, base)
+    folder = speaker_folder(target)
+    if not (folder / CONFIG_FILE).is_file():
+        return _model(folder, base)
     saved = read_adapter(folder, base=base)
     tokenizer = load_tokenizer(saved.base, saved.revision)
     speech = _speech(tokenizer, saved.tokenization, folder.resolve().parent / HELD_OUT_FILE)
@@ -116,15 +116,16 @@ def meet(target: Path, *, base: str | None = None) -> Partner:
     return Partner(policy, tokenizer, voices, speech, notes)
 
 
-def adapter_folder(target: Path) -> Path | None:
-    """The adapter folder that `target` is, or holds as a run; None where it is a model's folder."""
+def speaker_folder(target: Path) -> Path:
+    """The folder of an adapter or of a whole model that `target` is, or holds as a run."""
     if not target.is_dir():
         raise InputError(f"{target}: there is no such folder; name a run, an adapter folder or a merged model")
     for folder in (target, target / ADAPTER_DIR):
         if (folder / CONFIG_FILE).is_file():
             return folder
-    if (target / MODEL_CONFIG).is_file():
-        return None
+    for folder in (target, target / MODEL_DIR):
+        if (folder / MODEL_CONFIG).is_file():
+            return folder
     checkpoints = sorted(target.glob(f"checkpoint-*/{ADAPTER_DIR}"), key=lambda path: path.stat().st_mtime)
     if checkpoints:
         raise InputError(
@@ -144,15 +145,15 @@ def _model(folder: Path, base: str | None) -> Partner:
     speech = _speech(tokenizer, {}, None)
     model = load_base(str(folder), dtype=stored_dtype(read_config(str(folder)))).eval()
     note = "this is a whole model: there is no adapter to switch off, so there is one column"
-    voices = (Voice(folder.resolve().name),)
+    voices = (Voice(_on(folder)),)
     return Partner(model, tokenizer, voices, speech, (note, *_spoken(speech), *_drawing_notes(model)))
 
 
 def _on(folder: Path) -> str:
-    """What an adapter is called: as its run or its bundle, where it lies in one."""
+    """What an adapter or a model is called: as its run or its bundle, where it lies in one."""
     place = folder.resolve()
     inside = any((place.parent / file).is_file() for file in ("config.yaml", "manifest.json"))
-    return place.parent.name if inside and place.name == ADAPTER_DIR else place.name
+    return place.parent.name if inside and place.name in (ADAPTER_DIR, MODEL_DIR) else place.name
 
 
 def _off(saved: SavedAdapter) -> str:

@@ -88,7 +88,7 @@ class Grid:
         _check_different([planned.point for planned in points])
         _check_held_out(file, axes, points[0].config)
         for planned in points:
-            _check_backend(planned.config)
+            _check_alone(planned.config)
         return cls(named[0][0], axes, points, Path(file), tuple(overrides))
 
     def plan(self, values: Mapping[str, Any]) -> Planned:
@@ -114,8 +114,13 @@ def _check_different(points: Sequence[Point]) -> None:
         seen |= {point.slug: point, point.identity: point}
 
 
-def _check_backend(config: Config) -> None:
-    """Refuse what must be imported before the libraries that a sweep needs itself. Raises InputError."""
+def _check_alone(config: Config) -> None:
+    """Refuse what a sweep, which is one process with its libraries loaded, cannot run. Raises InputError."""
+    if config.engine is not None and config.engine.kind != "ddp":
+        raise InputError(
+            f"engine.kind: {config.engine.kind} is for several processes, and a sweep is one: leave it out"
+            " (engine=null), or use `lorafocal train` for each"
+        )
     if config.model.backend != "transformers":
         raise InputError(
             f"model.backend: {config.model.backend} trains one run a process, and a sweep is one process: use"

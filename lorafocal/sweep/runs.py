@@ -19,7 +19,7 @@ from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.publish import recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
-from lorafocal.run import ADAPTER_DIR, MANIFEST_FILE
+from lorafocal.run import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
 from lorafocal.schema import Config
 from lorafocal.sweep.grid import Grid, Planned
 from lorafocal.sweep.journal import Journal, held_out_metrics
@@ -106,7 +106,8 @@ def _is_left(journal: Journal, entry: Planned) -> bool:
     """Whether a point is still to be trained: what has failed would fail again, what was refused may be put right."""
     point = journal.entry(entry.point.identity).point
     if point.status == "finished":
-        return not (journal.folder / point.slug / ADAPTER_DIR).is_dir()
+        made = MODEL_DIR if entry.config.adapter is None else ADAPTER_DIR
+        return not (journal.folder / point.slug / made).is_dir()
     return point.status != "failed"
 
 
@@ -124,9 +125,9 @@ def cache_references(left: Sequence[Planned], *, quiet: bool) -> Iterator[CacheR
 
 def _reference_inputs(config: Config) -> str:
     """What a stored reference depends on, as one text: the adapter only where it does not start with B = 0."""
-    values = config.model_dump(mode="json")
-    parts = [values["model"], values["data"], values["reference"], values["adapter"]["start_from"]]
-    if config.adapter.init not in STARTS_AS_THE_BASE:
+    values, adapter = config.model_dump(mode="json"), config.adapter
+    parts = [values["model"], values["data"], values["reference"], adapter and adapter.start_from]
+    if adapter is not None and adapter.init not in STARTS_AS_THE_BASE:
         parts += [values["adapter"], values["training"]["seed"]]
     return json.dumps(parts, sort_keys=True)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
-from lorafocal.chat.partner import Speech, adapter_folder, check_room, meet
+from lorafocal.chat.partner import Speech, check_room, meet, speaker_folder
 from lorafocal.data.encoding import Encoder
 from lorafocal.data.held_out import write_held_out
 from lorafocal.data.toy import toy_prompts, toy_tokenizer
@@ -56,6 +56,21 @@ def test_a_run_of_plain_text_is_continued_as_plain_text(run: SavedRun, tmp_path:
         spoken(plain, QUESTION, system="sort")
     assert "continued as plain text" in spoken(plain, QUESTION)
     assert "go through the chat template" in spoken(run.folder, QUESTION, system="sort")
+
+
+def test_a_run_whose_prompts_end_before_the_generation_prompt_goes_through_the_template(
+    run: SavedRun, tmp_path: Path
+) -> None:
+    """As `truncation: recipe` writes them."""
+    end = toy_tokenizer().convert_tokens_to_ids("<|end|>")
+    turns = [pair.prompt_ids[: len(pair.prompt_ids) - pair.prompt_ids[::-1].index(end)] for pair in run.pairs]
+    assert all(ids != pair.prompt_ids for ids, pair in zip(turns, run.pairs, strict=True))
+    folder = shutil.copytree(run.folder, tmp_path / "recipe")
+    write_held_out(
+        folder / "held_out.jsonl",
+        [replace(pair, prompt_ids=ids) for pair, ids in zip(run.pairs, turns, strict=True)],
+    )
+    assert "go through the chat template" in spoken(folder, QUESTION, system="sort")
 
 
 def test_answers_beyond_the_positions_are_refused_with_both_ways_out() -> None:
@@ -103,12 +118,20 @@ def test_what_speaks_with_the_adapter_off_is_said(run: SavedRun, tmp_path: Path)
 
 def test_a_folder_with_nothing_to_talk_to_is_refused_with_the_nearest_that_has(tmp_path: Path, run: SavedRun) -> None:
     with pytest.raises(InputError, match="there is no such folder"):
-        adapter_folder(tmp_path / "missing")
+        speaker_folder(tmp_path / "missing")
     with pytest.raises(InputError, match="holds no adapter and no model"):
-        adapter_folder(tmp_path)
+        speaker_folder(tmp_path)
     shutil.copytree(run.adapter, tmp_path / "checkpoint-4" / "adapter")
     with pytest.raises(InputError, match=r"lorafocal chat .*checkpoint-4/adapter --base MODEL"):
-        adapter_folder(tmp_path)
+        speaker_folder(tmp_path)
+
+
+def test_a_run_of_all_parameters_speaks_by_its_model(run: SavedRun, tmp_path: Path) -> None:
+    shutil.copytree(run.base, tmp_path / "whole" / "model")
+    (tmp_path / "whole" / "manifest.json").write_text("{}")
+    partner = meet(tmp_path / "whole")
+    assert [voice.title for voice in partner.voices] == ["whole"]
+    assert any("whole model" in note for note in partner.notes)
 
 
 def test_what_the_generation_config_asks_for_beyond_a_temperature_is_said(run: SavedRun, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 
 EPOCHS, STEPS = 6, 18
 DOCS = launches.REPOSITORY / "docs/several-processes.md"
-TORCHRUN, ACCELERATE, RESUME = re.findall(r"```bash\n(.+)\n```", DOCS.read_text(encoding="utf-8"))
+PROCESSES, TORCHRUN, ACCELERATE, RESUME = re.findall(r"```bash\n(.+)\n```", DOCS.read_text(encoding="utf-8"))
 COUNTS = {"rewards/accuracies", "rewards/ties", "focal/turned_share", "pairs_seen", "epoch", "step"}
 TIMED = ("_runtime", "_per_second", "pairs_per_s", "peak_gib")
 
@@ -145,6 +145,17 @@ def test_an_error_of_all_ranks_is_said_once_and_ends_all_with_code_2(root: Path)
     assert output.count("unknown key") == 1
     assert "Traceback" not in output.partition("lorafocal: ")[0]
     assert re.findall(r"exitcode\s*: (-?\d+)", output)[-1] == "2"
+
+
+def test_an_error_before_the_launch_ends_with_code_2_and_starts_nothing(root: Path) -> None:
+    """`--processes` reads the config first, and becomes the launcher afterwards."""
+    code, output = launches.run([*PROCESSES.split(), "training.learning_rte=1"], cwd=str(root))
+    assert code == 2
+    assert output.count("lorafocal: ") == 1
+    assert "exitcode" not in output
+    code, output = launches.run([*TORCHRUN.split(), "--processes", "3"], cwd=str(root))
+    assert code == 1  # the launcher's
+    assert output.count("--processes 3, but a launcher has started 2") == 1
 
 
 def test_what_cannot_start_right_is_said(root: Path) -> None:
