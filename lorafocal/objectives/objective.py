@@ -67,7 +67,8 @@ def build_objective(name: str, **parameters: float | None) -> Objective:
         values[key] = parameter.default if given is None else given
         parameter.check(values[key])
     bound = partial(_function(entry.loss), **{python_name(key): value for key, value in values.items()})
-    return Objective(name, entry, values, bound, entry.statistics and _function(entry.statistics))
+    statistics = None if entry.statistics is None else _function(entry.statistics)
+    return Objective(name, entry, values, bound, statistics)
 
 
 def _function(place: str) -> Callable[..., Any]:

@@ -153,9 +153,12 @@ class Data(Section):
 _PARAMETERS: dict[str, Any] = dict.fromkeys(PARAMETERS, (float | None, None))
 
 
-class Objective(  # type: ignore[misc]  # its keys are those of the registry
-    create_model("_Objective", __base__=Section, name=(Literal.__getitem__(tuple(OBJECTIVES)), ...), **_PARAMETERS)
-):
+_Keys: Any = create_model(
+    "_Keys", __base__=Section, name=(Literal.__getitem__(tuple(OBJECTIVES)), ...), **_PARAMETERS
+)
+
+
+class Objective(_Keys):
     """The loss and its parameters, as `lorafocal.objectives` lists them; another objective's are null."""
 
     @property
