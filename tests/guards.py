@@ -170,6 +170,8 @@ GUARDS: list[Guard] = [
     Guard("25", "lorafocal.data.encoding:seam_holds", lambda _: lambda *a: True, "tests/data/test_tokens.py::test_a_merge_across_the_seam_leaves_the_prompt_alone_and_is_counted"),
     Guard("24", "lorafocal.data.templates:cut_after_turn", lambda _: lambda text, renderer: text.rstrip(), "tests/data/test_templates.py::test_what_follows_the_end_of_the_turn_is_not_part_of_it"),
     Guard("26", "lorafocal.data.templates:added_text", lambda _: lambda chat, answer, asked, full, renderer: full[len(asked) :], "tests/data/test_templates.py::test_a_prompt_that_is_not_kept_is_refused_with_the_option_that_keeps_it"),
+    Guard("25 28", "lorafocal.data.era:share_prompt", lambda _: lambda *a: True, "tests/era/test_golden_ids.py::test_ids_are_those_of_trl_0_11_4"),
+    Guard("26", "lorafocal.data.era:answer_apart", lambda _: lambda prompt, alone, *a: str(alone), "tests/data/test_era.py::test_a_template_that_writes_an_answer_alone_in_another_way_is_refused"),
     Guard("28 30", "lorafocal.data.tokens:ids_fault", lambda _: lambda pair: None, "tests/data/test_truncation.py::test_answers_that_a_cut_makes_equal_are_dropped_and_said_so"),
     Guard("29", "lorafocal.data.templates:left_out", lambda _: lambda *a: None, "tests/data/test_templates.py::test_a_message_that_a_template_leaves_out_drops_the_pair"),
     Guard("31", "lorafocal.data.cache:cache_key", lambda _: careless.key_of_the_rows, "tests/data/test_cache.py::test_one_change_misses"),

@@ -8,8 +8,9 @@ writes something else for an answer alone than for the same answer in its conver
 Ends. A BOS before the prompt and an EOS after each answer, where the tokenizer has them and they are not there: also
 after what a template writes behind its own end of turn (Zephyr's line feed), unlike everywhere else here.
 
-The seam, as in TRL 0.11.4: where a merge crosses it, the prompt loses its last token and the merged token is in
-neither part. Both answers must keep the same prompt, so a pair whose prompts then differ is dropped.
+The seam, as in TRL 0.11.4: where a merge crosses it, the joint tokenisation is cut where the prompt alone would end,
+and the token before that is in neither part. Both answers must keep the same prompt, so a pair whose prompts then
+differ is dropped.
 """
 
 from __future__ import annotations
@@ -98,11 +99,16 @@ def split(seam: Seam) -> SideIds | None:
     return SideIds([*before, *seam.joint_ids[:kept]], seam.joint_ids[end:], not seam.holds)
 
 
+def share_prompt(chosen: SideIds, rejected: SideIds) -> bool:
+    """Whether both answers follow the same ids; otherwise a margin would compare different prompts."""
+    return chosen.prompt_ids == rejected.prompt_ids
+
+
 def ends_where_missing(
     texts: PairTexts, chosen: SideIds, rejected: SideIds, encoder: Encoder
 ) -> tuple[Ids, Ids, Ids] | Fault:
     """A BOS and EOS where there is none."""
-    if chosen.prompt_ids != rejected.prompt_ids:
+    if not share_prompt(chosen, rejected):
         return Fault("seam_lost")
     bos, eos = encoder.tokenizer.bos_token_id, list(one_eos(encoder.tokenizer))
     prompt_ids = chosen.prompt_ids

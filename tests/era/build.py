@@ -1,7 +1,7 @@
 """Make the golden numbers anew: `python tests/era/build.py [--check]`, minutes, and the package index.
 
-A throwaway environment gets requirements/era.txt beside the torch of requirements/torch.txt; `produce.py` runs in it and
-its numbers replace golden.json. `--check` compares instead, and ends with 1 where a number differs.
+A throwaway environment gets requirements/era.txt beside the torch of requirements/torch.txt; `produce.py` runs in it
+and its numbers replace golden.json. `--check` compares instead, and ends with 1 where a number differs.
 """
 
 from __future__ import annotations
