@@ -153,9 +153,7 @@ class Data(Section):
 _PARAMETERS: dict[str, Any] = dict.fromkeys(PARAMETERS, (float | None, None))
 
 
-_Keys: Any = create_model(
-    "_Keys", __base__=Section, name=(Literal.__getitem__(tuple(OBJECTIVES)), ...), **_PARAMETERS
-)
+_Keys: Any = create_model("_Keys", __base__=Section, name=(Literal.__getitem__(tuple(OBJECTIVES)), ...), **_PARAMETERS)
 
 
 class Objective(_Keys):
