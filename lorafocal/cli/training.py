@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorafocal import launch
 from lorafocal.cli.options import JsonOption, OverridesArgument, no_loading_bars, print_report
 from lorafocal.errors import InputError
+
+if TYPE_CHECKING:
+    from lorafocal.config import Config
 
 EngineOption = Annotated[
     str | None,
@@ -28,9 +31,17 @@ ProcessesOption = Annotated[
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
+    config: Annotated[Path | None, typer.Argument(help="The YAML file that describes the run.")] = None,
     overrides: OverridesArgument = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")] = False,
+    repro: Annotated[
+        Path | None,
+        typer.Option(
+            "--repro",
+            metavar="MANIFEST",
+            help="In place of CONFIG: the manifest.json of a run, to train it again and refuse other inputs.",
+        ),
+    ] = None,
     tiny: Annotated[
         bool,
         typer.Option(
@@ -46,11 +57,9 @@ def train(
     ),
 ) -> None:
     """Train as CONFIG says, adapters or every parameter, into the run folder DIR/<name>."""
-    from lorafocal.config import load_config
-
-    if tiny and resume:
-        raise InputError("--tiny keeps nothing that --resume could go on from: leave one of the two out")
-    checked = load_config(config, _with_engine(overrides, engine))
+    if tiny and (resume or repro):
+        raise InputError(f"--tiny keeps nothing, and {'--resume' if resume else '--repro'} needs a run: leave one out")
+    checked = _run_of(config, _with_engine(overrides, engine), repro)
     _launch(checked.engine and checked.engine.kind, processes)
     if not tiny:  # a rehearsal loads by transformers
         _begin(checked.model.backend)
@@ -70,11 +79,18 @@ def train(
         typer.echo(str(rehearsal))
         raise typer.Exit(0 if rehearsal.interrupted_by is None else 128 + rehearsal.interrupted_by)
 
-    from lorafocal import run
+    if repro is not None:
+        from lorafocal import provenance
 
-    summary = run.train(checked, resume=resume, quiet=quiet, runs_dir=runs)
+        done = provenance.reproduce(checked, repro, resume=resume, quiet=quiet, runs_dir=runs)
+        summary, said = done.summary, str(done)
+    else:
+        from lorafocal import run
+
+        summary = run.train(checked, resume=resume, quiet=quiet, runs_dir=runs)
+        said = str(summary)
     if launch.is_main():
-        typer.echo(str(summary))
+        typer.echo(said)
         if summary.interrupted_by is not None:
             typer.echo(f"go on with:\n  {_resume_command()}")
     launch.meet()  # a launcher stops the others when one has ended, and rank 0 had something to say
@@ -226,6 +242,19 @@ def ends_tidily(words: str) -> Iterator[None]:
     finally:
         if alone:
             signal.signal(signal.SIGTERM, before)
+
+
+def _run_of(config: Path | None, overrides: list[str], repro: Path | None) -> Config:
+    """The run that a command line describes: by a file, or by the manifest of one that was done."""
+    if repro is not None:
+        from lorafocal.provenance import config_of
+
+        return config_of(repro, overrides if config is None else [str(config), *overrides])
+    if config is None:
+        raise InputError("which run? Name its CONFIG, or --repro the manifest.json of one that was done")
+    from lorafocal.config import load_config
+
+    return load_config(config, overrides)
 
 
 def _with_engine(overrides: list[str] | None, engine: str | None) -> list[str]:

@@ -95,6 +95,51 @@ def test_an_interrupted_run_that_saved_says_so(
     assert call(monkeypatch, "train", file) == code
 
 
+@pytest.mark.parametrize(
+    ("words", "processes"),
+    [(["--processes", "3", "--quiet"], 3), (["--engine", "zero3", "--processes=2"], 2), (["--engine=fsdp2"], 1)],
+)
+def test_several_processes_are_a_launch_of_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, file: Path, words: list[str], processes: int
+) -> None:
+    """The config is read first; an engine of several processes is launched even where no number is named."""
+    launches: list[Any] = []
+
+    def start(arguments: list[str], count: int) -> None:
+        launches.append((arguments, count))
+        raise SystemExit(0)
+
+    monkeypatch.setattr("lorafocal.launch.start", start)
+    monkeypatch.setattr("lorafocal.launch.visible_gpus", lambda: 0)
+    assert call(monkeypatch, "train", file, *words) == 0
+    kept = [word for word in words if not word.startswith("--processes") and word not in ("3", "2")]
+    assert launches == [(["train", str(file), *kept], processes)]
+    assert call(monkeypatch, "train", file, *words, "training.learning_rte=1") == 2
+    assert len(launches) == 1
+
+
+def test_a_run_again_needs_its_manifest_alone(
+    monkeypatch: pytest.MonkeyPatch, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"format": 1, "config": load_config(file).model_dump(mode="json"), "base": {}}))
+    asked: list[Any] = []
+
+    def reproduce(config: Any, first: Path, **options: Any) -> Any:
+        asked.append((config.name, first, options))
+        return type("Done", (), {"summary": Summary(), "__str__": lambda self: "the same weights"})()
+
+    monkeypatch.setattr("lorafocal.provenance.reproduce", reproduce)
+    assert call(monkeypatch, "train", "--repro", manifest, "--quiet") == 0
+    assert call(monkeypatch, "train", "name=other", "--repro", manifest) == 0
+    assert capsys.readouterr().out == "the same weights\n" * 2
+    first = load_config(file).name
+    assert [name for name, _, _ in asked] == [f"{first}-again", "other"]
+    assert asked[0][1:] == (manifest, {"resume": False, "quiet": True, "runs_dir": Path("runs")})
+    assert call(monkeypatch, "train", "--repro", manifest, "training.learning_rate=1.0") == 2
+    assert call(monkeypatch, "train") == 2
+
+
 @pytest.mark.parametrize(("verb", "started"), [(["train"], 1), (["cache-reference"], 1), (["train", "--tiny"], 0)])
 def test_a_backend_starts_before_anything_heavy(
     monkeypatch: pytest.MonkeyPatch, file: Path, verb: list[str], started: int
