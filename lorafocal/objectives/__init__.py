@@ -16,12 +16,14 @@ from lorafocal import bounds
 from lorafocal.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lorafocal.objectives.focal import focalpo
     from lorafocal.objectives.objective import Objective, build_objective, mean_loss
     from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores, dpo
 
 __all__ = [
-    "OBJECTIVES", "PARAMETERS", "Entry", "Objective", "PairLogps", "PairLosses", "PairScores", "Parameter",
+    "BETA", "OBJECTIVES", "PARAMETERS", "Entry", "Objective", "PairLogps", "PairLosses", "PairScores", "Parameter",
     "build_objective", "dpo", "entry_of", "focalpo", "mean_loss", "python_name",
 ]  # fmt: skip
 
@@ -53,43 +55,44 @@ class Parameter:
 class Entry:
     """An objective as the registry holds it.
 
-    `loss` and `statistics` name functions, `file.function` of this room. `loss` is called with the policy's log-probs,
-    with what the objective needs by the names below, and with its parameters, all by keyword but the first.
+    `loss` and `statistics` are functions, or name one as `file.function` of this room, which then loads with torch.
+    `loss` is called with the policy's log-probs, with what the objective needs by the names below, and with its
+    parameters, all by keyword but the first.
     `statistics(policy, reference)` are sums over a pack's pairs, (K,); `loss` gets their means over all pairs of the
     step, so that how a step is split into packs and over ranks never changes the result.
     """
 
-    loss: str
+    loss: str | Callable[..., PairLosses]
     parameters: Mapping[str, Parameter]
     reference: bool = True  # log-probs of a reference policy
     rejected: bool = True  # log-probs of the rejected answers, and so rewards or margins
     of_margin: bool = True  # a pair's loss depends on its margin alone, and on its scores
     lengths: bool = False  # completion tokens of each sequence, (2B,)
     scores: bool = False  # a judge's scores of each pair's answers, `PairScores`
-    statistics: str | None = None
+    statistics: str | Callable[..., Tensor] | None = None
 
 
-_BETA = Parameter(0.1, bounds.check_beta, "scale of the rewards, per nat; the paper trains with 0.01", stated=True)
+BETA = Parameter(0.1, bounds.check_beta, "scale of the rewards, per nat; the paper trains with 0.01", stated=True)
 
 OBJECTIVES: dict[str, Entry] = {
     "focalpo": Entry(
         "focal.focalpo",
-        {"beta": _BETA, "gamma": Parameter(0.05, bounds.check_gamma, "FocalPO's exponent; 0 is DPO")},
+        {"beta": BETA, "gamma": Parameter(0.05, bounds.check_gamma, "FocalPO's exponent; 0 is DPO")},
     ),
-    "dpo": Entry("pairwise.dpo", {"beta": _BETA}),
+    "dpo": Entry("pairwise.dpo", {"beta": BETA}),
     "focal-hard": Entry(
         "focal.focal_hard",
-        {"beta": _BETA, "gamma": Parameter(1.0, bounds.check_hard_gamma, "exponent of 1 - p; 0 is DPO")},
+        {"beta": BETA, "gamma": Parameter(1.0, bounds.check_hard_gamma, "exponent of 1 - p; 0 is DPO")},
     ),
     "odpo": Entry(
         "odpo.odpo",
-        {"beta": _BETA, "alpha": Parameter(1.0, bounds.check_alpha, "weight of the log score gap; 0 is DPO")},
+        {"beta": BETA, "alpha": Parameter(1.0, bounds.check_alpha, "weight of the log score gap; 0 is DPO")},
         scores=True,
     ),
     "kto": Entry(
         "kto.kto",
         {
-            "beta": _BETA,
+            "beta": BETA,
             "desirable_weight": Parameter(1.0, bounds.check_desirable_weight, "weight of chosen answers"),
             "undesirable_weight": Parameter(1.0, bounds.check_undesirable_weight, "weight of rejected answers"),
         },

@@ -71,8 +71,10 @@ def build_objective(name: str, **parameters: float | None) -> Objective:
     return Objective(name, entry, values, bound, statistics)
 
 
-def _function(place: str) -> Callable[..., Any]:
-    """`file.function` of this room."""
+def _function(place: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A function, or `file.function` of this room."""
+    if callable(place):
+        return place
     file, _, function = place.partition(".")
     return getattr(import_module(f"{__package__}.{file}"), function)
 
