@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import PurePosixPath
 from typing import Any
 
 from lorafocal.report import html
 from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite, own_weights, settings
 from lorafocal.report.plots import DARK, LIGHT, Theme, run_colours
+from lorafocal.report.provenance import NOTHING, deviations, made_of, mapping, recipe_of, value_text
 from lorafocal.report.read import RunRecord
 from lorafocal.report.words import RULES, Remark, comparison_remarks, remarks
 
@@ -46,6 +45,7 @@ def page(records: Sequence[RunRecord], curves: Sequence[Picture], margins: Seque
                 html.section("Curves", _pictures(curves)),
                 html.section("Margins of held-out pairs", _margins_words(margins), _pictures(margins)),
                 html.section("Flips", *_flips(records)),
+                html.section("Provenance", *_provenance(records)),
                 html.section("Settings", _settings(records)),
                 html.section("Data", _data(records)),
                 html.section("Versions", _versions(records)),
@@ -168,13 +168,37 @@ def _flip_table(record: RunRecord) -> str:
     return html.table(head, rows, caption=f"{record.name}, after step {record.tables[-1].step}")
 
 
+def _provenance(records: Sequence[RunRecord]) -> list[str]:
+    """What each run does otherwise than its recipe, openly; what went into it, folded."""
+    parts = [
+        html.table(
+            ["otherwise", "recipe", "here", "where the recipe's is from"],
+            [[*one] for one in deviations(record)],
+            caption=f"{record.name}, against the recipe {recipe_of(record)}",
+            numbers=False,
+        )
+        for record in records
+        if deviations(record)
+    ]
+    exact = [record.name for record in records if recipe_of(record) is not None and not deviations(record)]
+    if exact:
+        parts.append(html.paragraph(f"Exactly as the recipe says: {', '.join(exact)}."))
+    made = [made_of(record) for record in records]
+    names = list(dict.fromkeys(name for found in made for name in found))
+    if names:
+        rows = [[name, *(found.get(name, NOTHING) for found in made)] for name in names]
+        shown = html.table(["", *(record.name for record in records)], rows, numbers=False)
+        parts.append(html.folded("What the runs were made of" if len(records) > 1 else "What it was made of", shown))
+    return parts
+
+
 def _settings(records: Sequence[RunRecord]) -> str:
     """What differs between runs, openly; what is equal, folded."""
     known = [(record.name, settings(record.manifest)) for record in records if record.manifest]
     if not known:
         return ""
     keys = sorted({key for _, values in known for key in values})
-    texts = {key: [_value(values[key]) if key in values else "–" for _, values in known] for key in keys}
+    texts = {key: [value_text(values[key]) if key in values else "–" for _, values in known] for key in keys}
     differing = [key for key in keys if any(values.get(key) != known[0][1].get(key) for _, values in known)]
     equal = [key for key in keys if key not in differing]
     parts = []
@@ -189,29 +213,29 @@ def _settings(records: Sequence[RunRecord]) -> str:
 def _data(records: Sequence[RunRecord]) -> str:
     rows = []
     for record in records:
-        for part, found in _mapping(record.manifest.get("data")).items():
-            entry = _mapping(found)
-            left_out = ", ".join(f"{reason}: {count}" for reason, count in _mapping(entry.get("left_out")).items())
-            rows.append([record.name, str(part), _sources(entry), _value(entry.get("pairs")), left_out or "none"])
+        for part, found in mapping(record.manifest.get("data")).items():
+            entry = mapping(found)
+            left_out = ", ".join(f"{reason}: {count}" for reason, count in mapping(entry.get("left_out")).items())
+            rows.append([record.name, str(part), _sources(entry), value_text(entry.get("pairs")), left_out or "none"])
     return html.table(["run", "part", "from", "pairs used", "left out"], rows, numbers=False) if rows else ""
 
 
 def _sources(entry: Mapping[str, Any]) -> str:
     listed = entry.get("sources")
-    sources = [_mapping(source) for source in listed] if isinstance(listed, list) else []
+    sources = [mapping(source) for source in listed] if isinstance(listed, list) else []
     return "; ".join(
-        f"{_value(source.get('name'))} ({_value(source.get('form'))}, {_value(source.get('pairs'))} pairs)"
+        f"{value_text(source.get('name'))} ({value_text(source.get('form'))}, {value_text(source.get('pairs'))} pairs)"
         for source in sources
     )
 
 
 def _versions(records: Sequence[RunRecord]) -> str:
     known = [record for record in records if record.manifest]
-    names = sorted({name for record in known for name in _mapping(record.manifest.get("versions"))})
+    names = sorted({name for record in known for name in mapping(record.manifest.get("versions"))})
     rows = [
-        [name, *(_value(_mapping(record.manifest.get("versions")).get(name)) for record in known)] for name in names
+        [name, *(value_text(mapping(record.manifest.get("versions")).get(name)) for record in known)] for name in names
     ]
-    rows.append(["hardware", *(_value(record.manifest.get("hardware")) for record in known)])
+    rows.append(["hardware", *(value_text(record.manifest.get("hardware")) for record in known)])
     shown = html.table(["", *(record.name for record in known)], rows, numbers=False) if known else ""
     return html.folded("Libraries and hardware", shown) if shown else ""
 
@@ -222,23 +246,3 @@ def _missing(records: Sequence[RunRecord]) -> str:
         if not any(record.series(key).steps for record in records):
             notes.append(f"{words} is not in metrics.jsonl.")
     return html.items(notes)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _value(value: Any) -> str:
-    """A setting as text; of a place on this machine its last name alone."""
-    if value is None:
-        return "–"
-    shown = _without_folders(value)
-    return shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, str):
-        return f"…/{PurePosixPath(value).name}" if value.startswith(("/", "~/")) else value
-    if isinstance(value, Mapping):
-        return {key: _without_folders(inner) for key, inner in value.items()}
-    return [_without_folders(inner) for inner in value] if isinstance(value, list) else value

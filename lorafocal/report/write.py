@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafocal.errors import InputError
 from lorafocal.publish import published
+from lorafocal.report import provenance
 from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite
 from lorafocal.report.page import Picture, number_text, page
 from lorafocal.report.plots import DARK, LIGHT, drawable, margins_png, overview_png, panel_png, run_colours
@@ -39,6 +40,7 @@ class ReportSummary:
                 for line in HEADLINES
                 if line.key in values
             ]
+            lines += [f"  {line}" for line in provenance.lines(record)]
             words = [f"  {remark.seen}\n    {remark.means}\n    {remark.do}" for remark in remarks(record)]
             blocks.append("\n".join([record.name, *lines, *words, *(f"  note: {note}" for note in record.notes)]))
         blocks += [f"{remark.seen}\n  {remark.means}\n  {remark.do}" for remark in comparison_remarks(self.records)]
@@ -56,6 +58,7 @@ class ReportSummary:
                     "numbers": {key: value if is_finite(value) else None for key, value in headline(record).items()},
                     "words": [remark.as_dict() for remark in remarks(record)],
                     "flips": [flip.as_dict() for flip in flips(record)],
+                    "recipe": provenance.as_dict(record),
                     "missing": list(record.notes),
                 }
                 for record in self.records
