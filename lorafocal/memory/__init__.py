@@ -37,7 +37,7 @@ from lorafocal.memory.residents import (
     trained_tensors,
     weight_bytes,
 )
-from lorafocal.memory.shards import SHARING, WHOLE, Residents, Traffic, held_dtype, residents, traffic
+from lorafocal.memory.shards import SHARING, WHOLE, Residents, Traffic, held_dtype, residents, starting_bytes, traffic
 from lorafocal.ops.shapes import Lengths, Setup, Shape
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "relative_time",
     "residents",
     "room_for_packs",
+    "starting_bytes",
     "tiers_of",
     "tokens_that_fit",
     "traffic",

@@ -20,6 +20,7 @@ from lorafocal.memory.residents import (
 from lorafocal.ops.shapes import WIDE, Setup, Shape
 
 LIVE_PARAMETERS = 10**9  # entries that ZeRO-3 keeps whole at a time: `stage3_max_live_parameters`
+BUCKET_ENTRIES = 50_000_000  # that DeepSpeed reduces at a time: `reduce_bucket_size`
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def residents(shape: Shape, setup: Setup, gpus: int = 1) -> Residents:
         weights=weight_bytes(shape, as_held) / of_weights,
         adapter=0 if setup.full else adapter_bytes(shape, setup) / of_weights,
         masters=trained / of_states if sharing.masters else 0,
-        reference=reference_bytes(shape, as_held) / of_weights,
+        reference=reference_bytes(shape, as_held if setup.widened else setup) / of_weights,
         gradients=gradients,
         states=optimizer_bytes(shape, setup, on_gpu=True) / of_states,
         gathered=_gathered_bytes(shape, setup),
@@ -99,10 +100,10 @@ def held_dtype(setup: Setup) -> str:
 
 
 def _offloaded(whole: Residents, setup: Setup) -> Residents:
-    """DeepSpeed offloads masters, states and gradients, or the weights' shards too; FSDP2 all of its shards."""
-    names = {"none": (), "optimizer": ("masters", "gradients", "states")}.get(
-        setup.offload, ("weights", "adapter", "masters", "reference", "gradients", "states")
-    )
+    """DeepSpeed offloads masters, states and, where they are split, gradients; then weights too, as FSDP2 does."""
+    states = ("masters", "states", *(("gradients",) if SHARING[setup.engine].gradients else ()))
+    weights = ("weights", "adapter", "reference")
+    names = {"none": (), "optimizer": states, "all": states + weights}[setup.offload]
     return replace(whole, host=sum(getattr(whole, name) for name in names), **dict.fromkeys(names, 0))
 
 
@@ -124,10 +125,18 @@ def _gathered_bytes(shape: Shape, setup: Setup) -> float:
 
 
 def _exchanged_bytes(shape: Shape, setup: Setup) -> float:
-    """Gradients whole, in fp32, and again as they are sent: the largest tensor's, which is that of the head."""
+    """Gradients whole, as they are sent in fp32: those of the largest tensor, and DeepSpeed's bucket of small ones."""
     if setup.engine in WHOLE:
         return 0
-    return WIDE * max(trained_tensors(shape, setup))
+    bucket = BUCKET_ENTRIES if setup.engine != "fsdp2" else 0
+    return WIDE * (max(trained_tensors(shape, setup)) + bucket)
+
+
+def starting_bytes(shape: Shape, setup: Setup) -> float:
+    """What every GPU holds before its engine takes the models: all of them whole, but where weights are offloaded."""
+    if setup.engine in WHOLE or (setup.engine == "zero3" and setup.offload == "all"):
+        return 0
+    return weight_bytes(shape, setup) + reference_bytes(shape, setup)
 
 
 # ---- what is sent -------------------------------------------------------------------------------------------------
@@ -148,8 +157,9 @@ def traffic(shape: Shape, setup: Setup, gpus: int, packs: int, *, forwards: int 
     """What a step of `packs` packs a GPU moves; `forwards` more of the policy are made of each. Adapters whose engine
     splits nothing move too little to count.
 
-    A ring gathers or scatters n parts by sending n - 1 of them, and sums whole tensors by doing both: so DeepSpeed's
-    stage 2 does. Weights that are split are gathered for the forward and for the backward, a second model's once.
+    A ring gathers or scatters n parts by sending n - 1 of them, and sums whole tensors by doing both. DeepSpeed's
+    stages 1 and 2 sum (once a step, once a pack) while nothing is computed, and gather the weights that were stepped;
+    weights that are split are gathered for the forward and for the backward, a second model's once.
     """
     if setup.engine in WHOLE and not setup.full:
         return Traffic(0, 0)
@@ -158,11 +168,11 @@ def traffic(shape: Shape, setup: Setup, gpus: int, packs: int, *, forwards: int 
     passes = packs * (2 + forwards + (setup.reference == "separate_model"))
     if setup.engine in ("zero3", "fsdp2"):
         beside, after = sent * (passes * weights + packs * trained), 0.0
+    elif setup.engine in WHOLE:
+        beside, after = 2 * sent * trained, 0.0
     else:
-        updated = sent * (weights if setup.full else trained) if SHARING[setup.engine].states else 0.0
-        sums = 2 * sent * trained
-        beside = {"zero1": 0.0, "zero2": packs * sums}.get(setup.engine, sums)
-        after = updated + (sums if setup.engine == "zero1" else 0.0)
+        sums = packs if setup.engine == "zero2" else 1
+        beside, after = 0.0, sent * (2 * sums * trained + (weights if setup.full else trained))
     if setup.offload == "none":
         return Traffic(beside, after)
     moved = 2 * packs * trained + (weights if setup.full else trained)  # gradients are added up there

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from lorafocal import memory
-from lorafocal.hardware import GPUS, Machine
+from lorafocal.compatibility import OFFLOADS
+from lorafocal.hardware import GPUS, IN_ONE_MACHINE, Machine
 from lorafocal.plan.machine import OnMachine, forward_flops, free_bytes, on_machine, step_flops
 from lorafocal.plan.work import Work
 
@@ -25,6 +26,15 @@ def advice(work: Work, found: OnMachine) -> Iterator[str]:
     enough = [gpu.name for gpu in larger if _fits(work, Machine(found.machine.count, gpu))]
     if enough:
         yield f"--gpus {found.machine.count}x{enough[0]}: the smallest card of the table that holds it as it is"
+    if work.setup.full and (count := _enough_cards(work, found.machine)):
+        yield f"--gpus {count}x{found.machine.gpu.name} engine.kind=zero3: each holds a part of the weights"
+
+
+def _enough_cards(work: Work, machine: Machine) -> int | None:
+    """The smallest number of cards in one machine that hold the run between them, where that is more than now."""
+    split = _with(work, engine="zero3", offload="none")
+    counts = (count for count in (2, 4, IN_ONE_MACHINE) if count > machine.count)
+    return next((count for count in counts if _fits(split, Machine(count, machine.gpu))), None)
 
 
 def _fits(work: Work, machine: Machine) -> bool:
@@ -40,14 +50,26 @@ def _changes(work: Work, machine: Machine) -> Iterator[tuple[str, Work]]:
         yield "training.activation_checkpointing=auto: recompute what must be", replace(work, tiers=memory.TIERS)
     if setup.reference == "separate_model":
         yield "reference.kind=cached: the second model leaves the GPU", _with(work, reference="cached")
-    if not setup.optim.startswith("paged"):
+    whole = setup.engine in memory.WHOLE
+    if whole and not setup.optim.startswith("paged"):
         yield "training.optim=paged_adamw_8bit: moments in 8 bits, paged", _with(work, optim="paged_adamw_8bit")
-    if setup.quantization is None:
+    if setup.quantization is None and not setup.full:
         yield "model.quantization=nf4: the base in 4 bits", _with(work, quantization="nf4")
-    if setup.r > 16:
+    if setup.r > 16 and not setup.full:
         yield "adapter.r=16: a smaller adapter", _with(work, r=16)
+    if machine.count > 1 and setup.engine != "zero3" and setup.quantization is None:
+        yield "engine.kind=zero3: each GPU holds a part of the weights", _with(work, engine="zero3", offload="none")
+    for offload in OFFLOADS.get(setup.engine, ()):
+        if offload != setup.offload:
+            yield f"engine.offload={offload}: {_OFFLOADED[offload]}", _with(work, offload=offload)
     if shorter := _max_length(work, machine):
         yield f"data.max_length={shorter}: longer pairs are dropped", replace(work, max_length=shorter)
+
+
+_OFFLOADED = {
+    "optimizer": "gradients and moments lie in the machine's memory",
+    "all": "all that is split lies in the machine's memory",
+}
 
 
 def _with(work: Work, **changed: Any) -> Work:
@@ -88,7 +110,8 @@ def _faster(work: Work, found: OnMachine) -> Iterator[str]:
             f"reference.kind=cached: {saved:.0%} less work a step, for one pass over the pairs before the first, which"
             " later runs on these pairs share"
         )
-    if found.choice.tier != "none" and work.setup.quantization is None and work.setup.dtype == "bfloat16":
+    held = work.setup.quantization is None and work.setup.dtype == "bfloat16"
+    if found.choice.tier != "none" and held and not work.setup.full:
         changed = on_machine(_with(work, quantization="nf4"), found.machine)
         if changed.choice.tier == "none":
             yield "model.quantization=nf4: leaves room to keep all activations"

@@ -69,7 +69,8 @@ def on_machine(work: Work, machine: Machine, tflops: float | None = None, price:
     work = _shared(work, machine)
     shape, setup = work.shape, work.setup
     held = memory.residents(shape, setup, machine.count)
-    free = free_bytes(work, machine)
+    room = _room(machine, held)
+    free = memory.room_for_packs(room, held)
     tiers = tuple(tier for tier in work.tiers if tier in memory.tiers_of(shape, setup)) or work.tiers
     pairs = math.ceil(work.pairs_per_step / machine.count)  # of the GPU with the most
     rows = work.rows_per_pair * pairs / FILLED
@@ -80,10 +81,13 @@ def on_machine(work: Work, machine: Machine, tflops: float | None = None, price:
         choice = replace(choice, tokens=work.tokens)
         if not choice.fits and filled > work.longest:
             choice = replace(choice, reason=f"packing.tokens is {work.tokens}, and fewer fit")
+    if (start := memory.starting_bytes(shape, setup) + DRIVER_BYTES) > machine.gpu.memory_bytes:
+        reason = f"before the first step every GPU holds the whole of it, {start / 2**30:.2f} GiB"
+        choice = replace(choice, fits=False, reason=reason)
     budgets = {tier: max(0, memory.tokens_that_fit(shape, setup, free, tier, least)) for tier in tiers}
     tokens = max(min(choice.tokens, rows), min(choice.tokens, work.longest))
     packs = min(pairs, math.ceil(rows / choice.tokens))  # a pair is never split
-    parts = (*_residents(work, held, machine.count), *_of_a_pack(work, machine, choice.tier, tokens))
+    parts = (*_residents(work, held, machine.count), *_of_a_pack(work, room, choice.tier, tokens))
     traffic = memory.traffic(shape, setup, machine.count, packs, forwards=work.first_passes)
     rate = tflops or (machine.gpu.bf16_tflops if setup.dtype == "bfloat16" else None)
     if rate is not None and tflops is None:
@@ -133,10 +137,10 @@ def _residents(work: Work, held: memory.Residents, gpus: int) -> Iterator[Part]:
     if held.gathered:
         yield Part("gathered weights", held.gathered, f"{setup.width} bytes of each that is whole for its layer's turn")
     if held.exchanged:
-        yield Part("exchange", held.exchanged, "float32 gradients of the largest tensor, as they are sent")
+        yield Part("exchange", held.exchanged, "float32 gradients as they are sent: the largest tensor's")
 
 
-def _of_a_pack(work: Work, machine: Machine, tier: str, tokens: float) -> Iterator[Part]:
+def _of_a_pack(work: Work, room: float, tier: str, tokens: float) -> Iterator[Part]:
     shape, setup = work.shape, work.setup
     per_token = memory.activation_bytes_per_token(shape, setup, tier)
     casts = memory.cast_bytes(shape, setup, tier) if setup.full else 0
@@ -145,20 +149,20 @@ def _of_a_pack(work: Work, machine: Machine, tier: str, tokens: float) -> Iterat
     if casts:
         yield Part("bfloat16 weights", casts, "of the matrices, cast for a pack's products")
     yield Part("head and workspaces", rest, "logits of a chunk, one layer's backward")
-    slack = memory.SLACK * max(0.0, _room(work, machine))
+    slack = memory.SLACK * max(0.0, room)
     yield Part("driver and slack", DRIVER_BYTES + slack, f"1 GiB, and {memory.SLACK:.0%} of what is left")
 
 
-def _room(work: Work, machine: Machine) -> float:
+def _room(machine: Machine, held: memory.Residents) -> float:
     """What a GPU has beside all that is there before the first step."""
-    held = memory.residents(work.shape, work.setup, machine.count)
     return machine.gpu.memory_bytes - DRIVER_BYTES - held.before
 
 
 def free_bytes(work: Work, machine: Machine) -> float:
     """What a GPU has for packs, as a run finds it: without residents, driver and slack."""
     work = _shared(work, machine)
-    return memory.room_for_packs(_room(work, machine), memory.residents(work.shape, work.setup, machine.count))
+    held = memory.residents(work.shape, work.setup, machine.count)
+    return memory.room_for_packs(_room(machine, held), held)
 
 
 def _speed(

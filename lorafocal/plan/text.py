@@ -6,6 +6,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lorafocal.compatibility import TITLES
+from lorafocal.memory import WHOLE
+
 if TYPE_CHECKING:
     from lorafocal.plan import Plan
     from lorafocal.plan.machine import OnMachine
@@ -19,13 +22,17 @@ def machine_text(plan: Plan) -> str:
     """Memory by part, packs, time, and what to change, on the one machine of `plan`."""
     (found,) = plan.machines
     blocks = [
-        f"{plan.work.name} on {found.machine}: {'fits' if found.fits else 'does not fit'}",
+        f"{plan.work.name} on {found.machine}{_shared_by(found)}: {'fits' if found.fits else 'does not fit'}",
         "\n".join(_memory(found)),
         "\n".join([*_packs(plan.work, found), *_time(plan.work, found)]),
         *_listed("to try" if found.fits else "what would make it fit", plan.advice),
         *_listed("assumed", plan.assumed),
     ]
     return "\n\n".join(filter(None, blocks))
+
+
+def _shared_by(found: OnMachine) -> str:
+    return "" if found.engine in WHOLE else f" under {TITLES.get(found.engine, found.engine)}"
 
 
 def _memory(found: OnMachine) -> Iterator[str]:
@@ -35,6 +42,8 @@ def _memory(found: OnMachine) -> Iterator[str]:
         yield f"  {part.name:<20}{part.bytes / 2**30:>8.2f}   {part.words}"
     over = "" if found.fits else f"   {found.choice.reason}"
     yield f"  {'all of it':<20}{found.used / 2**30:>8.2f}   of {limit / 2**30:.2f}{over and ':' + over[2:]}"
+    if found.host_bytes:
+        yield f"  {'in the machine':<20}{found.host_bytes / 2**30:>8.2f}   of its own memory, what all GPUs offload"
 
 
 def _packs(work: Work, found: OnMachine) -> Iterator[str]:
@@ -58,13 +67,17 @@ def _time(work: Work, found: OnMachine) -> Iterator[str]:
         return
     pairs_s = work.pairs_per_step / speed.step_s
     yield f"  {'a step':<20}{_span(speed.step_s):>8}   {work.pairs_per_step} pairs, {pairs_s:,.1f} a second"
+    if speed.sent_s >= 0.1:
+        hidden = "all of it beside the products" if not speed.waits_s else f"{_span(speed.waits_s)} of it waited for"
+        yield f"  {'exchange':<20}{_span(speed.sent_s):>8}   a step, {found.sent_bytes / 1e9:,.0f} GB a GPU, {hidden}"
     if speed.reference_h:
         yield f"  {'stored reference':<20}{_span(speed.reference_h * 3600):>8}   one pass, before the first step"
     evaluations = f", {_count(work.evaluations, 'evaluation')}" if work.evaluations else ""
+    gpu_hours = "" if found.machine.count == 1 else f", {speed.gpu_hours:,.1f} GPU-hours"
     cost = "" if speed.cost is None else f"; costs {speed.cost:,.2f} at the price given"
     yield (
         f"  {'the run':<20}{_span(speed.hours * 3600):>8}   {work.steps:,} steps of {work.pairs:,} pairs{evaluations},"
-        f" at {speed.tflops:,.0f} TFLOP/s{cost}"
+        f" at {speed.tflops:,.0f} TFLOP/s{gpu_hours}{cost}"
     )
 
 
@@ -80,8 +93,10 @@ def _span(seconds: float) -> str:
 
 def cards_text(plan: Plan) -> str:
     """One line a card."""
+    first = plan.machines[0]
+    count = "one GPU" if first.machine.count == 1 else f"{first.machine.count} GPUs"
     lines = [
-        f"{plan.work.name}: one GPU of these; --gpus 1x{plan.machines[0].machine.gpu.name} says it in detail",
+        f"{plan.work.name}: {count} of these{_shared_by(first)}; --gpus {first.machine} says it in detail",
         "",
         f"  {'GPU':<10}{'GiB':>8}{'needs':>9}{'':>8}{'token rows':>13}{'tier':>7}{'a step':>10}{'the run':>10}",
         *(_card_line(found) for found in plan.machines),
