@@ -157,6 +157,7 @@ GUARDS: list[Guard] = [
     Guard("29", "lorafocal.data.forms:refuse_columns", lambda _: lambda row: None, "tests/data/test_forms.py::test_what_a_form_cannot_say_is_refused_by_name"),
     Guard("30", "lorafocal.data.hygiene:drop_equal_answers", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
     Guard("30", "lorafocal.data.hygiene:drop_duplicates", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
+    Guard("30", "lorafocal.data.hygiene:drop_unranked", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_an_objective_of_the_score_gap_gets_pairs_that_have_one"),
     Guard("30", "lorafocal.data.hygiene:drop_contradictions", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
     Guard("30", "lorafocal.data.hygiene:drop_overlap", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_training_pairs_with_a_held_out_prompt_go"),
     Guard("30", "lorafocal.data.mixture:split_held_out", lambda _: careless.split_between_pairs, "tests/data/test_mixture.py::test_whole_prompts_are_held_out"),

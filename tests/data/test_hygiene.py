@@ -135,6 +135,7 @@ def scored(*scores: tuple[float | None, float | None]) -> Preferences:
     return preferences(*rows)
 
 
+@pytest.mark.row("30")
 def test_an_objective_of_the_score_gap_gets_pairs_that_have_one() -> None:
     kept = drop_unranked(scored((1.0, 0.0), (0.5, 0.5), (0.1, 0.9), (0.2, -0.1)))
     assert [one.score_chosen for one in kept.pairs] == [1.0, 0.2]
