@@ -92,9 +92,11 @@ def assemble_policy(
     config = _only_adapter(model) if peft_config is None and isinstance(model, PeftModel) else peft_config
     check(cell_of(model, config, args))
     policy: PreTrainedModel | PeftModel = model
-    if config is not None and peft_config is None:
+    if config is None:
+        _refuse_what_adapters_have(args)
+    elif peft_config is None:
         policy = widen_adapters(model)
-    elif config is not None:
+    else:
         check_dropout(config.lora_dropout, allowed=args.allow_dropout)
         set_seed(args.seed)  # the adapter's start depends on `seed` alone
         with attaching(model, config):
@@ -106,6 +108,16 @@ def assemble_policy(
     if not args.allow_dropout and (count := switch_dropout_off(policy)):
         logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
     return policy
+
+
+def _refuse_what_adapters_have(args: FocalPOConfig) -> None:
+    """Raise InputError for settings that would be ignored where every weight is trained."""
+    stray = {"loraplus_lr_ratio": args.loraplus_lr_ratio is not None, "adapter_kernels": args.adapter_kernels == "peft"}
+    if named := [name for name, given in stray.items() if given]:
+        raise InputError(
+            f"{' and '.join(named)}: there is no adapter (and no `peft_config`), so every weight is trained and this"
+            " would be ignored: leave it out"
+        )
 
 
 def cell_of(model: nn.Module, config: LoraConfig | None, args: FocalPOConfig) -> Cell:

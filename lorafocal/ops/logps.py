@@ -93,8 +93,14 @@ def token_logps_plain(
 ) -> Tensor:
     """Log-probability of each label in nats, (N,), fp32 or wider: the definition."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    logits = linear(hidden.to(wide), rounded_as(weight, hidden).to(wide), None if bias is None else bias.to(wide))
     return log_softmax(transform(logits), dim=-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def rounded_as(weight: Tensor, hidden: Tensor) -> Tensor:
+    """A weight as rows of `hidden` are multiplied by it: an fp32 master is rounded to theirs, nothing is widened."""
+    wider = torch.finfo(weight.dtype).bits > torch.finfo(hidden.dtype).bits
+    return weight.to(hidden.dtype) if wider else weight
 
 
 def token_logps(
@@ -144,7 +150,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, transform, rows, fold):  # type: ignore[no-untyped-def]
-        head = _Head.of(weight, bias, transform, fold, hidden.dtype)
+        head = _Head.of(hidden, weight, bias, transform, fold)
         logps = torch.empty(hidden.shape[0], dtype=head.wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in _chunks(hidden, rows):
@@ -176,7 +182,7 @@ class _TrainedHeadLogps(torch.autograd.Function):
     @first_order
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         hidden, weight, labels, bias = ctx.saved_tensors
-        head = _Head.of(weight, bias, ctx.transform, ctx.fold, hidden.dtype)
+        head = _Head.of(hidden, weight, bias, ctx.transform, ctx.fold)
         to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=head.wide)
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=head.wide)
         for at in _chunks(hidden, ctx.rows):
@@ -204,9 +210,9 @@ class _Head:
 
     @classmethod
     def of(
-        cls, weight: Tensor, bias: Tensor | None, transform: LogitTransform, fold: HeadFold, dtype: torch.dtype
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, fold: HeadFold
     ) -> _Head:
-        wide = torch.promote_types(dtype, torch.float32)
+        wide, weight = torch.promote_types(hidden.dtype, torch.float32), rounded_as(weight, hidden)
         return cls(weight if _multiplies_into_wide(weight) else weight.to(wide), bias, transform, fold, wide)
 
     def score(self, hidden: Tensor, labels: Tensor, *, differentiated: bool) -> tuple[Tensor, Tensor | None]:
@@ -271,6 +277,8 @@ class LogProbHead(nn.Linear):
         flat = hidden.reshape(-1, hidden.shape[-1])
         if self.rows is not None:
             flat = flat[self.rows]
+        if torch.is_autocast_enabled(hidden.device.type) and self.weight.dtype == torch.float32:  # masters: bf16 rows
+            flat = flat.to(torch.get_autocast_dtype(hidden.device.type))
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 sums would be off by 0.04 nats a token
             return token_logps(flat, self.weight, self.labels, self.bias, self.transform, fold=self.fold)[None]
 
