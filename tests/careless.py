@@ -56,6 +56,18 @@ def merged_into_the_base(base: Any, folder: Any) -> Any:
     return attach_lora(merged, LoraConfig(r=4, lora_alpha=8))
 
 
+def sums_of_a_pack_alone(original: Any) -> Any:
+    """Row 15: what an objective asks of the whole step is taken from each pack, so that its size changes the loss."""
+
+    def own(comparison: Any, model: Any, pack: Any, step: Any) -> Any:
+        if comparison.objective.statistics is not None:
+            of_pack = comparison.objective.statistics(*comparison.logps(model, pack)) / pack.num_pairs
+            step = step._replace(statistics=of_pack.detach())
+        return original(comparison, model, pack, step)
+
+    return own
+
+
 def packs_as_they_come(original: Any) -> Any:
     """F4: each rank runs the packs it has; one with fewer waits for, or runs into, the others' next exchange."""
     return lambda trainer, batch: (batch.packs, original(trainer, batch)[1])
