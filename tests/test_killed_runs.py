@@ -27,8 +27,8 @@ from typing import Any
 import pytest
 import torch
 
-import lorafocal.checkpoint
 import lorafocal.saving
+import lorafocal.shard_files
 from lorafocal import cli, run
 from lorafocal.config import resolved_yaml
 from lorafocal.errors import InputError
@@ -151,7 +151,7 @@ POINTS: dict[str, Prepare] = {
     "in step 5, before the third pack": at(FocalPOTrainer, "_pack_loss", in_step(5), call=3),
     "after the optimiser's sixth step, before the save": at(FocalPOTrainer, "_save_checkpoint", after_step(6)),
     "in the second save, before the optimiser": at(
-        lorafocal.checkpoint, "save_file", writing("optimizer.safetensors"), call=2
+        lorafocal.shard_files, "save_file", writing("optimizer.safetensors"), call=2
     ),
     "in the second save, before it is renamed": at(Path, "replace", onto("checkpoint-4")),
     "in the second save, renamed but not synced": at(Path, "replace", onto("checkpoint-4"), after=True),

@@ -1,0 +1,41 @@
+"""Ranks that are forks of this process: they join each other in a second, and one of them may die."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from accelerate import PartialState
+
+WAITS_S = 20  # for a rank that does not come
+
+
+def forked_ranks(work: Callable[[int], None], folder: Path, world: int = 2) -> list[int]:
+    """Run `work(rank)` in `world` processes that share a group; their exit codes (negative: the signal that killed)."""
+    meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
+    children = [_forked(work, rank, world, meeting) for rank in range(world)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _forked(work: Callable[[int], None], rank: int, world: int, meeting: Path) -> int:
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=WAITS_S)
+        )
+        PartialState._reset_state()
+        PartialState(cpu=True)
+        work(rank)
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        os._exit(code)
