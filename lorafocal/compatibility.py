@@ -144,7 +144,7 @@ def _beside(other: str, *words: str) -> Callable[[Cell], Iterable[str]]:
 
 
 _COPY = "compare with `frozen_copy`, the adapter as it starts on the same base"
-_WHOLE = "let every process hold it whole (`engine.kind: ddp`), or split a bfloat16 base"
+_WHOLE = "split 4-bit weights by FSDP2 (`engine.kind: fsdp2`), hold it whole (`ddp`), or split a bfloat16 base"
 _ENGINES_HERE = "say `engine.kind: zero3` (or zero1, zero2, fsdp2, ddp) in the config, which any launcher starts"
 
 RULES: tuple[Rule, ...] = (
@@ -262,7 +262,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "split-quantized-base",
         "engine",
-        _engines_on(QUANTIZED, "zero3", "fsdp2"),
+        _engines_on(QUANTIZED, "zero3"),
         "under {found}, the base is split over processes, which is not proved for quantised weights",
         _WHOLE,
     ),

@@ -69,12 +69,12 @@ def test_layouts_and_engines_refuse_on_their_own() -> None:
     for base, word, reference in product(BASES, ADAPTERS, REFERENCES):
         alone = verdict(Cell(base, frozenset({word}), reference)).trains
         for layout, engine in product(LAYOUTS, ENGINES):
-            split = base in QUANTIZED and engine in ("zero3", "fsdp2")
+            split = base in QUANTIZED and engine == "zero3"
             assert verdict(Cell(base, frozenset({word}), reference, layout, engine)).trains == (alone and not split)
 
 
 def test_all_reasons_are_told_each_with_its_way_out() -> None:
-    cell = Cell("nf4", frozenset({"lora", "pissa", "bias"}), "disabled_adapter", engine="fsdp2")
+    cell = Cell("nf4", frozenset({"lora", "pissa", "bias"}), "disabled_adapter", engine="zero3")
     with pytest.raises(InputError) as error:
         check(cell)
     refusals = verdict(cell).refusals

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.state import GradientState
@@ -88,7 +88,7 @@ class Sharded(Whole):
         norms = torch._foreach_norm([_local(p.grad) for p in parameters.values() if p.grad is not None])
         return not anywhere(not torch.isfinite(torch.stack(norms)).all(), self._device)
 
-    def sample(self, parameter: Parameter) -> Tensor:
+    def sample(self, parameter: Any) -> Tensor:
         return super().sample(_local(parameter))
 
     def full(self, parameter: Parameter) -> Tensor:
@@ -118,18 +118,19 @@ class Sharded(Whole):
 
         super().restore(parameters, part, parts)
 
-    def _gathered(self, tensor: Tensor) -> Tensor:
+    def _gathered(self, tensor: Any) -> Tensor:
         """Collective: the whole tensor, a copy on the CPU."""
+        whole: Any = tensor.detach()
         if isinstance(tensor, DTensor):
-            tensor = tensor.detach().to(self._device).full_tensor()
-        return tensor.detach().to("cpu", copy=True)
+            whole = whole.to(self._device).full_tensor()
+        return cast(Tensor, whole.to("cpu", copy=True))
 
-    def _part(self, whole: Any, like: Parameter) -> Any:
+    def _part(self, whole: Any, like: Any) -> Any:
         """This rank's part of a whole tensor that every rank has; anything but a tensor of that shape stays."""
         if not isinstance(whole, Tensor) or whole.shape != like.shape:
             return whole
-        split_ = distribute_tensor(whole.to(self._device), like.device_mesh, like.placements, src_data_rank=None)
-        return split_.to(like.device)
+        mesh, placements = like.device_mesh, like.placements
+        return distribute_tensor(whole.to(self._device), mesh, placements, src_data_rank=None).to(like.device)
 
 
 def split(model: nn.Module, *, masters_of: Mapping[str, Parameter] | None = None, **how: Any) -> None:
@@ -138,8 +139,9 @@ def split(model: nn.Module, *, masters_of: Mapping[str, Parameter] | None = None
     `how` is what `fully_shard` takes. `masters_of`, the trained parameters, asks for fp32 masters of bf16 weights;
     they are made one unit after the other, so that no process ever holds all of them.
     """
-    eight_bit = {layer.weight for layer in model.modules() if word_of(layer) == "int8"}  # scales beside codes, in step
-    four_bit = {layer: layer.weight.quant_state for layer in model.modules() if word_of(layer) in FOUR_BIT}
+    layers: list[Any] = list(model.modules())
+    eight_bit = {layer.weight for layer in layers if word_of(layer) == "int8"}  # whole: bitsandbytes copies their codes
+    four_bit = {layer: layer.weight.quant_state for layer in layers if word_of(layer) in FOUR_BIT}
     for unit in (*reversed(decoder_layers(model)), model):
         if masters_of is not None and unit is not model:
             widen(unit)
@@ -168,7 +170,7 @@ def _hand_on(unit: Any, scales: Mapping[nn.Module, Any]) -> None:
             layer.weight.quant_state = scales[layer]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Any) -> Any:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
