@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.tiny import pairs, tiny_policy, trainer
 
 PAIRS, PAIRS_PER_STEP, EPOCHS, HELD_OUT = 17, 8, 2, 7  # the last step of an epoch has one pair: a rank has none
 STEPS = 6
+OTHERS = ("kto", "odpo", "orpo")
 HANGS_S = 15  # ranks that wait for each other for so long will wait for ever
 
 # Which rank hears SIGTERM in which step; everything stops after step 2, between two logs.
@@ -100,7 +102,8 @@ def make(folder: Path, dtype: torch.dtype = torch.float64, **settings: Any) -> F
         "lr_scheduler_type": "cosine",
     }
     model = tiny_policy(dtype=dtype, trained=False)
-    return trainer(folder, pairs(PAIRS), pairs(HELD_OUT, seed=2), model=model, **(defaults | settings))
+    train = [replace(pair, score_chosen=2.0 + n % 5 / 2, score_rejected=1.5) for n, pair in enumerate(pairs(PAIRS))]
+    return trainer(folder, train, pairs(HELD_OUT, seed=2), model=model, **(defaults | settings))
 
 
 def ragged_run(folder: Path) -> dict[str, Any]:
@@ -127,6 +130,17 @@ def gradients_in_float32(folder: Path) -> None:
     made.train()
     if launch.is_main():
         save_file(seen.gradients, folder / "gradients.safetensors")
+
+
+def other_objectives(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each step of an epoch logs under objectives that need sums over the step, scores, or no reference."""
+    settings = {"num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "no"}
+    logs = {}
+    for name in OTHERS:
+        made = make(folder / name, objective=name, learning_rate=3e-2, **settings)
+        made.train()
+        logs[name] = [line for line in made.state.log_history if "loss" in line]
+    return logs
 
 
 def interrupted_run(folder: Path, hear: Mapping[int, int]) -> dict[str, Any]:
@@ -171,6 +185,7 @@ def main(root: Path) -> None:
     result["interrupted"] = {name: interrupted_run(root / name, hear) for name, hear in INTERRUPTIONS.items()}
     result["resumed"] = resumed_run(root / RESUMED)
     result["first"] = first_and_others(root)
+    result["others"] = other_objectives(root)
     (root / f"rank-{launch.rank()}.json").write_text(json.dumps(result))
 
 

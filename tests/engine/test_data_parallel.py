@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lorafocal.publish import sha256
 from tests.engine import launches, ragged_run
-from tests.engine.ragged_run import EPOCHS, INTERRUPTIONS, PAIRS, RESUMED, STEPS
+from tests.engine.ragged_run import EPOCHS, INTERRUPTIONS, OTHERS, PAIRS, RESUMED, STEPS
 from tests.tiny import relative_difference
 
 pytestmark = pytest.mark.engine
@@ -57,7 +57,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     folder = tmp_path_factory.mktemp("alone")
     seen = ragged_run.ragged_run(folder / "whole")
     ragged_run.gradients_in_float32(folder / "float32")
-    return seen, folder
+    return seen | {"others": ragged_run.other_objectives(folder)}, folder
 
 
 @pytest.mark.row("F7", "F8")
@@ -132,6 +132,18 @@ def test_losses_gradient_norms_and_evaluations_are_those_of_one_process(
     evaluated = [line for line in ours if "eval_loss" in line]
     assert len(evaluated) == EPOCHS
     assert [line["pairs_seen"] for line in ours if "loss" in line] == [PAIRS, 2 * PAIRS]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_sums_over_the_step_and_scores_reach_the_pairs_of_all_ranks(
+    together: Together, alone: tuple[dict[str, Any], Path], name: str
+) -> None:
+    ours, theirs = together.ranks[0]["others"][name], alone[0]["others"][name]
+    assert len(ours) == len(theirs) == PER_EPOCH
+    for line, expected in zip(ours, theirs, strict=True):
+        for key in expected.keys() - TIMED:
+            assert line[key] == pytest.approx(expected[key], rel=IN_FLOAT64, abs=1e-12), key
+    assert ours[-1]["rewards/margins"] != pytest.approx(ours[0]["rewards/margins"], abs=1e-3)
 
 
 @pytest.mark.row("16")
