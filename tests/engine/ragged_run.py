@@ -102,8 +102,11 @@ def make(folder: Path, dtype: torch.dtype = torch.float64, **settings: Any) -> F
         "lr_scheduler_type": "cosine",
     }
     model = tiny_policy(dtype=dtype, trained=False)
-    train = [replace(pair, score_chosen=2.0 + n % 5 / 2, score_rejected=1.5) for n, pair in enumerate(pairs(PAIRS))]
-    return trainer(folder, train, pairs(HELD_OUT, seed=2), model=model, **(defaults | settings))
+    train, held_out = (
+        [replace(pair, score_chosen=2.0 + n % 5 / 2, score_rejected=1.5) for n, pair in enumerate(part)]
+        for part in (pairs(PAIRS), pairs(HELD_OUT, seed=2))
+    )
+    return trainer(folder, train, held_out, model=model, **(defaults | settings))
 
 
 def ragged_run(folder: Path) -> dict[str, Any]:
