@@ -27,6 +27,7 @@ from lorafocal.memory import (
 from lorafocal.model.adapters import attach_lora
 from lorafocal.model.fused import fuse
 from lorafocal.model.load import load_base
+from lorafocal.model.master import hold_masters, train_in_full
 from lorafocal.ops import attention
 from lorafocal.ops.attention_kernels import Kernel, KernelChoice
 from lorafocal.policy import prepare_policy, sequence_logps
@@ -54,17 +55,33 @@ def shape_of(family: str, sizes: dict[str, Any]) -> tuple[Any, Shape]:
     return config, Shape.of(config.to_dict())
 
 
-def prepared(base: nn.Module, setup: Setup, tier: str) -> PeftModel:
+def prepared(base: nn.Module, setup: Setup, tier: str) -> Any:
     """A policy as `setup` and `tier` have it."""
+    if setup.full:
+        policy = trained_in_full(base, setup)
+    else:
+        policy = adapted(base, setup, tier)
+    if tier == "full":
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy.train()
+
+
+def trained_in_full(base: nn.Module, setup: Setup) -> nn.Module:
+    prepare_policy(base)
+    trained = train_in_full(base)
+    if setup.widened:
+        hold_masters(base, trained)
+    return base
+
+
+def adapted(base: nn.Module, setup: Setup, tier: str) -> PeftModel:
     adapter = {"target_modules": setup.targets, "lora_dropout": setup.dropout, "use_dora": setup.use_dora}
     saved = list(setup.modules_to_save) or None
     policy = attach_lora(base.requires_grad_(False), lora(r=setup.r, modules_to_save=saved, **adapter))
     prepare_policy(policy)
     if setup.adapter_kernels == "fused":
         fuse(policy, recompute="mlp" if tier == "mlp" else "none")
-    if tier == "full":
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return policy.train()
+    return policy
 
 
 def saved_bytes(policy: nn.Module, rows: Pack) -> int:
@@ -91,7 +108,9 @@ def check(family: str, sizes: dict[str, Any], setup: Setup, tier: str, *, within
     config, shape = shape_of(family, sizes)
     base = AutoModelForCausalLM.from_config(config).to(DTYPES[setup.dtype])
     counted = saved_bytes(prepared(base, setup, tier), rows := pack())
-    planned = rows.num_rows * activation_bytes_per_token(shape, setup, tier) + cast_bytes(shape, setup, tier)
+    planned = rows.num_rows * activation_bytes_per_token(shape, setup, tier)
+    if not (setup.full and tier == "full"):  # casts are alive until the forward ends, but not saved
+        planned += cast_bytes(shape, setup, tier)
     assert planned == pytest.approx(counted, rel=within)
 
 
@@ -130,6 +149,18 @@ def test_what_is_kept_with_every_layer_computed_again(kernels, dtype):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma"])
 def test_middle_sized_shapes(family, kernels, tier):
     check(family, MID, setup(r=16, adapter_kernels=kernels), tier, within=0.01)
+
+
+# Weights in the arithmetic's own dtype, as in fp32 and under DeepSpeed and FSDP2, or fp32 masters under autocast.
+IN_FULL = [("float32", "one-process"), ("bfloat16", "zero3"), ("bfloat16", "one-process")]
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("tier", ["none", "full"])
+@pytest.mark.parametrize(("dtype", "engine"), IN_FULL)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept_where_every_weight_is_trained(family, dtype, engine, tier):
+    check(family, TINY, setup(full=True, dtype=dtype, engine=engine), tier, within=0.01)
 
 
 @pytest.mark.row("37")
@@ -186,6 +217,9 @@ def test_one_call_of_a_variable_length_kernel_keeps_less(monkeypatch, kernels, t
     monkeypatch.setattr(attention, "choose", lambda *args, **options: choice)
     asked = setup(dtype="bfloat16", attention="flash", adapter_kernels=kernels)
     check("llama", TINY, asked, tier)
+    for engine in ("zero3", "one-process") if tier == "none" else ():
+        in_full = setup(dtype="bfloat16", attention="flash", full=True, engine=engine)
+        check("llama", TINY, in_full, tier, within=0.01)
 
 
 # --- against the peak of allocations --------------------------------------------------------------------------------
@@ -215,8 +249,17 @@ def planned_peak(shape: Shape, asked: Setup, tier: str, tokens: int, answers: in
     ("kernels", "tier"), [("fused", "none"), ("fused", "mlp"), ("fused", "full"), ("peft", "none"), ("peft", "full")]
 )
 def test_the_peak_of_a_pack_is_the_plans(kernels, tier):
+    check_peak(setup(r=4, adapter_kernels=kernels), tier)
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("tier", ["none", "full"])
+def test_the_peak_of_a_pack_is_the_plans_where_every_weight_is_trained(tier):
+    check_peak(setup(full=True), tier)
+
+
+def check_peak(asked: Setup, tier: str) -> None:
     config, shape = shape_of("llama", MID)
-    asked = setup(r=4, adapter_kernels=kernels)
     policy = prepared(AutoModelForCausalLM.from_config(config), asked, tier)
     rows = pack()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lorafocal import memory
+from lorafocal.compatibility import OFFLOADS
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape, choose
 from lorafocal.model.adapters import adapter_parameters, attach_lora
@@ -150,13 +151,99 @@ def test_a_reference_adds_what_it_holds():
 
 
 @pytest.mark.row("37")
-def test_shards_of_full_parameter_training():
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_trained_without_an_adapter_a_tied_one_once(family, tied):
+    config = CONFIG_MAPPING[family](**TINY, tie_word_embeddings=tied)
+    model, shape = AutoModelForCausalLM.from_config(config), Shape.of(config.to_dict())
+    sizes = sorted(parameter.numel() for parameter in model.parameters())
+    assert sorted(memory.trained_tensors(shape, Setup(full=True))) == sizes
+    assert memory.adapter_parameters(shape, Setup(full=True)) == shape.parameters
+
+
+# --- what engines share ---------------------------------------------------------------------------------------------
+
+# Bytes a parameter on each of 8 GPUs, of weights, masters, gradients and moments. The usual 16 of mixed precision
+# (Rajbhandari et al., 2020) has gradients in bf16; here they are added up over packs in fp32, which is 2 more.
+A_PARAMETER = {
+    "one-process": 4 + 4 + 8,
+    "ddp": 4 + 2 * 4 + 8,  # gradients once more in the buckets that are exchanged
+    "zero1": 2 + 4 + (4 + 4 + 8) / 8,
+    "zero2": 2 + (4 + 4 + 8) / 8,
+    "zero3": (2 + 4 + 4 + 8) / 8,
+    "fsdp2": (4 + 4 + 8) / 8,  # weights are the masters
+}
+
+
+def resident(engine: str, gpus: int = 8, **more: Any) -> memory.Residents:
+    setup = Setup(full=True, engine=engine, **({"reference": "cached"} | more))
+    return memory.residents(Shape.of(LLAMA_3_8B), setup, gpus)
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("engine", A_PARAMETER)
+def test_bytes_a_parameter_under_every_engine(engine):
+    held = resident(engine)
+    total = held.before + held.gradients + held.states
+    assert total == pytest.approx(A_PARAMETER[engine] * 8_030_261_248, rel=1e-6)
+    published = 16 * 8.03e9 / 8  # bytes a GPU of weights split over 8
+    assert engine not in ("zero3", "fsdp2") or 0.999 < total / published < 1.001 * 18 / 16
+
+
+@pytest.mark.row("37")
+def test_a_live_reference_is_held_as_the_policy_is():
     parameters = 8_030_261_248
-    assert memory.sharded_bytes(parameters, 1, 0) == 16 * parameters
-    assert memory.sharded_bytes(parameters, 8, 3) == 16 * parameters / 8  # 16 GB a GPU
-    assert memory.sharded_bytes(parameters, 8, 2) == parameters * (2 + 14 / 8)
-    assert memory.sharded_bytes(parameters, 8, 3, live_reference=True) == 18 * parameters / 8  # 2 GB more
-    assert memory.sharded_bytes(parameters, 8, 2, live_reference=True) == parameters * (4 + 14 / 8)
+    for engine, bytes_each in {"ddp": 4, "zero2": 2, "zero3": 2 / 8, "fsdp2": 2 / 8}.items():
+        live = resident(engine, reference="separate_model")
+        assert live.reference == pytest.approx(bytes_each * parameters, rel=1e-6)
+        assert live.before - live.reference == resident(engine).before
+
+
+@pytest.mark.row("37")
+def test_offloading_takes_bytes_off_the_gpu_and_loses_none():
+    for engine, words in OFFLOADS.items():
+        whole = resident(engine)
+        for word in words:
+            moved = resident(engine, offload=word)
+            assert moved.before + moved.in_steps + moved.host == pytest.approx(whole.before + whole.in_steps)
+            assert moved.host > 0
+            assert moved.states == moved.masters == 0
+
+
+@pytest.mark.row("37")
+def test_engines_that_split_adapters_split_their_base_too():
+    shape, alone = Shape.of(LLAMA_3_8B), memory.residents(Shape.of(LLAMA_3_8B), Setup())
+    split = memory.residents(shape, Setup(engine="zero3"), 8)
+    assert (split.weights, split.adapter, split.states) == (alone.weights / 8, alone.adapter / 8, alone.states / 8)
+    assert memory.residents(shape, Setup(engine="zero2"), 8).weights == alone.weights
+
+
+@pytest.mark.row("37")
+def test_sizes_that_deepspeed_is_given_are_those_that_are_counted():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from lorafocal.engines import zero
+    from lorafocal.memory import shards
+
+    assert zero.BUCKET_ENTRIES == shards.BUCKET_ENTRIES
+    assert DeepSpeedZeroConfig(stage=3).max_live_parameters == shards.LIVE_PARAMETERS
+
+
+def test_what_gpus_send_each_other():
+    """By 8 GPUs, as parts of the parameters' bytes: weights 2, gradients 4 each."""
+    shape = Shape.of(LLAMA_3_8B)
+
+    def sent(engine: str, gpus: int = 8, packs: int = 3, **more: Any) -> tuple[float, float]:
+        found = memory.traffic(shape, Setup(full=True, engine=engine, **more), gpus, packs)
+        return tuple(round(value / shape.parameters * 8 / 7, 4) for value in (found.beside, found.after))
+
+    assert sent("ddp") == (2 * 4, 0)  # once a step, whatever its packs
+    assert sent("zero1") == (0, 2 * 4 + 2)
+    assert sent("zero2") == (0, 3 * 2 * 4 + 2)
+    assert sent("zero3") == sent("fsdp2") == (3 * (2 * 2 + 4), 0)
+    assert sent("zero3", reference="separate_model") == (3 * (3 * 2 + 4), 0)
+    assert sent("zero3", gpus=1) == (0, 0)
+    assert memory.traffic(shape, Setup(engine="ddp"), 8, 3) == memory.Traffic(0, 0)  # adapters: not worth counting
 
 
 @pytest.mark.parametrize(
@@ -252,6 +339,20 @@ def test_operations_of_a_pair_are_the_published_ones(prompt, answer, live):
         for tier in ("full", "none")
     )
     assert found == pytest.approx(TABLE[prompt, answer, live], abs=0.06)
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize(
+    ("prompt", "answer", "stored", "live"), [(200, 305, 59.6, 74.4), (205, 400, 71.8, 89.7)], ids=str
+)
+def test_operations_of_the_papers_own_training(prompt, answer, stored, live):
+    """Every weight trained, two sequences a pair, every layer computed again: from the cost model, by hand."""
+    shape, at = Shape.of(LLAMA_3_8B), Lengths(prompt, answer, answer)
+    found = [
+        memory.flops_per_pair(shape, Setup(full=True), at, tier="full", shared=False, live_reference=second) / 1e12
+        for second in (False, True)
+    ]
+    assert found == pytest.approx([stored, live], abs=0.06)
 
 
 @pytest.mark.row("35")

@@ -26,15 +26,13 @@ def activation_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
 def _end_bytes(shape: Shape, setup: Setup) -> float:
     """What the last norm and the head save: of each answer's row its gradient, label and log-prob.
 
-    Where all is trained, the row itself in the gradient's place, as the norm hands it on, its position, and the
-    embeddings' ids.
+    Where all is trained, the row itself in the gradient's place, its position, and the embeddings' ids.
     """
     answers = setup.lengths.answers / setup.lengths.rows
     last_norm = shape.hidden_size * (setup.width if setup.fused else WIDE) + WIDE + _normed_bytes(shape, setup)
     if not setup.full:
         return last_norm + answers * (setup.width * shape.hidden_size + 12)
-    width = WIDE if _widens_rows(shape, setup) else setup.width
-    return last_norm + 8 + answers * (width * shape.hidden_size + 24)
+    return last_norm + 8 + answers * (setup.width * shape.hidden_size + 24)
 
 
 def _widens_rows(shape: Shape, setup: Setup) -> bool:
