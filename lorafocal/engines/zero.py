@@ -105,6 +105,7 @@ class Zero:
         self._launched = os.environ.get(_LAUNCHED_FOR_DEEPSPEED)
         self._engine: Any = None
         self._graded: set[int] = set()
+        self._linked = False
 
     def place(self, model: nn.Module, device: torch.device) -> None:
         load_whole()
@@ -185,6 +186,9 @@ class Zero:
         """DeepSpeed clips, steps, and lets its gradients go."""
         self._graded.clear()
         self._engine.step()
+        if not self._linked:  # DeepSpeed does it after the first group's first step, when the others have no state yet
+            link_states(self._engine.optimizer)
+            self._linked = True
 
     def sample(self, parameter: Parameter) -> Tensor:
         own = own_entries(parameter)
