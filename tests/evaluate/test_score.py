@@ -247,6 +247,14 @@ def test_a_reference_that_reads_token_ids_otherwise_is_refused(run: SavedRun, tm
         score_file(run.adapter, run.folder / "held_out.jsonl", reference=str(other))
 
 
+def test_simpo_s_beta_scales_no_reward_against_a_reference(run: SavedRun) -> None:
+    assert read_adapter(run.adapter).beta == BETA
+    file = run.adapter / "lorafocal.json"
+    made = json.loads(file.read_text()) | {"objective": {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5}}
+    file.write_text(json.dumps(made))
+    assert read_adapter(run.adapter).beta is None
+
+
 def test_totals_table_and_file(run: SavedRun, tmp_path: Path) -> None:
     report = score_file(run.adapter, run.folder / "held_out.jsonl", out=tmp_path / "scores.jsonl")
     totals = report.as_dict()
