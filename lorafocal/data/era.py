@@ -1,4 +1,4 @@
-"""`truncation: recipe`: texts and ids as TRL 0.9 to 0.12, Zephyr's recipe, SimPO and Lions made them.
+"""`truncation: recipe`: texts and ids as TRL 0.9 to 0.11, Zephyr's recipe, SimPO and Lions made them.
 
 Conversations. The prompt is rendered without the generation prompt and each answer alone, so that the header of the
 assistant's turn is part of both answers: it cancels in a margin and counts in log-probs, rewards and lengths. A BOS

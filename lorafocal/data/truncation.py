@@ -51,7 +51,7 @@ def cut_prompt_left(pair: TokenizedPair, limits: Limits) -> TokenizedPair | None
 
 
 def recipe(pair: TokenizedPair, limits: Limits) -> TokenizedPair | None:
-    """As TRL 0.9 to 0.12, SimPO and Zephyr: the prompt's end, then the start of both answers, an EOS lost then.
+    """As TRL 0.9 to 0.11, SimPO and Zephyr: the prompt's end, then the start of both answers, an EOS lost then.
 
     A pair that is too long keeps the last `max_prompt_length` prompt tokens, a BOS not excepted. If it still is,
     both answers keep their first `max_length - max_prompt_length` tokens, however short the prompt.

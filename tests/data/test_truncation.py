@@ -57,7 +57,7 @@ def test_what_a_rule_keeps_fits_and_is_part_of_what_was_given(
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(one=PAIRS, lengths=LENGTHS)
 def test_recipe_is_what_the_published_recipes_do(one: TokenizedPair, lengths: tuple[int, int]) -> None:
-    """The oracle takes tokens away one at a time, as the description of TRL 0.9 to 0.12, SimPO and Lions reads."""
+    """The oracle takes tokens away one at a time, as the description of TRL 0.9 to 0.11, SimPO and Lions reads."""
     max_length, max_prompt_length = lengths
     prompt, answers = list(one.prompt_ids), [list(one.chosen_ids), list(one.rejected_ids)]
     longer = max(len(answer) for answer in answers)
