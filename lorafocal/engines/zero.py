@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 # Entries that are reduced, or fetched ahead, at a time: 200 MB in fp32.
 BUCKET_ENTRIES = 50_000_000
 
+# Weights of so many entries, as norms have, stay whole on every rank under stage 3: to fetch them would cost more.
+PERSISTENT_ENTRIES = 100_000
+
 # Their state is one number for each entry, so that it may be split anywhere.
 _OPTIMISERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.SGD)
 
@@ -63,6 +66,7 @@ def deepspeed_config(args: FocalPOConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = kept
     if zero["stage"] == 3:
         zero["stage3_prefetch_bucket_size"] = BUCKET_ENTRIES
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_ENTRIES
         if args.offload == "all":
             zero["offload_param"] = kept
     return {
@@ -137,11 +141,11 @@ class Zero:
     def _split(self, model: nn.Module) -> None:
         """Split all weights over the processes, one after the other: no device needs room for all of them."""
         import deepspeed
-        from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
-        for module in _gathered_whole(model):
-            set_z3_leaf_module(module, True)
         deepspeed.zero.Init(module=model, config_dict_or_path=self._config)
+        for module in _gathered_whole(model):
+            for parameter in module.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self._device)
 
