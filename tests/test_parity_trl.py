@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from trl import DPOConfig, DPOTrainer
 
@@ -56,11 +56,11 @@ OPTIMISER: dict[str, Any] = {
 
 @dataclass(slots=True)
 class Trace:
-    """What one trainer computed: per step its loss and log-probs, and the adapter it ended with."""
+    """What one trainer computed: per step its loss and log-probs, and the trained weights it ended with."""
 
     losses: list[float] = field(default_factory=list)
     logps: list[Tensor] = field(default_factory=list)  # (policy and reference, chosen and rejected, S)
-    adapter: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def margins(self) -> list[Tensor]:
         """Rewards' differences, (S,) a step, in float64 from the log-probs."""
@@ -109,7 +109,8 @@ def trained(trainer: Trainer, trace: Trace, logps_of_step: Callable[[], Tensor])
 
     trainer.training_step = training_step  # type: ignore[method-assign]
     trainer.train()
-    trace.adapter = {n: p.detach().clone() for n, p in adapter_parameters(trainer.model).items()}
+    ended = adapter_parameters(trainer.model) or dict(trainer.model.named_parameters())
+    trace.weights = {name: parameter.detach().clone() for name, parameter in ended.items()}
     return trace
 
 
@@ -135,15 +136,15 @@ class Watched(FocalPOTrainer):
         return super()._pack_loss(model, pack, step_pairs)
 
 
-def ours(folder: Path, dtype: torch.dtype, objective: str = "focalpo") -> tuple[Trace, Watched]:
-    """FocalPOTrainer at gamma 0, several packs a step."""
+def ours(folder: Path, dtype: torch.dtype, objective: str = "focalpo", *, full: bool = False) -> tuple[Trace, Watched]:
+    """FocalPOTrainer at gamma 0, several packs a step; `full`: every weight, against a second model."""
     args = FocalPOConfig(
         output_dir=str(folder / "ours"), objective=objective, beta=BETA, gamma=0.0 if objective == "focalpo" else None,
-        pairs_per_step=PAIRS_PER_STEP, tokens_per_pack=90, identity_probe=False, disable_tqdm=True, **OPTIMISER,
+        pairs_per_step=PAIRS_PER_STEP, tokens_per_pack=90, identity_probe=False, disable_tqdm=True,
+        reference="separate_model" if full else "disabled_adapter", **OPTIMISER,
     )  # fmt: skip
-    trainer = Watched(
-        tiny_base(dtype=dtype), args=args, train_dataset=rows(), processing_class=word_tokenizer(), peft_config=lora()
-    )
+    how: dict[str, Any] = {"ref_model": other_base(dtype)} if full else {"peft_config": lora()}
+    trainer = Watched(tiny_base(dtype=dtype), args=args, train_dataset=rows(), processing_class=word_tokenizer(), **how)
     disturb(trainer.model)
     order = iter(shuffled(PAIRS, SEED, 0))
 
@@ -154,24 +155,35 @@ def ours(folder: Path, dtype: torch.dtype, objective: str = "focalpo") -> tuple[
     return trained(trainer, Trace(), logps_of_step), trainer
 
 
-def theirs(folder: Path, dtype: torch.dtype) -> tuple[Trace, DPOTrainer]:
+def other_base(dtype: torch.dtype) -> PreTrainedModel:
+    """A second model, near the one that is trained."""
+    model = tiny_base(dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.02)
+    return model
+
+
+def theirs(folder: Path, dtype: torch.dtype, *, full: bool = False) -> tuple[Trace, DPOTrainer]:
     """DPOTrainer, one padded batch a step, on the pairs in the order in which our trainer visits them."""
     args = DPOConfig(
         output_dir=str(folder / "theirs"), beta=BETA, per_device_train_batch_size=PAIRS_PER_STEP,
         train_sampling_strategy="sequential", gradient_checkpointing=False, disable_tqdm=True, bf16=False, **OPTIMISER,
     )  # fmt: skip
     in_order = [rows()[i] for i in shuffled(PAIRS, SEED, 0)]
+    how: dict[str, Any] = {"ref_model": other_base(dtype)} if full else {"peft_config": lora()}
     trainer = DPOTrainer(
-        tiny_base(dtype=dtype), args=args, train_dataset=Dataset.from_list(in_order),
-        processing_class=word_tokenizer(), peft_config=lora(),
+        tiny_base(dtype=dtype).requires_grad_(full), args=args, train_dataset=Dataset.from_list(in_order),
+        processing_class=word_tokenizer(), **how,
     )  # fmt: skip
     disturb(trainer.model)
     forwards: list[Tensor] = []  # of a step: policy, then reference
 
-    def note(module: PeftModel, inputs: Any, output: Any) -> None:
+    def note(module: PreTrainedModel | PeftModel, inputs: Any, output: Any) -> None:
         forwards.append(output.log_probs.detach().sum(-1).unflatten(0, (2, -1)))
 
-    trainer.model.register_forward_hook(note)
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        model.register_forward_hook(note)
 
     def logps_of_step() -> Tensor:
         step = torch.stack(forwards)
@@ -245,7 +257,20 @@ def test_gamma_0_is_trls_dpo_in_float64(tmp_path: Path) -> None:
     for x, y in zip(a.logps + a.margins(), b.logps + b.margins(), strict=True):
         assert float((x - y).abs().max()) <= 1e-9
     assert a.losses == pytest.approx(b.losses, rel=0, abs=1e-9)
-    assert relative_difference(a.adapter, b.adapter) <= 1e-9
+    assert relative_difference(a.weights, b.weights) <= 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.row("64")
+@pytest.mark.usefixtures("all_float64")
+def test_at_full_parameters_gamma_0_is_trls_dpo_in_float64(tmp_path: Path) -> None:
+    """Every weight moves, the head and what it reads included; clipping and schedule are of all of them."""
+    (a, our_side), (b, _) = ours(tmp_path, torch.float64, full=True), theirs(tmp_path, torch.float64, full=True)
+    for x, y in zip(a.logps + a.margins(), b.logps + b.margins(), strict=True):
+        assert float((x - y).abs().max()) <= 1e-8
+    assert a.losses == pytest.approx(b.losses, rel=0, abs=1e-9)
+    assert a.weights.keys() == our_side.trained.keys() == b.weights.keys()
+    assert relative_difference(a.weights, b.weights) <= 1e-9
 
 
 @pytest.mark.slow
@@ -253,4 +278,4 @@ def test_gamma_0_is_trls_dpo_in_float64(tmp_path: Path) -> None:
 def test_both_names_of_dpo_train_bit_for_bit_alike(tmp_path: Path) -> None:
     (a, _), (b, _) = ours(tmp_path, torch.float32, "focalpo"), ours(tmp_path, torch.float32, "dpo")
     assert a.losses == b.losses
-    assert all(torch.equal(a.adapter[name], b.adapter[name]) for name in a.adapter)
+    assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)

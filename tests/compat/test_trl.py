@@ -192,7 +192,7 @@ def test_a_translated_config_trains_as_trl_does(tmp_path: Path) -> None:
     disturb(ours.model)
     mine = trained(ours, Trace(), lambda: torch.empty(0))
     assert mine.losses == pytest.approx(trace.losses, rel=0, abs=2e-5)
-    assert relative_difference(mine.adapter, trace.adapter) < 1e-4
+    assert relative_difference(mine.weights, trace.weights) < 1e-4
 
 
 # ---- the YAML of `trl dpo`
