@@ -323,23 +323,6 @@ def test_dropout_needs_permission() -> None:
     assert lora_arguments(allowed.adapter)["lora_dropout"] == 0.05
 
 
-@pytest.mark.row("64")
-def test_gamma_belongs_to_focalpo() -> None:
-    assert training_arguments(check_config(VALUES))["gamma"] == 0.05
-    dpo = check_config(changed("objective", {"name": "dpo", "beta": 0.1}))
-    assert "gamma" not in training_arguments(dpo)
-    assert "would ignore it" in mistakes(changed("objective", {"name": "dpo", "beta": 0.1, "gamma": 0.05}))
-    assert "gamma is None" in mistakes(changed("objective", {"name": "focalpo", "beta": 0.1, "gamma": None}))
-    assert "learns backwards" in mistakes(changed("objective", "gamma", 1.5))
-    assert "beta is 0.0" in mistakes(changed("objective", "beta", 0))
-
-
-def test_a_risky_gamma_is_warned_about() -> None:
-    assert check_config(VALUES).warnings() == []
-    [warning] = check_config(changed("objective", "gamma", 0.5)).warnings()
-    assert "focal/turned_share" in warning
-
-
 @pytest.mark.row("1")
 def test_the_reference_has_no_default() -> None:
     assert "reference.kind: missing" in mistakes(changed("reference", {}))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorafocal.config import check_config, training_arguments
-from tests.test_config import VALUES, mistakes
+from tests.test_config import VALUES, changed, mistakes
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,23 @@ def test_a_continued_adapter_does_not_start_at_the_base() -> None:
     assert "reference.kind: disabled_adapter is the base without the adapter" in mistakes(values)
     for reference in ({"kind": "frozen_copy"}, {"kind": "disabled_adapter", "identity_probe": False}):
         assert check_config({**values, "reference": reference}).adapter.start_from == "runs/sft/adapter"
+
+
+@pytest.mark.row("64")
+def test_gamma_belongs_to_focalpo() -> None:
+    assert training_arguments(check_config(VALUES))["gamma"] == 0.05
+    dpo = check_config(changed("objective", {"name": "dpo", "beta": 0.1}))
+    assert "gamma" not in training_arguments(dpo)
+    assert "would ignore it" in mistakes(changed("objective", {"name": "dpo", "beta": 0.1, "gamma": 0.05}))
+    assert "gamma is None" in mistakes(changed("objective", {"name": "focalpo", "beta": 0.1, "gamma": None}))
+    assert "learns backwards" in mistakes(changed("objective", "gamma", 1.5))
+    assert "beta is 0.0" in mistakes(changed("objective", "beta", 0))
+
+
+def test_a_risky_gamma_is_warned_about() -> None:
+    assert check_config(VALUES).warnings() == []
+    [warning] = check_config(changed("objective", "gamma", 0.5)).warnings()
+    assert "focal/turned_share" in warning
 
 
 def test_supervised_tuning_needs_no_reference_and_takes_none() -> None:
