@@ -213,6 +213,7 @@ def publish(target: Path, made: Trained, progress: TrainerState, engine: Engine,
     `seen` is what `Trained.write` takes beside the engine.
     """
     check_name(target.name)
+    engine.rest()
     with published_by_all(target, replace=True, record=False) as folder:
         made.write(folder, progress, engine, **seen)
 

@@ -62,6 +62,12 @@ class Engine(Protocol):
         Called once a step, after the gradients are found healthy.
         """
 
+    def rest(self) -> None:
+        """Before the policy's parameters are asked for by its modules: they are what the engine holds between steps.
+
+        A forward may have left some gathered that are not the engine's own.
+        """
+
     def sample(self, parameter: Parameter) -> Tensor:
         """Some entries of the master weights that this rank holds, always the same ones; a copy, maybe empty."""
 

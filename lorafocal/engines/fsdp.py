@@ -55,7 +55,7 @@ class Sharded(Whole):
         policy: Any = trainer.model
         self._policy = policy
         if isinstance(policy, FSDPModule):
-            policy.reshard()  # after an evaluation the module still has what no layer owns as one piece
+            self.rest()
             return
         if trainer.optimizer is not None:
             raise InputError(
@@ -84,6 +84,9 @@ class Sharded(Whole):
         self._policy.set_requires_gradient_sync(last or self._reduces_each_pack)
         yield
 
+    def rest(self) -> None:
+        self._policy.reshard()  # after an evaluation the module still has what no layer owns as one piece
+
     def finite(self, parameters: Mapping[str, Parameter]) -> bool:
         norms = torch._foreach_norm([_local(p.grad) for p in parameters.values() if p.grad is not None])
         return not anywhere(not torch.isfinite(torch.stack(norms)).all(), self._device)
@@ -107,7 +110,7 @@ class Sharded(Whole):
         value: Callable[[str], Tensor],
         states: Callable[[str], Mapping[str, Any]],
     ) -> None:
-        self._policy.reshard()
+        self.rest()
 
         def part(name: str) -> Tensor:
             return self._part(value(name), parameters[name])

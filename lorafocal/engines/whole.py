@@ -63,6 +63,9 @@ class Whole:
     def step(self) -> None:
         """Trainer clips and steps."""
 
+    def rest(self) -> None:
+        """Nothing is gathered."""
+
     def sample(self, parameter: Parameter) -> Tensor:
         flat = parameter.detach().reshape(-1)
         return flat[:: 1 + flat.numel() // SAMPLE].clone()

@@ -194,6 +194,9 @@ class Zero:
             link_states(self._engine.optimizer)
             self._linked = True
 
+    def rest(self) -> None:
+        """DeepSpeed has let go of what it gathered."""
+
     def sample(self, parameter: Parameter) -> Tensor:
         own = own_entries(parameter)
         return own[:: 1 + own.numel() // SAMPLE].clone()
