@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
-from lorafocal import memory
+from lorafocal import budget, memory
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.assembly import assemble_kernels
 from lorafocal.budget import settle_budget, setup_of
@@ -104,6 +104,27 @@ def test_where_nothing_fits_it_is_said(tmp_path, gpu_with, caplog):
     assert "model.quantization" in caplog.text
 
 
+@pytest.mark.parametrize("engine", ["one-process", "zero3", "fsdp2"])
+def test_without_an_adapter_the_budget_is_for_what_training_will_hold(tmp_path, gpu_with, monkeypatch, engine):
+    """When it is settled the model is there in bf16 alone: no masters, gradients, moments, nothing gathered."""
+    policy, args = tiny_base(dtype=torch.bfloat16), arguments(tmp_path, reference="cached")
+    args.engine = engine  # a launcher's in earnest
+    here = sum(parameter.nbytes for parameter in policy.parameters())
+    monkeypatch.setattr(budget, "_bytes_on", lambda device, model: here if model is policy else 0)
+    shape, setup = Shape.of(policy.config.to_dict()), setup_of(policy, args, DATA, fused=False)
+    assert (setup.full, setup.dtype, setup.attention, setup.engine) == (True, "bfloat16", "flash", engine)
+    held = memory.residents(shape, setup)
+    assert held.before > here
+    needed = memory.pack_bytes(shape, setup, "none", 256)
+    gpu_with((needed + 1 + held.in_steps) / (1 - memory.SLACK) + held.before - here)
+    choice = settle_budget(policy, args, CUDA, DATA, fused=False)
+    assert memory.pack_bytes(shape, setup, choice.tier, choice.tokens) <= needed + 2
+    assert choice.tokens >= 256
+    assert "mlp" not in choice.reason
+    with pytest.raises(InputError, match="the fused adapter functions can alone"):
+        settle_budget(policy, arguments(tmp_path, recompute="mlp"), CUDA, DATA, fused=False)
+
+
 def test_a_share_of_the_memory_that_a_process_is_held_to_counts(tmp_path, gpu_with):
     gpu_with(1e12, share=1e4 / 2e12)
     assert not settle_budget(tiny_policy(), arguments(tmp_path), CUDA, DATA).fits
@@ -136,7 +157,7 @@ def test_gate_and_up_are_not_computed_again_of_itself_where_no_mlp_is_fused(tmp_
         parameter.requires_grad_("lora_" in name)
     gpu_with(1e9)
     monkeypatch.setattr(FocalPOConfig, "device", CUDA)
-    monkeypatch.setattr(memory, "relative_time", lambda shape, setup, tier, tokens: tier != "mlp")
+    monkeypatch.setattr(memory.choice, "relative_time", lambda shape, setup, tier, tokens: tier != "mlp")
     choice, words = assemble_kernels(policy, arguments(tmp_path), DATA)
     assert (choice.tier == "mlp") == (family == "llama") == ("gate and up computed again" in words["adapters"])
 

@@ -38,6 +38,12 @@ def test_each_card_is_found_by_its_own_name_and_is_plausible(name: str) -> None:
     assert gpu.source
     # All of them multiply 60 to 420 times for each byte they read: a sparse peak, or GB for GiB, would stand out.
     assert 60 < gpu.bf16_tflops * 1e12 / (gpu.bandwidth_gb_s * 1e9) < 430
+    assert 32 <= gpu.link_gb_s < gpu.bandwidth_gb_s / 4  # one way; makers print both together
+
+
+def test_more_cards_than_a_machine_holds_send_over_a_network() -> None:
+    assert [parse(f"{count}xA100-40").link_gb_s for count in (1, 8, 9)] == [300, 300, 25]
+    assert parse("16x24GiB").link_gb_s is None
 
 
 def test_a_card_of_known_memory_alone_is_taken_in_either_unit() -> None:

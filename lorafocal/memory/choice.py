@@ -55,8 +55,8 @@ def choose(shape: Shape, setup: Setup, free_bytes: float, longest_pair: int, tie
 
 
 _NO_MLP = (
-    "training.activation_checkpointing: mlp computes gate and up again, which PEFT's own adapter functions cannot: use"
-    " none or full, or `kernels.adapters: auto` without DoRA and dropout"
+    "training.activation_checkpointing: mlp computes gate and up again, which the fused adapter functions can alone:"
+    " use none or full, or an adapter without DoRA and dropout under `kernels.adapters: auto`"
 )
 
 
