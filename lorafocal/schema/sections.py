@@ -150,10 +150,11 @@ class Data(Section):
         ]
 
 
-_PARAMETERS: dict[str, Any] = dict.fromkeys(PARAMETERS, (float | None, None))
-
-
-_Keys: Any = create_model("_Keys", __base__=Section, name=(Literal.__getitem__(tuple(OBJECTIVES)), ...), **_PARAMETERS)
+_OF_THE_REGISTRY: dict[str, Any] = {
+    "name": (Literal.__getitem__(tuple(OBJECTIVES)), ...),
+    **dict.fromkeys(PARAMETERS, (float | None, None)),
+}
+_Keys: Any = create_model("_Keys", __base__=Section, **_OF_THE_REGISTRY)
 
 
 class Objective(_Keys):
