@@ -1,97 +1,74 @@
-"""What the paper's configs cost, for docs/reproduction.md, by `lorafocal plan`. Write it after a change of those:
+"""Writes what the paper's trainings hold on each GPU, by part, into docs/memory.md. Run it after a change of the plan:
 
-python -m tests.plan_table --write
+python -m tests.plan_table
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorafocal.config import load_config
 from lorafocal.hardware import parse
 from lorafocal.memory import SHARING
-from lorafocal.plan.machine import SHARE_OF_PEAK, OnMachine, on_machine
-from lorafocal.plan.work import Work, work_of
+from lorafocal.plan.machine import OnMachine, on_machine
+from lorafocal.plan.work import work_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "reproduction.md"
-CONFIGS = ROOT / "configs" / "paper"
-BEGIN, END = "<!-- plan_table: begin, by python -m tests.plan_table --write -->", "<!-- plan_table: end -->"
+PAGE = ROOT / "docs" / "memory.md"
+BEGIN, END = "<!-- plan_table -->\n", "<!-- end -->\n"
 
+MODELS = ("mistral-7b", "llama3-8b")  # the objective changes nothing here
 MACHINES = ("8xA100-40", "8xA100-80")
 ENGINES = ("zero2", "zero3", "fsdp2")
-LIVE = ("reference.kind=separate_model", "reference.model=the/base", "reference.identity_probe=null")
+REFERENCES = {
+    "stored": (),
+    "live": ("reference.kind=separate_model", "reference.model=the/base", "reference.identity_probe=null"),
+}
 HEAD = (
-    "GPUs", "engine", "reference", "weights", "masters", "gradients", "moments", "second model", "gathered, sent", "packs",
-    "all GiB", "token rows", "tier", "a step", "hours", "GPU-hours",
+    "run", "engine", "reference", "weights", "masters", "gradients", "moments", "second model", "gathered, sent",
+    "pack", "driver, slack", "all", "token rows", "tier", "a step",
 )  # fmt: skip
 
 
+def page(text: str) -> str:
+    """docs/memory.md with its table written again."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}{table()}{END}{rest.partition(END)[2]}"
+
+
 def table() -> str:
-    """One block for configs that cost the same, with a line for each machine, engine and reference."""
-    blocks: dict[str, list[str]] = {}
-    for file in sorted(CONFIGS.glob("*.yaml")):
-        if "\nname: " in file.read_text(encoding="utf-8"):  # released.yaml is no run
-            blocks.setdefault("\n".join(_rows(file)), []).append(file.stem)
-    return "\n\n".join(f"**{', '.join(names)}**\n\n{rows}" for rows, names in blocks.items()) + "\n"
+    """A line for each model, machine, engine and reference."""
+    lines = [HEAD, ["---"] * 3 + ["--:"] * 10 + ["---", "--:"], *_lines()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _rows(file: Path) -> Iterator[str]:
-    compared = load_config(file).reference is not None
-    yield _row(HEAD)
-    yield _row(["---", "---", "---", *["--:"] * 9, "---", *["--:"] * 3])
-    for gpus in MACHINES:
+def _lines() -> Iterator[Sequence[str]]:
+    for model in MODELS:
+        file = ROOT / "configs" / "paper" / f"{model}-focalpo.yaml"
         for engine in ENGINES:
-            for words, overrides in (("stored", ()), ("live", LIVE)) if compared else (("none", ()),):
+            for reference, overrides in REFERENCES.items():
                 work = work_of(load_config(file, [f"engine.kind={engine}", *overrides]))
-                yield _row([gpus, engine, words, *_cells(work, on_machine(work, parse(gpus)))])
+                for gpus in MACHINES:
+                    yield [f"{model}, {gpus}", engine, reference, *_cells(on_machine(work, parse(gpus)))]
 
 
-def _cells(work: Work, found: OnMachine) -> Iterator[str]:
-    """Bytes by part in GiB, and what follows; a run that does not fit has bytes alone."""
+def _cells(found: OnMachine) -> Iterator[str]:
+    """GiB by part and in all, and the packs that follow; of a run that does not fit what it would need."""
     sizes = {part.name.partition(",")[0]: part.bytes / 2**30 for part in found.parts}
-    masters = SHARING[found.engine].masters
-    parts = ("weights", "master weights", "gradients", "optimiser", "reference")
-    for name in parts:
-        yield f"{sizes.get(name, 0):.1f}" if name != "master weights" or masters else "-"
+    yield f"{sizes['weights']:.1f}"
+    yield f"{sizes['master weights']:.1f}" if SHARING[found.engine].masters else "-"
+    yield from (f"{sizes[name]:.1f}" for name in ("gradients", "optimiser"))
+    yield f"{sizes['reference']:.1f}" if "reference" in sizes else "-"
     yield f"{sizes.get('gathered weights', 0) + sizes['exchange']:.1f}"
     yield f"{sizes['activations'] + sizes['head and workspaces']:.1f}"
+    yield f"{sizes['driver and slack']:.1f}"
     yield f"{found.used / 2**30:.1f}"
-    if not found.fits or found.speed is None:
-        yield from ("does not fit", "", "", "", "")
-        return
-    yield from (f"{found.choice.tokens:,}", found.choice.tier, f"{found.speed.step_s:.1f} s")
-    yield from (f"{found.speed.hours:.2f}", f"{found.speed.gpu_hours:.1f}")
-
-
-def _row(cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"  # type: ignore[call-overload]
-
-
-def words() -> str:
-    """What the numbers assume."""
-    work = work_of(load_config(CONFIGS / "llama3-8b-focalpo.yaml"))
-    assumed = "; ".join(line.partition(";")[0] for line in work.assumed)
-    return (
-        f"GiB of one GPU; {SHARE_OF_PEAK:.0%} of a card's bf16 peak (measured on none); {assumed}. Hours with"
-        " evaluations and, where it is stored, the reference's one pass; saving checkpoints is not in them.\n"
-    )
-
-
-def written(page: str) -> str:
-    """The page with the table between its marker lines. Raises ValueError where it has none."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"the page lacks the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{words()}\n{table()}\n{END}{after}"
+    if found.fits and found.speed is not None:
+        yield from (f"{found.choice.tokens:,}", found.choice.tier, f"{found.speed.step_s:.1f} s")
+    else:
+        yield from ("does not fit", "", "")
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(words())
-        print(table(), end="")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -15,6 +15,7 @@ from lorafocal.config import Config, check_config, load_config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths
 from lorafocal.plan import plan
+from tests import plan_table
 
 ROOT = Path(__file__).resolve().parent.parent
 # Adapters of the paper's configs: one objective stands for all.
@@ -372,3 +373,9 @@ def test_kto_looks_at_the_whole_step_first():
     )
     assert kto.choice.tier == dpo.choice.tier
     assert 1.2 < kto.speed.step_s / dpo.speed.step_s < 1.35
+
+
+def test_the_page_has_what_is_planned():
+    text = plan_table.PAGE.read_text(encoding="utf-8")
+    assert plan_table.page(text) == text, "write it again: python -m tests.plan_table"
+    assert plan_table.table().count("\n") == 2 + 24
