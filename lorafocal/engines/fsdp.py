@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
+from transformers.training_args import OptimizerNames
 
 from lorafocal.compatibility import FOUR_BIT
 from lorafocal.engines.agreement import anywhere
@@ -39,9 +40,10 @@ class Sharded(Whole):
 
     def __init__(self, args: FocalPOConfig) -> None:
         super().__init__(args)
-        if "adamw_torch" not in args.optim and args.optim != "sgd":
+        optim = OptimizerNames(args.optim).value
+        if not optim.startswith(("adamw_torch", "sgd")):
             raise InputError(
-                f"optim: {args.optim} is bitsandbytes', which cannot step parameters that are split over processes"
+                f"optim: {optim} is bitsandbytes', which cannot step parameters that are split over processes"
                 " (fsdp2): use adamw_torch, whose moments are split, or engine.kind: ddp"
             )
         self._device = args.device
@@ -50,6 +52,11 @@ class Sharded(Whole):
             "mesh": init_device_mesh(self._device.type, (self._world,)),
             "offload_policy": pinned if args.offload == "all" else OffloadPolicy(),
         }
+
+    def place(self, model: nn.Module, device: torch.device) -> None:
+        if isinstance(model, FSDPModule):
+            raise InputError("the model was split over processes (fsdp2) by an earlier trainer: load it again")
+        super().place(model, device)
 
     def begin(self, trainer: FocalPOTrainer) -> None:
         policy: Any = trainer.model

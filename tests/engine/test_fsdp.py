@@ -1,0 +1,90 @@
+"""FSDP2 in two processes trains exactly what one process does, on steps that do not divide evenly between them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.engine import fsdp_run, launches
+from tests.engine.fsdp_run import CASES
+from tests.tiny import relative_difference, tiny_base
+
+pytestmark = pytest.mark.engine
+
+BOUND = 1e-5  # relative; some 5e-7 is seen
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fsdp")
+    tiny_base().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(root: Path) -> list[dict[str, Any]]:
+    code, output = launches.run([*launches.TORCHRUN, fsdp_run.__file__, str(root)])
+    assert code == 0, output
+    return [json.loads(file.read_text()) for file in sorted(root.glob("rank-*.json"))]
+
+
+@pytest.mark.row("F8")
+def test_every_process_holds_half_and_nothing_is_wrapped_in_ddp(together: list[dict[str, Any]]) -> None:
+    for name in CASES:
+        ranks = [rank[name] for rank in together]
+        assert [rank["wrapped"].startswith("FSDP") for rank in ranks] == [True, True]
+        assert sum(rank["held"] for rank in ranks) == ranks[0]["elements"]
+        assert max(rank["held"] for rank in ranks) < 0.55 * ranks[0]["elements"]
+
+
+@pytest.mark.row("F1", "F3", "34", "40", "48", "49")
+@pytest.mark.parametrize("name", CASES)
+def test_losses_norms_and_gradients_are_those_of_one_process(
+    together: list[dict[str, Any]], root: Path, tmp_path: Path, name: str
+) -> None:
+    alone = fsdp_run.run(root, tmp_path, CASES[name], split=False)
+    for rank in together:
+        for what in ("losses", "evaluations", "norms"):
+            assert rank[name][what] == pytest.approx(alone[what], rel=BOUND)
+    ours, theirs = (load_file(folder / "gradients.safetensors") for folder in (root / name, tmp_path))
+    assert ours.keys() == theirs.keys()
+    for step in range(1, len(alone["losses"]) + 1):
+        of_step = [{k: v for k, v in some.items() if k.startswith(f"{step}/")} for some in (ours, theirs)]
+        assert relative_difference(*of_step) < BOUND
+
+
+@pytest.mark.row("F10")
+def test_weights_and_states_come_back_also_after_an_evaluation_and_the_run_with_them(
+    together: list[dict[str, Any]],
+) -> None:
+    for rank in together:
+        again = rank["again"]
+        assert again["shapes"]
+        assert again["restored"]
+        assert again["trained"] != pytest.approx(again["at the start"], rel=1e-4)
+        assert again["at the start again"] == pytest.approx(again["at the start"], rel=1e-6)
+        assert again["second"] == pytest.approx(again["first"], rel=1e-6)
+
+
+@pytest.mark.row("13", "49")
+def test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model(together: list[dict[str, Any]]) -> None:
+    for rank in together:
+        found = rank["masters"]
+        assert found["dtypes"] == ["torch.float32"]
+        assert not found["still"]
+        assert 0 < found["far"] < 1e-6
+        assert found["losses"] == pytest.approx(found["losses"][:1] * 3, rel=0.05)
+
+
+def test_what_cannot_be_split_is_refused_by_name(together: list[dict[str, Any]]) -> None:
+    for rank in together:
+        of_bitsandbytes, brought, twice = rank["refusals"]
+        assert "optim: adamw_8bit" in of_bitsandbytes
+        assert "adamw_torch" in of_bitsandbytes
+        assert "`optimizers`" in brought
+        assert "fsdp2" in brought
+        assert "load it again" in twice
