@@ -63,8 +63,9 @@ class Comparison:
     def __call__(self, model: nn.Module, pack: Pack, step: StepTotals) -> Compared:
         """The losses of a pack's pairs, and what they are made of."""
         policy, reference = self.logps(model, pack)
-        needed = {"scores": pack.scores, "statistics": step.statistics}
-        return Compared(self.objective(policy, reference, pack.index.lengths, **needed), policy, reference)
+        lengths, statistics = pack.index.lengths, step.statistics
+        losses = self.objective(policy, reference, lengths, scores=pack.scores, statistics=statistics)
+        return Compared(losses, policy, reference)
 
     @torch.no_grad()
     def totals(self, model: nn.Module, packs: Sequence[Pack], pairs: int) -> StepTotals:

@@ -229,6 +229,8 @@ def test_the_engine_says_and_sets_whole_weights_and_states_by_name(tmp_path):
     again.engine.restore(again.trained, values.__getitem__, states.__getitem__)
     batch = run.data_collator(DATA)
     for one in (run, again):
+        for _, settings in one.engine.groups(one.trained):
+            settings["lr"] = 1e-3
         one.training_step(one.model, batch)
         one.optimizer.step()
     assert all(torch.equal(p, again.trained[name]) for name, p in run.trained.items())

@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from trl import DPOConfig, DPOTrainer
 
 from lorafocal import FocalPOConfig, FocalPOTrainer
+from lorafocal.comparison import StepTotals
 from lorafocal.data.packing import Pack
 from lorafocal.model.adapters import adapter_parameters
 from lorafocal.objectives import PairLogps, PairLosses
@@ -131,9 +132,9 @@ class Watched(FocalPOTrainer):
 
         return noted
 
-    def _pack_loss(self, model: Any, pack: Pack, step_pairs: int) -> Tensor:
+    def _pack_loss(self, model: Any, pack: Pack, step: StepTotals) -> Tensor:
         self.packs.append(pack.pair_ids)
-        return super()._pack_loss(model, pack, step_pairs)
+        return super()._pack_loss(model, pack, step)
 
 
 def ours(folder: Path, dtype: torch.dtype, objective: str = "focalpo", *, full: bool = False) -> tuple[Trace, Watched]:

@@ -98,11 +98,12 @@ class Engine(Protocol):
 
 def build_engine(args: FocalPOConfig) -> Engine:
     """The engine that `args` names, not yet begun."""
-    if args.engine.startswith("zero"):
+    word = str(args.engine)  # settled by now
+    if word.startswith("zero"):
         from lorafocal.engines.zero import Zero
 
         return Zero(args)
-    if args.engine == "fsdp2":
+    if word == "fsdp2":
         from lorafocal.engines.fsdp import Sharded
 
         return Sharded(args)

@@ -42,7 +42,8 @@ class Whole:
         return hold_alike(model, self._policy)
 
     def ready(self, trainer: FocalPOTrainer) -> None:
-        self.optimizer: Optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        prepared: Any = trainer.optimizer
+        self.optimizer: Optimizer = getattr(prepared, "optimizer", prepared)  # without accelerate's wrapper
 
     @contextmanager
     def pack(self, model: nn.Module, *, last: bool) -> Iterator[None]:
@@ -74,7 +75,8 @@ class Whole:
         return parameter.detach().to("cpu", copy=True)
 
     def full_gradient(self, parameter: Parameter) -> Tensor:
-        return parameter.grad.detach().to("cpu", copy=True)
+        gradient: Any = parameter.grad  # `ungraded` says where there is none
+        return gradient.detach().to("cpu", copy=True)
 
     def states(self, parameter: Parameter) -> dict[str, Any]:
         state = self.optimizer.state.get(parameter, {})
