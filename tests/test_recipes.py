@@ -110,6 +110,7 @@ def focalpo(family: str) -> Expected:
         "model.dtype": ("bfloat16", "inherited"),
         "data.train": (splits["train"], "paper"),
         "data.eval": (splits["eval"], "inherited"),
+        "data.revision": (None, "chosen"),
         "data.truncation": ("recipe", "inherited"),
         "objective.name": ("focalpo", "paper"),
         "objective.beta": (0.01, "paper" if "beta" in paper else "inherited"),
