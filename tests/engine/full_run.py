@@ -39,8 +39,8 @@ def make(folder: Path, *, dtype: torch.dtype = torch.float64, tied: bool = False
         settings["ref_model"] = tiny_base(dtype=dtype, tie_word_embeddings=tied)
     elif settings.get("reference") == "cached":
         settings["reference_store"] = str(folder / "store")
-    how: dict[str, Any] = {"pairs_per_step": PAIRS_PER_STEP, "num_train_epochs": 1, "max_steps": -1, "tokens_per_pack": 40}
-    how |= {"max_grad_norm": 0.5, "learning_rate": 1e-3}
+    how: dict[str, Any] = {"pairs_per_step": PAIRS_PER_STEP, "num_train_epochs": 1, "max_steps": -1}
+    how |= {"tokens_per_pack": 40, "max_grad_norm": 0.5, "learning_rate": 1e-3}
     return trainer(folder, scored(PAIRS, 1), scored(5, 2), model=model, **(how | settings))
 
 
