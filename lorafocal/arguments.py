@@ -161,6 +161,10 @@ class FocalPOConfig(_Parameters):
         self.engine = launch.settled_engine(self.engine)
         if refusal := offload_refusal(self.engine, self.offload):
             raise InputError(f"offload: {refusal}")
+        if self.engine == "fsdp2":
+            from lorafocal.engines.fsdp import backend
+
+            self.ddp_backend = backend(self)
         if self.engine.startswith("zero"):
             from lorafocal.engines.zero import deepspeed_config, load_whole
 

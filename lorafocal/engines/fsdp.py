@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from lorafocal.trainer import FocalPOTrainer
 
 
+def backend(args: FocalPOConfig) -> str | None:
+    """What processes talk through: gradients that are kept in the machine's memory are clipped there, by gloo."""
+    beside_gpus = args.offload == "all" and torch.cuda.is_available() and not args.use_cpu
+    return "cuda:nccl,cpu:gloo" if beside_gpus else args.ddp_backend
+
+
 class Sharded(Whole):
     """As the ordinary engine, on parameters that are DTensors; a model's forward and backward gather them."""
 
