@@ -36,7 +36,8 @@ from lorafocal.model.compiled import compile_layers, restore_layers
 from lorafocal.model.fused import fuse, unfuse
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens, check_vocabulary, load_base, load_tokenizer
-from lorafocal.model.quantized import base_dtype, quantization_of, settle
+from lorafocal.model.master import arithmetic_of, has_masters
+from lorafocal.model.quantized import quantization_of, settle
 from lorafocal.model.starts import attaching, initialize, rewrites_base
 from lorafocal.model.stored import check_as_stored
 from lorafocal.model.trained_modules import embeddings_of
@@ -91,6 +92,11 @@ def assemble_policy(
     settle(model)
     config = _only_adapter(model) if peft_config is None and isinstance(model, PeftModel) else peft_config
     check(cell_of(model, config, args))
+    if config is not None and has_masters(model):
+        raise InputError(
+            "the model's weights are the fp32 masters of a run that trained all of them: to train an adapter on it,"
+            " save it (`trainer.save_model()`) and load that folder"
+        )
     policy: PreTrainedModel | PeftModel = model
     if config is None:
         _refuse_what_adapters_have(args)
@@ -125,7 +131,7 @@ def cell_of(model: nn.Module, config: LoraConfig | None, args: FocalPOConfig) ->
     if config is not None and type(config) is not LoraConfig:
         raise InputError(f"the adapter is of kind {config.peft_type.value}, and LoRA adapters are trained here")
     return Cell(
-        base=quantization_of(model) or str(base_dtype(model)).removeprefix("torch."),
+        base=quantization_of(model) or str(arithmetic_of(model)).removeprefix("torch."),
         adapter=adapter_words(None) if config is None else features(config),
         reference=args.reference or "none",
         layout="packed" if args.layout == "auto" else args.layout,
@@ -263,7 +269,7 @@ def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
         return KernelChoice(name, None, "padded rows")
     return choose(
         device,
-        base_dtype(policy),
+        arithmetic_of(policy),
         window=getattr(config, "sliding_window", None),
         softcap=getattr(config, "attn_logit_softcapping", None),
         sinks=any(name.endswith("sinks") for name, _ in policy.named_parameters()),

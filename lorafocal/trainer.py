@@ -73,15 +73,17 @@ _MISCOUNTED = ("train_samples_per_second", "total_flos", "eval_steps_per_second"
 
 
 class FocalPOTrainer(Trainer):
-    """Trains LoRA adapters with FocalPO or DPO, or on the chosen answers alone (`objective="sft"`).
+    """Trains LoRA adapters, or every weight, with FocalPO, DPO and their like, or on the chosen answers (`"sft"`).
 
     `train_dataset` and `eval_dataset` hold TRL preference rows (`prompt`, `chosen`, `rejected`; a `datasets.Dataset`
-    or a list of dicts). Give `peft_config` for a fresh adapter, or a `PeftModel` with a trainable one. `model` may be
-    a name or folder, loaded in bfloat16.
+    or a list of dicts). Give `peft_config` for a fresh adapter, a `PeftModel` with a trainable one, or a plain model
+    alone: then all of its weights are trained, those in bf16 as fp32 masters (in place). `model` may be a name or
+    folder, loaded in bfloat16.
 
     `args.reference` says what the policy is compared with: "disabled_adapter" (the base), "frozen_copy" (the adapter
     as it is given: to continue one that is already trained), "separate_model" (`ref_model`, a model or its name), or
-    "cached" (the policy as it starts, or `ref_model`, by log-probs that `cache_reference` has stored).
+    "cached" (the policy as it starts, or `ref_model`, by log-probs that `cache_reference` has stored). Without an
+    adapter it is one of the last two. `args.engine` says how processes share all this.
 
     Raises InputError for anything the caller can put right, before the first step.
     """

@@ -162,6 +162,11 @@ def test_policy_and_separate_reference_start_exactly_alike_in_bf16(in_bfloat16):
     assert entry["loss"] == pytest.approx(identity_loss(0.05), abs=1e-6)
 
 
+def test_masters_are_no_base_of_an_adapter(tmp_path, in_bfloat16):
+    with pytest.raises(InputError, match=r"fp32 masters of a run that trained all of them.*save_model"):
+        trainer(tmp_path, DATA, model=in_bfloat16[0].model, peft_config=lora())
+
+
 @pytest.mark.parametrize("family", sorted({"llama", "gemma2", "gemma3_text", "gpt2"} & {*known_families()}))
 def test_a_model_with_masters_computes_what_it_did_in_bf16_to_the_last_bit(family):
     model = random_model(family, torch.bfloat16)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, BaseIdentity, Lineage, Stage, lineage_of
 from lorafocal.model.load import base_fingerprint
-from lorafocal.model.quantized import base_dtype, quantization_of
+from lorafocal.model.master import arithmetic_of
+from lorafocal.model.quantized import quantization_of
 from lorafocal.model.saved import WEIGHTS_FILE, base_lineage, check_same_base, held, put_on, read_lora_config
 from lorafocal.publish import sha256
 
@@ -93,6 +94,6 @@ def lineage_on(base: PreTrainedModel, stages: tuple[Stage, ...], **training: Any
     identity = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
     made = base_lineage(name, revision)
     before, origin = ((), None) if made is None else (made.parents, made.first_base)
-    word, dtype = quantization_of(base), str(base_dtype(base)).removeprefix("torch.")
+    word, dtype = quantization_of(base), str(arithmetic_of(base)).removeprefix("torch.")
     parents = (*before, *stages)
     return Lineage(identity, parents=parents, origin=origin, quantization=word, dtype=dtype, **training)

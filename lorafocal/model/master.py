@@ -28,6 +28,11 @@ def arithmetic_of(model: nn.Module) -> torch.dtype:
     return getattr(causal_lm(model), _ARITHMETIC, None) or base_dtype(model)
 
 
+def has_masters(model: nn.Module) -> bool:
+    """Whether a full-parameter run has widened the model."""
+    return hasattr(causal_lm(model), _ARITHMETIC)
+
+
 def train_in_full(model: nn.Module) -> dict[str, Parameter]:
     """Let every floating parameter of the text part be trained; those by name, tied ones once.
 
@@ -62,7 +67,7 @@ def needs_masters(model: nn.Module, trained: Mapping[str, Parameter]) -> bool:
 
 def hold_alike(model: nn.Module, policy: nn.Module) -> nn.Module:
     """A reference that computes exactly as a `policy` with masters does, if it has them."""
-    if hasattr(causal_lm(policy), _ARITHMETIC) and base_dtype(model) == torch.bfloat16:
+    if has_masters(policy) and base_dtype(model) == torch.bfloat16:
         _hold(model)
     return model
 
