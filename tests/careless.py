@@ -316,11 +316,11 @@ def unproven_layout(model: Any, layout: str) -> Any:
     return LayoutChoice(layout)
 
 
-def adapter_as_it_is(policy: Any) -> Any:
+def adapter_as_it_is(policy: Any, values: Any = None) -> Any:
     """Row 6: a PiSSA adapter saved as it was trained, for a base that others do not have."""
     from dataclasses import replace
 
-    return replace(policy.peft_config[policy.active_adapter], init_lora_weights=True), None
+    return replace(policy.peft_config[policy.active_adapter], init_lora_weights=True), values
 
 
 def copy_that_starts_again(original: Any) -> Any:

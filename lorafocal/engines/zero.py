@@ -202,8 +202,12 @@ class Zero:
         return own[:: 1 + own.numel() // SAMPLE].clone()
 
     def full(self, parameter: Parameter) -> Tensor:
+        from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if id(parameter) not in self._places:  # frozen: it has no masters
+            with zero.GatheredParameters([parameter]):
+                return parameter.detach().to("cpu", copy=True)
         return safe_get_full_fp32_param(parameter).to("cpu", copy=True)
 
     def full_gradient(self, parameter: Parameter) -> Tensor:

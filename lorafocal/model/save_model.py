@@ -102,7 +102,8 @@ def _in_dtype(
 
 def _number(files: list[Path]) -> None:
     """Give the files the names that transformers looks for, and an index."""
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, file in enumerate(files, 1):
         named = file.with_name(f"{WEIGHTS}-{number:05d}-of-{len(files):05d}.safetensors")
         stored = StoredTensors([file])
