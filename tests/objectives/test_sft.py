@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorafocal import trainer as trainer_module
+from lorafocal import comparison
 from lorafocal.data.packing import PairCollator
 from lorafocal.evaluations import evaluation_files
 from lorafocal.objectives import PairLogps, build_objective, mean_loss
@@ -92,7 +92,7 @@ def test_a_run_learns_the_chosen_answers_without_any_reference(tmp_path, monkeyp
     def no_reference(*_):
         raise AssertionError("a reference was built")
 
-    monkeypatch.setattr(trainer_module, "build_reference", no_reference)
+    monkeypatch.setattr(comparison, "build_reference", no_reference)
     settings = {"objective": "sft", "layout": layout, "eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}
     run = trainer(tmp_path, pairs(16), pairs(5, seed=3), **settings)
     run.train()
