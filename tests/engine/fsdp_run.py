@@ -188,7 +188,7 @@ def refusals(root: Path) -> list[str]:
 
 def main(root: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
-    result = {name: run(root, root / name, case, split=True) for name, case in CASES.items()}
+    result: dict[str, Any] = {name: run(root, root / name, case, split=True) for name, case in CASES.items()}
     result |= {"again": started_again(root), "masters": masters(root), "refusals": refusals(root)}
     (root / f"rank-{launch.rank()}.json").write_text(json.dumps(result))
 
