@@ -43,7 +43,7 @@ weights but for their last bits."""
 
 def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Part]) -> dict[str, Any]:
     """What goes into a run, without any path of this machine but those the config states."""
-    reference, start = config.reference, config.adapter and config.adapter.start_from
+    reference, start = config.reference, None if config.adapter is None else config.adapter.start_from
     pairs, processes = config.training.pairs_per_step, launch.world_size()
     return {
         "format": 1,

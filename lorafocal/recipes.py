@@ -103,7 +103,7 @@ def differences(
 
     A missing section and one whose values are all None are the same.
     """
-    before, after = dict(_leaves(first)), dict(_leaves(second))
+    before, after = dict(leaves(first)), dict(leaves(second))
     return [
         Difference(key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
@@ -111,11 +111,11 @@ def differences(
     ]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value); lists are values."""
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a nested config; lists and empty sections are values."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorafocal.objectives import Objective
 from lorafocal.objectives.pairwise import dpo_weight, rewards
+from lorafocal.recipes import leaves
 from lorafocal.report.read import PairTable, RunRecord, Series
 
 HELD_OUT = "eval_"
@@ -214,15 +215,7 @@ def share_of(weights: Tensor, mask: Tensor) -> float | None:
 
 def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The config's values under dotted keys; lists stay whole."""
-    return dict(_flat("", manifest.get("config", {})))
-
-
-def _flat(prefix: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(f"{prefix}{key}.", value)
-        else:
-            yield f"{prefix}{key}", value
+    return dict(leaves(manifest.get("config", {})))
 
 
 def is_finite(value: float | None) -> bool:
