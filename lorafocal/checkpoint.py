@@ -182,7 +182,7 @@ class _Taken:
 
     def of(self, engine: Engine, parameters: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in parameters.items():
-            for key, value in engine.states(parameter).items():
+            for key, value in sorted(engine.states(parameter).items()):  # a restored state has another order
                 if not isinstance(value, Tensor):
                     self.values[f"{name}/{key}"] = value
                     continue
