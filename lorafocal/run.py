@@ -127,8 +127,8 @@ def train(
 def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = False) -> CacheReport:
     """Compute and store the reference log-probs that a run of `config` looks up, as far as the store lacks them.
 
-    With `per_token` those of each token too. Nothing is trained: each process holds the whole model, and one process
-    without a launcher will do whatever the engine. Raises InputError where the config keeps none, or its input is wrong.
+    With `per_token` those of each token too. Nothing is trained, so each process holds the whole model, and one will do
+    whatever the engine. Raises InputError where the config keeps none, or its input is wrong.
     """
     kind = None if config.reference is None else config.reference.kind
     if kind != "cached":
