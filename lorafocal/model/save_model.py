@@ -31,8 +31,8 @@ from lorafocal.shard_files import StoredTensors, write_shards
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes
 WEIGHTS, INDEX = "model", "model.safetensors.index.json"
 
-# What a base has beside its weights, its config and its tokenizer, and what training does not touch.
-UNTOUCHED = "generation_config.json preprocessor_config.json processor_config.json video_preprocessor_config.json"
+# What makes tokens of images stays the base's.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")  # up to the first number in a name
 
@@ -133,7 +133,7 @@ def write_papers(
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(folder)
-    for file in UNTOUCHED.split() if name is not None else ():
+    for file in ("generation_config.json", *PROCESSORS) if name is not None else ():
         found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         if found is not None:
             shutil.copyfile(found, folder / file)

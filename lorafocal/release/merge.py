@@ -19,6 +19,7 @@ from lorafocal.errors import InputError
 from lorafocal.lineage import MERGED, BaseIdentity, Lineage
 from lorafocal.model.load import DTYPES as GATE_DTYPES
 from lorafocal.model.load import base_fingerprint, load_tokenizer, weight_files
+from lorafocal.model.save_model import PROCESSORS
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
@@ -35,7 +36,6 @@ FEW_PAIRS = 20  # below this the gate says little
 REPORT_FILE = "merge.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # a blob in a hub's cache
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
 
 def _copy_processors(saved: SavedAdapter, folder: Path) -> None:
     """What makes tokens of images stays the base's; without it a merged image-text model would see none."""
-    for name in _PROCESSORS:
+    for name in PROCESSORS:
         file = cached_file(saved.base, name, revision=saved.revision, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             shutil.copyfile(file, folder / name)

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from lorafocal.errors import InputError
 from lorafocal.model.load import weight_files
-
-MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes
-INDEX = "model.safetensors.index.json"
+from lorafocal.model.save_model import INDEX, MAX_SHARD_BYTES
 
 # Names of the dtypes in the header of a file.
 _CODES = {
