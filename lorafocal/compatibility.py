@@ -260,11 +260,20 @@ RULES: tuple[Rule, ...] = (
         " a second model (`separate_model`), or train an adapter (`adapter: {{r: 16, alpha: 32}}`)",
     ),
     Rule(
-        "split-quantized-base",
+        "split-int8-base",
         "engine",
-        _engines_on(QUANTIZED, "zero3"),
-        "under {found}, the base is split over processes, which is not proved for quantised weights",
+        _engines_on(("int8",), "zero3"),
+        "under {found}, weights are split over processes, but bitsandbytes keeps each int8 weight whole beside that, so"
+        " nothing would be saved",
         _WHOLE,
+    ),
+    Rule(
+        "tokens-on-split-embeddings",
+        "engine",
+        lambda cell: {cell.engine} & {"zero3"} if "trainable_tokens" in cell.adapter else (),
+        "under {found}, embeddings are split over processes, and PEFT reads them where it trains single tokens while"
+        " DeepSpeed has not fetched them",
+        "split them by FSDP2 (`engine.kind: fsdp2`), hold them whole (`zero2` or `ddp`), or leave the tokens out",
     ),
     Rule(
         "another-engine",

@@ -49,7 +49,8 @@ PROOFS = {
     "start-up-to-rounding": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
     "full-quantized": "tests/test_compatibility.py::test_configs_without_an_adapter_are_refused_so",
     "no-adapter-to-compare": "tests/test_compatibility.py::test_configs_without_an_adapter_are_refused_so",
-    "split-quantized-base": "tests/engine/test_zero.py::test_quantised_bases_are_not_split",
+    "split-int8-base": "tests/engine/test_zero.py::test_what_zero_3_cannot_split_is_refused",
+    "tokens-on-split-embeddings": "tests/engine/test_zero.py::test_what_zero_3_cannot_split_is_refused",
 }
 
 INTRODUCTION = """\

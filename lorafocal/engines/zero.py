@@ -129,12 +129,12 @@ class Zero:
                 " leave it out, and name them by `optim` and `lr_scheduler_type`"
             )
         config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-        config |= _precision(trainer.model, trainer.trained)
-        self._config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"},
-            **_precision(trainer.model, trainer.trained),
-        }
+        precision = _precision(trainer.model, trainer.trained)
+        config |= precision
+        zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+        self._config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **precision}
+        if self._stage == 1:
+            _silence()
         if self._stage == 3:
             self._split(trainer.model)
 
@@ -195,7 +195,9 @@ class Zero:
             self._linked = True
 
     def rest(self) -> None:
-        """DeepSpeed has let go of what it gathered."""
+        """DeepSpeed keeps what it gathered, up to a thousand million entries, until the next step ends."""
+        if self._stage == 3 and self._engine is not None:
+            self._engine.empty_partition_cache()
 
     def sample(self, parameter: Parameter) -> Tensor:
         own = own_entries(parameter)
@@ -302,6 +304,13 @@ def _precision(policy: nn.Module, trained: Mapping[str, Parameter]) -> dict[str,
         autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # reduces in fp32
         return {"torch_autocast": autocast}
     return {}
+
+
+def _silence() -> None:
+    """Stage 1 of a bf16 model has another optimiser, which prints the memory it uses, whether it is asked to or not."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *message, **options: None
 
 
 def _set_environment(name: str, value: str | None) -> None:
