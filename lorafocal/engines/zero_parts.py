@@ -29,7 +29,7 @@ def parts_of(zero: Any) -> list[Part]:
     """The parts of a DeepSpeed optimiser, which lists them by names that depend on its class."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
 
-        def of_stage_3(number: int, flat: Tensor) -> Callable[[], Sequence[Tensor]]:
+        def of_stage_3(number: int, flat: Any) -> Callable[[], Sequence[Tensor]]:
             return lambda: [flat.grad] if zero.offload_optimizer else zero.averaged_gradients[number]
 
         return [
@@ -46,7 +46,7 @@ def parts_of(zero: Any) -> list[Part]:
             for number, flat in enumerate(zero.fp32_groups_flat_partition)
         ]
 
-    def of_stages_1_and_2(number: int, flat: Tensor) -> Callable[[], Sequence[Tensor]]:
+    def of_stages_1_and_2(number: int, flat: Any) -> Callable[[], Sequence[Tensor]]:
         return lambda: [flat.grad] if zero.cpu_offload else zero.averaged_gradients[number]
 
     return [
