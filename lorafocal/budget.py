@@ -142,11 +142,12 @@ def free_bytes(device: torch.device) -> float:
 class Retry:
     """Runs the work of a step; where CUDA runs out of memory, packs its pairs smaller and runs it again.
 
-    `collator` is the one of later steps too.
+    `collator` is the one of later steps too; `engine`, in the words of `compatibility.ENGINES`, is the run's.
     """
 
     collator: PairCollator
     device: torch.device
+    engine: str
     shrunk: bool = False
 
     def run(self, batch: StepBatch, work: Callable[[StepBatch], T], *, undo: Callable[[], None] = lambda: None) -> T:
@@ -173,10 +174,10 @@ class Retry:
         found = f"the device ran out of memory with packs of up to {rows} token rows"
         if smaller >= rows:
             raise InputError(f"{found}, which the longest pair needs by itself: {SMALLER}") from error
-        if (engine := launch.engine()) != "one-process":
+        if self.engine != "one-process":
             raise InputError(
-                f"process {launch.rank()} ({engine}): {found}. The other processes are inside the step and cannot do it"
-                f" again, so the run ends here: start it with `packing.tokens: {smaller}` (or go on: --resume"
+                f"process {launch.rank()} ({self.engine}): {found}. The other processes are inside the step and cannot"
+                f" do it again, so the run ends here: start it with `packing.tokens: {smaller}` (or go on: --resume"
                 f" packing.tokens={smaller}), or {SMALLER}"
             ) from error
         self.collator, self.shrunk = replace(self.collator, tokens_per_pack=smaller), True

@@ -140,7 +140,7 @@ class FocalPOTrainer(Trainer):
         self.budget, self.layout, bucket, self.kernels = prepare_layers(self._scorers, args, self._all_pairs())
         rejected = self.objective.entry.rejected
         self.data_collator = PairCollator(self.layout.layout, self.budget.tokens, rejected=rejected, bucket=bucket)
-        self._retry = Retry(self.data_collator, args.device)
+        self._retry = Retry(self.data_collator, args.device, self.engine.word)
         self.stored: StoredReference | None = None
         if args.reference == "cached":
             self.stored = StoredReference.of(self.ref_model or policy, args, self.data_collator)

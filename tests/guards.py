@@ -85,10 +85,10 @@ GUARDS: list[Guard] = [
     Guard("54", "lorafocal.optimizers:kind_of", lambda _: lambda optimizer: type(optimizer).__name__, "tests/test_checkpoint.py::test_an_optimizer_of_other_bits_is_another_optimizer"),
     Guard("32", "lorafocal.optimizers:separate_rates", lambda _: careless.rates_of_peft, "tests/test_optimizers.py::test_what_is_neither_a_nor_b_keeps_the_plain_rate_and_groups_their_settings"),
     Guard("32", "lorafocal.optimizers:check_given", lambda _: lambda *a: None, "tests/test_optimizers.py::test_an_optimizer_of_the_callers_own_would_ignore_the_ratio"),
-    Guard("54", "lorafocal.checkpoint:_restore_optimizer", lambda _: lambda *a: None, "tests/test_checkpoint.py::test_interrupted_equals_uninterrupted_bit_for_bit"),
+    Guard("54", "lorafocal.engines.whole:Whole.restore", lambda _: lambda *a: None, "tests/test_checkpoint.py::test_interrupted_equals_uninterrupted_bit_for_bit"),
     Guard("55 F9", "lorafocal.publish:published", lambda _: contextlib.contextmanager(lambda target, **_: (target.mkdir(exist_ok=True), (yield target))), "tests/test_publish.py::test_killed_at_every_file_operation_leaves_the_old_or_the_new"),
     Guard("F9", "lorafocal.publish:why_incomplete", lambda _: lambda *a, **k: None, "tests/test_checkpoint_folders.py::test_a_damaged_checkpoint_is_passed_over_with_the_reason"),
-    Guard("56", "lorafocal.checkpoint:save_file", lambda _: lambda tensors, path: __import__("torch").save(tensors, path), "tests/test_checkpoint.py::test_interrupted_equals_uninterrupted_bit_for_bit"),
+    Guard("56", "lorafocal.shard_files:save_file", lambda _: lambda tensors, path: __import__("torch").save(tensors, path), "tests/test_checkpoint.py::test_interrupted_equals_uninterrupted_bit_for_bit"),
     Guard("51", "lorafocal.model.save:_public_name", lambda _: lambda base: base, "tests/test_run.py::test_no_path_of_this_machine_is_written_but_those_of_the_config"),
     # configs
     Guard("F18", "lorafocal.yaml12:parse_yaml", lambda _: lambda text, **_: __import__("yaml").safe_load(text), "tests/test_yaml12.py::test_floats_without_a_point_are_numbers"),
@@ -132,7 +132,7 @@ GUARDS: list[Guard] = [
     Guard("36", "lorafocal.ops.logps:token_logps", lambda _: careless.all_rows_at_once, "tests/ops/test_logps.py::test_no_tensor_of_all_rows_by_the_vocabulary_is_ever_made"),
     Guard("36", "lorafocal.ops.logps:LogProbHead.forward", lambda _: careless.every_row_through_the_head, "tests/test_policy.py::test_the_head_sees_completions_only_and_a_chunk_at_a_time"),
     # what is measured
-    Guard("16", "lorafocal.metrics:_summed_over_ranks", lambda _: lambda values: values, "tests/test_evaluation_loop.py::test_two_uneven_ranks_log_the_means_and_the_table_of_all_pairs"),
+    Guard("16", "lorafocal.metrics:summed_over_ranks", lambda _: lambda values: values, "tests/test_evaluation_loop.py::test_two_uneven_ranks_log_the_means_and_the_table_of_all_pairs"),
     Guard("16", "lorafocal.metrics:PairMetrics.add", lambda _: careless.mean_of_means, "tests/test_metrics.py::test_accuracies_are_shares_of_pairs_however_they_are_batched"),
     Guard("38", "lorafocal.metrics:PairTable.add", careless.table_that_keeps_logits, "tests/test_evaluation_loop.py::test_evaluation_keeps_scalars_only"),
     # packs: who sees whom, at which position, through which head

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafocal import assembly, trainer
+from lorafocal import assembly, comparison
 from lorafocal.model.compiled import compile_layers, decoder_layers
 from lorafocal.policy import evaluating, plain_attention
 from lorafocal.trainer import FocalPOTrainer
@@ -94,7 +94,7 @@ def test_a_run_with_evaluations_is_the_plain_one_and_goes_on_with_the_same_bits(
 def test_a_step_that_ran_out_of_memory_is_packed_again_in_whole_buckets(tmp_path, monkeypatch):
     settings = {"tokens_per_pack": 4 * BUCKET}
     plain, run = made(tmp_path / "plain", compiled=False, **settings), made(tmp_path / "run", **settings)
-    calls, sequence_logps, rows = CompiledCalls(run), trainer.sequence_logps, []
+    calls, sequence_logps, rows = CompiledCalls(run), comparison.sequence_logps, []
 
     def limited(model: Any, pack: Any) -> Any:
         if pack.num_rows > 2 * BUCKET:
@@ -103,7 +103,7 @@ def test_a_step_that_ran_out_of_memory_is_packed_again_in_whole_buckets(tmp_path
         return sequence_logps(model, pack)
 
     plain.train()
-    monkeypatch.setattr(trainer, "sequence_logps", limited)
+    monkeypatch.setattr(comparison, "sequence_logps", limited)
     run.train()
     assert run._retry.shrunk
     assert {*rows} <= {BUCKET, 2 * BUCKET}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafocal import launch, reference, trainer
+from lorafocal import comparison, reference
 from lorafocal.budget import Retry
 from lorafocal.data.packing import PairCollator
 from lorafocal.errors import InputError
@@ -85,7 +85,7 @@ def test_a_step_that_ran_out_is_done_again_with_the_same_result(tmp_path, monkey
     for number in (0, PACKS // 2, PACKS - 1):
         run = made(tmp_path)
         if where == "policy":
-            monkeypatch.setattr(trainer, "sequence_logps", breaking := RunsOut(trainer.sequence_logps, number))
+            monkeypatch.setattr(comparison, "sequence_logps", breaking := RunsOut(comparison.sequence_logps, number))
         elif where == "reference":
             monkeypatch.setattr(reference, "sequence_logps", breaking := RunsOut(reference.sequence_logps, number))
         else:
@@ -149,8 +149,8 @@ def test_it_shrinks_until_the_step_fits_and_stays_small(tmp_path, monkeypatch, u
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sequence_logps(model, pack)
 
-    sequence_logps = trainer.sequence_logps
-    monkeypatch.setattr(trainer, "sequence_logps", limited)
+    sequence_logps = comparison.sequence_logps
+    monkeypatch.setattr(comparison, "sequence_logps", limited)
     check_same(step_of(run), uninterrupted)
     before = len(rows)
     step_of(run)
@@ -164,7 +164,7 @@ def test_a_whole_run_with_evaluations_is_the_uninterrupted_one(tmp_path, monkeyp
     for at in (None, 2, 9, 21):
         run = made(tmp_path / str(at), **settings)
         if at is not None:
-            monkeypatch.setattr(trainer, "sequence_logps", RunsOut(trainer.sequence_logps, at))
+            monkeypatch.setattr(comparison, "sequence_logps", RunsOut(comparison.sequence_logps, at))
         run.train()
         monkeypatch.undo()
         logs.append([{k: v for k, v in entry.items() if k not in TIMED} for entry in run.state.log_history])
@@ -177,7 +177,7 @@ def test_a_whole_run_with_evaluations_is_the_uninterrupted_one(tmp_path, monkeyp
 def test_evaluation_is_done_again_too(tmp_path, monkeypatch):
     expected = made(tmp_path / "whole").evaluate()
     table = (tmp_path / "whole" / "evaluations" / "step-0.jsonl").read_text()
-    for name, module in (("policy", trainer), ("reference", reference)):
+    for name, module in (("policy", comparison), ("reference", reference)):
         run = made(tmp_path / name)
         monkeypatch.setattr(module, "sequence_logps", breaking := RunsOut(module.sequence_logps, 1))
         found = run.evaluate()
@@ -196,16 +196,16 @@ def test_a_pair_that_does_not_fit_alone_is_refused_with_what_to_change(tmp_path,
     def never(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer, "sequence_logps", never)
+    monkeypatch.setattr(comparison, "sequence_logps", never)
     with pytest.raises(InputError, match=r"the longest pair needs by itself: .*activation_checkpointing.*max_length"):
         step_of(run)
 
 
 def test_beyond_one_process_the_run_ends_and_says_how_to_go_on(tmp_path, monkeypatch):
     run = made(tmp_path)
-    monkeypatch.setattr(launch, "engine", lambda: "ddp")
-    monkeypatch.setattr(trainer, "sequence_logps", RunsOut(trainer.sequence_logps, 0))
-    with pytest.raises(InputError, match=r"process 0 \(ddp\): .*packing\.tokens: \d+`"):
+    run._retry.engine = "zero3"
+    monkeypatch.setattr(comparison, "sequence_logps", RunsOut(comparison.sequence_logps, 0))
+    with pytest.raises(InputError, match=r"process 0 \(zero3\): .*packing\.tokens: \d+`"):
         step_of(run)
 
 
@@ -223,6 +223,6 @@ def test_other_errors_pass_through(tmp_path, monkeypatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(trainer, "sequence_logps", broken)
+    monkeypatch.setattr(comparison, "sequence_logps", broken)
     with pytest.raises(RuntimeError, match="something else"):
         step_of(run)

@@ -60,7 +60,7 @@ def train(
     if tiny and (resume or repro):
         raise InputError(f"--tiny keeps nothing, and {'--resume' if resume else '--repro'} needs a run: leave one out")
     checked = _run_of(config, _with_engine(overrides, engine), repro)
-    _launch(checked.engine and checked.engine.kind, processes)
+    _launch(None if checked.engine is None else checked.engine.kind, processes)
     if not tiny:  # a rehearsal loads by transformers
         _begin(checked.model.backend)
     launch.settle_precision(checked.model.dtype)

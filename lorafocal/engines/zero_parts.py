@@ -30,7 +30,7 @@ def parts_of(zero: Any) -> list[Part]:
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
 
         def of_stage_3(number: int, flat: Any) -> Callable[[], Sequence[Tensor]]:
-            return lambda: [flat.grad] if zero.offload_optimizer else zero.averaged_gradients[number]
+            return lambda: _gradient(flat) if zero.offload_optimizer else zero.averaged_gradients[number]
 
         return [
             Part(flat, zero.sub_group_to_group_id[number], zero.fp16_groups[number], of_stage_3(number, flat))
@@ -47,12 +47,16 @@ def parts_of(zero: Any) -> list[Part]:
         ]
 
     def of_stages_1_and_2(number: int, flat: Any) -> Callable[[], Sequence[Tensor]]:
-        return lambda: [flat.grad] if zero.cpu_offload else zero.averaged_gradients[number]
+        return lambda: _gradient(flat) if zero.cpu_offload else zero.averaged_gradients[number]
 
     return [
         Part(flat, number, zero.bit16_groups[number], of_stages_1_and_2(number, flat))
         for number, flat in enumerate(zero.single_partition_of_fp32_groups)
     ]
+
+
+def _gradient(masters: Tensor) -> list[Tensor]:
+    return [] if masters.grad is None else [masters.grad]
 
 
 def link_states(zero: Any) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from lorafocal import launch, trainer
+from lorafocal import comparison, launch
 from lorafocal.errors import InputError
 from tests import tiny
 
 if __name__ == "__main__":
     run = tiny.trainer(Path(sys.argv[1]), tiny.pairs(16), pairs_per_step=16, tokens_per_pack=60)
     calls: list[Any] = []
-    sequence_logps = trainer.sequence_logps
+    sequence_logps = comparison.sequence_logps
 
     def runs_out(model: Any, pack: Any) -> Any:
         calls.append(pack)
@@ -23,7 +23,7 @@ if __name__ == "__main__":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sequence_logps(model, pack)
 
-    trainer.sequence_logps = runs_out
+    comparison.sequence_logps = runs_out
     try:
         run.train()
     except InputError as error:
