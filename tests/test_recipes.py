@@ -14,6 +14,7 @@ from lorafocal.errors import InputError
 from lorafocal.manifest import EXACT, against_recipe
 
 FAMILIES = ("mistral-7b", "llama3-8b")
+COMMITS = {"llama3-8b": "9d189bae5856a823f3708d2c2bc4dbb43c90eb11"}  # of the data set, as public runs on it record
 OBJECTIVES = ("focalpo", "dpo", "odpo", "focal-hard", "kto", "orpo", "simpo")
 KINDS = ("", "lora/", "qlora/")
 NAMES = [f"{kind}{family}-{objective}" for kind in KINDS for family in FAMILIES for objective in OBJECTIVES]
@@ -110,7 +111,7 @@ def focalpo(family: str) -> Expected:
         "model.dtype": ("bfloat16", "inherited"),
         "data.train": (splits["train"], "paper"),
         "data.eval": (splits["eval"], "inherited"),
-        "data.revision": (None, "chosen"),
+        "data.revision": (COMMITS.get(family), "chosen"),
         "data.truncation": ("recipe", "inherited"),
         "objective.name": ("focalpo", "paper"),
         "objective.beta": (0.01, "paper" if "beta" in paper else "inherited"),

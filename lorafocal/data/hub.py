@@ -72,7 +72,8 @@ def check_revision(name: str, revision: str | None) -> None:
         found = "none was given" if revision is None else f"found {revision!r}"
         raise InputError(
             f"{name}: rows of the hub need revision, the 40 hex digits of a commit ({found}): a branch could change "
-            "under the run. The data set's page lists its commits"
+            "under the run. The data set's page lists its commits; the newest one is printed by: python -c \"from "
+            f"huggingface_hub import dataset_info as i; print(i('{name}').sha)\""
         )
 
 
