@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,8 @@ def _prepare_process(*, on_cpu: bool) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed import ops
 
+    # of torch 2.13, about the collectives that DeepSpeed calls
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
