@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.caching import CacheReport
-from lorafocal.checkpoint import latest_complete
+from lorafocal.checkpoint import latest_complete, step_of
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
@@ -36,6 +36,7 @@ from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
 from lorafocal.resume import changes, check_resumable
 from lorafocal.schema import Adapter
+from lorafocal.together import all_or_none, of_all_ranks
 from lorafocal.trainer import FocalPOTrainer
 
 CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
@@ -238,15 +239,21 @@ def _arguments(config: Config, folder: Path, *, settled: Mapping[str, Any] = Map
 
 
 def _checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint; None where the run was stopped before its first one, and starts over."""
-    with launch.main_process_first():
+    """The newest complete checkpoint; None where the run was stopped before its first one, and starts over.
+
+    Collective: rank 0 reads them, the others take its word.
+    """
+    newest = -1
+    with all_or_none():
         if launch.is_main():
             recover(folder)
-        latest = latest_complete(folder)
-    for reason in latest.skipped:
-        say(f"warning: {reason}")
-    say(f"resuming from {latest.path.name}" if latest.path else "no checkpoint yet: starting from step 0")
-    return latest.path
+            latest = latest_complete(folder)
+            for reason in latest.skipped:
+                say(f"warning: {reason}")
+            newest = step_of(latest.path) if latest.path else -1
+    step = of_all_ranks(newest)[0]
+    say(f"resuming from checkpoint-{step}" if step >= 0 else "no checkpoint yet: starting from step 0")
+    return folder / f"checkpoint-{step}" if step >= 0 else None
 
 
 def _load(name: str, revision: str | None, config: Config) -> PreTrainedModel:

@@ -269,7 +269,7 @@ def test_wrong_input_is_answered_before_anything_is_written(
 
 @pytest.mark.row("2")
 def test_a_rate_that_moves_nothing_stops_the_run(root: Path, tmp_path: Path) -> None:
-    config = run_config(root, training__learning_rate=1e-30, training__num_train_epochs=1)
+    config = run_config(root, training__learning_rate=1e-60, training__num_train_epochs=1)
     with pytest.raises(UnhealthyRun, match="no trained weight moved at step 1"):
         run.train(config, quiet=True, runs_dir=tmp_path)
     assert not (tmp_path / "toy" / "adapter").exists()
