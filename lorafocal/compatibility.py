@@ -257,7 +257,8 @@ RULES: tuple[Rule, ...] = (
         lambda cell: {cell.reference} & {"disabled_adapter", "frozen_copy"} if FULL in cell.adapter else (),
         "without `adapter`, every parameter is trained, and there is no adapter for {found}",
         "store the reference's log-probs first (`reference.kind: cached`, by `lorafocal cache-reference CONFIG`), hold"
-        " a second model (`separate_model`), or train an adapter (`adapter: {{r: 16, alpha: 32}}`)",
+        " a second model (`separate_model`), or train an adapter (`adapter: {{r: 16, alpha: 32}}`; in Python"
+        " `peft_config=LoraConfig(...)`)",
     ),
     Rule(
         "split-int8-base",
