@@ -31,6 +31,7 @@ USUAL = {
     "objective": "{name: focalpo, beta: 0.1}",
     "reference": "{kind: disabled_adapter}",
     "training": "{pairs_per_step: 64, learning_rate: 5.0e-6}",
+    "engine": "{kind: zero3}",
 }
 
 # What the keys of PEFT, TRL and bitsandbytes are called here, where no spelling leads there.
@@ -47,6 +48,7 @@ ELSEWHERE = {
     "rank": "adapter.r",
     "lora_rank": "adapter.r",
     "lora_r": "adapter.r",
+    "extends": "the first line of a config file, and no override",
 }
 
 
@@ -234,10 +236,10 @@ def _describe(details: ErrorDetails) -> Iterable[str]:
     """The line or lines a person reads for one pydantic error."""
     key = ".".join(str(part) for part in details["loc"]) or "config"
     message, found = details["msg"], details["input"]
+    usual = f" (for example {key}: {USUAL[key]})" if key in USUAL else ""
     if details["type"] == "extra_forbidden":
         yield f"{key}: {_unknown(key)}"
     elif details["type"] == "missing":
-        usual = f" (for example {key}: {USUAL[key]})" if key in USUAL else ""
         yield f"{key}: missing; it has no default{usual}"
     elif details["type"] == WORDED:
         yield f"{key}: {message}"
@@ -248,7 +250,7 @@ def _describe(details: ErrorDetails) -> Iterable[str]:
     elif details["type"] == "bool_type":
         yield f"{key}: found {found!r} ({type(found).__name__}); it must be true or false"
     elif details["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        yield f"{key}: found {found!r}; it must be a mapping of keys"
+        yield f"{key}: found {found!r}; it must be a mapping of keys{usual}"
     else:
         allowed = re.sub(r"^(Input|String) should ", "it must ", message)
         yield f"{key}: found {found!r} ({type(found).__name__}); {allowed}"

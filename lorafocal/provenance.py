@@ -79,13 +79,13 @@ def config_of(manifest: Path, overrides: Sequence[str] = ()) -> Config:
         if values.get(section, {}).get(name) == "auto" and word in settled:
             values[section][name] = settled[word]
     for override in overrides:
+        apply_override(values, override)
         key = override.partition("=")[0].strip()
         if key not in ("name", *PLACES, *ENGINE, *MAY_CHANGE):
             raise InputError(
                 f"{key} would make another run than the one of {manifest}: to it, name, {', '.join(PLACES)}, engine and"
                 f" what cannot reach the weights may change; for another run, train {manifest.parent / 'config.yaml'}"
             )
-        apply_override(values, override)
     return check_config(values, source=str(manifest))
 
 

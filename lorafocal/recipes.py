@@ -6,6 +6,7 @@ A recipe is a config of `configs/paper/`. The comment behind each of its values 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -59,10 +60,16 @@ def names() -> list[str]:
     return sorted(name for name in found if name != RELEASED and not name.startswith("parts/"))
 
 
+def instead(name: str) -> str:
+    """What to say beside a name that no recipe has: those most like it, or all."""
+    near = difflib.get_close_matches(name, names(), 3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
+
+
 def path_of(name: str) -> Path:
     """The file of a recipe. Raises InputError where there is none of that name."""
     if name not in names():
-        raise InputError(f"there is no recipe {name!r}; known: {', '.join(names())}")
+        raise InputError(f"there is no recipe {name!r}; {instead(name)}")
     return folder() / f"{name}.yaml"
 
 

@@ -58,7 +58,10 @@ _ABSENT = "(absent)"
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
-    """One line "key: old -> new" for each dotted key that differs and is not in `may_change`, sorted."""
+    """One line "key: old -> new" for each dotted key that differs and is not in `may_change`, sorted.
+
+    An absent key and one that is None are the same: manifests of before a key existed lack it.
+    """
     before, after = dict(_flat(old)), dict(_flat(new))
     return [
         f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
@@ -104,7 +107,7 @@ def _sections(manifest: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else _ABSENT
+    return _ABSENT if values.get(key) is None else repr(values[key])
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from tests.test_config import changed, mistakes
         (("model", "load_in_8bit"), "model.quantization: int8"),
         (("adapter", "use_qlora"), "model.quantization: nf4"),
         (("adapter", "init_lora_weights"), "adapter.init"),
+        (("extends",), "the first line of a config file, and no override"),
     ],
 )
 def test_the_keys_of_other_tools_are_answered_with_ours(path: tuple[str, ...], here: str) -> None:
@@ -36,6 +37,7 @@ def test_a_key_that_is_like_no_other_is_answered_with_those_of_its_section() -> 
         (("model", "quantization"), "none", "allowed: nf4, nf4-double, fp4, fp4-double, int8, or null"),
         (("adapter", "modules_to_save"), "norm", 'it must be a list, such as ["norm"]'),
         (("adapter", "use_dora"), "yes", "it must be true or false"),
+        (("engine",), "zero3", "it must be a mapping of keys (for example engine: {kind: zero3})"),
         (("adapter", "trainable_tokens"), [-1], "trainable_tokens.0: found -1; allowed: a token's text"),
         (("adapter", "trainable_tokens"), [""], "trainable_tokens.0: found ''; allowed: a token's text"),
         (("adapter", "trainable_tokens"), [True], "trainable_tokens.0: found True; allowed: a token's text"),

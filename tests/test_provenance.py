@@ -146,6 +146,11 @@ def test_what_would_make_another_run_is_refused(path: Path, override: str) -> No
         config_of(path, [override])
 
 
+def test_a_word_that_sets_nothing_is_named(path: Path) -> None:
+    with pytest.raises(InputError, match="'nonsense' is not an override"):
+        config_of(path, ["nonsense"])
+
+
 def test_name_and_engine_may_change(path: Path) -> None:
     config = config_of(path, ["name=mine", "engine.kind=ddp"])
     assert (config.name, config.engine and config.engine.kind) == ("mine", "ddp")

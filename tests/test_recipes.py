@@ -377,3 +377,5 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
         check_config(values)
     with pytest.raises(InputError, match="no recipe 'zephyr'; known: llama3-8b-dpo, "):
         recipes.path_of("zephyr")
+    with pytest.raises(InputError, match=r"no recipe 'mistral-7b-focal'; did you mean mistral-7b-focalpo or .*\?$"):
+        recipes.path_of("mistral-7b-focal")

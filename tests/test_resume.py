@@ -100,6 +100,13 @@ def test_the_tables_are_data_that_do_not_contradict_each_other() -> None:
     assert all(MAY_CHANGE.values())
 
 
+def test_a_key_that_an_older_manifest_lacks_is_the_same_as_none() -> None:
+    """A run begun before `engine` and `recipe` were keys goes on."""
+    assert check_resumable(MANIFEST, changed("config.engine", None)) == []
+    assert check_resumable(changed("data.train.scores_sha256", None), MANIFEST) == []
+    assert changes({"adapter": None}, {"adapter": {"r": 8}}, ()) == ["adapter.r: (absent) -> 8"]
+
+
 def test_tuples_and_lists_are_the_same_setting() -> None:
     assert changes({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2]}}, ()) == []
     assert changes({"a": {"b": 1}}, {"a": 1}, ()) == ["a: (absent) -> 1", "a.b: 1 -> (absent)"]

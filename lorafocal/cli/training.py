@@ -249,6 +249,8 @@ def _run_of(config: Path | None, overrides: list[str], repro: Path | None) -> Co
     if repro is not None:
         from lorafocal.provenance import config_of
 
+        if config is not None and "=" not in str(config):
+            raise InputError(f"--repro trains what {repro} says: leave {config} out, or --repro")
         return config_of(repro, overrides if config is None else [str(config), *overrides])
     if config is None:
         raise InputError("which run? Name its CONFIG, or --repro the manifest.json of one that was done")

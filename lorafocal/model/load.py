@@ -44,7 +44,8 @@ def check_place(name: str) -> None:
     if looks_local and not folder.exists():
         raise InputError(f"{name}: there is no such folder, and a hub id has the form owner/model")
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
-        raise InputError(f"{name} is a run folder; its adapter is {folder / 'adapter'}")
+        made = "model" if (folder / "model").is_dir() else "adapter"
+        raise InputError(f"{name} is a run folder; its {made} is {folder / made}")
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -157,15 +157,21 @@ def _linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(inputs, dequantized_weight(layer).to(inputs.dtype), bias)
 
 
+def _what_else(folder: Path) -> str:
+    """Where to go from a folder that holds no adapter."""
+    whole = next((place for place in (folder, folder / "model") if (place / "config.json").is_file()), None)
+    if whole is None:
+        return "A run keeps its own in RUN/adapter."
+    return f"{whole} is a whole model: nothing is to be merged, and programs that take a model take it as it is."
+
+
 def read_lora_config(folder: Path) -> LoraConfig:
     """The adapter's PEFT configuration. Raises InputError by the name of the variant where it cannot be opened."""
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; a run keeps its adapter in RUN/adapter")
     if not path.is_file():
-        raise InputError(
-            f"{folder} is not an adapter folder: it has no {CONFIG_FILE}. A run keeps its own in RUN/adapter."
-        )
+        raise InputError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}. {_what_else(folder)}")
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
             f"{folder} has no {WEIGHTS_FILE}; only safetensors are read: a pickle (.bin) may run code when it is"

@@ -19,7 +19,7 @@ from lorafocal.objectives import PARAMETERS, Objective, build_objective
 from lorafocal.objectives.focal import turning_point
 from lorafocal.objectives.pairwise import PairLogps
 
-METRICS_FILE, MANIFEST_FILE, ADAPTER_DIR = "metrics.jsonl", "manifest.json", "adapter"
+METRICS_FILE, MANIFEST_FILE, ADAPTER_DIR, MODEL_DIR = "metrics.jsonl", "manifest.json", "adapter", "model"
 SWEEP_PAGE = "sweep.html"
 _MOST_STEPS = 10**12
 
@@ -103,12 +103,18 @@ def read_run(folder: Path, name: str) -> RunRecord:
     tables = _read_tables(folder, notes)
     if tables and objective is None:
         notes.append("beta is unknown: margins and gradient weights of single pairs cannot be computed.")
-    if not (folder / ADAPTER_DIR).is_dir():
+    if _made(folder) is None:
         last = max(int(line["step"]) for line in lines)
         notes.append(
-            f"The run has no finished adapter: it is still going on, or was stopped after step {last} or later."
+            "The run has no finished adapter or model: it is still going on, or was stopped after step"
+            f" {last} or later."
         )
     return RunRecord(name, lines, tables, manifest, objective, notes)
+
+
+def _made(folder: Path) -> Path | None:
+    """The finished adapter, or the finished model of a full-parameter run."""
+    return next((place for place in (folder / ADAPTER_DIR, folder / MODEL_DIR) if place.is_dir()), None)
 
 
 def _names(places: Sequence[Path]) -> list[str]:
@@ -170,11 +176,11 @@ def _read_manifest(folder: Path, notes: list[str]) -> Mapping[str, Any]:
 
 
 def _objective(folder: Path, manifest: Mapping[str, Any]) -> Objective | None:
-    """From the manifest, or from the finished adapter where a run was started from Python."""
+    """From the manifest, or from what the run made where it was started from Python."""
     objective = manifest.get("config", {}).get("objective")
     if objective is None:
         try:
-            lineage = lineage_of(folder / ADAPTER_DIR)
+            lineage = lineage_of(_made(folder) or folder / ADAPTER_DIR)
         except InputError:
             lineage = None
         objective = lineage.objective if lineage else None

@@ -79,7 +79,7 @@ class Config(Section):
     def _misfits(self) -> Iterable[tuple[str, str]]:
         """What each section allows, but not beside the others."""
         if self.recipe is not None and self.recipe not in recipes.names():
-            yield "recipe", f"found {self.recipe!r}; known: {', '.join(recipes.names())}"
+            yield "recipe", f"found {self.recipe!r}; {recipes.instead(self.recipe)}"
         evaluates = self.training.fields.get("eval_strategy", "no") != "no" or self.training.fields.get("eval_on_start")
         if evaluates and self.data.eval is None and self.data.held_out is None:
             yield (

@@ -137,6 +137,8 @@ def test_a_run_again_needs_its_manifest_alone(
     assert [name for name, _, _ in asked] == [f"{first}-again", "other"]
     assert asked[0][1:] == (manifest, {"resume": False, "quiet": True, "runs_dir": Path("runs")})
     assert call(monkeypatch, "train", "--repro", manifest, "training.learning_rate=1.0") == 2
+    assert call(monkeypatch, "train", file, "--repro", manifest) == 2
+    assert f"leave {file} out" in capsys.readouterr().err
     assert call(monkeypatch, "train") == 2
 
 

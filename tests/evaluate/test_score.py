@@ -311,8 +311,12 @@ def test_input_that_cannot_be_scored_is_refused(run: SavedRun, tmp_path: Path) -
         score_file(run.adapter, tmp_path / "nowhere.jsonl")
     with pytest.raises(InputError, match="beta"):
         score_file(run.adapter, run.folder / "held_out.jsonl", beta=0.0)
+    folder = make_run_folder(tmp_path)
     with pytest.raises(InputError, match="its adapter is"):
-        score_file(make_run_folder(tmp_path), run.folder / "held_out.jsonl")
+        score_file(folder, run.folder / "held_out.jsonl")
+    (folder / "model").mkdir()
+    with pytest.raises(InputError, match="its model is"):
+        score_file(folder, run.folder / "held_out.jsonl")
     with pytest.raises(InputError, match="missing"):
         score_file(run.adapter, run.folder / "held_out.jsonl", out=tmp_path / "missing" / "scores.jsonl")
     foreign = tmp_path / "foreign.jsonl"

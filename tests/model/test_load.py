@@ -123,6 +123,15 @@ def test_a_pickled_adapter_is_refused_with_the_way_out(tmp_path):
         read_lora_config(tmp_path)
 
 
+def test_a_whole_model_is_no_adapter_and_is_named(tmp_path):
+    """Given to `merge`, or to go on from: by its own folder, or by that of the run that made it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "model"):
+        with pytest.raises(InputError, match=r"not an adapter folder.*model is a whole model: nothing is to be merged"):
+            read_lora_config(folder)
+
+
 def test_what_a_later_peft_can_do_is_refused_by_name_only_where_an_adapter_uses_it(tmp_path):
     """PEFT writes each setting that it knows into each file, so an older one meets names that mean nothing here."""
     record = {"peft_type": "LORA", "r": 4, "later_config": None, "use_later": False, "later_pattern": {}}

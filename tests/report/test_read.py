@@ -100,6 +100,12 @@ def test_what_is_missing_is_said_and_the_rest_is_read(tmp_path: Path) -> None:
         assert words in notes
 
 
+def test_a_run_that_made_a_whole_model_is_finished(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / "adapter").rename(folder / "model")
+    assert read_run(folder, "a").notes == read_run(write_run(tmp_path / "b"), "b").notes
+
+
 def test_a_python_run_tells_beta_and_gamma_by_its_adapter(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", manifest=False)
     lineage = {
