@@ -26,8 +26,8 @@ PLACES = (
 )  # fmt: skip
 """Keys that say where an input lies: it may lie elsewhere, for its digest is compared."""
 
-ENGINE = ("engine", "engine.kind", "engine.offload")
-"""Keys that may change, because every engine gives the same run but for its last bits."""
+ENGINE = ("engine", "engine.kind", "engine.offload", "training.use_cpu")
+"""Keys that may change, because every engine and device gives the same run but for its last bits."""
 
 AUTO = {"packing.tokens": "tokens_per_pack", "training.activation_checkpointing": "recompute"}
 """What a config may leave open, and the manifest's word for what it became: the last bits depend on it."""

@@ -159,7 +159,7 @@ def _tokenized(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTo
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     if config.reference is not None and config.reference.model is not None:
         other, revision = config.reference.model, config.reference.revision
-        check_same_tokens(tokenizer, load_tokenizer(other, revision), other)
+        check_same_tokens(tokenizer, load_tokenizer(other, revision, key="reference.model"), other)
     with launch.main_process_first():
         data = prepare_data(config.data, tokenizer, scored=config.objective.entry.scores)
     for name, part in data.items():

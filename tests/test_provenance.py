@@ -152,7 +152,7 @@ def test_a_word_that_sets_nothing_is_named(path: Path) -> None:
 
 
 def test_name_and_engine_may_change(path: Path) -> None:
-    config = config_of(path, ["name=mine", "engine.kind=ddp"])
+    config = config_of(path, ["name=mine", "engine.kind=ddp", "training.use_cpu=true"])
     assert (config.name, config.engine and config.engine.kind) == ("mine", "ddp")
 
 

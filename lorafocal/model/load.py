@@ -35,7 +35,7 @@ _SHARD = re.compile(r"(?!\.)[A-Za-z0-9._-]+\.safetensors")  # a bare name: no fo
 
 
 def check_place(name: str) -> None:
-    """Refuse what can only be a folder and is none, or is a run's folder: nothing is asked of a hub for it.
+    """Refuse what can only be a folder and is none, or is another of a run's: nothing is asked of a hub for it.
 
     Raises InputError.
     """
@@ -43,18 +43,27 @@ def check_place(name: str) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not folder.exists():
         raise InputError(f"{name}: there is no such folder, and a hub id has the form owner/model")
-    if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{name} holds an adapter, and no model: training goes on from it by adapter.start_from, and `lorafocal"
+            " merge` makes a model of it"
+        )
+    if (folder / "trainer_state.json").is_file():
+        raise InputError(f"{name} is a checkpoint, for --resume alone: a finished run's model is beside it, in model")
+    if (folder / "manifest.json").is_file():
         made = "model" if (folder / "model").is_dir() else "adapter"
         raise InputError(f"{name} is a run folder; its {made} is {folder / made}")
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or local folder. Raises InputError where there is none."""
+def load_tokenizer(name: str, revision: str | None = None, *, key: str = "model.name") -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or local folder. Raises InputError where there is none, at the config's `key`."""
     check_place(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise InputError(_not_found("tokenizer", name, error)) from error
+        raise InputError(f"{key}: {_not_found('tokenizer', name, error)}") from error
 
 
 def load_base(
@@ -99,7 +108,7 @@ def load_base(
     except (InputError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError) as error:
-        raise InputError(_not_found("model", name, error)) from error
+        raise InputError(f"model.name: {_not_found('model', name, error)}") from error
     except (RuntimeError, AttributeError) as error:  # what transformers raises over tensors that do not fit
         raise InputError(f"model.name: the weights of {name} do not fit its config ({_first_line(error)})") from error
     _check_complete(report, name)
@@ -342,7 +351,7 @@ def _file_sha256(file: Path) -> str:
 
 def _not_found(what: str, name: str, error: Exception) -> str:
     return (
-        f"model.name: no {what} could be loaded from {name!r} ({_first_line(error)}). Give a hub id that you have"
+        f"no {what} could be loaded from {name!r} ({_first_line(error)}). Give a hub id that you have"
         " access to, or a folder written by `save_pretrained` (safetensors, no remote code)"
     )
 

@@ -77,6 +77,25 @@ def test_a_model_that_does_not_continue_text_is_refused_by_type(tmp_path):
         load_base(str(tmp_path / "t5"))
 
 
+@pytest.mark.parametrize(
+    ("file", "answer"),
+    [
+        ("adapter_config.json", "holds an adapter, and no model: .* adapter.start_from"),
+        ("trainer_state.json", "is a checkpoint, for --resume alone"),
+        ("manifest.json", "is a run folder; its adapter is"),
+    ],
+)
+def test_other_folders_of_a_run_are_no_model_and_say_so(tmp_path, file, answer):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(InputError, match=answer):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_missing_tokenizer_is_told_of_by_the_key_that_names_it(tmp_path):
+    with pytest.raises(InputError, match=r"^reference\.model: no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path), key="reference.model")
+
+
 @pytest.mark.row("S2")
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(saved, monkeypatch):
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
