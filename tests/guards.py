@@ -64,7 +64,7 @@ GUARDS: list[Guard] = [
     Guard("F1", "lorafocal.sampler:StepSampler.__iter__", lambda _: _repeating_pairs, "tests/test_sampler.py::test_over_all_ranks_every_pair_of_an_epoch_is_seen_exactly_once"),
     Guard("F2", "lorafocal.callbacks:SetEpoch.on_epoch_begin", lambda _: lambda *a, **k: None, "tests/test_packs_of_a_step.py::test_every_epoch_trains_each_pair_once_in_another_order"),
     Guard("F3", "accelerate.state:GradientState._set_sync_gradients", lambda _: lambda *a: None, "tests/test_packs_of_a_step.py::test_engines_are_told_of_the_last_backward_and_the_optimiser_steps_once"),
-    Guard("F3", "accelerate:Accelerator.no_sync", lambda _: lambda *a: contextlib.nullcontext(), "tests/engine/test_data_parallel.py::test_gradients_are_exchanged_once_and_the_optimiser_steps_once_a_step"),
+    Guard("F3", "torch.nn.parallel:DistributedDataParallel.no_sync", lambda _: lambda *a: contextlib.nullcontext(), "tests/engine/test_data_parallel.py::test_gradients_are_exchanged_once_and_the_optimiser_steps_once_a_step"),
     Guard("13 49", "lorafocal.engines.whole:hold_masters", lambda _: lambda *a: None, "tests/test_full_parameter.py::test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model"),
     Guard("15", "lorafocal.comparison:Comparison.__call__", careless.sums_of_a_pack_alone, "tests/test_full_parameter.py::test_sums_over_the_step_and_scores_reach_the_loss_however_it_is_split"),
     Guard("13 49", "lorafocal.engines.fsdp:needs_masters", lambda _: lambda *a: False, "tests/engine/test_fsdp.py::test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model"),

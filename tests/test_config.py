@@ -38,7 +38,7 @@ VALUES: dict[str, Any] = {
 # Keys that speak to somebody else than the trainer or LoRA: which model is loaded, which files are read.
 SOURCE_KEYS = ("path", "weight", "form", "columns", "revision", "split")
 READ_BY_THE_RUN = {
-    "model.name", "model.dtype", "model.revision", "model.shape", "model.quantization", "model.backend",
+    "recipe", "model.name", "model.dtype", "model.revision", "model.shape", "model.quantization", "model.backend",
     "adapter.trainable_tokens", "data.train", "data.eval",
     "data.held_out", "data.form", "data.columns", "data.revision", "data.split", "data.on_bad_row", "data.cache",
     *(f"data.{name}.{key}" for name in ("train", "eval") for key in SOURCE_KEYS),
@@ -51,6 +51,7 @@ FOCALPO_FIELDS = {
 # A value other than the one in VALUES or the default, where the annotation does not give it.
 OTHER_VALUES = {
     "name": "another",
+    "recipe": "mistral-7b-dpo",
     "model.name": "another",
     "model.revision": "0123456789abcdef0123456789abcdef01234567",
     "model.dtype": "bfloat16",

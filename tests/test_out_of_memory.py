@@ -89,8 +89,8 @@ def test_a_step_that_ran_out_is_done_again_with_the_same_result(tmp_path, monkey
         elif where == "reference":
             monkeypatch.setattr(reference, "sequence_logps", breaking := RunsOut(reference.sequence_logps, number))
         else:
-            breaking = RunsOut(run.accelerator.backward, number, after="after" in where)
-            monkeypatch.setattr(run.accelerator, "backward", breaking)
+            breaking = RunsOut(run.engine.backward, number, after="after" in where)
+            monkeypatch.setattr(run.engine, "backward", breaking)
         check_same(step_of(run), uninterrupted)
         assert breaking.calls > PACKS
         assert run.pairs_seen == len(DATA)

@@ -34,7 +34,7 @@ def reason(sides: Golden) -> str | None:
     return "identical_completions" if sides[0][1] == sides[1][1] else None
 
 
-@pytest.mark.row("28")
+@pytest.mark.row("25", "28")
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_are_those_of_trl_0_11_4(name: str, limits: tuple[int, int]) -> None:
