@@ -36,9 +36,11 @@ LIBRARIES = (
     "tokenizers", "datasets", "triton",
 )  # fmt: skip
 EXACT = "exact"  # a run that does nothing otherwise than its recipe
-NO_DEVIATION = frozenset({"name", "recipe", "reference.store", "model.revision", "data.revision", *MAY_CHANGE})
-"""Keys that a run may set as it likes and still repeat its recipe: labels, places, pins, and what cannot reach the
-weights but for their last bits."""
+NO_DEVIATION = frozenset({"name", "recipe", "reference.store", *MAY_CHANGE})
+"""Keys that a run may set as it likes and still repeat its recipe: labels, places, and what cannot reach the weights
+but for their last bits."""
+PINS = ("model.revision", "data.revision")
+"""Keys that a run may also set where its recipe leaves them open."""
 
 
 def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Part]) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def against_recipe(config: Config) -> dict[str, Any] | None:
         for other in recipes.differences(
             recipe.model_dump(mode="json"), config.model_dump(mode="json"), ignoring=NO_DEVIATION
         )
+        if other.first is not None or other.key not in PINS
     ]
     return {"name": config.recipe, "sha256": recipe.sha(), "deviations": found or EXACT}
 

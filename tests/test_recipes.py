@@ -356,6 +356,17 @@ def test_what_is_done_otherwise_is_listed_with_where_the_recipes_value_is_from()
     ]
 
 
+@pytest.mark.row("58")
+def test_another_commit_than_the_recipes_is_a_deviation_and_one_that_it_leaves_open_is_none() -> None:
+    commit = "c" * 40
+    for name, pinned in (("llama3-8b-focalpo", True), ("mistral-7b-focalpo", False)):
+        config = load_config(recipes.path_of(name), [f"data.revision={commit}", f"model.revision={commit}"])
+        found = against_recipe(config)
+        assert found is not None
+        keys = EXACT if found["deviations"] == EXACT else [entry["key"] for entry in found["deviations"]]
+        assert keys == (["data.revision"] if pinned else EXACT)
+
+
 def test_a_section_that_the_recipe_lacks_is_a_deviation_key_by_key() -> None:
     config = load_config(
         recipes.path_of("mistral-7b-focalpo"), ["adapter={r: 8, alpha: 16}", "reference.kind=disabled_adapter"]
