@@ -14,7 +14,7 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.packing import pad_sequences, scores_of, share_prefixes
 from lorafocal.engines.whole import Whole
 from lorafocal.errors import InputError, UnhealthyRun
-from lorafocal.model.master import arithmetic_of, hold_masters, train_in_full
+from lorafocal.model.master import arithmetic_of, check_one_width, hold_masters, train_in_full
 from lorafocal.objectives import build_objective
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.objectives.pairwise import PairLogps
@@ -23,7 +23,7 @@ from lorafocal.probes import choose_layout
 from lorafocal.trainer import FocalPOTrainer
 from tests.model.architecture_table import one_at_a_time
 from tests.model.families import known_families, random_model
-from tests.tiny import adapter_gradients, lora, pairs, relative_difference, tiny_base, trainer
+from tests.tiny import adapter_gradients, lora, pairs, relative_difference, tiny_base, trainer, with_a_wide_norm
 
 DATA = pairs(10)
 # Tied and untied, capped scores, sinks, experts, transposed linear layers, learned positions, an image encoder.
@@ -160,6 +160,17 @@ def test_policy_and_separate_reference_start_exactly_alike_in_bf16(in_bfloat16):
     [entry] = [entry for entry in run.state.log_history if "loss" in entry]
     assert entry["rewards/ties"] == 1.0
     assert entry["loss"] == pytest.approx(identity_loss(0.05), abs=1e-6)
+
+
+@pytest.mark.row("13", "49")
+def test_weights_that_a_bf16_model_keeps_in_fp32_are_not_rounded_without_a_word(tmp_path):
+    """ZeRO and FSDP2 compute with one precision; the ordinary engine with what each weight has."""
+    wide = with_a_wide_norm(tmp_path).requires_grad_()
+    with pytest.raises(InputError, match=r"fsdp2 .* keeps 1 of its own in float32 \(model.norm.weight is one\)"):
+        check_one_width(wide, "fsdp2")
+    check_one_width(wide.requires_grad_(False), "fsdp2")
+    check_one_width(tiny_base(dtype=torch.bfloat16).requires_grad_(), "fsdp2")
+    check_one_width(tiny_base().requires_grad_(), "fsdp2")
 
 
 def test_masters_are_no_base_of_an_adapter(tmp_path, in_bfloat16):

@@ -39,6 +39,13 @@ def tiny_base(kind: str = "llama", dtype: torch.dtype = torch.float32, **more: A
     return enlarged(AutoModelForCausalLM.from_config(CONFIGS[kind](**more))).to(dtype).requires_grad_(False)
 
 
+def with_a_wide_norm(root: Path) -> PreTrainedModel:
+    """A bf16 base that keeps one weight in fp32, as some keep their routers."""
+    model = tiny_base(dtype=torch.bfloat16)
+    model.model.norm.float()
+    return model
+
+
 def enlarged(model: PreTrainedModel) -> PreTrainedModel:
     """The model with matrices four times as large, so that what tokens do to each other shows."""
     with torch.no_grad():

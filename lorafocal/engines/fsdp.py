@@ -27,7 +27,7 @@ from lorafocal.engines.agreement import anywhere
 from lorafocal.engines.whole import Whole
 from lorafocal.errors import InputError
 from lorafocal.model.compiled import decoder_layers
-from lorafocal.model.master import hold_masters, needs_masters, widen
+from lorafocal.model.master import check_one_width, hold_masters, needs_masters, widen
 from lorafocal.model.quantized import word_of
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Sharded(Whole):
     def place(self, model: nn.Module, device: torch.device) -> None:
         if isinstance(model, FSDPModule):
             raise InputError("the model was split over processes (fsdp2) by an earlier trainer: load it again")
+        check_one_width(model, self.word)
         super().place(model, device)
 
     def begin(self, trainer: FocalPOTrainer) -> None:

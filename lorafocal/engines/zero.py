@@ -28,7 +28,7 @@ from lorafocal.engines.zero_parts import Part, link_states, own_entries, parts_o
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import adapter_layers
 from lorafocal.model.compiled import decoder_layers
-from lorafocal.model.master import arithmetic_of
+from lorafocal.model.master import arithmetic_of, check_one_width
 
 if TYPE_CHECKING:
     from lorafocal.arguments import FocalPOConfig
@@ -115,6 +115,7 @@ class Zero:
         self._linked = False
 
     def place(self, model: nn.Module, device: torch.device) -> None:
+        check_one_width(model, self.word)
         load_whole()
         _set_environment(_LAUNCHED_FOR_DEEPSPEED, self._launched)  # accelerate leaves its own there
         if not self._on_host:

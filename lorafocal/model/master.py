@@ -65,6 +65,21 @@ def needs_masters(model: nn.Module, trained: Mapping[str, Parameter]) -> bool:
     return base_dtype(model) == torch.bfloat16 and any(p.dtype == torch.bfloat16 for p in trained.values())
 
 
+def check_one_width(model: nn.Module, engine: str) -> None:
+    """Refuse a bf16 model with weights that it keeps in fp32, as some routers are: `engine` would round them all alike.
+
+    Only where its bf16 weights are trained. Raises InputError.
+    """
+    if not needs_masters(model, {name: p for name, p in model.named_parameters() if p.requires_grad}):
+        return
+    if wide := [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32]:
+        raise InputError(
+            f"{engine} computes with every weight in bfloat16, and {type(causal_lm(model)).__name__} keeps {len(wide)}"
+            f" of its own in float32 ({wide[0]} is one), which would be rounded: train it by `engine.kind: ddp`, or set"
+            " `model.dtype: float32`"
+        )
+
+
 def hold_alike(model: nn.Module, policy: nn.Module) -> nn.Module:
     """A reference that computes exactly as a `policy` with masters does, if it has them."""
     if has_masters(policy) and base_dtype(model) == torch.bfloat16:

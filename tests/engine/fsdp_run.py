@@ -24,7 +24,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.load import load_base
 from lorafocal.trainer import FocalPOTrainer
 from tests.engine.ragged_run import HANGS_S
-from tests.tiny import lora, pairs, tiny_base, trainer
+from tests.tiny import lora, pairs, tiny_base, trainer, with_a_wide_norm
 
 PAIRS, HELD_OUT, STEPS, FEW = 17, 5, 10, 4  # a step has eight pairs; every third has one, so that a rank has none
 
@@ -172,7 +172,7 @@ def masters(root: Path) -> dict[str, Any]:
 
 
 def refusals(root: Path) -> list[str]:
-    """What FSDP2 says of optimisers that it cannot step, and of a model that is split already."""
+    """What FSDP2 says of optimisers that it cannot step, of a model that is split already, and of two precisions."""
     with pytest.raises(InputError) as of_bitsandbytes:
         make(root, root / "refused", CASES["full, cached"], split=True, optim="adamw_8bit")
     made = make(root, root / "refused", CASES["full, cached"], split=True)
@@ -183,7 +183,9 @@ def refusals(root: Path) -> list[str]:
     made.engine.begin(made)
     with pytest.raises(InputError) as twice:
         made.engine.place(made.model, made.args.device)
-    return [str(error.value) for error in (of_bitsandbytes, brought, twice)]
+    with pytest.raises(InputError) as wide:
+        make(root, root / "refused", Case(with_a_wide_norm, {"objective": "sft"}), split=True)
+    return [str(error.value) for error in (of_bitsandbytes, brought, twice, wide)]
 
 
 def main(root: Path) -> None:

@@ -82,9 +82,10 @@ def test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model(together: list[dict[st
 
 def test_what_cannot_be_split_is_refused_by_name(together: list[dict[str, Any]]) -> None:
     for rank in together:
-        of_bitsandbytes, brought, twice = rank["refusals"]
+        of_bitsandbytes, brought, twice, wide = rank["refusals"]
         assert "optim: adamw_8bit" in of_bitsandbytes
         assert "adamw_torch" in of_bitsandbytes
         assert "`optimizers`" in brought
         assert "fsdp2" in brought
         assert "load it again" in twice
+        assert "1 of its own in float32 (model.norm.weight is one)" in wide

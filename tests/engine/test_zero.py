@@ -105,11 +105,12 @@ def test_a_gradient_that_is_missing_or_not_finite_stops_all_ranks_before_the_ste
 
 def test_what_zero_cannot_step_is_refused_by_name(together: Ranks) -> None:
     for rank in together:
-        of_bitsandbytes, brought, again = rank["refusals"][:3]
+        of_bitsandbytes, brought, again, wide = rank["refusals"][:4]
         assert "adamw_8bit" in of_bitsandbytes
         assert "adamw_torch" in of_bitsandbytes
         assert "`optimizers`" in brought
         assert "Build another trainer" in again
+        assert "1 of its own in float32 (model.norm.weight is one)" in wide
 
 
 @pytest.mark.row("48")
@@ -117,7 +118,7 @@ def test_what_zero_3_cannot_split_is_refused(together: Ranks) -> None:
     told = (("int8", "lora"), ("float32", "trainable_tokens"))
     cells = [Cell(base, frozenset({word}), engine="zero3") for base, word in told]
     for rank in together:
-        for said, cell in zip(rank["refusals"][3:], cells, strict=True):
+        for said, cell in zip(rank["refusals"][4:], cells, strict=True):
             assert str(verdict(cell)) in said
 
 

@@ -26,7 +26,7 @@ from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.model.load import load_base
 from lorafocal.trainer import FocalPOTrainer
 from tests.engine.ragged_run import HANGS_S
-from tests.tiny import lora, pairs, tiny_base, trainer
+from tests.tiny import lora, pairs, tiny_base, trainer, with_a_wide_norm
 
 PAIRS, HELD_OUT, STEPS = 17, 5, 10  # a step has eight pairs; every third has one, so that a rank has none
 STAGES = ("zero1", "zero2", "zero3")
@@ -191,7 +191,7 @@ def unhealthy(root: Path, engine: str) -> list[str]:
 
 
 def refusals(root: Path) -> list[str]:
-    """What ZeRO says of optimisers that it cannot step, and of a second training."""
+    """What ZeRO says of optimisers that it cannot step, of a second training, and of what it cannot hold."""
     case = Case({}, settings={"objective": "sft", "max_steps": 1})
     with pytest.raises(InputError) as of_bitsandbytes:
         make(root, root / "refused", case, "zero2", optim="adamw_8bit")
@@ -203,7 +203,9 @@ def refusals(root: Path) -> list[str]:
     made.train()
     with pytest.raises(InputError) as again:
         made.train()
-    said = [str(error.value) for error in (of_bitsandbytes, brought, again)]
+    with pytest.raises(InputError) as wide:
+        make(root, root / "refused", Case({}, with_a_wide_norm, {"objective": "sft"}), "zero1")
+    said = [str(error.value) for error in (of_bitsandbytes, brought, again, wide)]
     tokens = Case({}, peft_config=lambda: lora(trainable_token_indices=[3]))
     for cell in (Case({}, _quantized("int8"), peft_config=lora), tokens):
         with pytest.raises(InputError) as not_split:
