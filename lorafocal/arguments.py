@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
@@ -178,6 +179,8 @@ class FocalPOConfig(_Parameters):
         self._settle_recompute()
         _ = self.device  # decides the number of GPUs, which transformers would otherwise join by DataParallel
         self._n_gpu = min(self.n_gpu, 1)
+        if self.device.type == "cpu":  # accelerate imports DeepSpeed where it is installed, which tells of its choice
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         check_device(OptimizerNames(self.optim).value, self.device)
 
     def _settle_recompute(self) -> None:

@@ -51,6 +51,9 @@ WHY_NOT: dict[str, str] = {
 IDENTITY = ("base", "reference_model", "data")
 """Manifest sections beside `config` that must be equal: fingerprints of the models' weights and of the data."""
 
+LATER = ("data.train.scores_sha256", "data.eval.scores_sha256")
+"""Digests that manifests of before there were objectives of scores lack: those runs read none."""
+
 NOTED = ("versions", "processes", "threads", "hardware")
 """Manifest sections whose change is allowed, but ends the promise of equal bits."""
 
@@ -79,7 +82,9 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     """
     old, new = old_manifest.get("config", {}), new_manifest.get("config", {})
     refused = [_with_reason(line) for line in changes(old, new, MAY_CHANGE)]
-    refused += changes(_sections(old_manifest, *IDENTITY), _sections(new_manifest, *IDENTITY), ())
+    before = _sections(old_manifest, *IDENTITY)
+    unread = [key for key in LATER if key not in dict(_flat(before))]
+    refused += changes(before, _sections(new_manifest, *IDENTITY), unread)
     if refused:
         raise InputError(
             "this run cannot be resumed, because its result would differ from an uninterrupted run:\n  "

@@ -131,6 +131,10 @@ def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = Fa
     With `per_token` those of each token too. Nothing is trained, so each process holds the whole model, and one will do
     whatever the engine. Raises InputError where the config keeps none, or its input is wrong.
     """
+    if not config.objective.entry.reference:
+        raise InputError(
+            f"{config.objective.name} compares with no reference: there is nothing to compute, only to train"
+        )
     kind = None if config.reference is None else config.reference.kind
     if kind != "cached":
         raise InputError(

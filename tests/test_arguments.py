@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from lorafocal.arguments import FocalPOConfig
@@ -43,6 +45,13 @@ def test_fields_that_cannot_be_honoured_are_refused_with_the_way_out(tmp_path, n
     with pytest.raises(InputError, match=way_out) as refusal:
         config(tmp_path, **{name: value})
     assert name in str(refusal.value)
+
+
+def test_deepspeed_has_no_choice_of_device_to_tell_of_on_a_cpu(tmp_path, monkeypatch):
+    """accelerate imports it in every run where it is installed."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    config(tmp_path)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 def test_all_refusals_come_at_once(tmp_path):

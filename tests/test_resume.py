@@ -107,6 +107,14 @@ def test_a_key_that_an_older_manifest_lacks_is_the_same_as_none() -> None:
     assert changes({"adapter": None}, {"adapter": {"r": 8}}, ()) == ["adapter.r: (absent) -> 8"]
 
 
+def test_scores_that_an_older_run_did_not_read_do_not_stop_it() -> None:
+    scored = changed("data.train.scores_sha256", "ss")
+    assert check_resumable(MANIFEST, scored) == []
+    for other in (MANIFEST, changed("data.train.scores_sha256", "tt")):
+        with pytest.raises(InputError, match=r"data\.train\.scores_sha256: 'ss' -> "):
+            check_resumable(scored, other)
+
+
 def test_tuples_and_lists_are_the_same_setting() -> None:
     assert changes({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2]}}, ()) == []
     assert changes({"a": {"b": 1}}, {"a": 1}, ()) == ["a: (absent) -> 1", "a.b: 1 -> (absent)"]
