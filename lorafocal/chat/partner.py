@@ -16,11 +16,19 @@ from lorafocal.data.held_out import HELD_OUT_FILE, read_held_out
 from lorafocal.data.templates import PROBE_ANSWER, PROBE_QUESTION, Fault, Renderer, cut_after_turn
 from lorafocal.data.tokens import REMEDIES
 from lorafocal.errors import InputError
-from lorafocal.lineage import Lineage
+from lorafocal.lineage import LINEAGE_FILE, Lineage
 from lorafocal.model.adapters import AdapterSwitch
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, load_base, load_tokenizer
-from lorafocal.model.saved import CONFIG_FILE, SavedAdapter, open_adapter, read_adapter, read_config, stored_dtype
+from lorafocal.model.saved import (
+    CONFIG_FILE,
+    SavedAdapter,
+    open_adapter,
+    read_adapter,
+    read_config,
+    stored_dtype,
+    tokenization_of,
+)
 
 MODEL_CONFIG, ADAPTER_DIR, MODEL_DIR = "config.json", "adapter", "model"
 _OTHER_DRAWING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size")
@@ -142,7 +150,9 @@ def _model(folder: Path, base: str | None) -> Partner:
     if base is not None:
         raise InputError(f"{folder} is a whole model and has no base: leave --base out")
     tokenizer = load_tokenizer(str(folder))
-    speech = _speech(tokenizer, {}, None)
+    made_here = (folder / LINEAGE_FILE).is_file()
+    held_out = folder.resolve().parent / HELD_OUT_FILE
+    speech = _speech(tokenizer, tokenization_of(folder), held_out) if made_here else _speech(tokenizer, {}, None)
     model = load_base(str(folder), dtype=stored_dtype(read_config(str(folder)))).eval()
     note = "this is a whole model: there is no adapter to switch off, so there is one column"
     voices = (Voice(_on(folder)),)

@@ -17,6 +17,7 @@ from lorafocal.data.held_out import load_pairs
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
+from lorafocal.lineage import LINEAGE_FILE
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens, load_base, load_tokenizer
 from lorafocal.model.saved import (
@@ -27,6 +28,7 @@ from lorafocal.model.saved import (
     read_adapter,
     read_config,
     stored_dtype,
+    tokenization_of,
 )
 from lorafocal.objectives.pairwise import PairLogps, rewards
 from lorafocal.policy import sequence_logps
@@ -211,7 +213,9 @@ def _subject(target: str, base: str | None) -> _Subject:
         if base is not None:
             raise InputError(f"{target} is a model and has no base; name what it is compared with by --reference")
         logps = partial(_model_logps, target, dtype=stored_dtype(read_config(target)))
-        return _Subject(load_tokenizer(target), {"max_length": MAX_LENGTH}, None, logps)
+        made_here = (Path(target) / LINEAGE_FILE).is_file()  # any other model may lie beside somebody's config.yaml
+        tokenization = tokenization_of(Path(target)) if made_here else {"max_length": MAX_LENGTH}
+        return _Subject(load_tokenizer(target), tokenization, None, logps)
     saved = read_adapter(Path(target), base=base)
     tokenizer = load_tokenizer(saved.base, saved.revision)
     return _Subject(tokenizer, saved.tokenization, saved.beta, partial(_adapter_logps, saved))

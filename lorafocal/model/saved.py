@@ -80,7 +80,7 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
         dtype=_dtype(run, lineage) or stored_dtype(base_config),
         quantization=quantization,
         lineage=lineage,
-        tokenization={"max_length": MAX_LENGTH} | _tokenization(run.get("data", {})),
+        tokenization=tokenization_of(folder),
         beta=_beta(lineage),
         notes=_check_base(folder, name, revision, lineage),
     )
@@ -94,9 +94,11 @@ def _beta(lineage: Lineage | None) -> float | None:
     return None if entry is not None and not entry.reference else lineage.objective.get("beta")
 
 
-def _tokenization(data: Mapping[str, Any]) -> dict[str, Any]:
+def tokenization_of(folder: Path) -> dict[str, Any]:
+    """How the run that left an adapter or a model in `folder` tokenised its pairs, as far as it lies beside it."""
+    data = _run_settings(folder.resolve().parent / "config.yaml").get("data", {})
     keys = ("max_length", "truncation", "max_prompt_length", "chat_template_kwargs")
-    return {key: data[key] for key in keys if data.get(key)}
+    return {"max_length": MAX_LENGTH} | {key: data[key] for key in keys if data.get(key)}
 
 
 def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:

@@ -132,6 +132,12 @@ def test_a_run_of_all_parameters_speaks_by_its_model(run: SavedRun, tmp_path: Pa
     partner = meet(tmp_path / "whole")
     assert [voice.title for voice in partner.voices] == ["whole"]
     assert any("whole model" in note for note in partner.notes)
+    assert partner.speech.templated
+    shutil.copy(run.adapter / "lorafocal.json", tmp_path / "whole" / "model")
+    write_held_out(
+        tmp_path / "whole" / "held_out.jsonl", [replace(pair, prompt_ids=pair.chosen_ids[:1]) for pair in run.pairs]
+    )
+    assert not meet(tmp_path / "whole").speech.templated  # as its own pairs were plain text
 
 
 def test_what_the_generation_config_asks_for_beyond_a_temperature_is_said(run: SavedRun, tmp_path: Path) -> None:

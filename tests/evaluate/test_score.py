@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -212,6 +213,23 @@ def test_rows_and_token_ids_give_the_same_scores(run: SavedRun, tmp_path: Path) 
     from_rows = score_file(run.adapter, rows).scores
     from_ids = score_file(run.adapter, run.folder / "held_out.jsonl").scores
     assert [score.margin for score in from_rows] == [score.margin for score in from_ids]
+
+
+def test_rows_are_read_as_the_run_read_its_own_by_its_adapter_and_by_its_whole_model(
+    run: SavedRun, tmp_path: Path
+) -> None:
+    """A `truncation` of the run's own gives other tokens than the default."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in toy_preferences(12, seed=3, held_out=True)))
+    shutil.copytree(run.base, run.folder / "model")
+    shutil.copy(run.adapter / "lorafocal.json", run.folder / "model")
+    longest = max(pair.longest for pair in run.pairs)
+    config = {"model": {"name": str(run.base)}, "data": {"max_length": longest - 1, "truncation": "keep_start"}}
+    (run.folder / "config.yaml").write_text(json.dumps(config))
+    adapter, whole, base = (score_file(one, rows) for one in (run.adapter, run.folder / "model", run.base))
+    tokens = [[score.chosen_tokens for score in report.scores] for report in (adapter, whole, base)]
+    assert tokens[0] == tokens[1]
+    assert tokens[0] != tokens[2]
 
 
 def test_the_pack_size_and_repeated_ids_change_nothing(run: SavedRun) -> None:
