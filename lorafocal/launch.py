@@ -81,10 +81,36 @@ def launched() -> bool:
 
 
 def start(arguments: Sequence[str], processes: int) -> NoReturn:
-    """Become torchrun, which starts `lorafocal` with `arguments` in so many processes of this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    """Become the launcher that starts `lorafocal` with `arguments` in so many processes of this machine."""
+    command = [sys.executable, "-m", "lorafocal.launch", "--standalone", f"--nproc-per-node={processes}"]
     sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "lorafocal", *arguments])  # signals and exit codes are the launcher's
+    os.execv(sys.executable, [*command, "-m", "lorafocal", *arguments])  # signals are the launcher's
+
+
+def torchrun(words: Sequence[str]) -> int:
+    """Run torchrun with `words`; the exit code of the process that failed first, which is named in one line.
+
+    A process that ended with 2 has said why. torchrun by itself ends with 1 and a traceback of its own.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(list(words))
+    except SignalException as error:  # handed on to all processes, which have ended
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            how = f"was killed by {failure.signal_name()}, which ended the others: what was saved is kept"
+            print(f"lorafocal: rank {number} {how}", file=sys.stderr, flush=True)
+            return 128 - code
+        if code != 2:
+            print(f"lorafocal: rank {number} ended first, with exit code {code}", file=sys.stderr, flush=True)
+        return code
+    return 0
 
 
 def visible_gpus() -> int:
@@ -253,3 +279,7 @@ def _asked_to_end(*, within_s: float) -> bool:
     while not asked and time.monotonic() < end:
         time.sleep(0.05)
     return bool(asked)
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))

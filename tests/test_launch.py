@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from lorafocal import launch
 from lorafocal.errors import InputError
@@ -196,3 +198,35 @@ def test_shutdown_leaves_the_process_group() -> None:
     launch.shutdown()
     assert not dist.is_initialized()
     launch.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("ended", "code", "said"),
+    [
+        ({0: 2, 1: -15}, 2, ""),  # its own message said why
+        ({1: -9, 0: -15}, 137, "rank 1 was killed by SIGKILL"),
+        ({1: 1, 0: -15}, 1, "rank 1 ended first, with exit code 1"),
+    ],
+)
+def test_the_launcher_ends_as_the_process_that_failed_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ended: Mapping[int, int], code: int, said: str
+) -> None:
+    def run(words: list[str]) -> None:
+        failures = {rank: ProcessFailure(rank, 1, exitcode, "<N/A>") for rank, exitcode in ended.items()}
+        for after, failure in enumerate(failures.values()):
+            failure.timestamp = after
+        raise ChildFailedError("lorafocal", failures)
+
+    monkeypatch.setattr("torch.distributed.run.main", run)
+    assert launch.torchrun(["-m", "lorafocal"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_the_launcher_ends_by_the_signal_that_it_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(words: list[str]) -> None:
+        raise SignalException("asked to end", signal.SIGTERM)
+
+    monkeypatch.setattr("torch.distributed.run.main", run)
+    assert launch.torchrun([]) == 128 + signal.SIGTERM
+    monkeypatch.setattr("torch.distributed.run.main", lambda words: None)
+    assert launch.torchrun([]) == 0
