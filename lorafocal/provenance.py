@@ -15,7 +15,7 @@ from lorafocal import launch
 from lorafocal.config import Config, apply_override, check_config
 from lorafocal.errors import InputError
 from lorafocal.publish import sha256
-from lorafocal.resume import MAY_CHANGE, changes
+from lorafocal.resume import MAY_CHANGE, MAY_MOVE, changes
 
 if TYPE_CHECKING:
     from lorafocal.run import RunSummary
@@ -26,7 +26,7 @@ PLACES = (
 )  # fmt: skip
 """Keys that say where an input lies: it may lie elsewhere, for its digest is compared."""
 
-ENGINE = ("engine", "engine.kind", "engine.offload", "training.use_cpu")
+ENGINE = ("engine", *MAY_MOVE, "training.use_cpu")
 """Keys that may change, because every engine and device gives the same run but for its last bits."""
 
 AUTO = {"packing.tokens": "tokens_per_pack", "training.activation_checkpointing": "recompute"}

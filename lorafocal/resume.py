@@ -35,6 +35,12 @@ MAY_CHANGE: dict[str, str] = {
 }
 """Config keys that may differ on resume, with the reason; the manifest stores this table."""
 
+MAY_MOVE: dict[str, str] = {
+    "engine.kind": "every engine trains the same run but for its last bits, from checkpoints by parameter name",
+    "engine.offload": "where states lie does not touch the weights",
+}
+"""As `MAY_CHANGE`; but what a recipe says of them is part of it."""
+
 WHY_NOT: dict[str, str] = {
     "training.max_steps": "the learning-rate schedule is stretched over it",
     "training.num_train_epochs": "the learning-rate schedule is stretched over it",
@@ -81,7 +87,8 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     `config`.
     """
     old, new = old_manifest.get("config", {}), new_manifest.get("config", {})
-    refused = [_with_reason(line) for line in changes(old, new, MAY_CHANGE)]
+    may_change = MAY_CHANGE | MAY_MOVE
+    refused = [_with_reason(line) for line in changes(old, new, may_change)]
     before = _sections(old_manifest, *IDENTITY)
     unread = [key for key in LATER if key not in dict(_flat(before))]
     refused += changes(before, _sections(new_manifest, *IDENTITY), unread)
@@ -93,7 +100,7 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
         )
     allowed = changes(old, new, ())
     noted = changes(_sections(old_manifest, *NOTED), _sections(new_manifest, *NOTED), ())
-    return [f"{line} (allowed: {MAY_CHANGE[_key(line)]})" for line in allowed] + [
+    return [f"{line} (allowed: {may_change[_key(line)]})" for line in allowed] + [
         f"{line} (the last bits may differ from an uninterrupted run)" for line in noted
     ]
 

@@ -107,6 +107,15 @@ def test_a_key_that_an_older_manifest_lacks_is_the_same_as_none() -> None:
     assert changes({"adapter": None}, {"adapter": {"r": 8}}, ()) == ["adapter.r: (absent) -> 8"]
 
 
+def test_a_run_may_go_on_in_another_engine_or_in_none() -> None:
+    split = changed("config.engine", {"kind": "zero3", "offload": "none"})
+    for old, new in ((MANIFEST, split), (split, MANIFEST)):
+        kind, offload = check_resumable(old, new)
+        assert kind.startswith("engine.kind: ")
+        assert "last bits" in kind
+        assert offload.startswith("engine.offload: ")
+
+
 def test_scores_that_an_older_run_did_not_read_do_not_stop_it() -> None:
     scored = changed("data.train.scores_sha256", "ss")
     assert check_resumable(MANIFEST, scored) == []
