@@ -17,6 +17,8 @@ from pathlib import Path
 import yaml
 
 import lorafocal
+from lorafocal import recipes
+from lorafocal.config import load_config
 
 
 def main() -> None:
@@ -35,6 +37,11 @@ def main() -> None:
     configs = sorted(Path(str(importlib.resources.files("lorafocal") / "configs")).rglob("*.yaml"))
     if not configs or not all(isinstance(yaml.safe_load(path.read_text("utf-8")), dict) for path in configs):
         raise SystemExit(f"the wheel's configs are missing or broken: {[path.name for path in configs]}")
+
+    for name in recipes.names():
+        load_config(recipes.path_of(name))  # with the parts that it extends
+    if not recipes.names() or not recipes.released():
+        raise SystemExit(f"the wheel's recipes are missing from {recipes.folder()}")
 
     command = [str(Path(sys.prefix) / "bin" / "lorafocal"), "--help"]
     help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.errors import InputError
+
 OPTIONAL = (
     "trl unsloth bitsandbytes liger_kernel flash_attn flash_attn_interface kernels deepspeed xformers wandb tensorboard"
     " trackio mlflow sentencepiece torchvision triton"
@@ -38,3 +41,14 @@ def test_every_module_loads_and_a_run_works_without_any_optional_package(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert "trained 2" in done.stdout, done.stderr[-2000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_an_engine_of_deepspeed_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"engine {engine} .* not installed: pip install 'lorafocal\[deepspeed\]'"):
+        FocalPOConfig(output_dir=str(tmp_path), engine=engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import FalconConfig, FalconForCausalLM, TrainerCallback
+from transformers import FalconConfig, FalconForCausalLM, Trainer, TrainerCallback
 
 from lorafocal import assembly
 from lorafocal.arguments import FocalPOConfig
@@ -383,6 +384,23 @@ def test_every_setting_of_tokenisation_reaches_the_rows(tmp_path, monkeypatch):
     args = FocalPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assembly.tokenized([{"prompt": "a", "chosen": "b", "rejected": "c"}], "train_dataset", object(), args)
     assert seen == settings
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_get_num_items_in_batch",
+        "_load_from_checkpoint",
+        "_load_rng_state",
+        "_load_scaler",
+        "_prepare_for_training",
+        "_save_checkpoint",
+    ],
+)
+def test_what_is_overridden_is_transformers_own(name):
+    """Under another name transformers would go on with its own, without a word."""
+    theirs, ours = (inspect.signature(getattr(which, name)).parameters for which in (Trainer, FocalPOTrainer))
+    assert list(ours) == list(theirs)
 
 
 def test_resuming_where_there_is_nothing_is_refused(tmp_path):
