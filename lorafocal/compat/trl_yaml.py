@@ -153,14 +153,15 @@ def _translated(path: Path, options: Options) -> tuple[dict[str, Any], list[str]
     if options.objective == "focalpo":
         notes.append("objective: the file is for DPO; FocalPO takes its place here (--objective dpo keeps it)")
     config: dict[str, Any] = {"name": _name(file, path)}
-    sections: dict[str, Callable[[], dict[str, Any]]] = {
+    sections: dict[str, Callable[[], dict[str, Any] | None]] = {
         "model": lambda: _model(file, notes),
         "adapter": lambda: _adapter(file, notes),
         "data": lambda: _data(file, options, notes),
     }
     for name, section in sections.items():
         try:
-            config[name] = section()
+            if (content := section()) is not None:
+                config[name] = content
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -168,7 +169,9 @@ def _translated(path: Path, options: Options) -> tuple[dict[str, Any], list[str]
     config["data"] |= {key: translation.arguments[key] for key in ("max_length", "truncation")}
     gamma = {} if options.gamma is None else {"gamma": options.gamma}
     config["objective"] = {"name": options.objective, "beta": translation.arguments["beta"]} | gamma
-    config["reference"] = {"kind": "disabled_adapter"}
+    config["reference"] = {"kind": "disabled_adapter" if file["use_peft"] else "cached"}
+    if not file["use_peft"]:
+        notes.append("reference: TRL holds a second model; here `lorafocal cache-reference` stores its log-probs first")
     config["training"] = _training(file, translation.arguments)
     check_config(config, source=f"{path.name}, translated")
     return config, notes, file
@@ -263,7 +266,7 @@ def _dtype(file: File, notes: list[str]) -> str:
     if stated == "float16":
         raise InputError("dtype: found 'float16', which overflows in preference losses; use bfloat16")
     if trains_in_bf16(file.values):
-        if stated != "bfloat16":
+        if stated != "bfloat16" and file["use_peft"]:  # every parameter is trained in float32 here too
             notes.append("model.dtype: TRL computes in bfloat16 over a float32 base; here the base is bfloat16 as well")
         return "bfloat16"
     if stated not in ("bfloat16", "float32"):
@@ -271,9 +274,11 @@ def _dtype(file: File, notes: list[str]) -> str:
     return str(stated)
 
 
-def _adapter(file: File, notes: list[str]) -> dict[str, Any]:
+def _adapter(file: File, notes: list[str]) -> dict[str, Any] | None:
+    """None where TRL trains every parameter."""
     if not file["use_peft"]:
-        raise InputError("use_peft: found False; all parameters cannot be trained yet: set use_peft to true")
+        notes += [f"{key}: no effect, in TRL neither, without use_peft: true" for key in file.said if "lora_" in key]
+        return None
     targets = file["lora_target_modules"]
     if targets is None:
         raise InputError(

@@ -302,6 +302,19 @@ def test_without_bf16_the_stated_dtype_holds(tmp_path: Path) -> None:
     assert config["model"]["dtype"] == "bfloat16"
 
 
+def test_without_peft_every_parameter_is_trained(tmp_path: Path) -> None:
+    minimal = "model_name_or_path: a/b\ndataset_name: a/pairs\nlora_r: 8\n"
+    config, notes = config_from_trl(written(tmp_path, minimal=minimal), Options())
+    assert "adapter" not in config
+    assert (config["reference"], config["model"]["dtype"]) == ({"kind": "cached"}, "bfloat16")
+    assert "lora_r: no effect, in TRL neither, without use_peft: true" in notes
+    assert any("cache-reference" in note for note in notes)
+    assert not any(note.startswith("model.dtype") for note in notes)
+    (tmp_path / "run.yaml").write_text(yaml_from_trl(tmp_path / "dpo.yaml", Options()))
+    with pytest.raises(InputError, match="adapter"):
+        config_from_trl(written(tmp_path, "load_in_4bit: true\n", minimal))
+
+
 def test_files_take_the_place_of_data_sets(tmp_path: Path) -> None:
     file = written(tmp_path, "eval_strategy: steps\n")
     config, notes = config_from_trl(file, Options("dpo", data="pairs.jsonl", eval_data="held.jsonl"))
@@ -324,7 +337,7 @@ def test_all_that_cannot_be_translated_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refusal:
         config_from_trl(file)
     named = [line.split(":")[0].strip() for line in str(refusal.value).splitlines()[1:]]
-    assert sorted(named) == sorted([*refused, "use_peft", "dataset_name"])
+    assert sorted(named) == sorted([*refused, "dataset_name"])
     assert "did you mean learning_rate?" in str(refusal.value)
 
 
