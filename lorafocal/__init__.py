@@ -1,4 +1,4 @@
-"""Preference tuning with FocalPO on LoRA adapters. Names load on first use: the import is instant."""
+"""Preference tuning with FocalPO, on adapters or on every parameter. Names load on first use: the import is instant."""
 
 from __future__ import annotations
 

@@ -122,8 +122,10 @@ def visible_gpus() -> int:
 def engine() -> str:
     """How this launch trains by itself, in the words of `lorafocal.compatibility.ENGINES`, or another engine's."""
     for name, (kind, prefix) in _ENGINES.items():
-        if _is_on(name):
-            return prefix if kind is None else f"{prefix}{os.environ.get(kind, '')}"
+        if _is_on(name) and kind is None:
+            return prefix
+        if _is_on(name) and os.environ.get(str(kind)):  # else transformers has set it for an engine of this process
+            return f"{prefix}{os.environ[str(kind)]}"
     return "ddp" if world_size() > 1 else "one-process"
 
 

@@ -255,6 +255,7 @@ def test_a_model_that_brings_its_adapter_goes_through_the_same_check(tmp_path: P
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero2", ""),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3", ""),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero0", "zero0"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "one-process", ""),  # what a trainer under DeepSpeed leaves behind
         ({"ACCELERATE_USE_FSDP": "true"}, "accelerate's own FSDP", "FSDP"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM", "Megatron-LM"),
         ({"WORLD_SIZE": "2"}, "ddp", ""),

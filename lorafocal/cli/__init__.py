@@ -17,7 +17,7 @@ from lorafocal.errors import InputError, UnhealthyRun
 
 app = typer.Typer(
     name="lorafocal",
-    help="Preference tuning with FocalPO on LoRA adapters.",
+    help="Preference tuning with FocalPO, on LoRA adapters or on every parameter.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.engine import fsdp_run, launches
-from tests.engine.fsdp_run import CASES
+from tests.engine.compared_runs import CASES, run
 from tests.tiny import relative_difference, tiny_base
 
 pytestmark = pytest.mark.engine
@@ -46,7 +46,7 @@ def test_every_process_holds_half_and_nothing_is_wrapped_in_ddp(together: list[d
 def test_losses_norms_and_gradients_are_those_of_one_process(
     together: list[dict[str, Any]], root: Path, tmp_path: Path, name: str
 ) -> None:
-    alone = fsdp_run.run(root, tmp_path, CASES[name], split=False)
+    alone = run(root, tmp_path, CASES[name], None)
     for rank in together:
         for what in ("losses", "evaluations", "norms"):
             assert rank[name][what] == pytest.approx(alone[what], rel=BOUND)

@@ -16,7 +16,8 @@ from lorafocal.compatibility import Cell, verdict
 from lorafocal.engines.zero_parts import set_entries
 from lorafocal.errors import InputError
 from tests.engine import launches, zero_run
-from tests.engine.zero_run import CASES, KILLED_IN, RUNS, STAGES
+from tests.engine.compared_runs import CASES, ZERO, run, runs_of
+from tests.engine.zero_run import KILLED_IN
 from tests.tiny import relative_difference, tiny_base, trainer
 
 pytestmark = pytest.mark.engine
@@ -45,11 +46,11 @@ def together(root: Path) -> Ranks:
 @pytest.fixture(scope="module")
 def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], Path]]:
     folders = {name: tmp_path_factory.mktemp("alone") for name in CASES}
-    return {name: (zero_run.run(root, folders[name], case, None), folders[name]) for name, case in CASES.items()}
+    return {name: (run(root, folders[name], case, None), folders[name]) for name, case in CASES.items()}
 
 
 @pytest.mark.row("F8")
-@pytest.mark.parametrize(("name", "engine"), RUNS)
+@pytest.mark.parametrize(("name", "engine"), runs_of(*ZERO))
 def test_deepspeed_runs_and_every_process_holds_half_of_the_states(together: Ranks, name: str, engine: str) -> None:
     ranks = [rank[f"{name} {engine}"] for rank in together]
     for rank in ranks:
@@ -60,7 +61,7 @@ def test_deepspeed_runs_and_every_process_holds_half_of_the_states(together: Ran
 
 
 @pytest.mark.row("F1", "F3", "F4", "34", "40", "48", "49")
-@pytest.mark.parametrize(("name", "engine"), RUNS)
+@pytest.mark.parametrize(("name", "engine"), runs_of(*ZERO))
 def test_losses_norms_and_gradients_are_those_of_one_process(
     together: Ranks, root: Path, alone: dict[str, tuple[dict[str, Any], Path]], name: str, engine: str
 ) -> None:
@@ -78,14 +79,14 @@ def test_losses_norms_and_gradients_are_those_of_one_process(
 @pytest.mark.row("F10")
 def test_weights_and_states_come_back_bit_for_bit_in_every_engine_and_precision(together: Ranks) -> None:
     for rank in together:
-        assert len(rank["restored"]) == 2 * (len(STAGES) + 1)
+        assert len(rank["restored"]) == 2 * (len(ZERO) + 1)
         for engine, (fresh, same) in rank["restored"].items():
             assert fresh, engine
             assert same, engine
 
 
 @pytest.mark.row("13", "49")
-@pytest.mark.parametrize("engine", STAGES)
+@pytest.mark.parametrize("engine", ZERO)
 def test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model(together: Ranks, engine: str) -> None:
     for rank in together:
         found = rank["masters"][engine]
@@ -95,7 +96,7 @@ def test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model(together: Ranks, engin
 
 
 @pytest.mark.row("F3")
-@pytest.mark.parametrize("engine", STAGES)
+@pytest.mark.parametrize("engine", ZERO)
 def test_a_gradient_that_is_missing_or_not_finite_stops_all_ranks_before_the_step(together: Ranks, engine: str) -> None:
     for rank in together:
         idle, infinite = rank["unhealthy"][engine]
