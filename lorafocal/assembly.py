@@ -281,7 +281,12 @@ def compile_packed(policy: nn.Module, args: FocalPOConfig, layout: str) -> tuple
     """Compile the decoder layers where that is asked for and can be: the bucket of packed rows, and what was done."""
     if not args.compile_layers:
         return 1, "no"
-    reason = compile_layers(policy, BUCKET) if layout == "packed" else "rows are padded"
+    if layout != "packed":
+        reason: str | None = "rows are padded"
+    elif args.engine == "zero3":
+        reason = "DeepSpeed's hooks, which fetch a layer's weights, would be compiled with it, again and again"
+    else:
+        reason = compile_layers(policy, BUCKET)
     return (BUCKET, f"decoder layers, for multiples of {BUCKET} token rows") if reason is None else (1, f"no: {reason}")
 
 
