@@ -90,7 +90,7 @@ def test_launches_that_silently_train_alone_are_refused_with_the_command_that_wo
     ("name", "value", "what"),
     [
         ("ACCELERATE_USE_FSDP", "true", "FSDP"),  # on a CPU it would silently be data parallel
-        ("ACCELERATE_USE_DEEPSPEED", "true", "zero is no engine that lorafocal trains in"),  # without a stage
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "a DeepSpeed config file"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "model.dtype"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "torch.compile"),
     ],
@@ -100,6 +100,14 @@ def test_accelerates_settings_are_refused_not_ignored(
 ) -> None:
     under(monkeypatch, BY_ACCELERATE | ONE_OF_TWO | {name: value})
     with pytest.raises(InputError, match=what):
+        launch.check_launch()
+
+
+@pytest.mark.row("F8")
+def test_deepspeed_without_zero_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}
+    under(monkeypatch, BY_ACCELERATE | ONE_OF_TWO | asked)
+    with pytest.raises(InputError, match="zero0 is no engine that lorafocal trains in"):
         launch.check_launch()
 
 
