@@ -43,6 +43,15 @@ def test_every_module_loads_and_a_run_works_without_any_optional_package(tmp_pat
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_deepspeed_that_is_too_old_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its stage 1 would hold everything whole, without a word."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lorafocal.engines.zero.version", lambda package: "0.18.6")
+    with pytest.raises(InputError, match=r"DeepSpeed 0\.18\.6 is installed, and 0\.19\.8 is the oldest"):
+        FocalPOConfig(output_dir=str(tmp_path), engine="zero1", use_cpu=True)
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_an_engine_of_deepspeed_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str

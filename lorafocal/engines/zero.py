@@ -11,11 +11,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from accelerate.state import GradientState
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -33,6 +35,8 @@ from lorafocal.model.master import arithmetic_of, check_one_width
 if TYPE_CHECKING:
     from lorafocal.arguments import FocalPOConfig
     from lorafocal.trainer import FocalPOTrainer
+
+OLDEST = Version("0.19.8")  # 0.18 does not split stage 1 of a bf16 model, or ends in an assertion
 
 # Entries that are reduced, or fetched ahead, at a time: 200 MB in fp32.
 BUCKET_ENTRIES = 50_000_000
@@ -54,6 +58,11 @@ def deepspeed_config(args: FocalPOConfig) -> dict[str, Any]:
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError(
             f"engine {args.engine} is DeepSpeed's, which is not installed: pip install 'lorafocal[deepspeed]'"
+        )
+    if Version(found := version("deepspeed")) < OLDEST:
+        raise InputError(
+            f"engine {args.engine}: DeepSpeed {found} is installed, and {OLDEST} is the oldest that trains right here:"
+            " pip install --upgrade 'lorafocal[deepspeed]'"
         )
     if OptimizerNames(args.optim) not in _OPTIMISERS:
         raise InputError(
