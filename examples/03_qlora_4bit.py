@@ -1,6 +1,6 @@
 """Your own pairs on a base that is held in 4 bits (QLoRA): train, score, merge, all into one folder.
 
-    pip install 'lorafocal[quant]'
+    pip install '.[quant]'
     python examples/03_qlora_4bit.py --model meta-llama/Meta-Llama-3-8B-Instruct --data pairs.jsonl --out mine
 
 `--data` holds one pair a line: {"prompt": "...", "chosen": "...", "rejected": "..."}, strings or message lists; other
