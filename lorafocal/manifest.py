@@ -36,7 +36,12 @@ LIBRARIES = (
     "tokenizers", "datasets", "triton",
 )  # fmt: skip
 EXACT = "exact"  # a run that does nothing otherwise than its recipe
-NO_DEVIATION = frozenset({"name", "recipe", "reference.store", *MAY_CHANGE})
+NO_DEVIATION = frozenset(
+    {
+        *("name", "recipe", "reference.store", *MAY_CHANGE),
+        *("training.activation_checkpointing", "training.use_cpu", "training.ddp_timeout"),
+    }
+)
 """Keys that a run may set as it likes and still repeat its recipe: labels, places, and what cannot reach the weights
 but for their last bits."""
 PINS = ("model.revision", "data.revision")

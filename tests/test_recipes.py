@@ -340,6 +340,7 @@ def test_a_recipe_repeats_itself(name: str) -> None:
 def test_what_is_done_otherwise_is_listed_with_where_the_recipes_value_is_from() -> None:
     path = recipes.path_of("mistral-7b-focalpo")
     free = ["name=mine", "training.logging_steps=1", "packing.tokens=4096", "reference.store=elsewhere"]
+    free += ["training.activation_checkpointing=none", "training.use_cpu=true"]  # as a run's manifest repeats it
     config = load_config(path, ["training.learning_rate=1e-6", "engine=null", "objective.gamma=0.1", *free])
     found = against_recipe(config)
     assert found is not None

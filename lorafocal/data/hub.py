@@ -39,7 +39,8 @@ def read_source(
         if stray:
             raise InputError(
                 f"{Path(source).name} is a file and has no {' and no '.join(stray)}; remove it, or say it beside the "
-                "`path` of the hub id that it belongs to: under data itself it holds for every source"
+                "`path` of the hub id that it belongs to: under data itself it holds for every source (a config that "
+                "extends another takes it away by null)"
             )
         return read_preferences(Path(source), **how)
     split = split or "train"
