@@ -35,4 +35,4 @@ def test_files_and_recipes_that_the_page_names_exist() -> None:
         assert (PAGE.parent / link).exists(), link
     endings = re.findall(r"`-([a-z][a-z-]+)`", text)
     assert {f"mistral-7b-{ending}" for ending in endings} <= {*recipes.names()}
-    assert len(set(endings)) == 6
+    assert len(set(endings)) == 7

@@ -38,7 +38,7 @@ def run_on(
         ({"use_rslora": True}, {}, {}, "use_rslora: False -> True"),
         ({"alpha_pattern": {"q_proj": 2}}, {}, {}, r"alpha_pattern.q_proj: \(absent\) -> 2"),
         ({"init_lora_weights": "pissa"}, {}, {"objective": "sft"}, "r: 4 -> 8"),
-        ({}, {"quantization": "nf4"}, {}, "base.quantization: None -> 'nf4'"),
+        ({}, {"quantization": "nf4"}, {}, r"base.quantization: \(absent\) -> 'nf4'"),
         ({}, {"dtype": "bfloat16"}, {}, "base.dtype: 'float32' -> 'bfloat16'"),
         ({}, {}, {"beta": 0.5}, r"objective.beta: 0.1 -> 0.5"),
         ({}, {}, {"objective": "dpo"}, "objective.name: 'focalpo' -> 'dpo'"),
