@@ -286,7 +286,7 @@ ADAPTER = Path("adapter") / "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def finished(config: Path, root: Path) -> SweepReport:
     """Two rates, of which one moves nothing, with two seeds each."""
-    grid = ["training.learning_rate=1e-2,1e-30", SEEDS]
+    grid = ["training.learning_rate=1e-2,1e-60", SEEDS]
     return sweep(config, grid, runs_dir=root / "runs", quiet=True)
 
 
@@ -316,7 +316,7 @@ def test_what_failed_is_not_tried_again_until_its_folder_is_gone(
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr(run, "train", lambda config, **options: asked.append(config.name))
-    grid = ["training.learning_rate=1e-2,1e-30", SEEDS]
+    grid = ["training.learning_rate=1e-2,1e-60", SEEDS]
     again = sweep(config, grid, runs_dir=root / "runs", quiet=True)
     assert asked == []
     assert again.as_dict() == finished.as_dict()
@@ -380,9 +380,9 @@ def test_a_signal_in_the_last_step_of_a_run_keeps_the_next_from_beginning(
 def test_a_signal_while_a_model_is_loaded_is_not_lost(swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = run.prepare_data
 
-    def prepare_and_signal(*args: Any) -> Any:
+    def prepare_and_signal(*args: Any, **how: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        return original(*args)
+        return original(*args, **how)
 
     monkeypatch.setattr(run, "prepare_data", prepare_and_signal)
     stopped = swept("training.learning_rate=1e-2", SEEDS)
@@ -433,6 +433,6 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.engine
 def test_models_do_not_pile_up(counts: list[int], swept: Any) -> None:
     """Also after a run that failed, whose traceback holds all of its frames."""
-    report = swept("training.learning_rate=1e-30,1e-2", SEEDS)
+    report = swept("training.learning_rate=1e-60,1e-2", SEEDS)
     assert list(states(report).values()).count("failed") == 2
     assert counts == counts[:1] * 4
