@@ -153,9 +153,9 @@ def test_an_error_before_the_launch_ends_with_code_2_and_starts_nothing(root: Pa
     assert code == 2
     assert output.count("lorafocal: ") == 1
     assert "exitcode" not in output
-    code, output = launches.run([*PROCESSES.split(), "data.train=nowhere.jsonl"], cwd=str(root))
+    code, output = launches.run([*PROCESSES.split(), "name=new", "data.train=nowhere.jsonl"], cwd=str(root))
     assert code == 2  # what the processes end with
-    assert "lorafocal: nowhere.jsonl" in output
+    assert "lorafocal: data.train: nowhere.jsonl" in output
     assert "Traceback" not in output
     code, output = launches.run([*TORCHRUN.split(), "--processes", "3"], cwd=str(root))
     assert code == 1  # the launcher's
