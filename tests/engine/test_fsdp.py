@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,29 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Together:
+    """What two processes left: their exit code, what they said, and their folder."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def ranks(self) -> list[dict[str, Any]]:
+        assert self.code == 0, self.output
+        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("rank-*.json"))]
+
+
 @pytest.fixture(scope="module")
-def together(root: Path) -> list[dict[str, Any]]:
-    code, output = launches.run([*launches.TORCHRUN, fsdp_run.__file__, str(root)])
-    assert code == 0, output
-    return [json.loads(file.read_text()) for file in sorted(root.glob("rank-*.json"))]
+def together(root: Path) -> Together:
+    return Together(*launches.run([*launches.TORCHRUN, fsdp_run.__file__, str(root)]), root)
 
 
 @pytest.mark.row("F8")
-def test_every_process_holds_half_and_nothing_is_wrapped_in_ddp(together: list[dict[str, Any]]) -> None:
+def test_every_process_holds_half_and_nothing_is_wrapped_in_ddp(together: Together) -> None:
     for name in CASES:
-        ranks = [rank[name] for rank in together]
+        ranks = [rank[name] for rank in together.ranks]
         assert [rank["wrapped"].startswith("FSDP") for rank in ranks] == [True, True]
         assert sum(rank["held"] for rank in ranks) == ranks[0]["elements"]
         assert max(rank["held"] for rank in ranks) < 0.55 * ranks[0]["elements"]
@@ -44,10 +57,10 @@ def test_every_process_holds_half_and_nothing_is_wrapped_in_ddp(together: list[d
 @pytest.mark.row("F1", "F3", "34", "40", "48", "49")
 @pytest.mark.parametrize("name", CASES)
 def test_losses_norms_and_gradients_are_those_of_one_process(
-    together: list[dict[str, Any]], root: Path, tmp_path: Path, name: str
+    together: Together, root: Path, tmp_path: Path, name: str
 ) -> None:
     alone = run(root, tmp_path, CASES[name], None)
-    for rank in together:
+    for rank in together.ranks:
         for what in ("losses", "evaluations", "norms"):
             assert rank[name][what] == pytest.approx(alone[what], rel=BOUND)
     ours, theirs = (load_file(folder / "gradients.safetensors") for folder in (root / name, tmp_path))
@@ -59,9 +72,9 @@ def test_losses_norms_and_gradients_are_those_of_one_process(
 
 @pytest.mark.row("F10")
 def test_weights_and_states_come_back_also_after_an_evaluation_and_the_run_with_them(
-    together: list[dict[str, Any]],
+    together: Together,
 ) -> None:
-    for rank in together:
+    for rank in together.ranks:
         again = rank["again"]
         assert again["shapes"]
         assert again["restored"]
@@ -71,8 +84,8 @@ def test_weights_and_states_come_back_also_after_an_evaluation_and_the_run_with_
 
 
 @pytest.mark.row("13", "49")
-def test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model(together: list[dict[str, Any]]) -> None:
-    for rank in together:
+def test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model(together: Together) -> None:
+    for rank in together.ranks:
         found = rank["masters"]
         assert found["dtypes"] == ["torch.float32"]
         assert not found["still"]
@@ -80,8 +93,8 @@ def test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model(together: list[dict[st
         assert found["losses"] == pytest.approx(found["losses"][:1] * 3, rel=0.05)
 
 
-def test_what_cannot_be_split_is_refused_by_name(together: list[dict[str, Any]]) -> None:
-    for rank in together:
+def test_what_cannot_be_split_is_refused_by_name(together: Together) -> None:
+    for rank in together.ranks:
         of_bitsandbytes, brought, twice, wide = rank["refusals"]
         assert "optim: adamw_8bit" in of_bitsandbytes
         assert "adamw_torch" in of_bitsandbytes
