@@ -18,7 +18,7 @@ import yaml
 
 import lorafocal
 from lorafocal import recipes
-from lorafocal.config import load_config
+from lorafocal.config import layers
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         raise SystemExit(f"the wheel's configs are missing or broken: {[path.name for path in configs]}")
 
     for name in recipes.names():
-        load_config(recipes.path_of(name))  # with the parts that it extends
+        layers(recipes.path_of(name))  # the files that it extends; some name optimisers of an extra
     if not recipes.names() or not recipes.released():
         raise SystemExit(f"the wheel's recipes are missing from {recipes.folder()}")
 

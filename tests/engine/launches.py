@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 600
@@ -47,3 +50,18 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 def run(command: list[str], **settings: str) -> tuple[int, str]:
     """Start, and wait for the end."""
     return ended(start(command, **settings))
+
+
+@dataclass(frozen=True)
+class Together:
+    """What two processes left: their exit code, what they said, and their folder."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def ranks(self) -> list[dict[str, Any]]:
+        """What each process wrote into `rank-N.json`; a launch that ended badly fails here, in the test that asks."""
+        assert self.code == 0, self.output
+        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("rank-*.json"))]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +27,8 @@ TIMED = {"eval_runtime", "eval_samples_per_second", "pairs_per_s", "peak_gib"}
 COUNTS = {"rewards/accuracies", "rewards/ties", "focal/turned_share", "pairs_seen", "epoch", "step"}
 
 
-@dataclass(frozen=True)
-class Together:
-    """What two processes left: their exit code, what each saw, and their folder."""
-
-    code: int
-    output: str
-    folder: Path
-
-    @property
-    def ranks(self) -> list[dict[str, Any]]:
-        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("rank-*.json"))]
+class Together(launches.Together):
+    """Of ragged runs."""
 
     def ids_of(self, step: int) -> list[list[str]]:
         return [rank["steps"][step]["ids"] for rank in self.ranks]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.engine import fsdp_run, launches
 from tests.engine.compared_runs import CASES, run
+from tests.engine.launches import Together
 from tests.tiny import relative_difference, tiny_base
 
 pytestmark = pytest.mark.engine
@@ -24,20 +22,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
     tiny_base().save_pretrained(folder / "base")
     return folder
-
-
-@dataclass(frozen=True)
-class Together:
-    """What two processes left: their exit code, what they said, and their folder."""
-
-    code: int
-    output: str
-    folder: Path
-
-    @property
-    def ranks(self) -> list[dict[str, Any]]:
-        assert self.code == 0, self.output
-        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("rank-*.json"))]
 
 
 @pytest.fixture(scope="module")
