@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,7 +226,8 @@ def test_sizes_that_deepspeed_is_given_are_those_that_are_counted():
     from lorafocal.engines import zero
     from lorafocal.memory import shards
 
-    assert zero.BUCKET_ENTRIES == shards.BUCKET_ENTRIES
+    args: Any = SimpleNamespace(engine="zero3", optim="adamw_torch", use_cpu=True, offload="none", max_grad_norm=1.0)
+    assert zero.deepspeed_config(args)["zero_optimization"]["reduce_bucket_size"] == shards.BUCKET_ENTRIES
     assert DeepSpeedZeroConfig(stage=3).max_live_parameters == shards.LIVE_PARAMETERS
 
 

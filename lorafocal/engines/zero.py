@@ -28,6 +28,7 @@ from lorafocal.engines.agreement import anywhere
 from lorafocal.engines.whole import SAMPLE
 from lorafocal.engines.zero_parts import Part, link_states, own_entries, parts_of, refresh_weights, set_entries
 from lorafocal.errors import InputError
+from lorafocal.memory.shards import BUCKET_ENTRIES
 from lorafocal.model.adapters import adapter_layers
 from lorafocal.model.compiled import decoder_layers
 from lorafocal.model.master import arithmetic_of, check_one_width
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from lorafocal.trainer import FocalPOTrainer
 
 OLDEST = Version("0.19.8")  # 0.18 does not split stage 1 of a bf16 model, or ends in an assertion
-
-# Entries that are reduced, or fetched ahead, at a time: 200 MB in fp32.
-BUCKET_ENTRIES = 50_000_000
 
 # Weights of so many entries, as norms have, stay whole on every rank under stage 3: to fetch them would cost more.
 PERSISTENT_ENTRIES = 100_000

@@ -20,7 +20,7 @@ from lorafocal.memory.residents import (
 from lorafocal.ops.shapes import WIDE, Setup, Shape
 
 LIVE_PARAMETERS = 10**9  # entries that ZeRO-3 keeps whole at a time: `stage3_max_live_parameters`
-BUCKET_ENTRIES = 50_000_000  # that DeepSpeed reduces at a time: `reduce_bucket_size`
+BUCKET_ENTRIES = 50_000_000  # that DeepSpeed is told to reduce, or fetch ahead, at a time: 200 MB in fp32
 
 
 @dataclass(frozen=True, slots=True)
