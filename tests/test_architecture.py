@@ -31,7 +31,7 @@ FLOORS = {
     2: "policy reference comparison probes caching",
     3: "arguments assembly budget callbacks engines trainer saving optimizers sampler checkpoint health interrupt"
     " resume progress manifest run",
-    4: "release evaluate report rehearsal plan sweep chat provenance",
+    4: "generation endpoints release evaluate report rehearsal plan sweep chat provenance",
     5: "cli compat __init__ __main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
@@ -54,6 +54,11 @@ HEAVY_LIBRARIES = {
     "bitsandbytes",
     "triton",
     "deepspeed",
+    "alpaca_eval",
+    "lm_eval",
+    "openai",
+    "sklearn",
+    "vllm",
 }
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "joblib", "dill", "cloudpickle", "shelve"}
