@@ -97,11 +97,17 @@ def reproduce(
     Raises InputError, before a model is loaded, where base, reference model, template, pairs or first adapter are
     others than they were; other versions and machines are noted.
     """
+    from lorafocal.evaluate.during import callbacks
     from lorafocal.run import train
 
     first = read_manifest(manifest)
     summary = train(
-        config, resume=resume, quiet=quiet, runs_dir=runs_dir, inspect=lambda new: check_same_inputs(first, new)
+        config,
+        resume=resume,
+        quiet=quiet,
+        runs_dir=runs_dir,
+        inspect=lambda new: check_same_inputs(first, new),
+        callbacks=callbacks,
     )
     done = launch.is_main() and summary.interrupted_by is None
     same = same_weights(manifest.parent / summary.made, summary.folder / summary.made) if done else None

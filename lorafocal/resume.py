@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from lorafocal.errors import InputError
+from lorafocal.schema import Evaluation
 
 MAY_CHANGE: dict[str, str] = {
     "training.logging_steps": "how often metrics are written does not touch the weights",
@@ -32,6 +33,9 @@ MAY_CHANGE: dict[str, str] = {
     " another order",
     "training.report_to": "where metrics are sent does not touch the weights",
     "training.run_name": "a label for metric services",
+    **dict.fromkeys(
+        (f"evaluation.{key}" for key in Evaluation.model_fields), "answering on the way reads the weights only"
+    ),
 }
 """Config keys that may differ on resume, with the reason; the manifest stores this table."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
@@ -43,6 +43,13 @@ CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
 ADAPTER_DIR, MODEL_DIR = "adapter", "model"  # what a run makes, by adapters or at full parameters
 SWEEP_FILE = "sweep.json"  # a folder of runs that belong together, no run's own
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
+
+Callbacks = Callable[[Config, FocalPOTrainer, Mapping[str, Part]], Sequence[TrainerCallback]]
+
+
+def no_callbacks(config: Config, trainer: FocalPOTrainer, data: Mapping[str, Part]) -> Sequence[TrainerCallback]:
+    """The trainer's own alone."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +83,19 @@ def train(
     quiet: bool = False,
     runs_dir: Path = Path("runs"),
     inspect: Callable[[Mapping[str, Any]], Iterable[str]] = lambda manifest: (),
+    callbacks: Callbacks = no_callbacks,
 ) -> RunSummary:
     """Train as `config` says into `runs_dir`/<name>, or go on with that run.
 
     `inspect` is given the manifest of what goes in, before a model is loaded: it raises, or returns notes to be said.
+    `callbacks` makes what watches the training, from what was put together: `lorafocal.evaluate.during.callbacks` for
+    the section `evaluation`.
     Raises InputError before anything is written where the input is wrong, the folder is taken, or what is resumed
     would give another result; UnhealthyRun where numbers stop being finite. Under a launcher all processes call it
     alike; rank 0 alone writes and speaks.
     """
+    if config.evaluation is not None and callbacks is no_callbacks:
+        raise InputError("evaluation: nobody answers; give run.train `callbacks=lorafocal.evaluate.during.callbacks`")
     say = _speaker(quiet)
     folder = run_folder(runs_dir, config.name)
     _check_folder(folder, resume)
@@ -102,6 +114,8 @@ def train(
     with nothing_left_of(folder):
         trainer = _trainer(config, args, data, tokenizer, base, quiet)
         trainer.look_up_reference(say)  # what is missing is said before anything is written
+        for callback in callbacks(config, trainer, data):
+            trainer.add_callback(callback)
     loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
     manifest |= assembled(trainer, loaded)
     for line in assembled_lines(trainer, loaded):

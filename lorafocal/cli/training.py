@@ -86,8 +86,9 @@ def train(
         summary, said = done.summary, str(done)
     else:
         from lorafocal import run
+        from lorafocal.evaluate.during import callbacks
 
-        summary = run.train(checked, resume=resume, quiet=quiet, runs_dir=runs)
+        summary = run.train(checked, resume=resume, quiet=quiet, runs_dir=runs, callbacks=callbacks)
         said = str(summary)
     if launch.is_main():
         typer.echo(said)

@@ -23,6 +23,7 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.config import Config
 from lorafocal.data.held_out import HELD_OUT_FILE
 from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.evaluate.during import callbacks
 from lorafocal.evaluate.score import score_file
 from lorafocal.rehearsal.stage import Stage, changed_keys, joined_by, set_stage, started
 
@@ -81,7 +82,7 @@ def rehearse(config: Config, *, quiet: bool = False) -> Rehearsal | None:
             stage = started(stage, config, folder)
             if stage.config.reference is not None and stage.config.reference.kind == "cached":
                 run.cache_reference(stage.config, quiet=quiet)
-            summary = run.train(stage.config, quiet=quiet, runs_dir=folder / "runs")
+            summary = run.train(stage.config, quiet=quiet, runs_dir=folder / "runs", callbacks=callbacks)
             if not launch.is_main():
                 return None
             if summary.interrupted_by is not None:

@@ -102,5 +102,6 @@ def first_adapter(values: Mapping[str, Any], folder: Path) -> Path:
         "reference": None,
         "data": data,
         "training": training | {"max_steps": 1},
+        "evaluation": None,
     }
     return run.train(check_config(first, source="rehearsal"), quiet=True, runs_dir=folder / "runs").folder / "adapter"

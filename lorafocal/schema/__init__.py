@@ -21,6 +21,7 @@ from lorafocal.schema.sections import (
     Adapter,
     Data,
     Engine,
+    Evaluation,
     Kernels,
     Model,
     Objective,
@@ -32,8 +33,8 @@ from lorafocal.schema.training import Training
 from lorafocal.values import RunName
 
 __all__ = [
-    "WORDED", "Adapter", "Config", "Data", "Engine", "Kernels", "Model", "Objective", "Packing", "Reference", "Section",
-    "Source", "Training",
+    "WORDED", "Adapter", "Config", "Data", "Engine", "Evaluation", "Kernels", "Model", "Objective", "Packing",
+    "Reference", "Section", "Source", "Training",
 ]  # fmt: skip
 
 _PART_OF_A_CELL = {
@@ -57,6 +58,7 @@ class Config(Section):
     packing: Packing = Packing()
     kernels: Kernels = Kernels()
     engine: Engine | None = None
+    evaluation: Evaluation | None = None
     recipe: str | None = None
 
     @model_validator(mode="wrap")
@@ -104,6 +106,8 @@ class Config(Section):
                 yield "packing.layout", "unsloth's attention takes no packs: say padded, or auto"
             if self.engine is not None and self.engine.kind != "ddp":
                 yield "engine.kind", f"unsloth's layers are whole in every process, not split by {self.engine.kind}"
+        if self.evaluation is not None:
+            yield from self._without_generation()
         if self.adapter is None:
             yield from self._without_adapter()
         for refusal in verdict(self._cell()).refusals:
@@ -125,6 +129,26 @@ class Config(Section):
             reference="none" if self.reference is None else self.reference.kind,
             engine="one-process" if self.engine is None else self.engine.kind,
         )
+
+    def _without_generation(self) -> Iterable[tuple[str, str]]:
+        """What leaves no room for answers during training."""
+        if self.data.eval is None and self.data.held_out is None:
+            yield (
+                "evaluation",
+                "answers the prompts of held-out pairs, and there are none: give data.eval or data.held_out",
+            )
+        if self.engine is not None and self.engine.kind in ("zero3", "fsdp2"):
+            yield (
+                "evaluation",
+                f"{self.engine.kind} splits the weights, and a process cannot write answers with its part alone: use"
+                " ddp, zero1 or zero2, or leave this out and evaluate what the run makes by `lorafocal generate`",
+            )
+        if self.model.backend == "unsloth":
+            yield (
+                "evaluation",
+                "unsloth exchanges layers to generate, and the run would not be the same: leave this out and"
+                " evaluate what the run makes by `lorafocal generate`",
+            )
 
     def _without_adapter(self) -> Iterable[tuple[str, str]]:
         """What belongs to adapters alone, and would be ignored."""

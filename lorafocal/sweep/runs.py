@@ -16,6 +16,7 @@ import torch
 from lorafocal import launch, run
 from lorafocal.caching import CacheReport
 from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.evaluate.during import callbacks
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.publish import recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
@@ -88,7 +89,7 @@ def _train(journal: Journal, identity: str, *, quiet: bool) -> None:
     begun = (journal.folder / config.name / MANIFEST_FILE).exists()
     journal.note(identity, status="running", reason="")
     try:
-        summary = run.train(config, resume=begun, quiet=quiet, runs_dir=journal.folder)
+        summary = run.train(config, resume=begun, quiet=quiet, runs_dir=journal.folder, callbacks=callbacks)
     except UnhealthyRun as error:
         journal.note(identity, status="failed", reason=str(error))
     except InputError as error:
