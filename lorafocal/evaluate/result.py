@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Result:
     that is not known. `inputs` holds the sha256 of every file that was read, by its name (`file_hashes`). `notes`
     are the sentences without which a number would mislead. `items` has one mapping a prompt or a pair: its
     `prompt_sha256` and its verdict (`preference`, `score` or `right`; None where there is none), never a text.
+    `details` are tables beside the scores by their name, each a list of rows with the same keys.
     """
 
     benchmark: str
@@ -74,6 +75,7 @@ class Result:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     items: tuple[Mapping[str, Any], ...] = ()
+    details: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.benchmark not in BENCHMARKS:
@@ -96,7 +98,10 @@ class Result:
         counts = [(name, str(count)) for name, count in self.counts.items()]
         rows = [*head, *numbers, *counts]
         width = 2 + max(len(name) for name, _ in rows)
-        return "\n".join([*(f"{name:<{width}}{value}" for name, value in rows), *(f"note: {x}" for x in self.notes)])
+        lines = [f"{name:<{width}}{value}" for name, value in rows]
+        for name, table in self.details.items():
+            lines += ["", f"{name}:", *_columns(table)]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def write(self, path: Path) -> None:
         """The same result gives the same bytes: no time, no host, no place on this machine."""
@@ -167,7 +172,7 @@ def _check_shapes(path: Path, record: Mapping[str, Any]) -> None:
         "items": (list,),
         "sampling": (dict, type(None)),
         "target": (dict, type(None)),
-        **dict.fromkeys(("scores", "counts", "settings", "inputs", "versions"), (dict,)),
+        **dict.fromkeys(("scores", "counts", "settings", "inputs", "versions", "details"), (dict,)),
     }
     for key, allowed in kinds.items():
         if not isinstance(record[key], allowed):
@@ -187,6 +192,16 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _strings(inner)
+
+
+def _columns(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table's heading and rows, every column as wide as its widest cell."""
+    headings = list(table[0]) if table else []
+    cells = [[_short(row[key]) if isinstance(row[key], float) else str(row[key]) for key in headings] for row in table]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    return [
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in [headings, *cells]
+    ]
 
 
 def _short(number: float) -> str:
