@@ -1,0 +1,8 @@
+"""Questions to a server that speaks OpenAI's chat protocol, and the replies to them; none is paid for twice."""
+
+from lorafocal.endpoints.asking import Replies, ask
+from lorafocal.endpoints.endpoint import Endpoint, Question
+from lorafocal.endpoints.reply import Reply
+from lorafocal.endpoints.spending import Spending, approved, estimate
+
+__all__ = ["Endpoint", "Question", "Replies", "Reply", "Spending", "approved", "ask", "estimate"]
