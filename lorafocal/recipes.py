@@ -18,7 +18,7 @@ import yaml
 from lorafocal.errors import InputError
 from lorafocal.yaml12 import parse_yaml
 
-RELEASED = "released"  # models to compare with, no run
+RELEASED, RESULTS = "released", "results"  # models to compare with and what the paper prints: no runs
 _MARK = re.compile(r"\[(paper|inherited|chosen): ([^\]]+)\]\s*$")
 
 
@@ -57,7 +57,7 @@ def folder() -> Path:
 def names() -> list[str]:
     """Every recipe, as a config's `recipe` names it: mistral-7b-focalpo, lora/mistral-7b-focalpo."""
     found = (path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.yaml"))
-    return sorted(name for name in found if name != RELEASED and not name.startswith("parts/"))
+    return sorted(name for name in found if name not in (RELEASED, RESULTS) and not name.startswith("parts/"))
 
 
 def instead(name: str) -> str:

@@ -1,0 +1,81 @@
+"""What keeps a result from comparing with the paper's: another judge, base, sampling, version, or fewer prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorafocal import recipes
+from lorafocal.evaluate.result import Result
+
+
+@dataclass(frozen=True, slots=True)
+class Standard:
+    """How the paper's numbers were made: `families` (bases and sampling) and `benchmarks`, as results.yaml has them."""
+
+    families: Mapping[str, Mapping[str, Any]]
+    benchmarks: Mapping[str, Mapping[str, Any]]
+
+
+def family_of(results: Iterable[Result], standard: Standard) -> str | None:
+    """The paper's family that these results of one model belong to, by base or by a released checkpoint's hub id."""
+    known = {entry["base"]: family for family, entry in standard.families.items()}
+    known |= {released.model: released.family for released in recipes.released()}
+    return next((known[place] for result in results for place in _places(result) if place in known), None)
+
+
+def reasons(result: Result, family: str | None, standard: Standard) -> tuple[str, ...]:
+    """Sentences a footnote can hold; none where nothing known keeps the number from comparing."""
+    benchmark = standard.benchmarks[result.benchmark]
+    sampling = benchmark.get("sampling") or standard.families.get(family or "", {}).get("sampling")
+    return (
+        *_judge(result, benchmark),
+        *_base(result, family),
+        *(_sampling(result, sampling) if "judges" in benchmark else ()),
+        *_versions(result, benchmark),
+        *_prompts(result, benchmark),
+    )
+
+
+def _places(result: Result) -> tuple[str, ...]:
+    target = result.target or {}
+    return tuple(place for place in (target.get("base"), target.get("name"), result.model) if isinstance(place, str))
+
+
+def _judge(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
+    judges = benchmark.get("judges", ())
+    if judges and result.judge not in judges:
+        yield f"the judge is {result.judge or 'not known'}; the paper's is {judges[0]}"
+
+
+def _base(result: Result, family: str | None) -> Iterator[str]:
+    if family is None:
+        base = (result.target or {}).get("base")
+        yield f"another base: {base}" if base else "what the model was trained from is not known"
+
+
+def _sampling(result: Result, standard: Mapping[str, Any] | None) -> Iterator[str]:
+    if result.sampling is None:
+        yield "how the answers were sampled is not known"
+    elif standard is not None:
+        differing = [
+            f"{key} {result.sampling.get(key, 'not stated')}, not {value}"
+            for key, value in standard.items()
+            if result.sampling.get(key) != value
+        ]
+        if differing:
+            yield f"other sampling than the recipe's: {'; '.join(differing)}"
+
+
+def _versions(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
+    for package, version in benchmark.get("versions", {}).items():
+        found = result.versions.get(package)
+        if found != version:
+            yield f"{package} {found or 'of no stated version'}; the recipe asks for {version}"
+
+
+def _prompts(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
+    expected, found = benchmark.get("prompts"), result.counts.get("prompts")
+    if expected is not None and found is not None and found != expected:
+        yield f"{found} of the {expected} prompts"
