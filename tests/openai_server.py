@@ -38,6 +38,7 @@ class Server:
     url: str = ""
     requests: list[Body] = field(default_factory=list)  # bodies, in the order of arrival, failed ones included
     keys: list[str | None] = field(default_factory=list)  # what each request's Authorization held
+    headers: list[dict[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # seconds, of a clock that starts anywhere
     under_way: int = 0
     most_under_way: int = 0
@@ -131,6 +132,7 @@ def serving(
             with lock:
                 server.requests.append(body)
                 server.keys.append(sent)
+                server.headers.append(dict(self.headers))
                 server.times.append(time.monotonic())
                 server.under_way += 1
                 server.most_under_way = max(server.most_under_way, server.under_way)

@@ -8,14 +8,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafocal.endpoints.client import Client, Unanswered, quiet_libraries
+from lorafocal.endpoints.client import Client, quiet_libraries
 from lorafocal.endpoints.endpoint import Endpoint, Question
 from lorafocal.endpoints.journal import Journal
+from lorafocal.endpoints.refusals import Unanswered
 from lorafocal.endpoints.reply import Reply
 
 DOWN_AFTER = 16  # questions in a row, each with all its attempts, after which a server counts as down
 NOT_ASKED = "not asked, as the server failed again and again"
 REPORTS = 20  # lines of progress
+REASONS = 3  # that a sentence names
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,10 @@ class Replies:
         if not self.failed:
             return None
         count = len(self.answered) + len(self.failed)
-        reasons = "; ".join(f"{number} x {reason}" for reason, number in Counter(self.failed.values()).most_common(5))
+        counted = Counter(self.failed.values()).most_common()
+        reasons = "; ".join(f"{number} x {reason}" for reason, number in counted[:REASONS])
+        if len(counted) > REASONS:
+            reasons += f"; and {len(counted) - REASONS} reasons more"
         return (
             f"{len(self.failed)} of {count} questions have no reply ({reasons}). The others are kept: the same command"
             " asks for these alone"
@@ -87,9 +92,13 @@ def _ask_missing(
                     failed[waiting[future]] = why.reason
                 failed_in_a_row = failed_in_a_row + 1 if why is not None and why.down else 0
                 if failed_in_a_row == DOWN_AFTER:
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    for other in waiting:
+                        other.cancel()
                 if done % every == 0 or done == len(missing):
                     say(f"{done} of {len(missing)} asked" + (f", {len(failed)} without a reply" if failed else ""))
+        except KeyboardInterrupt:
+            say("stopping, once the replies under way are there")
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
             client.close()

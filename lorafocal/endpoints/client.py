@@ -1,12 +1,8 @@
-"""One question to one server, through the `openai` package: its retries, its backoff, its Retry-After.
-
-What a server writes into an error may repeat the question or the key, so errors are told in our own words.
-"""
+"""One question to one server, through the `openai` package: its retries, its backoff, its Retry-After."""
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -15,21 +11,13 @@ from types import ModuleType
 from typing import Any
 
 from lorafocal.endpoints.endpoint import Endpoint, Question
+from lorafocal.endpoints.refusals import Unanswered, refusal
 from lorafocal.endpoints.reply import MalformedReply, Reply, parse_body
 from lorafocal.errors import InputError
 
 READINGS = 3  # of a question whose replies are no chat completions; each with all its attempts
 NO_KEY = "none"  # the package insists on one
 _LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
-_CODE = re.compile(r"[A-Za-z][A-Za-z_]{2,39}")  # a word like context_length_exceeded, and nothing like a key
-
-
-class Unanswered(Exception):
-    """A question without a reply; `down`: the server was at fault, not the question."""
-
-    def __init__(self, reason: str, *, down: bool) -> None:
-        super().__init__(reason)
-        self.reason, self.down = reason, down
 
 
 class Pace:
@@ -61,6 +49,8 @@ class Client:
             max_retries=endpoint.attempts - 1,
             http_client=self._openai.DefaultHttpxClient(event_hooks={"request": [pace.wait]}),
         )
+        if endpoint.url is not None:  # nobody else's business, and the package reads them from the environment
+            self._client.organization = self._client.project = None
 
     def close(self) -> None:
         self._client.close()
@@ -88,31 +78,8 @@ class Client:
         except openai.APIConnectionError:
             raise Unanswered("the connection failed or broke", down=True) from None
         except openai.APIStatusError as error:
-            raise self._refusal(error.status_code, error.code or error.type) from None
+            raise refusal(self._endpoint, question, error) from None
         return bytes(raw.http_response.content)
-
-    def _refusal(self, status: int, code: str | None) -> Exception:
-        """What an HTTP error means: for all questions (InputError), or for this one."""
-        word = f"HTTP {status}" + (f", {code}" if code and _CODE.fullmatch(code) else "")
-        model, ends = self._endpoint.model, "The replies so far are kept, and the same command goes on"
-        if status == 401:
-            return InputError(f"the server of {model} wants a key it knows ({word}): {self._key()}. {ends}")
-        if status == 403:
-            return InputError(f"the server of {model} does not let this key use it ({word}): {self._key()}. {ends}")
-        if status == 404:
-            return InputError(
-                f"the server has no model {model}, or no chat completions at this URL, which ends in /v1 as a rule"
-                f" ({word}). {ends}"
-            )
-        if code == "insufficient_quota":
-            return InputError(f"the account behind the key has no credit left for {model} ({word}). {ends}")
-        return Unanswered(word, down=status in (408, 409, 429) or status >= 500)
-
-    def _key(self) -> str:
-        endpoint = self._endpoint
-        if endpoint.key_variable or endpoint.url is None:
-            return f"look at the variable {endpoint.key_variable or 'OPENAI_API_KEY'}"
-        return "none was sent; name the variable that holds it with --key-variable"
 
 
 @contextmanager

@@ -84,7 +84,10 @@ class Endpoint:
         name = self.key_variable or (OPENAI_KEY if self.url is None else None)
         if name is None:
             return None
-        if value := os.environ.get(name, "").strip():
+        value = os.environ.get(name, "").strip()
+        if value and not (value.isascii() and value.isprintable() and " " not in value):
+            raise InputError(f"{name} holds characters that no key has: set it again")
+        if value:
             return value
         raise InputError(
             f"{name} holds no key for {self.model}: set it in the environment (a key is never given on the command"

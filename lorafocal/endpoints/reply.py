@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,7 +34,10 @@ class Reply:
 
 
 def parse_body(body: bytes) -> Reply:
-    """A chat completion as a server wrote it. Raises MalformedReply for anything else, empty `choices` included."""
+    """A chat completion as a server wrote it; halves of surrogate pairs become question marks.
+
+    Raises MalformedReply for anything else, empty `choices` and log-probs that are no numbers included.
+    """
     try:
         record = json.loads(body)
     except ValueError as error:
@@ -42,7 +46,7 @@ def parse_body(body: bytes) -> Reply:
         choice = record["choices"][0]
         text, usage = choice["message"].get("content"), record.get("usage") or {}
         reply = Reply(
-            "" if text is None else text,
+            "" if text is None else text.encode(errors="replace").decode(),
             choice.get("finish_reason"),
             usage.get("prompt_tokens"),
             usage.get("completion_tokens"),
@@ -80,6 +84,7 @@ def _checked(reply: Reply) -> Reply:
         isinstance(reply.text, str)
         and isinstance(reply.finish_reason, str | None)
         and isinstance(reply.model, str)
+        and not any(math.isnan(value) for token in reply.top_logprobs or () for value in token.values())
         and all(count is None or (type(count) is int and count >= 0) for count in counts)
     ):
         raise MalformedReply("a field of the chat completion has the wrong type")
