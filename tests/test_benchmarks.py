@@ -88,7 +88,7 @@ def test_no_repetition_is_begun_when_time_is_up(harness, at, monkeypatch):
     assert found == [[{"pairs/s": 1.0}], [{"skipped": "time was up"}]]
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_run_is_a_process_of_its_own(harness, at):
     answer = harness.worker("bench_packing", {"fill": "ours", "budget": 8, "steps": [[3, 5, 4, 4]]}, at)
     assert answer["share filled"] == 1.0

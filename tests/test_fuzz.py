@@ -44,7 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "openai": {"input": {"messages": [USER]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
 }  # fmt: skip
 EACH = 300  # damaged rows a form: 2,100 in all
-CONFIGS = 500
+CONFIGS = 200
 PLAUSIBLE: tuple[Any, ...] = (
     True, False, 0, 1, 2, 3, 7, 64, 1000, 0.0, 1e-5, 0.1, 0.5, 0.9, 1.0, 20.0, None, "no", "steps", "epoch", "linear",
     "cosine", "adamw_torch", "sgd", "drop", "error", "recipe", "keep_start", "cut_prompt_left", "explicit", "auto",

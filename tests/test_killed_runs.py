@@ -271,6 +271,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(root: Path, unbroken:
     assert outcome(tmp_path / "runs") == unbroken
 
 
+@pytest.mark.engine
 @pytest.mark.row("55", "57")
 def test_a_real_process_killed_from_outside_resumes_in_another(root: Path, unbroken: Outcome, tmp_path: Path) -> None:
     command = ["train", str(root / "toy.yaml"), "--runs", str(tmp_path / "runs")]

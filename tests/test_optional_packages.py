@@ -34,7 +34,7 @@ print("trained", made.state.global_step)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.row("61")
 def test_every_module_loads_and_a_run_works_without_any_optional_package(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), ",".join(OPTIONAL)]

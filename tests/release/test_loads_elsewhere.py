@@ -59,7 +59,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_a_fresh_process_without_lorafocal_computes_the_trained_log_probs(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", dtype=torch.float32)
     run = trainer(

@@ -162,6 +162,7 @@ def test_tied_embeddings_survive_and_a_fresh_process_computes_the_same(tmp_path:
     torch.testing.assert_close(torch.tensor(json.loads(answer.stdout)), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.engine
 @pytest.mark.row("4")
 def test_a_fresh_adapter_on_a_merged_model_is_the_same_in_a_fresh_process(run: SavedRun, tmp_path: Path) -> None:
     """The way out of stacking: merge, train on the result, and find that very base by its digest again."""

@@ -61,6 +61,7 @@ def verdict(bundle: Path, capsys: pytest.CaptureFixture[str], *options: str) -> 
     return code, capsys.readouterr().out
 
 
+@pytest.mark.engine
 def test_a_stranger_with_torch_and_transformers_alone_runs_it(bundle: Path, published: ExportReport) -> None:
     absent = "lorafocal peft trl datasets bitsandbytes accelerate pydantic typer".split()
     script = (
