@@ -8,11 +8,14 @@ from typing import Any
 
 from lorafocal import recipes
 from lorafocal.evaluate.result import Result
+from lorafocal.generation.presets import sampling_of
+
+DRAWN_BY = ("temperature", "top_p", "top_k", "max_new_tokens", "system")
 
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """How the paper's numbers were made: `families` (bases and sampling) and `benchmarks`, as results.yaml has them."""
+    """How the paper's numbers were made: `families` (bases and presets) and `benchmarks`, as results.yaml has them."""
 
     families: Mapping[str, Mapping[str, Any]]
     benchmarks: Mapping[str, Mapping[str, Any]]
@@ -28,11 +31,11 @@ def family_of(results: Iterable[Result], standard: Standard) -> str | None:
 def reasons(result: Result, family: str | None, standard: Standard) -> tuple[str, ...]:
     """Sentences a footnote can hold; none where nothing known keeps the number from comparing."""
     benchmark = standard.benchmarks[result.benchmark]
-    sampling = benchmark.get("sampling") or standard.families.get(family or "", {}).get("sampling")
+    preset = benchmark.get("preset") or standard.families.get(family or "", {}).get("preset")
     return (
         *_judge(result, benchmark),
         *_base(result, family),
-        *(_sampling(result, sampling) if "judges" in benchmark else ()),
+        *(_sampling(result, preset) if "judges" in benchmark else ()),
         *_versions(result, benchmark),
         *_prompts(result, benchmark),
     )
@@ -55,17 +58,16 @@ def _base(result: Result, family: str | None) -> Iterator[str]:
         yield f"another base: {base}" if base else "what the model was trained from is not known"
 
 
-def _sampling(result: Result, standard: Mapping[str, Any] | None) -> Iterator[str]:
+def _sampling(result: Result, preset: str | None) -> Iterator[str]:
+    """Keys that a result does not state (a server has its own defaults) count as differing."""
     if result.sampling is None:
         yield "how the answers were sampled is not known"
-    elif standard is not None:
-        differing = [
-            f"{key} {result.sampling.get(key, 'not stated')}, not {value}"
-            for key, value in standard.items()
-            if result.sampling.get(key) != value
-        ]
+    elif preset is not None:
+        standard = sampling_of(preset).as_dict()
+        found = {key: result.sampling.get(key, "not stated") for key in DRAWN_BY}
+        differing = [f"{key} {found[key]}, not {standard[key]}" for key in DRAWN_BY if found[key] != standard[key]]
         if differing:
-            yield f"other sampling than the recipe's: {'; '.join(differing)}"
+            yield f"other sampling than {preset}'s: {'; '.join(differing)}"
 
 
 def _versions(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:

@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model: a line of the paper, one that its checkpoint's publisher prints, or a user's own; `source` says which."""
+    """One model: a line of the paper, one that its checkpoint's publisher prints, or a user's own."""
 
     name: str
     whose: Whose
@@ -115,6 +115,12 @@ def _marks() -> Mapping[str, recipes.Mark]:
     return recipes.marks([recipes.folder() / f"{recipes.RESULTS}.yaml"])
 
 
+def _source(key: str) -> str:
+    """`paper, Table 1`, or whose README a line of the data is from."""
+    mark = _marks()[key]
+    return f"paper, {mark.source}" if mark.kind == "paper" else mark.source
+
+
 def all_cells(row: Row) -> Iterator[Cell]:
     """The cells of a row from left to right, its averages among them."""
     yield from row.cells
@@ -173,13 +179,12 @@ def _table(
 def _paper_row(name: str, row: Mapping[str, Any], key: str) -> Row:
     """A line of the paper. The mean of its columns is computed where they are known; else it is the reader's."""
     values = row["values"]
-    mark = recipes.mark_of(key, _marks())
     known = None not in values
     mean = fmean(values) if known and "mean" in row else row.get("mean")
     return Row(
         name,
         "paper",
-        f"{mark.source}, as printed" if mark else NOT_READ,
+        _source(key),
         tuple(map(_printed_cell, values)),
         None if mean is None else Cell(f"{mean:.1f}", Score(mean)),
         _printed_average(row) if mean is not None else None,
@@ -189,13 +194,14 @@ def _paper_row(name: str, row: Mapping[str, Any], key: str) -> Row:
 def _printed_average(row: Mapping[str, Any]) -> Cell:
     """The paper's Average where it was read, and by how much it exceeds the mean of its columns."""
     printed, excess = row.get("printed"), row["excess"]
-    text = f"{excess:+.2f} above the mean" if printed is None else f"{printed:.1f}, {excess:+.2f} above the mean"
-    return Cell(text, None if printed is None else Score(printed))
+    return Cell(
+        f"{NOT_READ if printed is None else f'{printed:.1f}'} ({excess:+.2f})",
+        None if printed is None else Score(printed),
+    )
 
 
 def _published_row(name: str, values: Sequence[float | None], key: str) -> Row:
-    mark = recipes.mark_of(key, _marks())
-    return Row(f"{name}, its publisher's", "publisher", mark.source if mark else "", tuple(map(_printed_cell, values)))
+    return Row(name, "publisher", _source(key), tuple(map(_printed_cell, values)))
 
 
 def _printed_cell(value: float | None) -> Cell:
@@ -206,7 +212,7 @@ def _own_row(
     name: str, held: Mapping[str, Result], columns: Sequence[Column], family: str | None, standard: Standard, mean: bool
 ) -> Row:
     cells = tuple(_own_cell(held.get(column.benchmark), column, family, standard) for column in columns)
-    return Row(name, "yours", "lorafocal evaluate", cells, _own_mean(cells) if mean else None)
+    return Row(name, "yours", "yours", cells, _own_mean(cells) if mean else None)
 
 
 def _own_cell(result: Result | None, column: Column, family: str | None, standard: Standard) -> Cell:
@@ -214,7 +220,7 @@ def _own_cell(result: Result | None, column: Column, family: str | None, standar
         return Cell(NOT_MEASURED)
     score = result.scores.get(column.score)
     if score is None:
-        return Cell(NOT_MEASURED, None, (f"{column.score} is not in this result",))
+        return Cell(NOT_MEASURED, None, ("the result has no such score",))
     return Cell(str(score), score, reasons(result, family, standard))
 
 
