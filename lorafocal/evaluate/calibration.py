@@ -29,19 +29,18 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Of B pairs; `error` is the expected calibration error over `bins`, all others are means over pairs.
+    """Of B pairs; `error` is the expected calibration error over `bins`, in [0, 1] (Naeini et al. 2015).
 
-    `brier` of p against the labels (a coin has 0.25), `log_loss` in nats (a coin has ln 2 = 0.693). `chance_error` and
-    `chance_error_high` are the mean and the 95th percentile of the error that labels drawn from these very
-    probabilities leave, which only many pairs make small; None where labels are shares rather than verdicts.
+    `brier` of p against the labels (a coin has 0.25), `log_loss` in nats (a coin has ln 2 = 0.693), pair by pair.
+    `chance_errors` are the errors that labels drawn from these very probabilities leave, which only many pairs make
+    small: what a perfectly calibrated model would show here. None where labels are shares rather than verdicts.
     """
 
     bins: tuple[Bin, ...]
     error: float
     brier: tuple[float, ...]
     log_loss: tuple[float, ...]
-    chance_error: float | None
-    chance_error_high: float | None
+    chance_errors: tuple[float, ...] | None
 
     def reliability(self) -> list[dict[str, Any]]:
         """The bins as rows of a table."""
@@ -76,8 +75,7 @@ def calibrate(
         error=_error(table),
         brier=tuple(((_sigmoid(margin) - label) ** 2).tolist()),
         log_loss=tuple((label * np.logaddexp(0, -margin) + (1 - label) * np.logaddexp(0, margin)).tolist()),
-        chance_error=None if chance is None else float(chance.mean()),
-        chance_error_high=None if chance is None else float(np.quantile(chance, 0.95)),
+        chance_errors=None if chance is None else tuple(chance.tolist()),
     )
 
 
