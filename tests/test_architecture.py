@@ -40,7 +40,8 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.spl
 LIGHT_FILES = (
     "errors config schema/__init__ schema/sections schema/training schema/mistakes values yaml12 training_fields bounds"
     " compatibility launch memory/__init__ hardware recipes objectives/__init__ __init__"
-    " __main__ cli/__init__ cli/options cli/training cli/results"
+    " __main__ cli/__init__ cli/options cli/training cli/results cli/evaluation"
+    " cli/generation cli/judging cli/servers"
 ).split()
 HEAVY_LIBRARIES = {
     "torch",

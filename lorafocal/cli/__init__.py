@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lorafocal import __version__, launch
-from lorafocal.cli import results, training
+from lorafocal.cli import evaluation, generation, judging, results, training
 from lorafocal.errors import InputError, UnhealthyRun
 
 app = typer.Typer(
@@ -25,8 +25,17 @@ app = typer.Typer(
 )
 _TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
 _RESULTS = (results.report, results.score, results.chat, results.merge, results.export, results.push)
-for verb in (*_TRAINING, *_RESULTS, training.from_trl):
+_EVALUATIONS = (judging.alpaca, judging.arena, evaluation.reward, evaluation.compare)
+for verb in (*_TRAINING, *_RESULTS, generation.generate, training.from_trl):
     app.command(verb.__name__.replace("_", "-"))(verb)
+evaluations = typer.Typer(
+    help="Judge answers or measure a model: the benchmarks people compare, and judge-free ones.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+for evaluation_verb in _EVALUATIONS:
+    evaluations.command(evaluation_verb.__name__)(evaluation_verb)
+app.add_typer(evaluations, name="evaluate")
 
 
 def _print_version(wanted: bool) -> None:

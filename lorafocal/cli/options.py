@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lorafocal.errors import InputError
+
+if TYPE_CHECKING:
+    from lorafocal.evaluate.result import Result
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 OverridesArgument = Annotated[
@@ -14,6 +21,10 @@ OverridesArgument = Annotated[
 BaseOption = Annotated[
     str | None,
     typer.Option("--base", metavar="MODEL", help="An adapter's base, if not where the adapter says."),
+]
+
+ResultOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the result (JSON) here; `report --paper` reads it.")
 ]
 
 
@@ -27,3 +38,19 @@ def no_loading_bars() -> None:
 def print_report(report: Any, as_json: bool) -> None:
     """A report as its table, or as one JSON object."""
     typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else report.table())
+
+
+def finish(result: Result, out: Path | None, as_json: bool) -> None:
+    """Write an evaluation's result where that is asked for, and print it."""
+    if out is not None:
+        result.write(out)
+    print_report(result, as_json)
+
+
+def refuse_given(context: typer.Context, parameters: Iterable[str], why: str) -> None:
+    """Refuse those of `parameters` that stand on the command line, where they would be ignored."""
+    sources = {name: context.get_parameter_source(name) for name in parameters}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    words = ["/".join(parameter.opts) for parameter in context.command.params if parameter.name in given]
+    if words:
+        raise InputError(f"{', '.join(words)}: {why}; leave it out")

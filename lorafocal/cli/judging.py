@@ -1,0 +1,165 @@
+"""The verbs of `evaluate` that ask a judge, or read what one said: AlpacaEval 2 and Arena-Hard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafocal.cli.options import JsonOption, ResultOption, finish, refuse_given
+from lorafocal.cli.servers import (
+    OF_A_SERVER,
+    AttemptsOption,
+    ConcurrencyOption,
+    KeyOption,
+    PaceOption,
+    PriceOption,
+    ServerOption,
+    TimeoutOption,
+    YesOption,
+    approval_of,
+    endpoint_of,
+    price_of,
+    say,
+)
+from lorafocal.errors import InputError
+
+JudgeOption = Annotated[
+    str | None, typer.Option("--judge", metavar="MODEL", help="The judge: its name on OpenAI's server or on --server.")
+]
+MissingOption = Annotated[
+    int, typer.Option("--allow-missing", metavar="N", help="Judgments that may be missing; each is counted.")
+]
+
+OF_A_JUDGE = ("judge", "server", *OF_A_SERVER, "price", "yes", "missing")
+NOBODY_IS_ASKED = "no judge is asked where judgments are given"
+
+
+def alpaca(
+    context: typer.Context,
+    answers: Annotated[
+        Path | None, typer.Argument(metavar="ANSWERS", help="What `generate` wrote, or any model_outputs.json.")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", metavar="FILE", help="The answers compared with; AlpacaEval's own, from the hub."),
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option("--annotations", metavar="FILE", help="Judgments there are: no judge is asked.")
+    ] = None,
+    gamed: Annotated[
+        Path | None,
+        typer.Option("--gamed", metavar="FILE", help="df_gamed.csv, for the length-controlled rate, if not cached."),
+    ] = None,
+    annotator: Annotated[
+        str, typer.Option("--annotator", help="Of alpaca-eval: its prompt, parser and order.")
+    ] = "weighted_alpaca_eval_gpt4_turbo",
+    judge: JudgeOption = None,
+    server: ServerOption = None,
+    key_variable: KeyOption = None,
+    concurrency: ConcurrencyOption = 8,
+    timeout: TimeoutOption = 120.0,
+    attempts: AttemptsOption = 6,
+    per_minute: PaceOption = None,
+    price: PriceOption = None,
+    yes: YesOption = False,
+    missing: MissingOption = 0,
+    out: ResultOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """AlpacaEval 2: win rate and length-controlled win rate, by the alpaca-eval package."""
+    if (answers is None) == (annotations is None):
+        raise InputError("give the answers to be judged, or --annotations with judgments that exist: one of the two")
+    if annotations is not None:
+        refuse_given(context, (*OF_A_JUDGE, "reference", "annotator"), NOBODY_IS_ASKED)
+        from lorafocal.evaluate.alpaca import evaluate_annotations
+
+        finish(evaluate_annotations(annotations, gamed=gamed), out, as_json)
+        return
+    place = _with_a_judge(judge, out)
+    endpoint = endpoint_of(str(judge), server, key_variable, concurrency, timeout, attempts, per_minute)
+    from lorafocal.evaluate.alpaca import evaluate_alpaca
+
+    result = evaluate_alpaca(
+        answers,
+        judge=endpoint,
+        journal=_beside(place, "journal.jsonl"),
+        approve=approval_of(endpoint, yes),
+        reference=reference,
+        gamed=gamed,
+        annotator=annotator,
+        price=price_of(price),
+        allowed_missing=missing,
+        annotations_out=_beside(place, "annotations.json"),
+        say=say,
+    )
+    finish(result, out, as_json)
+
+
+def arena(
+    context: typer.Context,
+    answers: Annotated[Path | None, typer.Argument(metavar="ANSWERS", help="Answers in Arena-Hard's JSONL.")] = None,
+    questions: Annotated[Path | None, typer.Option("--questions", metavar="FILE", help="Its question.jsonl.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="FILE", help="The baseline's answers; the paper's: gpt-4-0314.")
+    ] = None,
+    judgments: Annotated[
+        Path | None, typer.Option("--judgments", metavar="FILE", help="Judgments there are: no judge is asked.")
+    ] = None,
+    judge_config: Annotated[
+        Path | None,
+        typer.Option("--judge-config", metavar="FILE", help="Arena-Hard's YAML with its judge prompt; ours otherwise."),
+    ] = None,
+    judge: JudgeOption = None,
+    server: ServerOption = None,
+    key_variable: KeyOption = None,
+    concurrency: ConcurrencyOption = 8,
+    timeout: TimeoutOption = 300.0,
+    attempts: AttemptsOption = 6,
+    per_minute: PaceOption = None,
+    price: PriceOption = None,
+    yes: YesOption = False,
+    missing: MissingOption = 0,
+    out: ResultOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Arena-Hard v0.1: pairwise verdicts in both orders, a bootstrapped win rate against the baseline."""
+    from lorafocal.evaluate.arena import evaluate_arena, evaluate_judgments
+
+    if judgments is not None:
+        refuse_given(context, (*OF_A_JUDGE, "judge_config"), NOBODY_IS_ASKED)
+        asked = {"answers": answers, "questions": questions, "baseline": baseline}
+        finish(evaluate_judgments(judgments, **asked), out, as_json)
+        return
+    if answers is None or questions is None or baseline is None:
+        raise InputError("give the answers, --questions and --baseline; or --judgments with judgments that exist")
+    place = _with_a_judge(judge, out)
+    endpoint = endpoint_of(str(judge), server, key_variable, concurrency, timeout, attempts, per_minute)
+    result = evaluate_arena(
+        answers,
+        questions=questions,
+        baseline=baseline,
+        judge=endpoint,
+        journal=_beside(place, "journal.jsonl"),
+        judgments=_beside(place, "judgments.jsonl"),
+        approve=approval_of(endpoint, yes),
+        judge_config=judge_config,
+        price=price_of(price),
+        allowed_missing=missing,
+        say=say,
+    )
+    finish(result, out, as_json)
+
+
+def _with_a_judge(judge: str | None, out: Path | None) -> Path:
+    """Where the result goes: what the judge said is kept beside it."""
+    if judge is None:
+        raise InputError("name the judge by --judge MODEL (and --server URL for one of your own)")
+    if out is None:
+        raise InputError("give --out FILE: what the judge says is kept beside it, so that nothing is asked twice")
+    return out
+
+
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(f"{out.stem}.{ending}")
