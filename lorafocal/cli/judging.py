@@ -69,14 +69,14 @@ def alpaca(
     as_json: JsonOption = False,
 ) -> None:
     """AlpacaEval 2: win rate and length-controlled win rate, by the alpaca-eval package."""
-    if (answers is None) == (annotations is None):
-        raise InputError("give the answers to be judged, or --annotations with judgments that exist: one of the two")
-    if annotations is not None:
+    if answers is None and annotations is not None:
         refuse_given(context, (*OF_A_JUDGE, "reference", "annotator"), NOBODY_IS_ASKED)
         from lorafocal.evaluate.alpaca import evaluate_annotations
 
         finish(evaluate_annotations(annotations, gamed=gamed), out, as_json)
         return
+    if answers is None or annotations is not None:
+        raise InputError("give the answers to be judged, or --annotations with judgments that exist: one of the two")
     place = _with_a_judge(judge, out)
     endpoint = endpoint_of(str(judge), server, key_variable, concurrency, timeout, attempts, per_minute)
     from lorafocal.evaluate.alpaca import evaluate_alpaca
@@ -129,8 +129,8 @@ def arena(
 
     if judgments is not None:
         refuse_given(context, (*OF_A_JUDGE, "judge_config"), NOBODY_IS_ASKED)
-        asked = {"answers": answers, "questions": questions, "baseline": baseline}
-        finish(evaluate_judgments(judgments, **asked), out, as_json)
+        found = evaluate_judgments(judgments, answers=answers, questions=questions, baseline=baseline)
+        finish(found, out, as_json)
         return
     if answers is None or questions is None or baseline is None:
         raise InputError("give the answers, --questions and --baseline; or --judgments with judgments that exist")
