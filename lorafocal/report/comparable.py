@@ -23,9 +23,9 @@ class Standard:
 
 def family_of(results: Iterable[Result], standard: Standard) -> str | None:
     """The paper's family that these results of one model belong to, by base or by a released checkpoint's hub id."""
-    known = {entry["base"]: family for family, entry in standard.families.items()}
-    known |= {released.model: released.family for released in recipes.released()}
-    return next((known[place] for result in results for place in _places(result) if place in known), None)
+    known = _known(standard)
+    places = (place for result in results for place in _places(result))
+    return next((known[place] for place in places if place in known), None)
 
 
 def reasons(result: Result, family: str | None, standard: Standard) -> tuple[str, ...]:
@@ -34,16 +34,25 @@ def reasons(result: Result, family: str | None, standard: Standard) -> tuple[str
     preset = benchmark.get("preset") or standard.families.get(family or "", {}).get("preset")
     return (
         *_judge(result, benchmark),
-        *_base(result, family),
+        *_base(result, standard),
         *(_sampling(result, preset) if "judges" in benchmark else ()),
         *_versions(result, benchmark),
         *_prompts(result, benchmark),
     )
 
 
-def _places(result: Result) -> tuple[str, ...]:
+def _known(standard: Standard) -> dict[str, str]:
+    """Family by a base's or a released checkpoint's hub id, and by its last part, as a copy's folder is called."""
+    ids = {entry["base"]: family for family, entry in standard.families.items()}
+    ids |= {released.model: released.family for released in recipes.released()}
+    return {place.rpartition("/")[2]: family for place, family in ids.items()} | ids
+
+
+def _places(result: Result) -> list[str]:
+    """What a result says its model is or comes from: hub ids, or last names of folders."""
     target = result.target or {}
-    return tuple(place for place in (target.get("base"), target.get("name"), result.model) if isinstance(place, str))
+    named = [target[key].get("name") for key in ("base", "model") if isinstance(target.get(key), Mapping)]
+    return [place for place in (*named, target.get("name"), result.model) if isinstance(place, str)]
 
 
 def _judge(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
@@ -52,10 +61,15 @@ def _judge(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
         yield f"the judge is {result.judge or 'not known'}; the paper's is {judges[0]}"
 
 
-def _base(result: Result, family: str | None) -> Iterator[str]:
-    if family is None:
-        base = (result.target or {}).get("base")
-        yield f"another base: {base}" if base else "what the model was trained from is not known"
+def _base(result: Result, standard: Standard) -> Iterator[str]:
+    places, known = _places(result), _known(standard)
+    found = next((place for place in places if place in known), None)
+    if found is None and result.target is None:
+        yield "what the model was trained from is not known"
+    elif found is None:
+        yield f"another base: {places[0]}"
+    elif "/" not in found:
+        yield f"its base is a folder called {found}, taken to be the paper's"
 
 
 def _sampling(result: Result, preset: str | None) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""Self-contained HTML: one document with its style, no scripts, nothing loaded; every text is escaped."""
+"""Self-contained HTML: one document with its style and at most one script, nothing loaded; every text is escaped."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -39,14 +40,20 @@ summary { cursor: pointer; } code { font-size: .9em; }
 """
 
 
-def document(title: str, body: str, *, style: str = "") -> str:
-    """A whole page; `title` is text, `body` is HTML, `style` is CSS beside the page's own."""
+def document(title: str, body: str, *, style: str = "", script: str = "") -> str:
+    """A whole page; `title` is text, `body` is HTML, `style` is CSS beside the page's own.
+
+    `script` runs after the body; the policy names its digest, so that no other script can run.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"{_POLICY}; script-src 'sha256-{digest}'" if script else _POLICY
+    ending = f"<script>{script}</script>\n" if script else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="generator" content="lorafocal">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n{ending}</body>\n</html>\n"
     )
 
 

@@ -176,7 +176,8 @@ def page(tables: PaperTables, pictures: Sequence[tuple[bytes, bytes]]) -> str:
 
 
 _STYLE = """
-.scroll { margin: 0 0 1.4rem; } td:nth-child(2) { text-align: left; color: var(--soft); }
+.scroll { margin: 0 0 1.4rem; } th, td { white-space: nowrap; }
+td:nth-child(2), th:nth-child(2) { text-align: left; color: var(--soft); }
 """
 
 

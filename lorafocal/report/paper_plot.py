@@ -67,10 +67,11 @@ def _draw(
 
 
 def _name_lines(axes: Axes, lines: Sequence[tuple[str, Row]], theme: Theme) -> None:
-    axes.set_yticks(range(len(lines)), ["" for _ in lines])
+    names = [f"{shortened(row.name, 34)}, {title.partition(' ')[0]}" for title, row in lines]
+    axes.set_yticks(range(len(lines)), names)
     axes.set_ylim(len(lines) - 0.4, -0.7)
-    for label, (title, row) in zip(axes.get_yticklabels(), lines, strict=True):
-        write_words(label, f"{shortened(row.name, 34)}, {title.partition(' ')[0]}", theme)
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        write_words(label, name, theme)
 
 
 def _colour(whose: str, theme: Theme) -> str:
