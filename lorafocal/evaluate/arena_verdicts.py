@@ -53,8 +53,8 @@ def label_in(text: str, pattern: re.Pattern[str]) -> tuple[str | None, bool]:
 
     Two different labels are none: which one was meant is not guessed (arena-hard-auto v0.1, gen_judgment.py).
     """
-    labels = {match for match in pattern.findall(text) if match}
-    return (labels.pop().strip("\n") if len(labels) == 1 else None), not labels
+    labels = sorted({match for match in pattern.findall(text) if match})
+    return (labels[0].strip("\n") if len(labels) == 1 else None), not labels
 
 
 def read_judgments(path: Path) -> Judged:
