@@ -25,7 +25,15 @@ app = typer.Typer(
 )
 _TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
 _RESULTS = (results.report, results.score, results.chat, results.merge, results.export, results.push)
-_EVALUATIONS = (judging.alpaca, judging.arena, evaluation.reward, evaluation.compare)
+_EVALUATIONS = (
+    judging.alpaca,
+    judging.arena,
+    evaluation.reward,
+    evaluation.leaderboard,
+    evaluation.pairs,
+    evaluation.compare,
+    evaluation.fingerprint,
+)
 for verb in (*_TRAINING, *_RESULTS, generation.generate, training.from_trl):
     app.command(verb.__name__.replace("_", "-"))(verb)
 evaluations = typer.Typer(

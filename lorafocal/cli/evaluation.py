@@ -7,8 +7,13 @@ from typing import Annotated
 
 import typer
 
-from lorafocal.cli.options import JsonOption, ResultOption, finish, no_loading_bars
+from lorafocal.cli.options import BaseOption, JsonOption, ResultOption, finish, no_loading_bars
 from lorafocal.cli.servers import say
+
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What rewards are relative to, if not its base."),
+]
 
 
 def reward(
@@ -38,3 +43,87 @@ def compare(
     from lorafocal.evaluate.compare import evaluate_comparison
 
     finish(evaluate_comparison(first, second), out, as_json)
+
+
+def leaderboard(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A run, an adapter folder, or a model.")],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", metavar="NAME", help="A task of lm-eval, may be repeated; the leaderboard's six if absent."
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", metavar="DIR", help="Tasks of your own: lm-eval's YAML files.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", help="Questions a task, to try things out: noted in the result."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences of a forward pass.")] = 8,
+    base: BaseOption = None,
+    out: ResultOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The six tasks of the first Open LLM Leaderboard by lm-eval, or others; an adapter is attached, never merged."""
+    from lorafocal.evaluate.leaderboard import LEADERBOARD, evaluate_leaderboard
+
+    no_loading_bars()
+    asked = tuple(tasks or LEADERBOARD)
+    result = evaluate_leaderboard(
+        target, base=base, tasks=asked, task_folder=task_folder, limit=limit, batch_size=batch_size, say=say
+    )
+    finish(result, out, as_json)
+
+
+def pairs(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A run, an adapter folder, or a model.")],
+    pairs: Annotated[Path, typer.Argument(metavar="PAIRS", help="Preference rows, or a run's held_out.jsonl.")],
+    base: BaseOption = None,
+    reference: ReferenceOption = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="Reward scale; the run's own if absent.")] = None,
+    labels: Annotated[
+        str,
+        typer.Option(
+            "--labels", help="verdicts: chosen is better; shares: score_chosen, score_rejected as annotators' shares."
+        ),
+    ] = "verdicts",
+    out: ResultOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ranking accuracy, margins, and how well p = sigmoid(margin) is calibrated, on any preference file."""
+    from lorafocal.evaluate.pairs import evaluate_pairs
+
+    no_loading_bars()
+    asked = evaluate_pairs(target, pairs, base=base, reference=reference, beta=beta, labels=labels)
+    finish(asked, out, as_json)
+
+
+def fingerprint(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Your run, adapter folder, or model.")],
+    released: Annotated[
+        str, typer.Option("--with", metavar="MODEL", help="What it should have become: a released checkpoint.")
+    ],
+    pairs: Annotated[Path, typer.Option("--pairs", metavar="FILE", help="Held-out preference rows, ten at least.")],
+    base: BaseOption = None,
+    reference: ReferenceOption = None,
+    released_reference: Annotated[
+        str | None,
+        typer.Option("--released-reference", metavar="MODEL", help="What the released checkpoint was trained from."),
+    ] = None,
+    out: ResultOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Did I reproduce it? The correlation of two models' implicit rewards on held-out pairs: no judge, no bill."""
+    from lorafocal.evaluate.fingerprint import evaluate_fingerprint
+
+    no_loading_bars()
+    result = evaluate_fingerprint(
+        target,
+        released=released,
+        pairs=pairs,
+        base=base,
+        target_reference=reference,
+        released_reference=released_reference,
+    )
+    finish(result, out, as_json)

@@ -74,7 +74,12 @@ def generate(
     from lorafocal.generation import generate as run_generate
 
     no_loading_bars()
-    drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    drawing: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+    }
     made: dict[str, Any] = {
         "base": base,
         "engine": engine,

@@ -50,16 +50,49 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Push without asking.")]
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, one or several to compare.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders; with --paper results, with --answers files of answers."),
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the report; RUN/report for one run.")
+        Path | None,
+        typer.Option("--out", metavar="PATH", help="Folder of the report (RUN/report for one run); a page of answers."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Results of `evaluate` beside the paper's tables, into the folder --out.")
+    ] = False,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Answers of `generate` side by side, on one page to browse, --out.")
+    ] = False,
+    verdicts: Annotated[
+        list[Path] | None,
+        typer.Option("--verdicts", metavar="RESULT", help="With --answers: a result to show beside; may be repeated."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="With --answers of Arena-Hard: its question.jsonl.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw runs and say in plain words what happened: one web page, and its pictures."""
-    from lorafocal.report.write import write_report
+    """Draw runs and say in plain words what happened: one web page, and its pictures. Also the paper's tables with
+    yours (--paper), and answers side by side (--answers)."""
+    if paper and answers:
+        raise InputError("--paper and --answers are two reports: ask for one at a time")
+    if not answers and (verdicts or prompts is not None):
+        raise InputError("--verdicts and --prompts go with --answers: leave them out")
+    if (paper or answers) and out is None:
+        raise InputError(f"say by --out where {'the page' if answers else 'the report'} goes")
+    if paper:
+        from lorafocal.report.paper_page import write_paper
 
-    print_report(write_report(runs, out), as_json)
+        print_report(write_paper(files, Path(out or "")), as_json)
+    elif answers:
+        from lorafocal.report.answers_page import write_answers_page
+
+        print_report(write_answers_page(files, Path(out or ""), verdicts=verdicts or (), prompts=prompts), as_json)
+    else:
+        from lorafocal.report.write import write_report
+
+        print_report(write_report(files, out), as_json)
 
 
 def score(
