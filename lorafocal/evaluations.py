@@ -26,14 +26,14 @@ class EvaluatedPair:
     reference_rejected: float
 
 
-def evaluation_file(run: Path, step: int) -> Path:
+def evaluation_file(run: Path, step: int, folder: str = FOLDER) -> Path:
     """Where the evaluation after optimiser step `step` lies in the run folder `run`."""
-    return run / FOLDER / f"step-{step}.jsonl"
+    return run / folder / f"step-{step}.jsonl"
 
 
-def evaluation_files(run: Path) -> dict[int, Path]:
+def evaluation_files(run: Path, folder: str = FOLDER) -> dict[int, Path]:
     """The evaluations of a run by optimiser step, in order; empty where there are none."""
-    found = [(_FILE.fullmatch(path.name), path) for path in (run / FOLDER).glob("step-*.jsonl")]
+    found = [(_FILE.fullmatch(path.name), path) for path in (run / folder).glob("step-*.jsonl")]
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
@@ -64,8 +64,8 @@ def read_evaluation(path: Path) -> list[EvaluatedPair]:
     return rows
 
 
-def drop_later(run: Path, step: int) -> None:
+def drop_later(run: Path, step: int, folder: str = FOLDER) -> None:
     """Remove the evaluations of steps after `step` (at step 0 all of them): the files are those of the weights."""
-    for at, path in evaluation_files(run).items():
+    for at, path in evaluation_files(run, folder).items():
         if step == 0 or at > step:
             path.unlink()

@@ -190,6 +190,11 @@ class ProgressLine(TrainerCallback):
             self.stream.write("\n")
             self.stream.flush()
 
+    def say(self, line: str) -> None:
+        """A line of its own, unless `quiet`: for what another callback has to tell. For rank 0 alone."""
+        if not self.quiet:
+            self._print(line)
+
     @property
     def _in_place(self) -> bool:
         return self.stream.isatty()

@@ -15,7 +15,8 @@ from lorafocal.recipes import leaves
 from lorafocal.report.read import PairTable, RunRecord, Series
 
 HELD_OUT = "eval_"
-RIGHT_ANSWERS = "right_answers"  # how a key ends that counts right answers by a rule
+RIGHT_ANSWERS, WIN_RATE = "right_answers", "win_rate"  # how keys end that are shares of good answers
+JUDGED = {RIGHT_ANSWERS: "right answers by rule", WIN_RATE: "answers above the chosen ones, by reward model,"}
 
 
 class Headline(NamedTuple):
@@ -40,6 +41,8 @@ HEADLINES = (
     Headline("ties", "ties, counted as wrong", ".1%"),
     Headline("right_answers_first", "right answers by rule, first", ".1%"),
     Headline("right_answers_last", "right answers by rule, last", ".1%"),
+    Headline("win_rate_first", "answers above the chosen ones by reward model, first", ".1%"),
+    Headline("win_rate_last", "answers above the chosen ones by reward model, last", ".1%"),
     Headline("chosen_displacement", "chosen: policy minus reference (nats)", "+.2f"),
     Headline("rejected_displacement", "rejected: policy minus reference (nats)", "+.2f"),
     Headline("chosen_fell_share", "share of chosen that fell", ".1%"),
@@ -75,6 +78,17 @@ class Flip:
         return asdict(self)
 
 
+class GoodAnswers(NamedTuple):
+    """Shares of good answers over steps; their 95% interval and change since the first, as far as they were logged."""
+
+    words: str
+    share: Series
+    low: Series
+    high: Series
+    change: Series
+    change_high: Series
+
+
 def displacement_series(record: RunRecord, side: str, prefix: str = "") -> Series:
     """Mean of policy minus reference log-prob of `side` (chosen or rejected), nats a completion."""
     policy, reference = (record.series(f"{prefix}logps/{key}") for key in (side, f"reference_{side}"))
@@ -106,8 +120,26 @@ def last(series: Series) -> float | None:
 
 def right_answers(record: RunRecord) -> Series:
     """Share of right answers by a rule, from the first key that names them."""
-    keys = sorted({key for line in record.lines for key in line if key.endswith(RIGHT_ANSWERS)})
-    return record.series(keys[0]) if keys else Series([], [])
+    return record.series(_key_ending(record, RIGHT_ANSWERS))
+
+
+def wins(record: RunRecord) -> Series:
+    """Share of answers that a reward model puts above the chosen ones, from the first key that names it."""
+    return record.series(_key_ending(record, WIN_RATE))
+
+
+def good_answers(record: RunRecord) -> GoodAnswers | None:
+    """What the run's judge found; by a rule where there are two. None where nobody judged."""
+    for ending, words in JUDGED.items():
+        if key := _key_ending(record, ending):
+            more = (record.series(f"{key}_{name}") for name in ("low", "high", "change", "change_high"))
+            return GoodAnswers(words, record.series(key), *more)
+    return None
+
+
+def _key_ending(record: RunRecord, ending: str) -> str:
+    """The first key in the alphabet that ends so; empty where none does."""
+    return min((key for line in record.lines for key in line if key.endswith(ending)), default="")
 
 
 def turned_share(record: RunRecord) -> Series:
@@ -139,7 +171,7 @@ def displacement(record: RunRecord) -> Displacement | None:
 
 def headline(record: RunRecord) -> dict[str, float]:
     """The numbers of HEADLINES that this run has, under their keys."""
-    moved, right = displacement(record), right_answers(record)
+    moved, right, won = displacement(record), right_answers(record), wins(record)
     values = {
         "steps": max(line["step"] for line in record.lines),
         "pairs_seen": last(record.series("pairs_seen")),
@@ -154,6 +186,8 @@ def headline(record: RunRecord) -> dict[str, float]:
         "ties": last(record.series("rewards/ties")),
         "right_answers_first": next(iter(right.values), None),
         "right_answers_last": last(right),
+        "win_rate_first": next(iter(won.values), None),
+        "win_rate_last": last(won),
         "chosen_displacement": moved.chosen if moved else None,
         "rejected_displacement": moved.rejected if moved else None,
         "chosen_fell_share": moved.chosen_fell_share if moved else None,

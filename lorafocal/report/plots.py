@@ -23,8 +23,8 @@ from lorafocal.report.numbers import (
     displacement_series,
     first_middle_last,
     gap_series,
+    good_answers,
     own_weights,
-    right_answers,
     table_margins,
 )
 from lorafocal.report.read import RunRecord, Series
@@ -88,6 +88,11 @@ def _moved(side: str, prefix: str = "") -> Callable[[RunRecord], Series]:
     return lambda record: displacement_series(record, side, prefix)
 
 
+def _judged(name: str) -> Callable[[RunRecord], Series]:
+    """A series of `GoodAnswers`; empty where nobody judged."""
+    return lambda record: getattr(good_answers(record), name, Series([], []))
+
+
 def _both(key: str) -> tuple[Curve, ...]:
     return Curve(_logged(key), "line", "training"), Curve(_logged(HELD_OUT + key), "dots", "held out")
 
@@ -97,7 +102,15 @@ PANELS = (
     Panel("margins", "Reward margin", "chosen minus rejected reward", _both("rewards/margins"), zero=True),
     Panel(
         "accuracies", "Reward accuracy", "share",
-        (*_both("rewards/accuracies"), Curve(right_answers, "diamonds", "right answers by rule")), percent=True,
+        (*_both("rewards/accuracies"), Curve(_judged("share"), "diamonds", "good answers")), percent=True,
+    ),
+    Panel(
+        "answers", "Good answers to held-out prompts", "share",
+        (
+            Curve(_judged("share"), "diamonds", "by rule, or above the chosen ones"),
+            Curve(_judged("low"), "dashed", "95% interval"), Curve(_judged("high"), "dashed", "95% interval"),
+        ),
+        percent=True,
     ),
     Panel(
         "displacement", "Displacement: policy minus reference", "nats a completion",

@@ -16,9 +16,9 @@ from lorafocal.report.numbers import (
     displacement,
     flips,
     gap_series,
+    good_answers,
     is_finite,
     last,
-    right_answers,
     turned_share,
 )
 from lorafocal.report.read import RunRecord
@@ -65,23 +65,29 @@ def chosen_fell(record: RunRecord) -> Remark | None:
     )
 
 
-def right_answers_fell(record: RunRecord) -> Remark | None:
-    """Right answers by a rule fell while reward accuracy rose."""
-    right = right_answers(record)
+def answers_fell(record: RunRecord) -> Remark | None:
+    """Fewer answers are good, by a rule or a reward model, while reward accuracy rose.
+
+    Where the interval of the change was logged, it must lie below 0: few answers show nothing.
+    """
+    good = good_answers(record)
     accuracy = record.series(f"{HELD_OUT}rewards/accuracies")
     if len(accuracy.values) < 2:
         accuracy = record.series("rewards/accuracies")
-    if len(right.values) < 2 or len(accuracy.values) < 2:
+    if good is None or len(good.share.values) < 2 or len(accuracy.values) < 2:
         return None
-    before, after = right.values[0], right.values[-1]
-    if not (before - after > RIGHT_FELL and accuracy.values[-1] > accuracy.values[0]):
+    after, change, highest = good.share.values[-1], last(good.change), last(good.change_high)
+    before = good.share.values[0] if change is None else after - change
+    fell = before - after > RIGHT_FELL if highest is None else highest < 0
+    if not (fell and accuracy.values[-1] > accuracy.values[0]):
         return None
+    answers = good.words[0].upper() + good.words[1:]
     return Remark(
-        f"Right answers by rule fell from {before:.1%} to {after:.1%}, while reward accuracy rose from"
+        f"{answers} fell from {before:.1%} to {after:.1%}, while reward accuracy rose from"
         f" {accuracy.values[0]:.1%} to {accuracy.values[-1]:.1%}.",
         "The model tells the two given answers apart better and writes worse ones: reward accuracy is not the goal.",
         "Do not release this adapter. Lower training.learning_rate first, then train fewer steps, and choose the"
-        " settings by the right answers.",
+        " settings by the answers.",
     )
 
 
@@ -209,7 +215,7 @@ RULES: Mapping[str, Callable[[RunRecord], Remark | None]] = {
     "numbers that are not finite": not_finite,
     "runs that do not move": nothing_moved,
     "chosen answers that became less likely": chosen_fell,
-    "right answers by rule that fall while reward accuracy rises": right_answers_fell,
+    "answers that get worse while reward accuracy rises": answers_fell,
     "pairs past the turning point": pairs_turned,
     "rankings that training undid": more_unlearned,
     "held-out loss that rises while training loss falls": held_out_rose,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -259,28 +260,31 @@ class Kernels(Section):
 class Evaluation(Section):
     """Answers written and judged while training goes on: before the first step, every so many, and after the last.
 
-    To the first `count` prompts of the held-out pairs. `rule` says which answers are right, by the pair's chosen one;
-    `reward_model` says which are better than that. Temperature 0 is greedy. Changes nothing of what is trained.
+    To the first `count` prompts of the held-out pairs. `rule` says which answers are right, by the pair's chosen one
+    (regex: by `pattern`); `reward_model` says which are better than that. Temperature 0 is greedy. Changes nothing of
+    what is trained.
     """
 
     every: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)] = 64
-    rule: Literal["number", "exact", "contains", "json"] | None = None
+    rule: Literal["exact", "contains", "number", "regex", "json"] | None = None
+    pattern: str | None = None
     reward_model: Place | None = None
-    revision: Revision = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     temperature: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _one_judge(self) -> Evaluation:
         if self.rule is None and self.reward_model is None:
-            raise mistake(
-                "rule", "missing; say by what answers are judged: a rule (number, exact, ...), or reward_model"
-            )
+            raise mistake("rule", "missing; say who judges the answers: a rule such as number, or reward_model")
         if self.rule is not None and self.reward_model is not None:
-            raise mistake("rule", "evaluation.reward_model judges answers already; remove one of the two")
-        if self.revision is not None and self.reward_model is None:
+            raise mistake("rule", "evaluation.reward_model judges the answers already; remove one of the two")
+        if (self.rule == "regex") != (self.pattern is not None):
             raise mistake(
-                "revision", "belongs to evaluation.reward_model, which is not given; the base's is model.revision"
+                "pattern", "rule: regex needs one, the expression to find in an answer; no other rule has one"
             )
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise mistake("pattern", f"{self.pattern!r} is no regular expression: {error}") from error
         return self

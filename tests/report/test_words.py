@@ -75,7 +75,7 @@ def test_right_answers_that_fall_while_accuracy_rises_get_a_line() -> None:
     "record", [right(0.55, 0.7), right(0.55, 0.54), right(0.55, 0.31, (0.9, 0.5)), record_of(*QUIET)]
 )
 def test_right_answers_that_rise_or_accuracy_that_falls_get_none(record: RunRecord) -> None:
-    assert words.right_answers_fell(record) is None
+    assert words.answers_fell(record) is None
 
 
 def test_pairs_past_the_turning_point_get_a_line() -> None:
@@ -168,7 +168,7 @@ def test_numbers_that_are_not_finite_get_a_line() -> None:
 
 def test_every_rule_says_what_it_looks_for() -> None:
     assert {rule.__name__ for rule in RULES.values()} == {
-        "not_finite", "nothing_moved", "chosen_fell", "right_answers_fell", "pairs_turned", "more_unlearned",
+        "not_finite", "nothing_moved", "chosen_fell", "answers_fell", "pairs_turned", "more_unlearned",
         "held_out_rose", "fits_training_closer", "ties_hidden",
     }  # fmt: skip
 
