@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import careless, careless_release
+from tests import careless, careless_asking, careless_release
 
 ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
@@ -35,7 +35,7 @@ ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 P0_ROWS = (
     "F1 F2 F3 F6 F11 F12 F13 F18 1 2 3 4 6 11 12 13 14 15 19 20 21 23 24 25 27 36 39 41 43 45 47 53 54 55 56 64 26 28 31 33 9 35"
 ).split()
-OTHER_ROWS = "F4 F5 F7 F8 50 F9 F14 F15 46 F19 7 8 10 22 32 51 52 57 63 5 16 17 18 38 F17 29 30 61 S2 S5 S9 S11 S17 42 44 S13 60 62 48 49 59 F16 34 37 40 S14 58 F10".split()
+OTHER_ROWS = "F4 F5 F7 F8 50 F9 F14 F15 46 F19 7 8 10 22 32 51 52 57 63 5 16 17 18 38 F17 29 30 61 S2 S5 S9 S11 S17 42 44 S13 60 62 48 49 59 F16 34 37 40 S14 58 F10 S8".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +262,13 @@ GUARDS: list[Guard] = [
     # recipes and provenance
     Guard("58", "lorafocal.provenance:check_same_inputs", lambda _: lambda *a: [], "tests/test_provenance.py::test_another_row_is_refused_by_name_before_anything_is_written"),
     Guard("58", "lorafocal.recipes:differences", lambda _: lambda *a, **k: [], "tests/test_recipes.py::test_what_is_done_otherwise_is_listed_with_where_the_recipes_value_is_from"),
+
+    # asking servers
+    Guard("58", "lorafocal.endpoints.endpoint:Endpoint.key", lambda _: careless_asking.texts_alone, "tests/endpoints/test_asking.py::test_another_model_or_another_option_is_another_question"),
+    Guard("58", "lorafocal.endpoints.reply:parse_body", careless_asking.whatever_there_is, "tests/endpoints/test_asking.py::test_a_fault_that_passes_changes_nothing"),
+    Guard("S8", "lorafocal.endpoints.endpoint:Endpoint.credential", lambda _: careless_asking.the_usual_key, "tests/endpoints/test_secrets.py::test_the_key_for_openai_goes_to_no_other_server"),
+    Guard("S8", "lorafocal.endpoints.client:quiet_libraries", lambda _: careless_asking.talkative_libraries, "tests/endpoints/test_secrets.py::test_neither_key_nor_prompt_is_in_any_file_log_or_message"),
+    Guard("S8", "lorafocal.endpoints.refusals:quotable", lambda _: careless_asking.in_the_servers_words, "tests/endpoints/test_secrets.py::test_neither_key_nor_prompt_is_in_any_file_log_or_message"),
 ]
 # fmt: on
 
