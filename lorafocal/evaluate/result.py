@@ -132,9 +132,10 @@ def read_result(path: Path) -> Result:
     _check_shapes(path, record)
     values = {each.name: record[each.name] for each in fields(Result)}
     values |= {"notes": tuple(record["notes"]), "items": tuple(record["items"])}
+    values["scores"] = {name: _read_score(path, name, score) for name, score in record["scores"].items()}
     try:
-        return Result(**values | {"scores": {name: Score(**score) for name, score in record["scores"].items()}})
-    except (InputError, TypeError) as error:
+        return Result(**values)
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
@@ -163,6 +164,13 @@ def package_versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def _read_score(path: Path, name: str, record: Any) -> Score:
+    try:
+        return Score(**record)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path}: scores.{name} is no score ({error}); an evaluation writes one") from error
+
+
 def _check_shapes(path: Path, record: Mapping[str, Any]) -> None:
     kinds: dict[str, tuple[type, ...]] = {
         "benchmark": (str,),
@@ -177,9 +185,10 @@ def _check_shapes(path: Path, record: Mapping[str, Any]) -> None:
     for key, allowed in kinds.items():
         if not isinstance(record[key], allowed):
             raise InputError(f"{path}: {key} is a {type(record[key]).__name__}, which no evaluation writes")
-    for number, item in enumerate(record["items"]):
-        if not isinstance(item, dict):
-            raise InputError(f"{path}: items[{number}] is a {type(item).__name__}, which no evaluation writes")
+    for key, rows in {"items": record["items"], **record["details"]}.items():
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: {key}[{number}] is a {type(row).__name__}, which no evaluation writes")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -197,11 +206,15 @@ def _strings(value: Any) -> Iterator[str]:
 def _columns(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """A table's heading and rows, every column as wide as its widest cell."""
     headings = list(table[0]) if table else []
-    cells = [[_short(row[key]) if isinstance(row[key], float) else str(row[key]) for key in headings] for row in table]
+    cells = [[_cell(row.get(key, "")) for key in headings] for row in table]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     return [
         "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in [headings, *cells]
     ]
+
+
+def _cell(value: Any) -> str:
+    return _short(value) if isinstance(value, float) else str(value)
 
 
 def _short(number: float) -> str:
