@@ -11,14 +11,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from lorafocal.chat.partner import Partner, check_room, meet
+from lorafocal.chat.partner import Partner, meet
 from lorafocal.chat.screen import Answer, Screen, text_so_far
 from lorafocal.chat.streams import Drawing, TokenStream, in_turn
 from lorafocal.errors import InputError
+from lorafocal.generation.presets import COLDEST, HOTTEST
+from lorafocal.generation.subject import check_room
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.model.head import causal_lm
 
-COLDEST, HOTTEST = 1e-4, 1e4  # of temperatures; logits over far less overflow, and over far more are all alike
 HELP = """\
 Write a prompt; a line that ends with \\ goes on in the next one. Each prompt stands alone.
 /seed N   draw with another seed; the same prompt and seed give the same answer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,25 +24,10 @@ from transformers import (
 )
 
 from lorafocal.errors import InputError
-from lorafocal.generation.presets import Sampling
+from lorafocal.generation.asks import Completion, Key
+from lorafocal.generation.presets import BATCH_TOKENS, Sampling
 from lorafocal.generation.speech import Speech
 from lorafocal.model.head import causal_lm
-
-BATCH_TOKENS = 65_536  # of prompts and answers together, padding included: 8 GiB of keys and values of Llama 3 8B
-Key = tuple[int, ...]  # what a row's random numbers are drawn by, beside the seed: its place among the prompts
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer: its text without special tokens, how many tokens were drawn, and whether the model ended it.
-
-    An answer that reached the limit of new tokens first has `ended` False. `tokens` counts the end too, and is None
-    where a server did not say it.
-    """
-
-    text: str
-    tokens: int | None
-    ended: bool
 
 
 def plan_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int = BATCH_TOKENS) -> list[list[int]]:
@@ -120,7 +104,7 @@ class Draw(LogitsProcessor):
             else torch.from_numpy(np.stack([uniform(sampling, key) for key in keys]))
         )
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, tokens) ids and (rows, vocabulary) logits -> zero for the drawn token, minus infinity elsewhere."""
         if self._sampling.greedy:
             token = scores.argmax(-1, keepdim=True)
@@ -142,7 +126,7 @@ def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
     cumulative = cumulative / cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, uniform[:, None], right=True)
+    token = torch.searchsorted(cumulative, uniform[:, None].contiguous(), right=True)
     return token.clamp(max=logits.shape[-1] - 1)  # out of range where the logits are no numbers
 
 

@@ -38,7 +38,7 @@ class AnswerRow:
     dataset: str | None = None
     question_id: str | None = None
     turns: tuple[str, ...] = ()
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +74,6 @@ class Answers:
     def counts(self) -> Mapping[str, int]:
         """What was counted on the way, such as `length_limit`: answers that were cut."""
         return {} if self.provenance is None else self.provenance["counts"]
-
-
-def prompt_sha256(instruction: str) -> str:
-    """What items of a result call a prompt by: the digest of its text, never the text."""
-    return hashlib.sha256(instruction.encode()).hexdigest()
 
 
 def provenance_file(path: Path) -> Path:

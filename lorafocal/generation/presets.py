@@ -11,6 +11,7 @@ from typing import Any
 
 from lorafocal.errors import InputError
 
+BATCH_TOKENS = 65_536  # of prompts and answers, padding included: 8 GiB of keys and values of Llama 3 8B in bfloat16
 COLDEST, HOTTEST = 1e-4, 1e4  # of temperatures; logits over far less overflow, and over far more are all alike
 
 

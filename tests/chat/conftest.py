@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorafocal.chat.partner import Speech
 from lorafocal.data.encoding import Encoder
 from lorafocal.data.toy import toy_tokenizer
+from lorafocal.generation.speech import Speech
 from tests.saved_run import SavedRun, save_run
 
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
-from lorafocal.chat.partner import Speech, check_room, meet, speaker_folder
+from lorafocal.chat.partner import meet
 from lorafocal.data.encoding import Encoder
 from lorafocal.data.held_out import write_held_out
 from lorafocal.data.toy import toy_prompts, toy_tokenizer
 from lorafocal.errors import InputError
+from lorafocal.generation.speech import Speech
+from lorafocal.generation.subject import check_room, speaker_folder
 from lorafocal.lineage import CONTINUED, Stage, lineage_of
 from tests.saved_run import SavedRun, save_base
 from tests.spoken import QUESTION, spoken
@@ -122,7 +124,7 @@ def test_a_folder_with_nothing_to_talk_to_is_refused_with_the_nearest_that_has(t
     with pytest.raises(InputError, match="holds no adapter and no model"):
         speaker_folder(tmp_path)
     shutil.copytree(run.adapter, tmp_path / "checkpoint-4" / "adapter")
-    with pytest.raises(InputError, match=r"lorafocal chat .*checkpoint-4/adapter --base MODEL"):
+    with pytest.raises(InputError, match=r"name that, and its base: .*checkpoint-4/adapter --base MODEL"):
         speaker_folder(tmp_path)
 
 

@@ -1,0 +1,92 @@
+"""Answers by transformers, on this machine: the engine that is always there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafocal.errors import InputError
+from lorafocal.generation.asks import Ask, Completion, Key
+from lorafocal.generation.batches import complete_batch, plan_batches
+from lorafocal.generation.presets import Sampling
+from lorafocal.generation.subject import Subject, check_room
+
+
+class SubjectEngine:
+    """What the engines of this machine share: the subject, how its prompts become tokens, and what is noted of both."""
+
+    def __init__(self, subject: Subject, sampling: Sampling, **settings: Any) -> None:
+        self.target: Mapping[str, Any] = subject.describe()
+        self.ends = subject.ends
+        self.settings: Mapping[str, Any] = {
+            "template_sha256": subject.template_sha256,
+            "stop": sorted(self.ends),
+            "dtype": subject.dtype,
+            **settings,
+        }
+        self.subject, self.sampling = subject, sampling
+        self.ids: dict[Key, list[int]] = {}
+        self._spelling: dict[Key, str] = {}  # those that spell a special token, and where they stand
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Of an adapter and its base, and of prompts that are read otherwise than they look."""
+        found = () if self.subject.saved is None else self.subject.saved.notes
+        if not self._spelling:
+            return found
+        return (
+            *found,
+            f"{len(self._spelling)} of the prompts spell special tokens of the model (the first: "
+            f"{next(iter(self._spelling.values()))}), which are read as such, as other programs that generate do",
+        )
+
+    def say(self, asks: Sequence[Ask]) -> None:
+        """The tokens of each conversation, into `ids`. Raises InputError naming the place of one that is unfit."""
+        speech = self.subject.speech
+        for ask in asks:
+            try:
+                self.ids[ask.key] = speech.conversation_ids(ask.messages)
+            except InputError as error:
+                raise InputError(f"{ask.place}: {error}") from error
+            if any(speech.forged_in(message["content"]) for message in ask.messages):
+                self._spelling[ask.key] = ask.place
+
+
+class TransformersEngine(SubjectEngine):
+    """A `Subject` in batches of at most `batch_tokens`, padding included (`asks.Engine`)."""
+
+    name = "transformers"
+
+    def __init__(self, subject: Subject, sampling: Sampling, batch_tokens: int) -> None:
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens is 1 or more, not {batch_tokens}")
+        super().__init__(subject, sampling, batch_tokens=batch_tokens)
+        self._batch_tokens = batch_tokens
+
+    def plan(self, asks: Sequence[Ask]) -> list[list[Ask]]:
+        """The longest first, so that memory that is short is found out at once."""
+        self.say(asks)
+        lengths = [len(self.ids[ask.key]) for ask in asks]
+        batches = plan_batches(lengths, self.sampling.max_new_tokens, self._batch_tokens)
+        return [[asks[place] for place in batch] for batch in batches]
+
+    def answer(self, batch: Sequence[Ask]) -> list[Completion]:
+        """One pass of `complete_batch`."""
+        rows = [self.ids[ask.key] for ask in batch]
+        check_room(self._model, max(map(len, rows)), self.sampling.max_new_tokens)
+        keys = [ask.key for ask in batch]
+        try:
+            return complete_batch(self._model, self.subject.tokenizer, rows, keys, self.sampling, self.ends)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"a batch of {len(batch)} answers does not fit the memory: begin again, in another --out, with less"
+                f" than --batch-tokens {self._batch_tokens:,}"
+            ) from error
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        return self.subject.load()

@@ -1,0 +1,113 @@
+"""Answers by vLLM, where it is installed: an adapter goes through its LoRA requests, on the base as it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from lorafocal.errors import InputError
+from lorafocal.generation.asks import Ask, Completion, Key
+from lorafocal.generation.batches import completion
+from lorafocal.generation.local import SubjectEngine
+from lorafocal.generation.subject import Subject
+from lorafocal.model.quantized import prequantized
+from lorafocal.model.saved import read_config
+from lorafocal.model.serving import VLLM_RANKS, serving_notes
+
+CHUNK = 256  # answers that a kill loses at most; vLLM batches them as it likes
+
+
+def hindrance(subject: Subject) -> str | None:
+    """Why vLLM does not answer for this target on this machine; None where it can."""
+    if find_spec("vllm") is None:
+        return "vLLM is not installed"
+    if not torch.cuda.is_available():
+        return "vLLM needs a GPU"
+    saved = subject.saved
+    if saved is None:
+        return None
+    if saved.quantization is not None and prequantized(read_config(saved.base, saved.revision), saved.base) is None:
+        return f"vLLM does not hold a base in {saved.quantization} as training did"
+    unread = [note for note in serving_notes(saved.config) if "vLLM" in note and "--max-lora-rank" not in note]
+    return unread[0].removesuffix(".") if unread else None
+
+
+class VllmEngine(SubjectEngine):
+    """A `Subject` by `vllm.LLM` (`asks.Engine`).
+
+    A request's seed is a function of the sampling's and the ask's key, but vLLM's draws depend on its own batches too:
+    of what is drawn, no bits are promised.
+    """
+
+    name = "vllm"
+
+    def plan(self, asks: Sequence[Ask]) -> list[list[Ask]]:
+        """In the order of the prompts."""
+        self.say(asks)
+        return [list(asks[start : start + CHUNK]) for start in range(0, len(asks), CHUNK)]
+
+    def answer(self, batch: Sequence[Ask]) -> list[Completion]:
+        """One call of `LLM.generate`."""
+        outputs = self._model.generate(
+            [{"prompt_token_ids": self.ids[ask.key]} for ask in batch],
+            [self._parameters(ask) for ask in batch],
+            lora_request=self._adapter,
+        )
+        tokenizer = self.subject.tokenizer
+        return [completion(output.outputs[0].token_ids, tokenizer, self.ends) for output in outputs]
+
+    def _parameters(self, ask: Ask) -> Any:
+        from vllm import SamplingParams
+
+        sampling = self.sampling
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=None if sampling.greedy else request_seed(sampling.seed, ask.key),
+            stop_token_ids=sorted(self.ends),
+            detokenize=False,
+        )
+
+    @cached_property
+    def _model(self) -> Any:
+        from vllm import LLM
+
+        saved = self.subject.saved
+        lora = {} if saved is None else {"enable_lora": True, "max_lora_rank": _rank_limit(saved.config)}
+        return LLM(
+            model=self.subject.place,
+            revision=self.subject.revision,
+            dtype=self.subject.dtype,
+            generation_config="vllm",  # nothing of the model's own: all is said in the parameters
+            trust_remote_code=False,
+            **lora,
+        )
+
+    @cached_property
+    def _adapter(self) -> Any:
+        saved = self.subject.saved
+        if saved is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(self.subject.name, 1, str(saved.folder))
+
+
+def request_seed(seed: int, key: Key) -> int:
+    """A seed of a request, in the range that vLLM takes."""
+    return (seed + 1_000_003 * (key[0] + 1_000_003 * key[-1])) % 2**63
+
+
+def _rank_limit(config: Any) -> int:
+    """The least limit that vLLM takes for an adapter's rank. Raises InputError where there is none."""
+    rank = max([config.r, *config.rank_pattern.values()])
+    limit = next((limit for limit in VLLM_RANKS if limit >= rank), None)
+    if limit is None:
+        raise InputError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter has {rank}: merge it first")
+    return limit
