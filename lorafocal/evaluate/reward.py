@@ -39,10 +39,12 @@ def evaluate_reward(
     if other is not None and not shared:
         raise InputError(f"{answers} and {against} answer no prompt in common, so there is nothing to compare")
     judge = open_reward_model(model, dtype=dtype)
-    say(f"rewards by {judge.name} in {judge.dtype}, {judge.form}: {len(ours) + len(shared)} answers")
-    rewards = judge.rewards([*ours.values(), *(theirs[row] for row in shared)], tokens_per_batch=tokens_per_batch)
-    scored = dict(zip(ours, rewards, strict=False))
-    opposed = dict(zip(shared, rewards[len(ours) :], strict=True))
+    # Each text once: the rounding of two batches would else make a winner of two answers that are the same.
+    texts = list(dict.fromkeys([*ours.values(), *(theirs[row] for row in shared)]))
+    say(f"rewards by {judge.name} in {judge.dtype}, {judge.form}: {len(texts)} answers")
+    rewards = dict(zip(texts, judge.rewards(texts, tokens_per_batch=tokens_per_batch), strict=True))
+    scored = {row: rewards[text] for row, text in ours.items()}
+    opposed = {row: rewards[theirs[row]] for row in shared}
     known = [reward for reward in scored.values() if reward is not None]
     if not known:
         raise InputError(f"no answer of {answers} fits into {judge.name} with its prompt: {judge.limit} tokens at most")
