@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,15 @@ def read_held_out(path: Path) -> list[TokenizedPair]:
     return pairs
 
 
-def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, **tokenization: Any) -> list[TokenizedPair]:
+@dataclass(frozen=True, slots=True)
+class LoadedPairs:
+    """Pairs of a file in order, and how many of its rows were left out: malformed, or dropped by a rule of tokens."""
+
+    pairs: list[TokenizedPair]
+    left_out: int = 0
+
+
+def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, **tokenization: Any) -> LoadedPairs:
     """Pairs of either form: token ids as `write_held_out` leaves them, or preference rows to be tokenised.
 
     Rows are tokenised by `tokenization`, the settings that training gave to `tokenize_preferences`. Raises
@@ -52,21 +61,22 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, **tokenization: A
     if not path.is_file():
         raise InputError(f"{path} is no file; pairs are a file of preference rows, or the held_out.jsonl of a run.")
     if _holds_token_ids(path):
-        pairs = read_held_out(path)
+        loaded = LoadedPairs(read_held_out(path))
     else:
-        preferences = read_preferences(path).pairs
-        if not any(map(is_conversation, preferences)):
+        read = read_preferences(path)
+        if not any(map(is_conversation, read.pairs)):
             tokenization.pop("chat_template_kwargs", None)  # plain rows beside a run of conversations
-        pairs = tokenize_preferences(preferences, tokenizer, **tokenization).pairs
+        pairs = tokenize_preferences(read.pairs, tokenizer, **tokenization).pairs
+        loaded = LoadedPairs(pairs, len(read.bad_rows) + len(read.pairs) - len(pairs))
     vocabulary = len(tokenizer)
-    for pair in pairs:
+    for pair in loaded.pairs:
         highest = max(max(getattr(pair, side)) for side in _SIDES)
         if highest >= vocabulary:
             raise InputError(
                 f"{path}: pair {pair.id} has token id {highest}, but the tokenizer ends at {vocabulary - 1}: "
                 "these pairs were tokenised for another model."
             )
-    return pairs
+    return loaded
 
 
 def _holds_token_ids(path: Path) -> bool:

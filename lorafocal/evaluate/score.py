@@ -10,26 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lorafocal.bounds import check_beta
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
-from lorafocal.lineage import LINEAGE_FILE
+from lorafocal.generation.subject import Subject, find_subject, speaker_folder
+from lorafocal.lineage import LINEAGE_FILE, lineage_of
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import check_length, check_same_tokens, load_base, load_tokenizer
-from lorafocal.model.saved import (
-    CONFIG_FILE,
-    MAX_LENGTH,
-    SavedAdapter,
-    open_adapter,
-    read_adapter,
-    read_config,
-    stored_dtype,
-    tokenization_of,
-)
+from lorafocal.model.load import check_length, check_same_tokens
+from lorafocal.model.saved import CONFIG_FILE, MAX_LENGTH, reward_scale, tokenization_of
 from lorafocal.objectives.pairwise import PairLogps, rewards
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
@@ -66,11 +57,12 @@ class PairScore:
 
 @dataclass(frozen=True, slots=True)
 class ScoreReport:
-    """All pairs of a file under one model."""
+    """All pairs of a file under one model; `left_out` counts rows of the file that gave no pair."""
 
     target: str
     beta: float | None
     scores: list[PairScore]
+    left_out: int = 0
 
     @property
     def margins(self) -> list[float]:
@@ -82,6 +74,7 @@ class ScoreReport:
         totals: dict[str, Any] = {
             "target": self.target,
             "pairs": count,
+            "left_out": self.left_out,
             "tokens": sum(score.chosen_tokens + score.rejected_tokens for score in self.scores),
             "logps/chosen": sum(score.chosen_logps for score in self.scores) / count,
             "logps/rejected": sum(score.rejected_logps for score in self.scores) / count,
@@ -166,72 +159,84 @@ def score_file(
     beta: float | None = None,
     out: Path | None = None,
 ) -> ScoreReport:
-    """Score a file of pairs with an adapter folder, or with a model (folder or hub id).
+    """Score a file of pairs with a run's adapter or model, an adapter folder, or a model (folder or hub id).
 
-    `reference`, an adapter folder or a model, is what rewards are relative to. Without it an adapter that was trained
+    `reference`, an adapter or a model, is what rewards are relative to. Without it an adapter that was trained
     against its base is compared with that, the adapter off; anything else has no rewards. `base` says where an
     adapter's base is, as in a merge. All compute in the dtype they were trained or stored in, an adapter on its base
-    quantised as in training. `beta` defaults to the run's, and without one there are no rewards. `pairs` holds
-    preference rows or the token ids of a run's `held_out.jsonl`. `out` receives one JSON object a pair.
+    quantised as in training. `beta` defaults to that of the training, also of a merged or a wholly trained model, and
+    without one there are no rewards. `pairs` holds preference rows or the token ids of a run's `held_out.jsonl`.
+    `out` receives one JSON object a pair.
 
     Raises InputError for anything missing or unfit, before any weights are loaded where that can be known.
     """
-    if beta is not None:
-        check_beta(beta)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
-    subject = _subject(str(target), base)
-    compared = None if reference is None else _subject(reference, base if _is_adapter(reference) else None)
-    if compared is not None:
-        check_same_tokens(subject.tokenizer, compared.tokenizer, str(reference))
-    tokenized = load_pairs(pairs, subject.tokenizer, **subject.tokenization)
-    policy, own = subject.logps(tokenized)
-    against = own if compared is None else compared.logps(tokenized)[0]
-    beta = subject.beta if beta is None else beta
-    report = ScoreReport(Path(target).name, beta, pair_scores(tokenized, policy, against, beta))
+    report = score_pairs(target, pairs, base=base, reference=reference, beta=beta).report
     if out is not None:
         report.write(out)
     return report
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
-    """What is scored, found but not loaded: an adapter on its base, or a model."""
+class ScoredPairs:
+    """Scores with what they are of: the pairs as tokens, in the order of the report, and the model."""
 
-    tokenizer: PreTrainedTokenizerBase
-    tokenization: Mapping[str, Any]
-    beta: float | None
-    logps: Callable[[Sequence[TokenizedPair]], tuple[PairLogps, PairLogps | None]]  # its own, and its own reference's
+    report: ScoreReport
+    pairs: list[TokenizedPair]
+    subject: Subject
+
+
+def score_pairs(
+    target: Path | str,
+    pairs: Path,
+    *,
+    base: str | None = None,
+    reference: str | None = None,
+    beta: float | None = None,
+) -> ScoredPairs:
+    """What `score_file` scores, with the pairs themselves."""
+    if beta is not None:
+        check_beta(beta)
+    subject = find_subject(target, base=base)
+    compared = None if reference is None else find_subject(reference, base=base if _is_adapter(reference) else None)
+    if compared is not None:
+        check_same_tokens(subject.tokenizer, compared.tokenizer, str(reference))
+    loaded = load_pairs(pairs, subject.tokenizer, **_tokenization(subject))
+    policy, own = _logps(subject, loaded.pairs)
+    against = own if compared is None else _logps(compared, loaded.pairs)[0]
+    beta = _trained_beta(subject) if beta is None else beta
+    scores = pair_scores(loaded.pairs, policy, against, beta)
+    return ScoredPairs(ScoreReport(subject.name, beta, scores, loaded.left_out), loaded.pairs, subject)
 
 
 def _is_adapter(target: str) -> bool:
-    return (Path(target) / CONFIG_FILE).is_file()
+    return Path(target).is_dir() and (speaker_folder(Path(target)) / CONFIG_FILE).is_file()
 
 
-def _subject(target: str, base: str | None) -> _Subject:
-    if not _is_adapter(target):
-        if base is not None:
-            raise InputError(f"{target} is a model and has no base; name what it is compared with by --reference")
-        logps = partial(_model_logps, target, dtype=stored_dtype(read_config(target)))
-        made_here = (Path(target) / LINEAGE_FILE).is_file()  # any other model may lie beside somebody's config.yaml
-        tokenization = tokenization_of(Path(target)) if made_here else {"max_length": MAX_LENGTH}
-        return _Subject(load_tokenizer(target), tokenization, None, logps)
-    saved = read_adapter(Path(target), base=base)
-    tokenizer = load_tokenizer(saved.base, saved.revision)
-    return _Subject(tokenizer, saved.tokenization, saved.beta, partial(_adapter_logps, saved))
+def _trained_beta(subject: Subject) -> float | None:
+    if subject.saved is not None:
+        return subject.saved.beta
+    return None if subject.folder is None else reward_scale(lineage_of(subject.folder))
 
 
-def _adapter_logps(saved: SavedAdapter, pairs: Sequence[TokenizedPair]) -> tuple[PairLogps, PairLogps | None]:
-    model = open_adapter(saved, dtype=saved.dtype)
+def _tokenization(subject: Subject) -> Mapping[str, Any]:
+    """As training read its pairs; a model of others may lie beside somebody's config.yaml, which says nothing of it."""
+    if subject.saved is not None:
+        return subject.saved.tokenization
+    if subject.folder is None or not (subject.folder / LINEAGE_FILE).is_file():
+        return {"max_length": MAX_LENGTH}
+    return tokenization_of(subject.folder)
+
+
+def _logps(subject: Subject, pairs: Sequence[TokenizedPair]) -> tuple[PairLogps, PairLogps | None]:
+    """Of the subject, and of its own reference, the adapter off, where it was trained against that."""
+    model = subject.load()
     run = _scorer(model, pairs)
-    trained_against_base = saved.lineage is None or saved.lineage.reference == "disabled_adapter"
-    reference = run(DisabledAdapterReference(model).logps) if trained_against_base else None
+    saved = subject.saved
+    own = saved is not None and (saved.lineage is None or saved.lineage.reference == "disabled_adapter")
+    reference = run(DisabledAdapterReference(model).logps) if own else None
     return run(partial(sequence_logps, model)), reference
-
-
-def _model_logps(name: str, pairs: Sequence[TokenizedPair], *, dtype: str) -> tuple[PairLogps, None]:
-    model = load_base(name, dtype=dtype).eval()
-    return _scorer(model, pairs)(partial(sequence_logps, model)), None
 
 
 def _scorer(

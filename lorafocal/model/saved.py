@@ -81,13 +81,13 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
         quantization=quantization,
         lineage=lineage,
         tokenization=tokenization_of(folder),
-        beta=_beta(lineage),
+        beta=reward_scale(lineage),
         notes=_check_base(folder, name, revision, lineage),
     )
 
 
-def _beta(lineage: Lineage | None) -> float | None:
-    """The scale of rewards against a reference; None where the adapter's objective has none, as SimPO's beta."""
+def reward_scale(lineage: Lineage | None) -> float | None:
+    """The beta of rewards against a reference; None where the last objective has none: SimPO's beta is no such one."""
     if lineage is None or lineage.objective is None:
         return None
     entry = OBJECTIVES.get(lineage.objective["name"])

@@ -122,7 +122,7 @@ def merge_adapter(
         bases = bases_to_try(saved, onto, original)
         dtype = dtype or saved.dtype
         tokenizer = load_tokenizer(saved.base, saved.revision)
-        held_out = load_pairs(_pairs_file(folders[0], pairs), tokenizer, **saved.tokenization)
+        held_out = load_pairs(_pairs_file(folders[0], pairs), tokenizer, **saved.tokenization).pairs
         live = live_logps(saved, held_out, gate_dtype)
         tried = [
             _write_and_measure(saved, live, folder / choice, original=original, dtype=dtype, max_drift=max_drift)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_bins_hold_about_equally_many_and_never_part_equal_margins() -> None:
     table = calibrate(oriented(1000)).bins
     assert len(table) == 10
     assert [each.pairs for each in table] == [100] * 10
-    assert all(a.high <= b.low for a, b in zip(table, table[1:], strict=False))
+    assert all(a.high <= b.low for a, b in itertools.pairwise(table))
     tied = calibrate([0.1] * 500 + [-0.1] * 300 + [5.0] * 10).bins
     assert [each.pairs for each in tied] == [800, 10]
     assert tied[0].agreement == 0.625
