@@ -41,11 +41,17 @@
     apply();
   }
 
+  // Entries out of view have no height of their own until they come near: what lies above moves while one scrolls.
+  function settle(frames) {
+    at.scrollIntoView({ block: "start" });
+    if (frames) requestAnimationFrame(() => settle(frames - 1));
+  }
+
   function show(entry) {
     at?.classList.remove("at");
     at = entry;
     at.classList.add("at");
-    at.scrollIntoView({ block: "start" });
+    settle(4);
   }
 
   function read() {
@@ -75,7 +81,7 @@
       document.activeElement.blur();
       clear();
       remember();
-    } else if (!event.ctrlKey && !event.metaKey && !event.altKey && !event.target.matches("input, select")) {
+    } else if (!event.ctrlKey && !event.metaKey && !event.altKey && !event.target.matches("input[type=search], select")) {
       if (keys[event.key]) {
         event.preventDefault();
         keys[event.key]();

@@ -17,8 +17,9 @@ from lorafocal.report.answers import Entry, SideBySide, Verdict, side_by_side
 _SCRIPT = Path(__file__).with_name("answers.js")
 _STYLE = """
 body { max-width: none; padding-top: 0; }
-form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center;
+form { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center;
   padding: .6rem 0; background: var(--back); border-bottom: 1px solid var(--line); }
+@media (min-width: 60rem) { form { position: sticky; top: 0; z-index: 1; } }
 form[hidden], article[hidden] { display: none; }
 input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
   border-radius: .3rem; padding: .15rem .4rem; max-width: 100%; } input[type=search] { width: 18rem; }

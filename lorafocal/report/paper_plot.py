@@ -67,7 +67,7 @@ def _draw(
 
 
 def _name_lines(axes: Axes, lines: Sequence[tuple[str, Row]], theme: Theme) -> None:
-    names = [f"{shortened(row.name, 34)}, {title.partition(' ')[0]}" for title, row in lines]
+    names = [f"{shortened(row.name, 34)}, {title.partition(' (')[0].partition(',')[0]}" for title, row in lines]
     axes.set_yticks(range(len(lines)), names)
     axes.set_ylim(len(lines) - 0.4, -0.7)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
