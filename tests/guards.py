@@ -267,7 +267,7 @@ GUARDS: list[Guard] = [
     Guard("58", "lorafocal.endpoints.endpoint:Endpoint.key", lambda _: careless_asking.texts_alone, "tests/endpoints/test_asking.py::test_another_model_or_another_option_is_another_question"),
     Guard("58", "lorafocal.endpoints.reply:parse_body", careless_asking.whatever_there_is, "tests/endpoints/test_asking.py::test_a_fault_that_passes_changes_nothing"),
     Guard("S8", "lorafocal.endpoints.endpoint:Endpoint.credential", lambda _: careless_asking.the_usual_key, "tests/endpoints/test_secrets.py::test_the_key_for_openai_goes_to_no_other_server"),
-    Guard("S8", "lorafocal.endpoints.client:quiet_libraries", lambda _: careless_asking.talkative_libraries, "tests/endpoints/test_secrets.py::test_neither_key_nor_prompt_is_in_any_file_log_or_message"),
+    Guard("S8", "lorafocal.endpoints.client:quiet_libraries", lambda _: careless_asking.talkative_libraries, "tests/endpoints/test_secrets.py::test_a_client_that_logs_its_requests_is_not_heard"),
     Guard("S8", "lorafocal.endpoints.refusals:quotable", lambda _: careless_asking.in_the_servers_words, "tests/endpoints/test_secrets.py::test_neither_key_nor_prompt_is_in_any_file_log_or_message"),
 ]
 # fmt: on

@@ -81,6 +81,20 @@ def test_neither_key_nor_prompt_is_in_any_file_log_or_message(
     assert PROMPT[:20] not in everything
 
 
+@pytest.mark.row("S8")
+def test_a_client_that_logs_its_requests_is_not_heard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As openai does up to 1.x, at level DEBUG."""
+
+    def answer(body: dict) -> str:
+        logging.getLogger("openai._base_client").debug("Request options: %s", body)
+        logging.getLogger("httpx").info("HTTP Request: POST http://the.host/v1")
+        return "yes"
+
+    with serving(answer) as server, caplog.at_level(logging.DEBUG):
+        ask(endpoint(server), QUESTIONS, journal=tmp_path / "j", say=lambda line: None)
+    assert caplog.text == ""
+
+
 def test_the_levels_of_others_loggers_are_as_before(tmp_path: Path) -> None:
     logging.getLogger("openai").setLevel(logging.INFO)
     with serving() as server:
