@@ -64,7 +64,8 @@ class RewardModel:
         fitting = [n for n, row in enumerate(rows) if self.limit is None or len(row["input_ids"]) <= self.limit]
         found: list[float | None] = [None] * len(rows)
         with _padding(self.model, [rows[n] for n in fitting]) as padding:
-            for batch in plan_batches([len(rows[n]["input_ids"]) for n in fitting], 0, tokens_per_batch):
+            budget = 1 if padding is None else tokens_per_batch  # 1: every row by itself
+            for batch in plan_batches([len(rows[n]["input_ids"]) for n in fitting], 0, budget):
                 places = [fitting[place] for place in batch]
                 for place, reward in zip(places, self._forward([rows[n] for n in places], padding), strict=True):
                     found[place] = reward
@@ -81,10 +82,10 @@ class RewardModel:
             raise InputError(f"{self.name} cannot be told this: {REMEDIES[text.reason]} ({text.detail})")
         return {"input_ids": encode(self.tokenizer, [text])[text]}
 
-    def _forward(self, rows: Sequence[Encoded], padding: int) -> list[float]:
+    def _forward(self, rows: Sequence[Encoded], padding: int | None) -> list[float]:
         device = self.model.device
         inputs = {
-            key: pad_right([row[key] for row in rows], padding if key == "input_ids" else 0).to(device)
+            key: pad_right([row[key] for row in rows], (padding or 0) if key == "input_ids" else 0).to(device)
             for key in rows[0]
         }
         inputs["attention_mask"] = pad_right([[1] * len(row["input_ids"]) for row in rows], 0).to(device)
@@ -158,8 +159,8 @@ def _limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int 
 
 
 @contextmanager
-def _padding(model: PreTrainedModel, rows: Sequence[Encoded]) -> Iterator[int]:
-    """The model's padding; where it has none, an id that no row holds, which is it for the time being.
+def _padding(model: PreTrainedModel, rows: Sequence[Encoded]) -> Iterator[int | None]:
+    """The model's padding; where it has none, an id that no row holds, which is it for the time being, if there is one.
 
     Causal classifiers read the last token that is not padding: an id that ends an answer must not be taken for it.
     """
@@ -167,9 +168,9 @@ def _padding(model: PreTrainedModel, rows: Sequence[Encoded]) -> Iterator[int]:
     own = config.pad_token_id
     if own is None:
         held = {token for row in rows for token in row["input_ids"]}
-        config.pad_token_id = next(token for token in range(len(held) + 1) if token not in held)
+        config.pad_token_id = next((token for token in range(config.vocab_size) if token not in held), None)
     try:
-        yield int(config.pad_token_id)
+        yield config.pad_token_id
     finally:
         config.pad_token_id = own
 
