@@ -88,11 +88,8 @@ def annotator_config(name: str) -> dict[str, Any]:
 
 def signature(annotator: str, judge: str) -> str:
     """What annotations call their annotator: the package's name, and the judge where it is not the annotator's own."""
-    return (
-        annotator
-        if judge == annotator_config(annotator)["completions_kwargs"]["model_name"]
-        else f"{annotator}@{judge}"
-    )
+    own = annotator_config(annotator)["completions_kwargs"]["model_name"]
+    return annotator if judge == own else f"{annotator}@{judge}"
 
 
 def signed(name: str) -> tuple[str, str | None]:

@@ -36,8 +36,8 @@ _GAMED_COLUMNS = {
 
 @contextmanager
 def alpaca_eval() -> Iterator[ModuleType]:
-    """The package, silent while the block lasts; logging, warnings and environment are as before when it ends."""
-    root, environment = logging.getLogger(), dict(os.environ)
+    """The package, silent while the block lasts; logging and warnings are as before when it ends."""
+    root = logging.getLogger()
     level, handlers, disabled = root.level, root.handlers[:], root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -48,11 +48,10 @@ def alpaca_eval() -> Iterator[ModuleType]:
         logging.disable(disabled)
         root.setLevel(level)
         root.handlers[:] = handlers
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
 
 
 def _package() -> ModuleType:
+    environment = set(os.environ)
     try:
         import alpaca_eval.annotators
         import alpaca_eval.metrics
@@ -61,6 +60,9 @@ def _package() -> ModuleType:
             f"AlpacaEval is computed by the alpaca-eval package, which cannot be imported ({error}):"
             " pip install 'lorafocal[eval]'"
         ) from error
+    finally:
+        for name in set(os.environ) - environment:
+            del os.environ[name]
     return alpaca_eval
 
 
