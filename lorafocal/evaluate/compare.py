@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from lorafocal.evaluate.result import Result, Score, file_hashes, package_versio
 
 # What an item's verdict may be, and what it is multiplied by: shares become percent, scores keep their unit.
 VERDICTS = {"right": 100.0, "preference": 100.0, "score": 1.0}
+NAMES = ("question_id", "prompt_sha256", "answers_sha256")  # what an item says of what it is about
 FEW = 20  # changed prompts, below which a bootstrap's interval is too narrow
 
 
@@ -23,7 +25,7 @@ class _Matched:
     """Verdicts of one kind on the prompts that both results judged, in the order of the first."""
 
     kind: str
-    keys: tuple[tuple[Hashable, ...], ...]
+    names: tuple[Mapping[str, Any], ...]
     first: np.ndarray
     second: np.ndarray
     counts: Mapping[str, int]
@@ -89,8 +91,7 @@ def compare_results(
         versions=package_versions(),
         notes=_notes(first, second, matched, better + worse),
         items=tuple(
-            {"prompt_sha256": key[0], "score": scale * float(change)}
-            for key, change in zip(matched.keys, changes, strict=True)
+            {**names, "score": scale * float(change)} for names, change in zip(matched.names, changes, strict=True)
         ),
     )
 
@@ -102,11 +103,11 @@ def _match(first: Result, second: Result) -> _Matched:
     kind = next((kind for kind in VERDICTS if kind in first.items[0] and kind in second.items[0]), None)
     if kind is None:
         raise InputError(f"their items have no {', '.join(VERDICTS)} in common")
-    ours, theirs = _verdicts(first, kind), _verdicts(second, kind)
+    ours, theirs = _by_prompt(first, kind), _by_prompt(second, kind)
     shared = [key for key in ours if key in theirs]
     if not shared:
         raise InputError("they share no prompt: evaluate both models on one file of prompts")
-    judged = [key for key in shared if ours[key] is not None and theirs[key] is not None]
+    judged = [key for key in shared if ours[key][kind] is not None and theirs[key][kind] is not None]
     if not judged:
         raise InputError(f"none of the {len(shared)} prompts they share has a verdict in both")
     counts = {
@@ -114,22 +115,24 @@ def _match(first: Result, second: Result) -> _Matched:
         "only_second": len(theirs) - len(shared),
         "without_verdict": len(shared) - len(judged),
     }
-    sides = (np.asarray([float(side[key]) for key in judged]) for side in (ours, theirs))  # type: ignore[arg-type]
-    return _Matched(kind, tuple(judged), *sides, counts)
+    names = tuple({name: ours[key][name] for name in NAMES if name in ours[key]} for key in judged)
+    sides = (np.asarray([float(side[key][kind]) for key in judged]) for side in (ours, theirs))
+    return _Matched(kind, names, *sides, counts)
 
 
-def _verdicts(result: Result, kind: str) -> dict[tuple[Hashable, ...], float | None]:
-    """Each item's verdict by its prompt (and pair of answers, where it names one) and how often that stood before."""
-    found: dict[tuple[Hashable, ...], float | None] = {}
-    seen: dict[tuple[Hashable, ...], int] = {}
+def _by_prompt(result: Result, kind: str) -> dict[tuple[Hashable, ...], Mapping[str, Any]]:
+    """Items by their question or prompt (and pair of answers, where they name one) and how often that stood before."""
+    found: dict[tuple[Hashable, ...], Mapping[str, Any]] = {}
+    seen: Counter[tuple[Hashable, ...]] = Counter()
     for number, item in enumerate(result.items):
-        if "prompt_sha256" not in item or kind not in item:
+        prompt = item.get("question_id", item.get("prompt_sha256"))
+        if prompt is None or kind not in item:
             raise InputError(f"items[{number}] of {result.model} lacks prompt_sha256 or {kind}: evaluate it again")
         if item[kind] is not None and not isinstance(item[kind], bool | int | float):
             raise InputError(f"items[{number}] of {result.model}: {kind} is {item[kind]!r}, not a number or null")
-        name = (item["prompt_sha256"], item.get("answers_sha256"))
-        seen[name] = seen.get(name, 0) + 1
-        found[*name, seen[name]] = item[kind]
+        name = (prompt, item.get("answers_sha256"))
+        seen[name] += 1
+        found[*name, seen[name]] = item
     return found
 
 

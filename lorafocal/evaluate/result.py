@@ -59,7 +59,8 @@ class Result:
     `benchmark` is one of BENCHMARKS. `sampling` and `target` come from the provenance of the answers; None where
     that is not known. `inputs` holds the sha256 of every file that was read, by its name (`file_hashes`). `notes`
     are the sentences without which a number would mislead. `items` has one mapping a prompt or a pair: its
-    `prompt_sha256` and its verdict (`preference`, `score` or `right`; None where there is none), never a text.
+    `prompt_sha256` and its verdict, never a text: `right`, `preference` (for the model, in [0, 1]) or `score`, None
+    where there is none.
     `details` are tables beside the scores by their name, each a list of rows with the same keys.
     """
 
