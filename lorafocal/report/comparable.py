@@ -34,10 +34,11 @@ def reasons(result: Result, family: str | None, standard: Standard) -> tuple[str
     preset = benchmark.get("preset") or standard.families.get(family or "", {}).get("preset")
     return (
         *_judge(result, benchmark),
+        *_settings(result, benchmark),
         *_base(result, standard),
-        *(_sampling(result, preset) if "judges" in benchmark else ()),
+        *(_sampling(result, preset) if "judge" in benchmark else ()),
         *_versions(result, benchmark),
-        *_prompts(result, benchmark),
+        *_counts(result, benchmark),
     )
 
 
@@ -56,9 +57,22 @@ def _places(result: Result) -> list[str]:
 
 
 def _judge(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
-    judges = benchmark.get("judges", ())
-    if judges and result.judge not in judges:
-        yield f"the judge is {result.judge or 'not known'}; the paper's is {judges[0]}"
+    judge = benchmark.get("judge")
+    if judge is not None and result.judge != judge:
+        yield f"the judge is {result.judge or 'not known'}; the paper's is {judge}"
+
+
+def _settings(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in benchmark.get("settings", {}).items():
+        if (found := result.settings.get(key)) != value:
+            yield f"{key} is {_said(found)}; the paper's is {_said(value)}"
+    for key, value in benchmark.get("unlike", {}).items():
+        if result.settings.get(key) == value:
+            yield f"{key} is {value}; the paper's is the benchmark's"
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _base(result: Result, standard: Standard) -> Iterator[str]:
@@ -91,7 +105,7 @@ def _versions(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
             yield f"{package} {found or 'of no stated version'}; the recipe asks for {version}"
 
 
-def _prompts(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
-    expected, found = benchmark.get("prompts"), result.counts.get("prompts")
-    if expected is not None and found is not None and found != expected:
-        yield f"{found} of the {expected} prompts"
+def _counts(result: Result, benchmark: Mapping[str, Any]) -> Iterator[str]:
+    for key, number in benchmark.get("counts", {}).items():
+        if (found := result.counts.get(key)) != number:
+            yield f"{key}: {_said(found)}, of {number} in the paper"

@@ -52,18 +52,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of the paper; `blocks` are its rows by base, a user's rows on another base the last of them."""
+    """One table of the paper; `blocks` are its rows by base, a user's rows on another base the last of them.
+
+    `averaged` tables have an average of their columns.
+    """
 
     number: int
     title: str
     columns: tuple[Column, ...]
+    averaged: bool
     blocks: tuple[tuple[str, tuple[Row, ...]], ...]
     oddities: tuple[str, ...]
-
-    @property
-    def averaged(self) -> bool:
-        """Whether the table has an average of its columns."""
-        return any(row.mean is not None for row in self.rows)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -107,7 +106,8 @@ def paper_tables(results: Sequence[Result]) -> PaperTables:
 def paper_data() -> dict[str, Any]:
     """`configs/paper/results.yaml`, which comes with the package."""
     path = recipes.folder() / f"{recipes.RESULTS}.yaml"
-    return parse_yaml(path.read_text(encoding="utf-8"), source=path.name)  # type: ignore[no-any-return]
+    data: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), source=path.name)
+    return data
 
 
 @cache
@@ -139,10 +139,10 @@ def letter(number: int) -> str:
 
 
 def _by_row(results: Sequence[Result]) -> list[tuple[str, dict[str, Result]]]:
-    """Results of one model share a row; a second judgment of the same benchmark begins another."""
+    """Results of one model share a row; other weights of that name, or the same benchmark again, begin another."""
     rows: list[tuple[str, dict[str, Result]]] = []
     for result in results:
-        free = (held for name, held in rows if name == result.model and result.benchmark not in held)
+        free = (held for name, held in rows if name == result.model and _fits(result, held))
         held = next(free, None)
         if held is None:
             rows.append((result.model, held := {}))
@@ -150,11 +150,24 @@ def _by_row(results: Sequence[Result]) -> list[tuple[str, dict[str, Result]]]:
     return rows
 
 
+def _fits(result: Result, held: Mapping[str, Result]) -> bool:
+    weights = {_weights(each) for each in (result, *held.values())} - {None}
+    return result.benchmark not in held and len(weights) <= 1
+
+
+def _weights(result: Result) -> str | None:
+    """The digest of what answered, where the result knows it."""
+    target = result.target or {}
+    model = target.get("model")
+    found = target.get("adapter_sha256") or (model.get("sha256") if isinstance(model, Mapping) else None)
+    return found if isinstance(found, str) else None
+
+
 def _table(
     number: int, key: str, spec: Mapping[str, Any], rows: Sequence[tuple[str, dict[str, Result]]], standard: Standard
 ) -> Table:
     columns = tuple(Column(**column) for column in spec["columns"])
-    benchmarks = {column.benchmark for column in columns}
+    benchmarks, averaged = {column.benchmark for column in columns}, spec.get("averaged", False)
     blocks: dict[str | None, list[Row]] = {
         family: [
             *(_paper_row(name, row, f"tables.{key}.rows.{family}.{name}") for name, row in lines.items()),
@@ -168,36 +181,22 @@ def _table(
     for name, held in rows:
         if benchmarks & held.keys():
             family = family_of(held.values(), standard)
-            blocks.setdefault(family, []).append(_own_row(name, held, columns, family, standard, key == "table_2"))
+            blocks.setdefault(family, []).append(_own_row(name, held, columns, averaged, family, standard))
     titles = {family: entry["name"] for family, entry in standard.families.items()}
     named = tuple(
         (titles.get(family or "", "Another base, or none stated"), tuple(lines)) for family, lines in blocks.items()
     )
-    return Table(number, spec["title"], columns, named, tuple(spec["oddities"]))
+    return Table(number, spec["title"], columns, averaged, named, tuple(spec["oddities"]))
 
 
 def _paper_row(name: str, row: Mapping[str, Any], key: str) -> Row:
-    """A line of the paper. The mean of its columns is computed where they are known; else it is the reader's."""
-    values = row["values"]
-    known = None not in values
-    mean = fmean(values) if known and "mean" in row else row.get("mean")
-    return Row(
-        name,
-        "paper",
-        _source(key),
-        tuple(map(_printed_cell, values)),
-        None if mean is None else Cell(f"{mean:.1f}", Score(mean)),
-        _printed_average(row) if mean is not None else None,
-    )
-
-
-def _printed_average(row: Mapping[str, Any]) -> Cell:
-    """The paper's Average where it was read, and by how much it exceeds the mean of its columns."""
-    printed, excess = row.get("printed"), row["excess"]
-    return Cell(
-        f"{NOT_READ if printed is None else f'{printed:.1f}'} ({excess:+.2f})",
-        None if printed is None else Score(printed),
-    )
+    """A line of the paper: `mean` is what its columns average to, `excess` what its printed average is above that."""
+    cells = tuple(map(_printed_cell, row["values"]))
+    if "mean" not in row:
+        return Row(name, "paper", _source(key), cells)
+    printed = _printed_cell(row.get("printed"))
+    average = Cell(f"{printed.text} ({row['excess']:+.2f})", printed.score)
+    return Row(name, "paper", _source(key), cells, _printed_cell(row["mean"]), average)
 
 
 def _published_row(name: str, values: Sequence[float | None], key: str) -> Row:
@@ -209,10 +208,15 @@ def _printed_cell(value: float | None) -> Cell:
 
 
 def _own_row(
-    name: str, held: Mapping[str, Result], columns: Sequence[Column], family: str | None, standard: Standard, mean: bool
+    name: str,
+    held: Mapping[str, Result],
+    columns: Sequence[Column],
+    averaged: bool,
+    family: str | None,
+    standard: Standard,
 ) -> Row:
     cells = tuple(_own_cell(held.get(column.benchmark), column, family, standard) for column in columns)
-    return Row(name, "yours", "yours", cells, _own_mean(cells) if mean else None)
+    return Row(name, "yours", "yours", cells, _own_mean(cells) if averaged else None)
 
 
 def _own_cell(result: Result | None, column: Column, family: str | None, standard: Standard) -> Cell:
@@ -229,6 +233,5 @@ def _own_mean(cells: Sequence[Cell]) -> Cell:
     scores = [cell.score.value for cell in cells if cell.score is not None]
     if len(scores) < len(cells):
         return Cell(NOT_MEASURED, None, (f"{len(scores)} of the {len(cells)} columns are there: no average",))
-    return Cell(
-        f"{fmean(scores):.2f}", Score(fmean(scores)), tuple(dict.fromkeys(r for cell in cells for r in cell.reasons))
-    )
+    marks = dict.fromkeys(reason for cell in cells for reason in cell.reasons)
+    return Cell(f"{fmean(scores):.2f}", Score(fmean(scores)), tuple(marks))

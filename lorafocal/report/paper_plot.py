@@ -56,8 +56,9 @@ def _draw(
         colour, score = _colour(row.whose, theme), cell.score
         if score.low is not None and score.high is not None:
             axes.plot([score.low, score.high], [place, place], color=colour, linewidth=1.6)
-        hollow = {"markerfacecolor": theme.back} if cell.reasons else {}
-        axes.plot([score.value], [place], marker=_MARKERS[row.whose], color=colour, linestyle="none", **hollow)
+        filling = theme.back if cell.reasons else colour  # hollow where it does not compare
+        marker = _MARKERS[row.whose]
+        axes.plot([score.value], [place], marker=marker, color=colour, markerfacecolor=filling, linestyle="none")
         words = f"{score.value:.1f}{mark_of(cell.reasons, legend)}"
         axes.annotate(
             words, (score.value, place), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7,
