@@ -15,18 +15,21 @@ import itertools
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from lorafocal.config import load_config
-from lorafocal.data.toy import is_right, right_answer, toy_preferences, toy_prompts
+from lorafocal.data.toy import toy_preferences
 from lorafocal.errors import InputError
-from lorafocal.evaluate.generate import judge, paired_interval, sample_answers, share
-from lorafocal.evaluate.score import score_file
-from lorafocal.model.load import load_base, load_tokenizer
-from lorafocal.model.saved import open_adapter, read_adapter
+from lorafocal.evaluate.by_rule import evaluate_rule, read_targets
+from lorafocal.evaluate.compare import compare_results
+from lorafocal.evaluate.pairs import evaluate_pairs
+from lorafocal.evaluate.result import Result, Score
+from lorafocal.generation import generate
+from lorafocal.generation.formats import read_answers
 from lorafocal.model.toy_base import toy_base
 from lorafocal.progress import MetricsFile
 from lorafocal.release.export import export
@@ -38,7 +41,8 @@ SEEDS = (1, 2, 3)
 TRAINING_PAIRS, HELD_OUT = 3840, 600
 MARKER = "quickstart.json"
 RUNS = [f"{objective}-{seed}" for objective in ("focalpo", "dpo") for seed in SEEDS]
-OURS = ("data", "bundle", "report", *RUNS)
+OURS = ("data", "answers", "results", "bundle", "report", *RUNS)
+DRAWING = {"temperature": 1.0, "max_new_tokens": 12, "seed": 0}
 
 
 def main(out: Path, overrides: list[str]) -> None:
@@ -51,7 +55,8 @@ def main(out: Path, overrides: list[str]) -> None:
     print(f"\r     {base.name} is ready                    ")
 
     print("2/5  the pairs: a right and a wrong answer to each question; a rule knows which")
-    (out / "data").mkdir(parents=True)
+    for folder in ("data", "answers", "results"):
+        (out / folder).mkdir()
     for name, rows in (
         ("train", toy_preferences(TRAINING_PAIRS, seed=1)),
         ("held_out", toy_preferences(HELD_OUT, seed=2, held_out=True)),
@@ -59,22 +64,19 @@ def main(out: Path, overrides: list[str]) -> None:
         (out / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     print("3/5  training: FocalPO, and DPO at the same settings")
-    tokenizer, prompts = load_tokenizer(str(base)), toy_prompts(HELD_OUT, seed=2, held_out=True)
-    answers = {"base": sample(load_base(str(base), dtype="float32"), tokenizer, prompts)}
+    before = right_answers(base, "base", out)
     table = [f"{'':<12}{'right answers':<24}{'change, paired 95%':<30}reward accuracy"]
-    before = judge(prompts, answers["base"], is_right)
-    table.append(f"{'base':<12}{share(before)!s:<24}{'':<30}every margin is 0")
+    table.append(f"{'base':<12}{percent(before.scores['right']):<24}{'':<30}every margin is 0")
     for objective in ("focalpo", "dpo"):
         for seed in SEEDS:
             name = f"{objective}-{seed}"
             run = train_one(base, out, objective, seed, overrides)
-            adapter = run.folder / "adapter"
-            answers[name] = sample(open_adapter(read_adapter(adapter), dtype="float32"), tokenizer, prompts)
-            after = judge(prompts, answers[name], is_right)
+            after = right_answers(run.folder, name, out)
             log_right_answers(run, before, after)
-            margins = score_file(str(adapter), out / "data" / "held_out.jsonl").margins
-            rewards = share([margin > 0 for margin in margins])
-            table.append(f"{name:<12}{share(after)!s:<24}{change(before, after):<30}{rewards}")
+            accuracy = reward_accuracy(run.folder, name, out)
+            table.append(
+                f"{name:<12}{percent(after.scores['right']):<24}{change(before, after):<30}{percent(accuracy)}"
+            )
 
     print("4/5  a release of the first adapter: merged, checked on held-out pairs, bundled")
     released = export(out / "focalpo-1" / "adapter", out / "bundle", form="bundle", dtype="float32")
@@ -91,15 +93,15 @@ def main(out: Path, overrides: list[str]) -> None:
         "\ndocs/reading-a-run.md has both stories."
     )
     print(f"\nThe first three questions that are answered otherwise now:\n\n{'':<20}{'right':<14}{'base':<14}FocalPO")
-    changed = (row for row in zip(prompts, answers["base"], answers["focalpo-1"], strict=True) if row[1] != row[2])
-    for prompt, was, became in itertools.islice(changed, 3):
-        question = prompt[-1]["content"]
-        print(f"{question:<20}{right_answer(question):<14}{was:<14}{became}")
+    for question, right, was, became in itertools.islice(changed_answers(out, "base", "focalpo-1"), 3):
+        print(f"{question:<20}{right:<14}{was:<14}{became}")
     print(f"\nadapter        {out / 'focalpo-1' / 'adapter'}")
     print(f"merged model   {out / 'bundle' / 'merged'}")
     print(f"check it       .venv/bin/python {out / 'bundle' / 'verify.py'}")
     print(f"report         {report.page}")
+    print(f"answers        {out / 'answers'}, and what was found of them in {out / 'results'}")
     print(f"base           {base}")
+    print(f"look closer    .venv/bin/lorafocal evaluate pairs {out / 'focalpo-1'} {out / 'data' / 'held_out.jsonl'}")
     print(f"talk to it     .venv/bin/lorafocal chat {out / 'focalpo-1'}")
     print(f"next           .venv/bin/lorafocal train {out / 'focalpo-1' / 'config.yaml'} name=again training.seed=4")
     print(f"all of it took {time.perf_counter() - start:.0f} s")
@@ -126,20 +128,45 @@ def train_one(base: Path, out: Path, objective: str, seed: int, more: list[str])
     return summary
 
 
-def log_right_answers(run: RunSummary, before: list[bool], after: list[bool]) -> None:
+def right_answers(target: Path, name: str, out: Path) -> Result:
+    """One sampled answer to each held-out question, and which of them are right: the pairs' chosen answers are."""
+    questions, answers = out / "data" / "held_out.jsonl", out / "answers" / f"{name}.json"
+    generate(target, questions, out=answers, name=name, say=lambda line: None, **DRAWING)
+    result = evaluate_rule(answers, rule="exact", targets=questions, field="chosen")
+    result.write(out / "results" / f"{name}-rule.json")
+    return result
+
+
+def reward_accuracy(run: Path, name: str, out: Path) -> Score:
+    """The share of held-out pairs whose right answer has the higher implicit reward."""
+    result = evaluate_pairs(run, out / "data" / "held_out.jsonl")
+    result.write(out / "results" / f"{name}-pairs.json")
+    return result.scores["accuracy"]
+
+
+def log_right_answers(run: RunSummary, before: Result, after: Result) -> None:
     """Right answers by rule before and after training, beside the run's other metrics: the report compares them."""
     log = MetricsFile(run.folder / "metrics.jsonl")
-    for step, answers in ((0, before), (run.steps, after)):
-        log.append(step, {"eval_right_answers": sum(answers) / len(answers)})
+    for step, result in ((0, before), (run.steps, after)):
+        log.append(step, {"eval_right_answers": result.scores["right"].value / 100})
 
 
-def sample(model, tokenizer, prompts) -> list[str]:
-    return sample_answers(model, tokenizer, prompts, max_new_tokens=12, temperature=1.0, seed=0)
+def change(before: Result, after: Result) -> str:
+    difference = compare_results(before, after).scores["difference"]
+    return f"{difference.value:+.1f} points [{difference.low:+.1f}, {difference.high:+.1f}]"
 
 
-def change(before: list[bool], after: list[bool]) -> str:
-    difference, low, high = (100 * value for value in paired_interval(before, after))
-    return f"{difference:+.1f} points [{low:+.1f}, {high:+.1f}]"
+def percent(score: Score) -> str:
+    return f"{score.value:.1f}% [{score.low:.1f}, {score.high:.1f}]"
+
+
+def changed_answers(out: Path, one: str, other: str) -> Iterator[tuple[str, str, str, str]]:
+    """Question, right answer, and both models' answers, where these differ."""
+    right = read_targets(out / "data" / "held_out.jsonl", "chosen")
+    rows = (read_answers(out / "answers" / f"{name}.json").rows for name in (one, other))
+    for was, became in zip(*rows, strict=True):
+        if was.output != became.output:
+            yield was.instruction, right[was.instruction], was.output, became.output
 
 
 def make_room(out: Path) -> None:
