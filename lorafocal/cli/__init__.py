@@ -28,6 +28,7 @@ _RESULTS = (results.report, results.score, results.chat, results.merge, results.
 _EVALUATIONS = (
     judging.alpaca,
     judging.arena,
+    evaluation.rule,
     evaluation.reward,
     evaluation.leaderboard,
     evaluation.pairs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,32 @@ ReferenceOption = Annotated[
     str | None,
     typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What rewards are relative to, if not its base."),
 ]
+
+
+def rule(
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="What `generate` wrote.")],
+    rule: Annotated[str, typer.Option("--rule", help="exact, contains, number, regex or json.")],
+    targets: Annotated[
+        Path | None,
+        typer.Option("--targets", metavar="FILE", help="Prompts with what is right for each; preference rows will do."),
+    ] = None,
+    field: Annotated[
+        str, typer.Option("--field", metavar="KEY", help="Of the targets' rows: what is right; chosen for pairs.")
+    ] = "target",
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", metavar="REGEX", help="For regex: one pattern, in place of targets.")
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option("--key", metavar="KEY", help="For json: a key it must have; may be repeated.")
+    ] = None,
+    out: ResultOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The share of right answers by a rule that nobody can argue with: no judge, no bill."""
+    from lorafocal.evaluate.by_rule import evaluate_rule
+
+    found = evaluate_rule(answers, rule=rule, targets=targets, field=field, pattern=pattern, keys=tuple(keys or ()))
+    finish(found, out, as_json)
 
 
 def reward(
@@ -70,9 +96,9 @@ def leaderboard(
 
     no_loading_bars()
     asked = tuple(tasks or LEADERBOARD)
-    result = evaluate_leaderboard(
-        target, base=base, tasks=asked, task_folder=task_folder, limit=limit, batch_size=batch_size, say=say
-    )
+    journal = None if out is None else out.with_name(f"{out.stem}.tasks.jsonl")
+    options: dict[str, Any] = {"base": base, "task_folder": task_folder, "journal": journal}
+    result = evaluate_leaderboard(target, tasks=asked, limit=limit, batch_size=batch_size, say=say, **options)
     finish(result, out, as_json)
 
 
@@ -125,5 +151,6 @@ def fingerprint(
         base=base,
         target_reference=reference,
         released_reference=released_reference,
+        say=say,
     )
     finish(result, out, as_json)

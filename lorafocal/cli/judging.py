@@ -70,10 +70,10 @@ def alpaca(
 ) -> None:
     """AlpacaEval 2: win rate and length-controlled win rate, by the alpaca-eval package."""
     if answers is None and annotations is not None:
-        refuse_given(context, (*OF_A_JUDGE, "reference", "annotator"), NOBODY_IS_ASKED)
+        refuse_given(context, (*OF_A_JUDGE, "annotator"), NOBODY_IS_ASKED)
         from lorafocal.evaluate.alpaca import evaluate_annotations
 
-        finish(evaluate_annotations(annotations, gamed=gamed), out, as_json)
+        finish(evaluate_annotations(annotations, reference=reference, gamed=gamed), out, as_json)
         return
     if answers is None or annotations is not None:
         raise InputError("give the answers to be judged, or --annotations with judgments that exist: one of the two")
