@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import careless, careless_asking, careless_release
+from tests import careless, careless_asking, careless_judging, careless_release
 
 ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
@@ -262,6 +262,10 @@ GUARDS: list[Guard] = [
     # recipes and provenance
     Guard("58", "lorafocal.provenance:check_same_inputs", lambda _: lambda *a: [], "tests/test_provenance.py::test_another_row_is_refused_by_name_before_anything_is_written"),
     Guard("58", "lorafocal.recipes:differences", lambda _: lambda *a, **k: [], "tests/test_recipes.py::test_what_is_done_otherwise_is_listed_with_where_the_recipes_value_is_from"),
+    # judging and comparing
+    Guard("58", "lorafocal.evaluate.compare:_by_prompt", lambda _: lambda result, kind: {(place,): item for place, item in enumerate(result.items)}, "tests/evaluate/test_compare.py::test_right_and_wrong_are_compared_prompt_by_prompt"),
+    Guard("58", "lorafocal.evaluate.by_rule:_against_targets", lambda _: lambda rule, asked, texts, targets, source: list(map(rule.holds, texts, targets.values())), "tests/evaluate/test_by_rule.py::test_answers_are_matched_with_their_targets_by_prompt"),
+    Guard("58", "lorafocal.evaluate.calibration:_bin_index", lambda _: lambda confidence, bins: confidence.argsort().argsort() * bins // len(confidence), "tests/evaluate/test_calibration.py::test_bins_hold_about_equally_many_and_never_part_equal_margins"),
 
     # asking servers
     Guard("58", "lorafocal.endpoints.endpoint:Endpoint.key", lambda _: careless_asking.texts_alone, "tests/endpoints/test_asking.py::test_another_model_or_another_option_is_another_question"),
@@ -269,6 +273,14 @@ GUARDS: list[Guard] = [
     Guard("S8", "lorafocal.endpoints.endpoint:Endpoint.credential", lambda _: careless_asking.the_usual_key, "tests/endpoints/test_secrets.py::test_the_key_for_openai_goes_to_no_other_server"),
     Guard("S8", "lorafocal.endpoints.client:quiet_libraries", lambda _: careless_asking.talkative_libraries, "tests/endpoints/test_secrets.py::test_a_client_that_logs_its_requests_is_not_heard"),
     Guard("S8", "lorafocal.endpoints.refusals:quotable", lambda _: careless_asking.in_the_servers_words, "tests/endpoints/test_secrets.py::test_neither_key_nor_prompt_is_in_any_file_log_or_message"),
+    Guard("58", "lorafocal.evaluate.alpaca_judging:_known", lambda known: lambda preference: known(preference) or 1.5, "tests/evaluate/test_alpaca.py::test_a_verdict_that_cannot_be_read_is_counted_and_not_guessed"),
+    Guard("58", "lorafocal.evaluate.alpaca_judging:signature", lambda _: lambda annotator, judge: annotator, "tests/evaluate/test_alpaca.py::test_annotations_give_the_same_numbers_alone"),
+    Guard("58", "lorafocal.evaluate.alpaca_judging:_check_marks", lambda _: lambda pairs: None, "tests/evaluate/test_alpaca.py::test_answers_that_cannot_be_compared_are_refused_before_anything_is_sent"),
+    Guard("58", "lorafocal.evaluate.alpaca_rows:place_rows", lambda _: lambda rows, order, file: dict(enumerate(map(dict, rows))), "tests/evaluate/test_alpaca.py::test_the_order_of_the_rows_does_not_matter_where_a_reference_tells_the_positions"),
+    # verdicts of a judge
+    Guard("58", "lorafocal.evaluate.arena_verdicts:label_in", lambda _: careless_judging.last_label, "tests/evaluate/test_arena.py::test_one_label_is_a_verdict_two_are_none_and_no_label_is_asked_for"),
+    Guard("58", "lorafocal.evaluate.arena_verdicts:Verdicts.battles", lambda _: property(careless_judging.missing_is_a_tie), "tests/evaluate/test_arena.py::test_known_verdicts_have_the_known_win_rate"),
+    Guard("58", "lorafocal.evaluate.arena_verdicts:Verdicts.wins", lambda _: property(careless_judging.always_second), "tests/evaluate/test_arena.py::test_known_verdicts_have_the_known_win_rate"),
 ]
 # fmt: on
 

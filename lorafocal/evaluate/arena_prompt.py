@@ -51,7 +51,7 @@ _REQUIRED = ("system_prompt", "prompt_template", "regex_pattern")
 _OPTIONAL = ("temperature", "max_tokens", "number_of_judgment_attempts")
 _FIXED = {"pairwise": True, "baseline": True, "reference": False}  # what makes it Arena-Hard v0.1
 _NAMES = ("name", "bench_name", "judge_model", "baseline_model", "ref_model", "model_list")  # said by the call instead
-_FIELD = re.compile(r"(question|answer)_[1-9][0-9]?")
+_PLACE = re.compile(r"(question|answer)_[1-9][0-9]?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class JudgePrompt:
         """
         values = {f"question_{number}": text for number, text in enumerate(question, start=1)}
         values |= {f"answer_{number}": text for number, text in enumerate((*first, *second), start=1)}
-        named = {field for template in self.templates for field in _fields(template)}
+        named = {place for template in self.templates for place in _places(template)}
         if named != values.keys():
             raise InputError(
                 f"{self.file or 'the judge prompt'} speaks of {', '.join(sorted(named))}, and a question has"
@@ -157,8 +157,8 @@ def _groups(pattern: str, where: str) -> int:
         raise InputError(f"{where}: regex_pattern {pattern!r} is no regular expression ({error})") from error
 
 
-def _fields(template: str) -> list[str]:
-    return [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+def _places(template: str) -> list[str]:
+    return [place for _, place, _, _ in Formatter().parse(template) if place is not None]
 
 
 def _check_template(template: str, where: str) -> None:
@@ -167,6 +167,6 @@ def _check_template(template: str, where: str) -> None:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise InputError(f"{where}: prompt_template cannot be filled ({error})") from error
-    for _, field, spec, conversion in parts:
-        if field is not None and (spec or conversion or not _FIELD.fullmatch(field)):
-            raise InputError(f"{where}: prompt_template has places {{question_1}}, {{answer_1}}..., not {{{field}}}")
+    for _, place, spec, conversion in parts:
+        if place is not None and (spec or conversion or not _PLACE.fullmatch(place)):
+            raise InputError(f"{where}: prompt_template has places {{question_1}}, {{answer_1}}..., not {{{place}}}")

@@ -11,7 +11,7 @@ from lorafocal.evaluate.bradley_terry import strengths, win_probability
 from lorafocal.evaluate.intervals import Share, share
 from lorafocal.evaluate.result import Score
 
-PRINTED = 6  # decimals of a percentage; the fit is good for as many
+PRINTED = 4  # decimals of a percentage; the fit is good for two more
 
 
 def battles_resampled(verdicts: Sequence[Verdicts], *, rounds: int, seed: int) -> Score:
