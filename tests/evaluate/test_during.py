@@ -1,0 +1,300 @@
+"""Answers during training: the run stays the same bit for bit, and what is said of the answers is what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from lorafocal import run
+from lorafocal.config import Config, check_config
+from lorafocal.data.toy import toy_preferences
+from lorafocal.errors import InputError
+from lorafocal.evaluate import during
+from lorafocal.evaluate.answered import read_answered
+from lorafocal.generation.batches import sample_answers
+from lorafocal.model.load import load_tokenizer
+from lorafocal.model.saved import open_adapter, read_adapter
+from lorafocal.publish import sha256
+from lorafocal.run import Callbacks, no_callbacks
+from tests.evaluate.test_reward import save_causal
+from tests.test_config import VALUES, mistakes
+from tests.toy_run import HELD_OUT, STEPS, metric_lines, run_config, write_inputs
+
+ASKED: dict[str, Any] = {"every": 4, "count": 4, "rule": "regex", "pattern": r"9.*9", "max_new_tokens": 6}
+EVALUATED = [0, 4, 8, STEPS]
+SHARE = "eval_right_answers"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> Path:
+    """A run that nobody watches."""
+    return trained(config_of(root, None), root / "alone")
+
+
+@pytest.fixture(scope="module")
+def watched(root: Path) -> Path:
+    return trained(config_of(root, ASKED), root / "watched")
+
+
+def config_of(root: Path, evaluation: dict[str, Any] | None, **changes: Any) -> Config:
+    return check_config({**run_config(root, **changes).model_dump(mode="json"), "evaluation": evaluation})
+
+
+def trained(config: Config, runs: Path, *more: TrainerCallback, resume: bool = False, quiet: bool = True) -> Path:
+    """The run's folder; `more` watch it too."""
+    made: Callbacks = no_callbacks if config.evaluation is None else during.callbacks
+    return run.train(
+        config, quiet=quiet, resume=resume, runs_dir=runs, callbacks=lambda *parts: [*made(*parts), *more]
+    ).folder
+
+
+def weights(folder: Path) -> str:
+    return sha256(folder / "adapter" / "adapter_model.safetensors")
+
+
+def logged(folder: Path, key: str) -> list[dict[str, float]]:
+    """The lines with `key`, without what was timed."""
+    return [
+        {name: value for name, value in line.items() if not name.endswith(("_runtime", "_per_second"))}
+        for line in metric_lines(folder, key=key)
+    ]
+
+
+def shares(folder: Path, key: str = SHARE) -> dict[int, dict[str, float]]:
+    """The logged lines about answers, by step; each step once."""
+    lines = metric_lines(folder, key=key)
+    assert len(lines) == len({line["step"] for line in lines})
+    return {int(line["step"]): line for line in lines}
+
+
+def answers_at(folder: Path, step: int) -> list[str]:
+    return [row.answer for row in read_answered(folder / "answers" / f"step-{step}.jsonl")[1]]
+
+
+class Killed(TrainerCallback):
+    """Sends this process the signal to stop at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class RandomStates(TrainerCallback):
+    """What torch would draw from at the start of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(torch.get_rng_state().numpy().tobytes())
+
+
+# ---- the run is the same
+
+
+@pytest.mark.row("F14")
+def test_a_watched_run_is_the_unwatched_one_bit_for_bit(alone: Path, watched: Path) -> None:
+    assert weights(watched) == weights(alone)
+    for name in ("parameters.safetensors", "optimizer.safetensors"):
+        place = f"checkpoint-{STEPS}/{name}"
+        assert sha256(watched / place) == sha256(alone / place)
+    for key in ("loss", "eval_loss"):
+        assert logged(watched, key) == logged(alone, key)
+
+
+@pytest.mark.parametrize(
+    ("changes", "evaluation"),
+    [
+        ({"adapter__dropout": 0.1, "adapter__allow_dropout": True}, {"temperature": 0.9}),
+        ({"model__dtype": "bfloat16", "training__activation_checkpointing": "full"}, {}),
+    ],
+    ids=["noise, and answers that are drawn", "bfloat16, recomputed"],
+)
+def test_neither_noise_nor_random_state_nor_precision_is_another(
+    root: Path, tmp_path: Path, changes: dict[str, Any], evaluation: dict[str, Any]
+) -> None:
+    states = RandomStates(), RandomStates()
+    changes = {**changes, "training__num_train_epochs": None, "training__max_steps": 2}
+    plain = trained(config_of(root, None, **changes), tmp_path / "plain", states[0])
+    asked = trained(config_of(root, {**ASKED, "every": 1, **evaluation}, **changes), tmp_path / "asked", states[1])
+    assert weights(asked) == weights(plain)
+    assert states[0].seen == states[1].seen
+    assert list(shares(asked)) == [0, 1, 2]
+
+
+def test_every_parameter_may_be_trained(root: Path, tmp_path: Path) -> None:
+    values = run_config(root, training__num_train_epochs=None, training__max_steps=2).model_dump(mode="json")
+    values |= {"adapter": None, "reference": {"kind": "separate_model", "model": values["model"]["name"]}}
+    values["model"]["dtype"] = "bfloat16"
+    found = {}
+    for name, evaluation in (("plain", None), ("asked", {**ASKED, "every": 1})):
+        folder = trained(check_config({**values, "evaluation": evaluation}), tmp_path / name)
+        found[name] = sha256(folder / "model" / "model.safetensors")
+    assert found["plain"] == found["asked"]
+
+
+# ---- what is said of it
+
+
+def test_answers_are_those_of_the_finished_adapter_and_the_log_counts_them(root: Path, watched: Path) -> None:
+    adapter = open_adapter(read_adapter(watched / "adapter"), dtype="float32")
+    prompts = [row["prompt"] for row in toy_preferences(HELD_OUT, seed=2, held_out=True)][: ASKED["count"]]
+    tokenizer = load_tokenizer(str(root / "base"))
+    expected = sample_answers(adapter, tokenizer, prompts, max_new_tokens=ASKED["max_new_tokens"], temperature=0.0)
+    assert answers_at(watched, STEPS) == expected
+    assert answers_at(watched, 0) != expected
+    lines = shares(watched)
+    assert list(lines) == EVALUATED
+    first = lines[0][SHARE]
+    for step, line in lines.items():
+        right = sum(answer.count("9") > 1 for answer in answers_at(watched, step)) / ASKED["count"]
+        assert line[SHARE] == right
+        assert line[f"{SHARE}_low"] <= right <= line[f"{SHARE}_high"]
+        assert line.get(f"{SHARE}_change") == (None if step == 0 else right - first)
+        assert line["eval_answers_cut"] == 1.0  # random weights end no answer
+    assert first not in (0.0, 1.0)  # the pattern tells answers apart
+
+
+@pytest.mark.row("55")
+def test_a_resumed_run_says_everything_once_and_the_same(root: Path, tmp_path: Path, watched: Path) -> None:
+    config = config_of(root, ASKED)
+    trained(config, tmp_path, Killed(5))
+    assert list(shares(tmp_path / "toy")) == [0, 4]
+    (tmp_path / "toy" / "answers" / "step-8.jsonl").write_text("of weights that are gone")
+    resumed = trained(config, tmp_path, resume=True)
+    assert shares(resumed) == shares(watched)
+    assert weights(resumed) == weights(watched)
+    assert [answers_at(resumed, step) for step in EVALUATED] == [answers_at(watched, step) for step in EVALUATED]
+
+
+@pytest.mark.row("16")
+def test_answers_that_were_judged_otherwise_are_no_beginning(root: Path, tmp_path: Path) -> None:
+    trained(config_of(root, ASKED), tmp_path, Killed(5))
+    resumed = trained(config_of(root, {**ASKED, "pattern": "9"}), tmp_path, resume=True)
+    lines = shares(resumed)
+    assert list(lines) == [0, 4, 5, 8, STEPS]
+    assert f"{SHARE}_change" not in lines[5]
+    right = {step: sum("9" in answer for answer in answers_at(resumed, step)) / ASKED["count"] for step in (5, STEPS)}
+    assert lines[STEPS][f"{SHARE}_change"] == right[STEPS] - right[5]
+
+
+def test_a_reward_model_says_which_answers_beat_the_chosen_ones(root: Path, tmp_path: Path) -> None:
+    evaluation = {"every": 2, "count": 4, "reward_model": str(save_causal(root / "reward")), "max_new_tokens": 6}
+    changes = {"training__num_train_epochs": None, "training__max_steps": 2}
+    folder = trained(config_of(root, evaluation, **changes), tmp_path)
+    how, rows = read_answered(folder / "answers" / "step-2.jsonl")
+    assert how["reward_model"] == "reward"
+    assert shares(folder, "eval_win_rate")[2]["eval_win_rate"] == sum(bool(row.good) for row in rows) / 4
+    assert weights(folder) == weights(trained(config_of(root, None, **changes), tmp_path / "plain"))
+    assert str(root) not in (folder / "answers" / "step-2.jsonl").read_text()
+
+
+# ---- what goes wrong
+
+
+def out_of_memory(when: Callable[[Sequence[Any]], bool]) -> Callable[..., Any]:
+    real = during.complete_batch
+
+    def complete(model: Any, tokenizer: Any, prompts: Sequence[Any], *rest: Any) -> Any:
+        if when(prompts):
+            raise torch.OutOfMemoryError("no room")
+        return real(model, tokenizer, prompts, *rest)
+
+    return complete
+
+
+def test_without_memory_batches_get_smaller(
+    root: Path, tmp_path: Path, watched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(during, "complete_batch", out_of_memory(lambda prompts: len(prompts) > 1))
+    folder = trained(config_of(root, ASKED), tmp_path)
+    assert shares(folder) == shares(watched)
+
+
+def test_a_failure_on_the_way_is_said_and_loses_nothing(
+    root: Path, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def later(prompts: Sequence[Any]) -> bool:
+        calls.append(len(prompts))
+        return len(calls) > 2  # the trial and the first evaluation succeed
+
+    monkeypatch.setattr(during, "complete_batch", out_of_memory(later))
+    folder = trained(config_of(root, ASKED), tmp_path, quiet=False)
+    assert weights(folder) == weights(alone)
+    assert list(shares(folder)) == [0]
+    said = capsys.readouterr().err
+    assert "warning: no answers at step 4, training goes on: the device has no memory for one answer" in said
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_written(root: Path, tmp_path: Path) -> None:
+    for evaluation, told in (
+        ({"every": 1, "reward_model": str(root / "base")}, "evaluation.reward_model: "),
+        ({"every": 1, "rule": "exact", "max_new_tokens": 6, "temperature": 1e9}, "temperature"),
+    ):
+        with pytest.raises(InputError, match=told):
+            trained(config_of(root, evaluation), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_needs_targets_that_it_can_read(root: Path, tmp_path: Path) -> None:
+    rows = [row | {"chosen": [{"role": "assistant", "content": "sort"}]} for row in toy_preferences(3, held_out=True)]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(root, {"every": 1, "rule": "number"}, data__eval=str(tmp_path / "words.jsonl"))
+    with pytest.raises(InputError, match=r"evaluation.rule: number cannot judge answers to words.jsonl:1: .*no number"):
+        trained(config, tmp_path / "runs")
+
+
+def test_a_section_that_nobody_would_answer_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="evaluation: nobody answers"):
+        run.train(config_of(root, ASKED), quiet=True, runs_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "told"),
+    [
+        ({"every": 10}, "evaluation.rule: missing; say who judges"),
+        ({"every": 0, "rule": "exact"}, "evaluation.every: found 0"),
+        ({"rule": "exact"}, "evaluation.every: missing"),
+        ({"every": 1, "rule": "exakt"}, "evaluation.rule: found 'exakt'"),
+        ({"every": 1, "rule": "exact", "reward_model": "m"}, "evaluation.rule: evaluation.reward_model judges"),
+        ({"every": 1, "rule": "regex"}, "evaluation.pattern: rule: regex needs one"),
+        ({"every": 1, "rule": "exact", "pattern": "a"}, "evaluation.pattern: rule: regex needs one"),
+        ({"every": 1, "rule": "regex", "pattern": "("}, "evaluation.pattern: '(' is no regular expression"),
+        ({"every": 1, "rule": "exact", "max_new_token": 3}, "did you mean evaluation.max_new_tokens"),
+    ],
+)
+def test_mistakes_are_told_at_their_key(evaluation: dict[str, Any], told: str) -> None:
+    assert told in mistakes({**VALUES, "data": {"train": "a.jsonl", "held_out": 9}, "evaluation": evaluation})
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"data": {"train": "a.jsonl"}}, "evaluation: answers the prompts of held-out pairs, and there are none"),
+        ({"engine": {"kind": "zero3"}}, "evaluation: zero3 splits the weights"),
+        ({"engine": {"kind": "fsdp2"}}, "evaluation: fsdp2 splits the weights"),
+        ({"model": {"name": "base", "dtype": "bfloat16", "backend": "unsloth"}}, "evaluation: unsloth exchanges"),
+    ],
+)
+def test_where_no_answers_can_be_written_the_section_is_refused(more: dict[str, Any], told: str) -> None:
+    values = {**VALUES, "data": {"train": "a.jsonl", "held_out": 9}, "evaluation": {"every": 1, "rule": "exact"}}
+    assert told in mistakes({**values, **more})
+    assert check_config({**values, "engine": {"kind": "zero2"}}).evaluation is not None
