@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from lorafocal.generation.formats import ALPACA, ARENA, AnswerRow, form_of, prov
 from lorafocal.generation.journal import Journal, check_same, journal_file
 from lorafocal.generation.presets import BATCH_TOKENS, PRESETS, Sampling, sampling_of
 from lorafocal.generation.prompts import Prompt, Prompts, read_prompts
+from lorafocal.publish import recover
 
 if TYPE_CHECKING:
     from lorafocal.endpoints import Endpoint
@@ -41,6 +42,14 @@ class GenerationReport:
     def length_limit(self) -> int:
         """Answers that were cut at the limit of new tokens."""
         return self.counts["length_limit"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For another program."""
+        return {**asdict(self), "out": str(self.out)}
+
+    def table(self) -> str:
+        """For a person: what there is now, and what a reader of it should know."""
+        return "\n".join([str(self), *(f"note: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
         cut = f"; {self.length_limit} cut at the limit of new tokens" if self.length_limit else ""
@@ -110,6 +119,8 @@ def generate(
         "prompts": asked.as_dict(),
         "versions": package_versions(*PACKAGES[machine.name]),
     }
+    for file in (out, provenance_file(out), journal_file(out)):
+        recover(out.parent, file.name)
     if (finished := _finished(out, about)) is not None:
         say(f"{out} is there already, made with these very settings")
         return GenerationReport(
