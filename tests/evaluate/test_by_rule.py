@@ -37,6 +37,7 @@ def rows_file(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.mark.row("58")
 def test_answers_are_matched_with_their_targets_by_prompt(tmp_path: Path) -> None:
     answers = answered(tmp_path, ("It is 42.", "It is 2.", "0.50"))
     rows = [{"prompt": QUESTIONS[n], "target": target} for n, target in ((2, 0.5), (0, 42), (1, "#### -2"))]

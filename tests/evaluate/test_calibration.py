@@ -67,6 +67,7 @@ def test_neither_the_order_of_pairs_nor_of_their_answers_matters() -> None:
     assert turned.log_loss == pytest.approx(found.log_loss, abs=1e-12)
 
 
+@pytest.mark.row("58")
 def test_bins_hold_about_equally_many_and_never_part_equal_margins() -> None:
     table = calibrate(oriented(1000)).bins
     assert len(table) == 10

@@ -29,6 +29,7 @@ def random_verdicts(seed: int, count: int = 60) -> dict[str, bool]:
     return {f"prompt {number}": bool(rng.random() < 0.5) for number in range(count)}
 
 
+@pytest.mark.row("58")
 def test_right_and_wrong_are_compared_prompt_by_prompt() -> None:
     before, after = random_verdicts(0), random_verdicts(1)
     found = compare_results(result(before, model="base"), result(dict(reversed(after.items())), model="tuned"))
