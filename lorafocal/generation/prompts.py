@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,8 +179,10 @@ def _asked(text: str) -> tuple[dict[str, str], ...]:
 
 def _once(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first of those with equal messages."""
-    first = {tuple(tuple(sorted(message.items())) for message in p.messages): p for p in reversed(prompts)}
-    return list(first.values())[::-1]
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(json.dumps(prompt.messages, sort_keys=True), prompt)
+    return list(first.values())
 
 
 def _check_ids(prompts: Sequence[Prompt], name: str) -> None:

@@ -68,7 +68,7 @@ class VllmEngine(SubjectEngine):
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            top_k=sampling.top_k,
+            top_k=sampling.top_k or -1,
             seed=None if sampling.greedy else request_seed(sampling.seed, ask.key),
             stop_token_ids=sorted(self.ends),
             detokenize=False,
