@@ -419,3 +419,12 @@ def index_at_its_word(name: str, revision: str | None) -> list[str]:
 def changed_for_good(*owners: Any) -> Iterator[dict[Any, dict[str, Any]]]:
     """Row 61: whatever a library does to the classes of another stays, in every model of the process."""
     yield {owner: dict(vars(owner)) for owner in owners}
+
+
+def verdicts_of_the_first_file(run: Any, how: Any, ids: Any) -> list[bool | None] | None:
+    """Row 16: the first evaluation is what others are compared with, however its answers were made and judged."""
+    from lorafocal.evaluate.answered import FOLDER, read_answered
+    from lorafocal.evaluations import evaluation_files
+
+    first = next(iter(evaluation_files(run, FOLDER).values()), None)
+    return None if first is None else [row.good for row in read_answered(first)[1]]

@@ -26,10 +26,11 @@ from lorafocal.publish import sha256
 from lorafocal.run import Callbacks, no_callbacks
 from tests.evaluate.test_reward import save_causal
 from tests.test_config import VALUES, mistakes
-from tests.toy_run import HELD_OUT, STEPS, metric_lines, run_config, write_inputs
+from tests.toy_run import HELD_OUT, metric_lines, run_config, write_inputs
 
-ASKED: dict[str, Any] = {"every": 4, "count": 4, "rule": "regex", "pattern": r"9.*9", "max_new_tokens": 6}
-EVALUATED = [0, 4, 8, STEPS]
+ASKED: dict[str, Any] = {"every": 2, "count": 4, "rule": "regex", "pattern": r"9.*9", "max_new_tokens": 6}
+STEPS = 5  # an epoch ends after the third
+EVALUATED = [0, 2, 4, STEPS]
 SHARE = "eval_right_answers"
 
 
@@ -49,8 +50,9 @@ def watched(root: Path) -> Path:
     return trained(config_of(root, ASKED), root / "watched")
 
 
-def config_of(root: Path, evaluation: dict[str, Any] | None, **changes: Any) -> Config:
-    return check_config({**run_config(root, **changes).model_dump(mode="json"), "evaluation": evaluation})
+def config_of(root: Path, evaluation: dict[str, Any] | None, *, steps: int = STEPS, **changes: Any) -> Config:
+    config = run_config(root, training__num_train_epochs=None, training__max_steps=steps, **changes)
+    return check_config({**config.model_dump(mode="json"), "evaluation": evaluation})
 
 
 def trained(config: Config, runs: Path, *more: TrainerCallback, resume: bool = False, quiet: bool = True) -> Path:
@@ -130,16 +132,16 @@ def test_neither_noise_nor_random_state_nor_precision_is_another(
     root: Path, tmp_path: Path, changes: dict[str, Any], evaluation: dict[str, Any]
 ) -> None:
     states = RandomStates(), RandomStates()
-    changes = {**changes, "training__num_train_epochs": None, "training__max_steps": 2}
-    plain = trained(config_of(root, None, **changes), tmp_path / "plain", states[0])
-    asked = trained(config_of(root, {**ASKED, "every": 1, **evaluation}, **changes), tmp_path / "asked", states[1])
+    plain = trained(config_of(root, None, steps=2, **changes), tmp_path / "plain", states[0])
+    watching = config_of(root, {**ASKED, "every": 1, **evaluation}, steps=2, **changes)
+    asked = trained(watching, tmp_path / "asked", states[1])
     assert weights(asked) == weights(plain)
     assert states[0].seen == states[1].seen
     assert list(shares(asked)) == [0, 1, 2]
 
 
 def test_every_parameter_may_be_trained(root: Path, tmp_path: Path) -> None:
-    values = run_config(root, training__num_train_epochs=None, training__max_steps=2).model_dump(mode="json")
+    values = config_of(root, None, steps=2).model_dump(mode="json")
     values |= {"adapter": None, "reference": {"kind": "separate_model", "model": values["model"]["name"]}}
     values["model"]["dtype"] = "bfloat16"
     found = {}
@@ -174,9 +176,9 @@ def test_answers_are_those_of_the_finished_adapter_and_the_log_counts_them(root:
 @pytest.mark.row("55")
 def test_a_resumed_run_says_everything_once_and_the_same(root: Path, tmp_path: Path, watched: Path) -> None:
     config = config_of(root, ASKED)
-    trained(config, tmp_path, Killed(5))
-    assert list(shares(tmp_path / "toy")) == [0, 4]
-    (tmp_path / "toy" / "answers" / "step-8.jsonl").write_text("of weights that are gone")
+    trained(config, tmp_path, Killed(3))
+    assert list(shares(tmp_path / "toy")) == [0, 2]
+    (tmp_path / "toy" / "answers" / "step-4.jsonl").write_text("of weights that are gone")
     resumed = trained(config, tmp_path, resume=True)
     assert shares(resumed) == shares(watched)
     assert weights(resumed) == weights(watched)
@@ -185,23 +187,22 @@ def test_a_resumed_run_says_everything_once_and_the_same(root: Path, tmp_path: P
 
 @pytest.mark.row("16")
 def test_answers_that_were_judged_otherwise_are_no_beginning(root: Path, tmp_path: Path) -> None:
-    trained(config_of(root, ASKED), tmp_path, Killed(5))
+    trained(config_of(root, ASKED), tmp_path, Killed(3))
     resumed = trained(config_of(root, {**ASKED, "pattern": "9"}), tmp_path, resume=True)
     lines = shares(resumed)
-    assert list(lines) == [0, 4, 5, 8, STEPS]
-    assert f"{SHARE}_change" not in lines[5]
-    right = {step: sum("9" in answer for answer in answers_at(resumed, step)) / ASKED["count"] for step in (5, STEPS)}
-    assert lines[STEPS][f"{SHARE}_change"] == right[STEPS] - right[5]
+    assert list(lines) == [0, 2, 3, 4, STEPS]
+    assert f"{SHARE}_change" not in lines[3]
+    right = {step: sum("9" in answer for answer in answers_at(resumed, step)) / ASKED["count"] for step in (3, STEPS)}
+    assert lines[STEPS][f"{SHARE}_change"] == right[STEPS] - right[3]
 
 
 def test_a_reward_model_says_which_answers_beat_the_chosen_ones(root: Path, tmp_path: Path) -> None:
     evaluation = {"every": 2, "count": 4, "reward_model": str(save_causal(root / "reward")), "max_new_tokens": 6}
-    changes = {"training__num_train_epochs": None, "training__max_steps": 2}
-    folder = trained(config_of(root, evaluation, **changes), tmp_path)
+    folder = trained(config_of(root, evaluation, steps=2), tmp_path)
     how, rows = read_answered(folder / "answers" / "step-2.jsonl")
     assert how["reward_model"] == "reward"
     assert shares(folder, "eval_win_rate")[2]["eval_win_rate"] == sum(bool(row.good) for row in rows) / 4
-    assert weights(folder) == weights(trained(config_of(root, None, **changes), tmp_path / "plain"))
+    assert weights(folder) == weights(trained(config_of(root, None, steps=2), tmp_path / "plain"))
     assert str(root) not in (folder / "answers" / "step-2.jsonl").read_text()
 
 
@@ -241,7 +242,7 @@ def test_a_failure_on_the_way_is_said_and_loses_nothing(
     assert weights(folder) == weights(alone)
     assert list(shares(folder)) == [0]
     said = capsys.readouterr().err
-    assert "warning: no answers at step 4, training goes on: the device has no memory for one answer" in said
+    assert "warning: no answers at step 2, training goes on: the device has no memory for one answer" in said
 
 
 def test_what_cannot_be_judged_is_refused_before_anything_is_written(root: Path, tmp_path: Path) -> None:

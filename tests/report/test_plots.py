@@ -33,7 +33,9 @@ def shows(png: bytes, colour: str) -> bool:
 
 
 def run_of(folder: Path, **changes: float) -> RunRecord:
+    judged = {"eval_right_answers": 0.5, "eval_right_answers_low": 0.4, "eval_right_answers_high": 0.6}
     lines = [line(step, **changes) for step in (1, 10, 20) for line in (training_line, evaluation_line)]
+    lines += [judged | {"step": step} for step in (1, 20)]
     return read_run(write_run(folder, lines), folder.name)
 
 

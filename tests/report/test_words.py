@@ -166,6 +166,17 @@ def test_numbers_that_are_not_finite_get_a_line() -> None:
     assert remark.seen == "grad_norm was not a finite number at step 20."
 
 
+@pytest.mark.parametrize(("highest", "told"), [(-0.01, True), (0.01, False)])
+@pytest.mark.parametrize("key", ["eval_right_answers", "eval_win_rate"])
+def test_where_the_interval_of_the_change_is_known_it_decides(key: str, highest: float, told: bool) -> None:
+    accuracies = [evaluation_line(step, rewards__accuracies=share) for step, share in ((0, 0.0), (10, 0.9))]
+    change = {f"{key}_change": -0.3, f"{key}_change_low": -0.5, f"{key}_change_high": highest}
+    record = record_of(*QUIET, *accuracies, {key: 0.7, "step": 0}, {key: 0.4, "step": 10, **change})
+    remark = words.answers_fell(record)
+    assert (remark is not None) == told
+    assert remark is None or "fell from 70.0% to 40.0%" in remark.seen
+
+
 def test_every_rule_says_what_it_looks_for() -> None:
     assert {rule.__name__ for rule in RULES.values()} == {
         "not_finite", "nothing_moved", "chosen_fell", "answers_fell", "pairs_turned", "more_unlearned",
