@@ -59,11 +59,11 @@ def evaluate_pairs(
 def pairs_result(scored: ScoredPairs, *, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Result:
     """The numbers of scored pairs; `settings` are those of `evaluate_pairs`.
 
-    Scores: `accuracy` and `longer_answer_accuracy`, what "the longer one is better" would rank right, in percent;
-    `accuracy_longer_chosen` and `accuracy_shorter_chosen` on the pairs of either kind; `margin` in the rewards' unit;
-    `calibration_error` and `brier` in [0, 1], `log_loss` in nats. `calibration_error_by_chance` is what a perfectly
-    calibrated model would show with these probabilities and this many pairs. Ties (a margin of exactly 0) are not
-    right, as in training's log, and counted; so are answers of equal length.
+    Scores: `accuracy`, and `longer_answer_accuracy`, what "the longer one is better" ranks right of the pairs whose
+    answers differ in tokens, in percent; `accuracy_longer_chosen` and `accuracy_shorter_chosen`, the model's own on the
+    pairs of either kind; `margin` in the rewards' unit; `calibration_error` and `brier` in [0, 1], `log_loss` in nats.
+    `calibration_error_by_chance` is what a perfectly calibrated model would show with these probabilities and this many
+    pairs. Ties (a margin of exactly 0) are not right, as in training's log, and counted.
     """
     report, margins = scored.report, scored.report.margins
     if len(margins) < len(report.scores):
@@ -100,7 +100,7 @@ def _ranking(scores: Sequence[PairScore]) -> tuple[dict[str, Score], dict[str, i
     longer = [score.chosen_tokens - score.rejected_tokens for score in scores]
     found = {
         "accuracy": right,
-        "longer_answer_accuracy": [difference > 0 for difference in longer],
+        "longer_answer_accuracy": [difference > 0 for difference in longer if difference != 0],
         "accuracy_longer_chosen": [was for was, difference in zip(right, longer, strict=True) if difference > 0],
         "accuracy_shorter_chosen": [was for was, difference in zip(right, longer, strict=True) if difference < 0],
     }

@@ -220,4 +220,4 @@ def _cell(value: Any) -> str:
 
 def _short(number: float) -> str:
     """Two decimals as the field prints percentages; small numbers keep three digits."""
-    return f"{number:.2f}" if abs(number) >= 1 or number == 0 else f"{number:.3g}"
+    return f"{number:.2f}" if abs(number) >= 1 or number == 0 else f"{number:#.3g}"

@@ -82,7 +82,7 @@ def test_known_margins_have_known_numbers(scored: ScoredPairs) -> None:
     rows = [(2.0, 9, 5)] * 4 + [(2.0, 5, 9)] * 2 + [(0.0, 5, 5)] + [(-1.0, 9, 5), (-1.0, 5, 9), (-1.0, 5, 5)]
     found = with_margins(scored, rows)
     assert found.scores["accuracy"] == share([True] * 6 + [False] * 4).percent
-    assert found.scores["longer_answer_accuracy"].value == 50.0
+    assert found.scores["longer_answer_accuracy"] == share([True] * 5 + [False] * 3).percent
     assert found.scores["accuracy_longer_chosen"] == share([True] * 4 + [False]).percent
     assert found.scores["accuracy_shorter_chosen"] == share([True] * 2 + [False]).percent
     assert dict(found.counts) == {"pairs": 10, "ties": 1, "longer_chosen": 5, "shorter_chosen": 3, "left_out": 0}
@@ -95,6 +95,8 @@ def test_known_margins_have_known_numbers(scored: ScoredPairs) -> None:
     assert [row["pairs"] for row in found.details["reliability"]] == [1, 3, 6]
     assert {row["quantile"]: row["margin"] for row in found.details["margins"]}[0.5] == 2.0
     assert any("1 of 10 margins are exactly 0" in note for note in found.notes)
+    alike = with_margins(scored, [(1.0, 5, 5)] * 3).scores
+    assert not [name for name in alike if "longer" in name or "shorter" in name]
 
 
 def test_labels_may_be_shares_of_annotators(run: SavedRun, scored: ScoredPairs) -> None:
