@@ -19,8 +19,13 @@ from typing import Any
 
 import pytest
 
+from tests import browser
+
 # The only skips allowed where none may pass unseen (CI=true or LORAFOCAL_NO_SKIPS=1): marker -> why.
-ALLOWED_SKIPS = {"gpu": "needs a CUDA device, which the machine of the tests does not have"}
+ALLOWED_SKIPS = {
+    "gpu": "needs a CUDA device, which the machine of the tests does not have",
+    "chromium": "needs a Chromium, to open pages with",
+}
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", "", None}
 
 
@@ -98,6 +103,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if browser.find() is None:
+        for item in items:
+            if item.get_closest_marker("chromium"):
+                item.add_marker(pytest.mark.skip(reason=ALLOWED_SKIPS["chromium"]))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

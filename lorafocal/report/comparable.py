@@ -15,17 +15,29 @@ DRAWN_BY = ("temperature", "top_p", "top_k", "max_new_tokens", "system")
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """How the paper's numbers were made: `families` (bases and presets) and `benchmarks`, as results.yaml has them."""
+    """How the paper's numbers were made: `families` (bases and presets) and `benchmarks`, as results.yaml has them.
+
+    `known` is the family of each base and each released checkpoint, by hub id, and by its last part, as a copy's
+    folder is called.
+    """
 
     families: Mapping[str, Mapping[str, Any]]
     benchmarks: Mapping[str, Mapping[str, Any]]
+    known: Mapping[str, str]
+
+
+def standard_of(data: Mapping[str, Any]) -> Standard:
+    """The standard in results.yaml's `data`, with the checkpoints of released.yaml."""
+    ids = {entry["base"]: family for family, entry in data["families"].items()}
+    ids |= {released.model: released.family for released in recipes.released()}
+    last_parts = {place.rpartition("/")[2]: family for place, family in ids.items()}
+    return Standard(data["families"], data["benchmarks"], last_parts | ids)
 
 
 def family_of(results: Iterable[Result], standard: Standard) -> str | None:
     """The paper's family that these results of one model belong to, by base or by a released checkpoint's hub id."""
-    known = _known(standard)
     places = (place for result in results for place in _places(result))
-    return next((known[place] for place in places if place in known), None)
+    return next((standard.known[place] for place in places if place in standard.known), None)
 
 
 def reasons(result: Result, family: str | None, standard: Standard) -> tuple[str, ...]:
@@ -40,13 +52,6 @@ def reasons(result: Result, family: str | None, standard: Standard) -> tuple[str
         *_versions(result, benchmark),
         *_counts(result, benchmark),
     )
-
-
-def _known(standard: Standard) -> dict[str, str]:
-    """Family by a base's or a released checkpoint's hub id, and by its last part, as a copy's folder is called."""
-    ids = {entry["base"]: family for family, entry in standard.families.items()}
-    ids |= {released.model: released.family for released in recipes.released()}
-    return {place.rpartition("/")[2]: family for place, family in ids.items()} | ids
 
 
 def _places(result: Result) -> list[str]:
@@ -76,8 +81,8 @@ def _said(value: Any) -> str:
 
 
 def _base(result: Result, standard: Standard) -> Iterator[str]:
-    places, known = _places(result), _known(standard)
-    found = next((place for place in places if place in known), None)
+    places = _places(result)
+    found = next((place for place in places if place in standard.known), None)
     if found is None and result.target is None:
         yield "what the model was trained from is not known"
     elif found is None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from lorafocal import recipes
 from lorafocal.evaluate.result import Result, Score
-from lorafocal.report.comparable import Standard, family_of, reasons
+from lorafocal.report.comparable import Standard, family_of, reasons, standard_of
 from lorafocal.yaml12 import parse_yaml
 
 NOT_READ, NOT_MEASURED = "not read", "not measured"
@@ -91,7 +91,7 @@ def paper_tables(results: Sequence[Result]) -> PaperTables:
     Results of benchmarks that the paper does not print come back as `others`.
     """
     data = paper_data()
-    standard = Standard(data["families"], data["benchmarks"])
+    standard = standard_of(data)
     used = [result for result in results if result.benchmark in data["benchmarks"]]
     rows = _by_row(used)
     tables = tuple(
