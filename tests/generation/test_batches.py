@@ -63,6 +63,7 @@ def answers(
     ]
 
 
+@pytest.mark.row("27")
 def test_greedy_answers_are_those_of_one_prompt_at_a_time(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
 ) -> None:
