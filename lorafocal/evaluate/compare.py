@@ -116,8 +116,8 @@ def _match(first: Result, second: Result) -> _Matched:
         "without_verdict": len(shared) - len(judged),
     }
     names = tuple({name: ours[key][name] for name in NAMES if name in ours[key]} for key in judged)
-    sides = (np.asarray([float(side[key][kind]) for key in judged]) for side in (ours, theirs))
-    return _Matched(kind, names, *sides, counts)
+    one, other = (np.asarray([float(side[key][kind]) for key in judged]) for side in (ours, theirs))
+    return _Matched(kind, names, one, other, counts)
 
 
 def _by_prompt(result: Result, kind: str) -> dict[tuple[Hashable, ...], Mapping[str, Any]]:
