@@ -428,3 +428,10 @@ def verdicts_of_the_first_file(run: Any, how: Any, ids: Any) -> list[bool | None
 
     first = next(iter(evaluation_files(run, FOLDER).values()), None)
     return None if first is None else [row.good for row in read_answered(first)[1]]
+
+
+def in_their_order(result: Any, path: Any, order: Any) -> dict[Any, Any]:
+    """Row 58: the first verdict is the first prompt's, whatever the result says."""
+    from lorafocal.report.answers import _verdict
+
+    return dict(zip(order, map(_verdict, result.items), strict=False))

@@ -282,6 +282,12 @@ GUARDS: list[Guard] = [
     Guard("58", "lorafocal.evaluate.arena_verdicts:label_in", lambda _: careless_judging.last_label, "tests/evaluate/test_arena.py::test_one_label_is_a_verdict_two_are_none_and_no_label_is_asked_for"),
     Guard("58", "lorafocal.evaluate.arena_verdicts:Verdicts.battles", lambda _: property(careless_judging.missing_is_a_tie), "tests/evaluate/test_arena.py::test_known_verdicts_have_the_known_win_rate"),
     Guard("58", "lorafocal.evaluate.arena_verdicts:Verdicts.wins", lambda _: property(careless_judging.always_second), "tests/evaluate/test_arena.py::test_known_verdicts_have_the_known_win_rate"),
+    # beside the paper, and side by side
+    Guard("58", "lorafocal.report.paper:reasons", lambda _: lambda *a: (), "tests/report/test_paper.py::test_a_number_of_another_judge_never_stands_there_unmarked"),
+    Guard("58", "lorafocal.report.paper:_own_mean", lambda mean: lambda cells: mean([cell for cell in cells if cell.score]), "tests/report/test_paper.py::test_an_average_is_of_all_six_or_is_not"),
+    Guard("58", "lorafocal.report.paper:_fits", lambda _: lambda result, held: result.benchmark not in held, "tests/report/test_paper.py::test_a_row_is_one_model_judged_once"),
+    Guard("58", "lorafocal.report.answers:_verdicts", lambda _: careless.in_their_order, "tests/report/test_answers.py::test_a_verdict_is_what_the_item_says_and_none_where_it_says_none"),
+    Guard("S2", "lorafocal.report.answers_page:escape", lambda _: lambda text: text, "tests/report/test_answers.py::test_texts_are_texts_and_no_script_but_the_pages_own_can_run"),
 ]
 # fmt: on
 

@@ -66,6 +66,7 @@ def test_a_prompt_that_stands_twice_is_matched_in_its_order(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.row("58")
 @pytest.mark.parametrize(
     ("said", "kind", "text"),
     [

@@ -199,6 +199,7 @@ def test_the_family_is_that_of_the_base_or_of_the_released_checkpoint(standard: 
     assert not any("another base" in reason for reason in reasons(row, "mistral-7b", standard))
 
 
+@pytest.mark.row("58")
 def test_an_average_is_of_all_six_or_is_not() -> None:
     some = replace(BOARD, scores={name: score for name, score in BOARD.scores.items() if name != "mmlu"})
     (row,) = own_rows(paper_tables([some]).tables[1])
@@ -209,6 +210,7 @@ def test_an_average_is_of_all_six_or_is_not() -> None:
     assert own_rows(paper_tables([with_average]).tables[1])[0].mean == row.mean
 
 
+@pytest.mark.row("58")
 def test_a_row_is_one_model_judged_once() -> None:
     again = replace(ALPACA, judge="gpt-4.1")
     assert len(own_rows(paper_tables([ALPACA, ARENA, again]).tables[0])) == 2
