@@ -79,7 +79,7 @@ def _verdicts(
             raise InputError(f"the rule {rule} reads no targets here: leave {targets} out")
         return [named.holds(text, "") for text in texts]
     if targets is None:
-        raise InputError(f"the rule {rule} compares with a target: name a file of prompts that has them by --answers")
+        raise InputError(f"the rule {rule} compares with a target: name a file of prompts that has them by --targets")
     return _against_targets(named, asked, texts, read_targets(targets, field), f"{targets}: {field}")
 
 

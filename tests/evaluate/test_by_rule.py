@@ -101,7 +101,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             evaluate_rule(answers, rule="number", targets=rows_file(tmp_path, rows))
     targets = rows_file(tmp_path, full)
-    with pytest.raises(InputError, match="--answers"):
+    with pytest.raises(InputError, match="--targets"):
         evaluate_rule(answers, rule="exact")
     with pytest.raises(InputError, match="reads no targets"):
         evaluate_rule(answers, rule="json", targets=targets)
