@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import careless, careless_asking, careless_judging, careless_release
+from tests import careless, careless_asking, careless_generation, careless_judging, careless_release
 
 ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
@@ -268,6 +268,13 @@ GUARDS: list[Guard] = [
     Guard("58", "lorafocal.evaluate.by_rule:_against_targets", lambda _: lambda rule, asked, texts, targets, source: list(map(rule.holds, texts, targets.values())), "tests/evaluate/test_by_rule.py::test_answers_are_matched_with_their_targets_by_prompt"),
     Guard("58", "lorafocal.evaluate.calibration:_bin_index", lambda _: lambda confidence, bins: confidence.argsort().argsort() * bins // len(confidence), "tests/evaluate/test_calibration.py::test_bins_hold_about_equally_many_and_never_part_equal_margins"),
 
+    # answers
+    Guard("58", "lorafocal.generation.batches:_as_generator", lambda _: careless_generation.with_the_models_own_wishes, "tests/generation/test_batches.py::test_only_the_sampling_decides_and_everything_is_left_as_it_was"),
+    Guard("27", "lorafocal.generation.batches:pad_left", careless_generation.padding_that_is_read, "tests/generation/test_batches.py::test_greedy_answers_are_those_of_one_prompt_at_a_time"),
+    Guard("57", "lorafocal.generation.batches:uniform", careless_generation.one_stream_for_all_rows, "tests/generation/test_batches.py::test_a_drawn_answer_depends_on_seed_and_place_and_on_no_batch"),
+    Guard("27", "lorafocal.generation.speech:Speech.ends", lambda _: careless_generation.ended_by_the_eos_alone, "tests/chat/test_partner.py::test_an_answer_ends_with_the_models_ids_the_eos_and_the_templates_end_of_turn"),
+    Guard("58", "lorafocal.generation.journal:Journal._read", lambda _: careless_generation.a_journal_of_anything, "tests/generation/test_generate.py::test_other_settings_are_refused_by_name_and_leave_what_there_is"),
+    Guard("58", "lorafocal.generation.formats:_read_provenance", lambda _: careless_generation.whatever_lies_beside, "tests/generation/test_formats.py::test_a_provenance_is_of_these_very_answers"),
     # asking servers
     Guard("58", "lorafocal.endpoints.endpoint:Endpoint.key", lambda _: careless_asking.texts_alone, "tests/endpoints/test_asking.py::test_another_model_or_another_option_is_another_question"),
     Guard("58", "lorafocal.endpoints.reply:parse_body", careless_asking.whatever_there_is, "tests/endpoints/test_asking.py::test_a_fault_that_passes_changes_nothing"),

@@ -129,13 +129,13 @@ def generate(
     say(why)
     if PRESETS[preset].note:
         say(f"{preset}: {PRESETS[preset].note}")
-    journal = Journal(journal_file(out), about)
-    given = answer_all(machine, sampling.system, asked.rows, journal, say)
-    rows = [_row(prompt, answers, called) for prompt, answers in zip(asked.rows, given, strict=True)]
-    counts = _counts(asked, given)
-    write_answers(out, rows, {**about, "counts": counts, "notes": [*machine.notes]})
-    for file in (journal.path, replies):
-        file.unlink(missing_ok=True)
+    with Journal(journal_file(out), about) as journal:
+        given = answer_all(machine, sampling.system, asked.rows, journal, say)
+        rows = [_row(prompt, answers, called) for prompt, answers in zip(asked.rows, given, strict=True)]
+        counts = _counts(asked, given)
+        write_answers(out, rows, {**about, "counts": counts, "notes": [*machine.notes]})
+        replies.unlink(missing_ok=True)
+        journal.remove()
     return GenerationReport(out, len(rows), machine.name, counts, machine.notes)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 from lorafocal.errors import InputError
 from lorafocal.generation.asks import Completion, Key
-from lorafocal.publish import write_atomically
 from lorafocal.resume import changes
 
 
@@ -20,23 +21,35 @@ def journal_file(out: Path) -> Path:
 
 
 class Journal:
-    """The first line says what is being made; each further one holds a batch's answers.
+    """The first line says what is being made; each further one holds a batch's answers. One process writes it.
 
-    A line that a kill left torn is cut off when the journal is opened.
+    A last line that a kill left torn is cut off.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Open the journal of `about`, or begin it. Raises InputError where it is another generation's."""
+        """Open the journal of `about`, or begin it.
+
+        Raises InputError where it is another generation's, is damaged, or is being written by another process.
+        """
         self.path = path
         self.done: dict[Key, Completion] = {}
-        if not path.is_file():
-            write_atomically(path, _line({"generating": about}))
-            return
-        lines = path.read_bytes().split(b"\n")
-        whole, torn = lines[:-1], lines[-1]
-        if torn:
-            os.truncate(path, path.stat().st_size - len(torn))
-        self._read(whole, about)
+        self._file: BinaryIO = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.seek(0)
+            content = self._file.read()
+            self._file.truncate(content.rfind(b"\n") + 1)
+            lines = content.split(b"\n")[:-1]
+            if lines:
+                self._read(lines, about)
+            else:
+                self._write({"generating": about})
+        except BlockingIOError as error:
+            self._file.close()
+            raise InputError(f"{path} is being written by another process: wait for it to end, or stop it") from error
+        except InputError:
+            self._file.close()
+            raise
 
     def _read(self, lines: Sequence[bytes], about: Mapping[str, Any]) -> None:
         try:
@@ -51,12 +64,23 @@ class Journal:
 
     def add(self, keys: Sequence[Key], answers: Sequence[Completion]) -> None:
         """A batch's answers, on disk when this returns."""
-        rows = [[key, a.text, a.tokens, a.ended] for key, a in zip(keys, answers, strict=True)]
-        with self.path.open("ab") as file:
-            file.write(_line({"answers": rows}).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        self._write({"answers": [[k, a.text, a.tokens, a.ended] for k, a in zip(keys, answers, strict=True)]})
         self.done |= dict(zip(keys, answers, strict=True))
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def remove(self) -> None:
+        """What it was kept for is there."""
+        self.path.unlink()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
@@ -68,7 +92,3 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) ->
             + "\n  ".join(others)
             + "\nset these back to go on with it, or choose another --out (or remove it, to begin again)"
         )
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"

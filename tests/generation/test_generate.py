@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -155,7 +156,7 @@ def test_a_kill_at_any_moment_loses_a_batch_at_most_and_the_same_call_goes_on(
     kills = []
     for killed in moments(lambda: made("counting", asked, folder / "a.json"), folder):
         journal = journal_file(folder / "a.json")
-        kept = journal.read_bytes().count(b"\n") - 1 if journal.is_file() else 0
+        kept = max(journal.read_bytes().count(b"\n") - 1, 0) if journal.is_file() else 0
         complete = not journal.exists() and provenance_file(folder / "a.json").is_file()
         engine.asked.clear()
         made("counting", asked, folder / "a.json")
@@ -190,6 +191,24 @@ def test_a_torn_batch_is_asked_for_again(run: SavedRun, asked: Path, tmp_path: P
         assert journal.read_bytes() == text
     made(run.folder, asked, out)
     assert out.read_bytes() == whole.read_bytes()
+    assert not journal.exists()
+
+
+def test_one_process_at_a_time_and_a_damaged_journal_is_named(run: SavedRun, asked: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    _stop_after(1, run, asked, out)
+    journal = journal_file(out)
+    with journal.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"a\.partial\.jsonl is being written by another process"):
+            made(run.folder, asked, out)
+    text = journal.read_bytes()
+    for damaged in (b"{}\n", b"no JSON\n", text + b'{"answers": [[0]]}\n'):
+        journal.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.partial\.jsonl is damaged .* remove it to begin again"):
+            made(run.folder, asked, out)
+    journal.write_bytes(b'{"generati')  # a kill in the first line
+    made(run.folder, asked, out)
     assert not journal.exists()
 
 
