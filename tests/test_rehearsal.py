@@ -116,6 +116,12 @@ def test_it_says_what_it_did_and_leaves_nothing_behind(
     assert "this config runs" in text
 
 
+def test_answers_on_the_way_are_rehearsed_and_a_rule_stands_in_for_a_reward_model() -> None:
+    result = rehearse(described(evaluation={"every": 100, "reward_model": "nobody/judge"}), quiet=True)
+    assert "instead: evaluation.reward_model: the rule exact judged, not nobody/judge" in str(result)
+    assert "evaluation.every" in str(result.changed)
+
+
 def test_a_broken_config_fails_as_its_run_does(alone: Callable[[], list[Path]]) -> None:
     with pytest.raises(InputError, match=r"adapter\.targets: no linear layer is named 'q'(.|\n)*rehearsal of far-away"):
         rehearse(described(adapter__targets=["q"]), quiet=True)

@@ -27,6 +27,7 @@ from lorafocal.rehearsal.adapter import adapter_section, first_adapter, fitted, 
 STEPS, PAIRS_PER_STEP = 3, 4
 ROWS, HELD_OUT_ROWS = STEPS * PAIRS_PER_STEP + 4, 4  # of each source
 PACK = 64  # tokens: a step of several packs
+SHORT_ANSWER = 4  # tokens
 SHORTEST = 64  # tokens that a made-up pair must find room in
 _PLACES = ("model.name", "reference.model", "reference.store")  # whose values are paths of this machine
 _LEFT_OUT = ("num_train_epochs", "eval_delay", "logging_strategy")  # what max_steps and three steps leave no room for
@@ -75,6 +76,7 @@ def set_stage(config: Config, folder: Path) -> Stage:
     values["adapter"] = fitted(adapter, narrowest)
     values["data"] = _data(config, folder)
     values["training"] = _training(config, instead)
+    values["evaluation"] = _evaluation(config, instead)
     asked = config.packing.tokens
     values["packing"]["tokens"] = PACK if asked == "auto" else min(asked, PACK)
     described = _described(real.get_text_config(), small.get_text_config(), values["model"])
@@ -246,3 +248,15 @@ def _training(config: Config, instead: list[str]) -> dict[str, Any]:
         section["eval_steps"] = STEPS - 1
     pairs = min(config.training.pairs_per_step, PAIRS_PER_STEP)
     return section | {"pairs_per_step": pairs, "max_steps": STEPS, "logging_steps": 1, "report_to": "none"}
+
+
+def _evaluation(config: Config, instead: list[str]) -> dict[str, Any] | None:
+    """The section `evaluation` for three steps, a few prompts and short answers; a reward model is not loaded."""
+    if config.evaluation is None:
+        return None
+    section = config.evaluation.model_dump(mode="json")
+    if section["reward_model"] is not None:
+        instead.append(f"evaluation.reward_model: the rule exact judged, not {section['reward_model']}")
+        section |= {"reward_model": None, "rule": "exact"}
+    few = {"count": HELD_OUT_ROWS, "max_new_tokens": SHORT_ANSWER}
+    return section | {"every": STEPS - 1} | {key: min(section[key], most) for key, most in few.items()}
