@@ -85,7 +85,11 @@ def evaluate_alpaca(
     rows = _annotations(pairs, judged, signature(annotator, judge.model))
     if annotations_out is not None:
         write_atomically(annotations_out, json.dumps([*rows.values()], ensure_ascii=False, indent=1) + "\n")
-    told = {"judge_options": judge_options(config), "judge_answered_as": sorted(judged.answered_as)}
+    told = {
+        "order_seed": ORDER_SEED,
+        "judge_options": judge_options(config),
+        "judge_answered_as": sorted(judged.answered_as),
+    }
     known = _Judged(rows, order, annotator, judge.model, ours, judged, told)
     return _result(known, control, file_hashes(answers, reference, *control.files))
 
@@ -201,7 +205,6 @@ def _result(known: _Judged, control: _Control, inputs: Mapping[str, str]) -> Res
         settings={
             "reference": frame["generator_1"].iloc[0],
             "annotator": known.annotator,
-            "order_seed": ORDER_SEED,
             "length_control": None if control.gamed is None else GLM,
             **known.settings,
         },

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,15 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def first_import() -> tuple[Any, Any]:
+    """The process before and after the package is imported, which happens once."""
+    before = _state()
+    with alpaca_eval():
+        pass
+    return before, _state()
+
+
 @pytest.fixture(autouse=True)
 def _no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -134,6 +144,7 @@ def test_what_is_asked_is_the_packages_prompt_once_a_pair_and_in_both_orders(fil
     assert 0 < ours < COUNT
 
 
+@pytest.mark.row("58")
 def test_annotations_give_the_same_numbers_alone(files: Path) -> None:
     with serving(fair) as server:
         judged = evaluate(files, server, annotations_out=files / "annotations.json")
@@ -151,7 +162,8 @@ def test_a_judge_that_likes_what_it_reads_first_is_found_out(files: Path) -> Non
         result = evaluate(files, server)
     bias = result.scores["first_answer_preferred"]
     assert (bias.value, bias.high) == (100.0, 100.0)
-    assert bias.low is not None and bias.low > 80
+    assert bias.low is not None
+    assert bias.low > 80
     assert 20 < result.scores["win_rate"].value < 80  # the order was drawn, so the taste for it cancels
     assert any("read first in 100.0%" in note for note in result.notes)
 
@@ -202,7 +214,7 @@ def test_log_probs_of_one_token_alone_are_told(files: Path) -> None:
 
 def test_a_judge_without_log_probs_is_refused_after_one_question(files: Path) -> None:
     with serving(lambda body: "m") as server:
-        with pytest.raises(InputError, match="judge gives no log-probs.*--annotator alpaca_eval_gpt4"):
+        with pytest.raises(InputError, match=r"judge gives no log-probs.*--annotator alpaca_eval_gpt4"):
             evaluate(files, server)
     assert len(server.requests) == 1
 
@@ -249,7 +261,7 @@ def test_missing_replies_are_refused_or_allowed_and_the_same_call_goes_on(files:
         fail(body, key, respond) if fail else respond(200, json.dumps({"choices": [choice]}).encode(), {})
 
     with serving(faults=[picky] * 100) as server:
-        with pytest.raises(InputError, match="3 of 24 questions have no reply.*content_filter.*--allow-missing"):
+        with pytest.raises(InputError, match=r"3 of 24 questions have no reply.*content_filter.*--allow-missing"):
             evaluate(files, server)
         allowed = evaluate(files, server, allowed_missing=3)
         assert (allowed.counts["without_reply"], allowed.counts["malformed_verdicts"]) == (3, 0)
@@ -304,6 +316,7 @@ BEFORE: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
 }
 
 
+@pytest.mark.row("58")
 @pytest.mark.parametrize("case", BEFORE)
 def test_answers_that_cannot_be_compared_are_refused_before_anything_is_sent(files: Path, case: str) -> None:
     change, message = BEFORE[case]
@@ -498,7 +511,8 @@ def test_alpaca_evals_prompts_in_another_order_have_no_length_control(
 
 def test_old_and_missing_spellings_of_a_preference(tmp_path: Path) -> None:
     values: list[Any] = [2.0, 1.0, 0, 1.5, None, -1, float("nan"), *[1.0] * (COUNT - 7)]
-    result = evaluate_annotations(annotations(tmp_path / "a.json", values))
+    result = evaluate_annotations(annotations(tmp_path / "a.json", values), gamed=gamed(tmp_path / "g.csv"))
+    assert 0 < result.scores["length_controlled_win_rate"].value < 50
     assert result.counts["prompts_without_verdict"] == 3
     assert result.counts["draws"] == 2
     assert result.scores["win_rate"].value == pytest.approx(100 * 2 / (COUNT - 3))
@@ -535,23 +549,31 @@ def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
 # ---- the package leaves nothing behind
 
 
+def _state() -> tuple[Any, ...]:
+    root = logging.getLogger()
+    return root.level, root.handlers[:], root.manager.disable, dict(os.environ), warnings.filters[:]
+
+
 def _written(folder: Path) -> Iterator[tuple[str, float]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix != ".pyc":
             yield str(path.relative_to(folder)), path.stat().st_mtime
 
 
-def test_the_process_and_the_package_are_as_they_were(
-    files: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_import_changes_nothing_outside_the_package(first_import: tuple[Any, Any]) -> None:
+    before, after = first_import
+    assert after == before
+
+
+def test_the_process_and_the_package_are_as_they_were(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import sklearn
     from alpaca_eval import __file__ as package
 
-    root, folder = logging.getLogger(), Path(package).parent
-    state = (root.level, root.handlers[:], root.manager.disable, dict(os.environ), sklearn.get_config())
+    folder, state, config = Path(package).parent, _state(), sklearn.get_config()
     before = dict(_written(folder))
     with serving(fair) as server:
         evaluate(files, server, gamed=gamed(files / "g.csv"), annotations_out=files / "annotations.json")
-    assert (root.level, root.handlers[:], root.manager.disable, dict(os.environ), sklearn.get_config()) == state
+    assert _state() == state
+    assert sklearn.get_config() == config
     assert dict(_written(folder)) == before
     assert capfd.readouterr() == ("", "")
