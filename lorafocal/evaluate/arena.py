@@ -82,7 +82,12 @@ def evaluate_arena(
     }
     files = [path for path in (answers, questions, baseline, judge_config) if path is not None]
     known = _Known(
-        ours, opponent, {duel.question_id: duel.question for duel in duels}, judging.counts, told, file_hashes(*files)
+        ours,
+        opponent,
+        {duel.question_id: duel.question for duel in duels},
+        {**_failed(duels), **judging.counts},
+        told,
+        file_hashes(*files),
     )
     return _result(read_judgments(judgments), known, rounds=rounds, seed=seed)
 
@@ -154,6 +159,13 @@ def _by_question(answers: Answers, questions: Mapping[str, tuple[str, ...]]) -> 
     return {key: found[key] for key in questions}
 
 
+def _failed(duels: Sequence[Duel]) -> dict[str, int]:
+    return {
+        "failed_answers": sum(API_ERROR in duel.model for duel in duels),
+        "failed_baseline_answers": sum(API_ERROR in duel.baseline for duel in duels),
+    }
+
+
 def _check(rounds: int) -> None:
     """What can be known to be missing before anything is paid for."""
     if rounds < 2:
@@ -167,7 +179,7 @@ def _result(judged: Judged, known: _Known, *, rounds: int, seed: int) -> Result:
         raise InputError(f"the judgments of {judged.model} hold no verdict at all, so there is no win rate")
     if known.questions and (strange := [v.question_id for v in verdicts if v.question_id not in known.questions]):
         raise InputError(f"{len(strange)} judged questions are not among the questions given (first {strange[0]})")
-    counts = {**count(verdicts), **known.counts, **({} if answers is None else _counts(answers))}
+    counts = {**count(verdicts), **known.counts, **({} if answers is None else answers.counts)}
     scores = {
         "win_rate": battles_resampled(verdicts, rounds=rounds, seed=seed),
         "win_rate_questions_resampled": questions_resampled(verdicts, rounds=rounds, seed=seed),
@@ -197,11 +209,6 @@ def _result(judged: Judged, known: _Known, *, rounds: int, seed: int) -> Result:
     )
 
 
-def _counts(answers: Answers) -> dict[str, int]:
-    failed = sum(API_ERROR in row.turns for row in answers.rows)
-    return {**answers.counts, "failed_answers": failed}
-
-
 def _item(verdicts: Verdicts, question: Sequence[str] | None) -> dict[str, Any]:
     """The model's share of the question's battles, from 0 to 1; None without a verdict."""
     battles = verdicts.battles
@@ -214,7 +221,10 @@ def _notes(judged: Judged, known: _Known, counts: Mapping[str, int]) -> Iterator
     """What sets the number apart from the published ones, and what weakens it."""
     if judged.judge != JUDGE:
         yield f"judged by {judged.judge or 'a judge that is not named'}; published numbers are judged by {JUDGE}"
-    if known.settings.get("judge_prompt") == OWN_PROMPT:
+    prompt = known.settings.get("judge_prompt")
+    if prompt is None:
+        yield "what the judge was told is not known"
+    elif prompt == OWN_PROMPT:
         yield "the judge's prompt is lorafocal's own, not Arena-Hard's, which --judge-config gives"
     if known.baseline != BASELINE:
         named = "a baseline that the judgments do not name" if known.baseline is None else known.baseline
@@ -222,6 +232,8 @@ def _notes(judged: Judged, known: _Known, counts: Mapping[str, int]) -> Iterator
     if counts["questions"] != QUESTIONS:
         yield f"{counts['questions']} questions were judged; Arena-Hard v0.1 has {QUESTIONS}"
     yield from _weaknesses(counts)
+    if len({win for each in judged.verdicts for win in each.battles}) == 1:
+        yield "every battle ended alike, so drawing them again gives no interval"
     sampling = None if known.answers is None else known.answers.sampling
     if sampling is None:
         yield "how the answers were sampled is not known"
@@ -242,5 +254,6 @@ def _weaknesses(counts: Mapping[str, int]) -> Iterator[str]:
         yield f"{cut} answers were cut at their limit of new tokens"
     if cut := counts.get("cut_replies"):
         yield f"{cut} of the judge's replies were cut at its limit of tokens"
-    if failed := counts.get("failed_answers"):
-        yield f"{failed} answers are {API_ERROR}, which stands where a server gave none"
+    for key, whose in (("failed_answers", "answers"), ("failed_baseline_answers", "answers of the baseline")):
+        if failed := counts.get(key):
+            yield f"{failed} {whose} are {API_ERROR}, which stands where a server gave none"

@@ -70,7 +70,7 @@ class Judging:
                 continue
             game.hear(reply, pattern)
             self.counts["cut_replies"] += reply.finish_reason == "length"
-            self.answered_as.add(reply.model)
+            self.answered_as.update({reply.model} - {""})
         return [game for game in games if game.open]
 
 

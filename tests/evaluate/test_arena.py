@@ -179,6 +179,7 @@ def test_judgments_there_are_become_a_result(tmp_path: Path) -> None:
     assert [item["preference"] for item in result.items] == [1.0, 0.0, 0.875, None, 0.5, None]
     assert result.items[0]["prompt_sha256"] == prompt_sha256("What about q0?")
     assert "5 of 12 games have no verdict and do not count" in result.notes
+    assert "what the judge was told is not known" in result.notes
     assert result.scores["first_answer_preferred"].value == pytest.approx(100 * 5 / 6)
     assert any("read first in 83.3%" in note for note in result.notes)
     assert not any("published numbers are judged by" in note for note in result.notes)
@@ -222,6 +223,8 @@ def test_judgments_of_two_models_or_without_any_verdict_are_refused(tmp_path: Pa
         evaluate_judgments(both)
     with pytest.raises(InputError, match="no verdict at all"):
         evaluate_judgments(judgments(tmp_path / "none.jsonl", [(None, None)]))
+    alike = evaluate_judgments(judgments(tmp_path / "alike.jsonl", [("B>A", "A>>B")]))
+    assert "every battle ended alike, so drawing them again gives no interval" in alike.notes
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(InputError, match="no judgments"):
         evaluate_judgments(tmp_path / "empty.jsonl")
@@ -371,8 +374,13 @@ def test_what_was_judged_is_not_asked_again_and_the_bytes_are_those_of_one_go(ar
         assert not (arena.folder / "out.judgments.jsonl").exists()
         first = len(server.requests)
         told: list[Spending] = []
+
+        def agree(spending: Spending) -> bool:
+            told.append(spending)
+            return True
+
         refused["on"] = False
-        finished = arena.judged(server, approve=lambda spending: told.append(spending) or True)
+        finished = arena.judged(server, approve=agree)
         assert len(server.requests) - first == 2
         assert [spending.questions for spending in told] == [2]
         kept = arena.kept
@@ -425,6 +433,7 @@ def test_what_sets_the_number_apart_is_noted(arena: Arena) -> None:
         "6 questions were judged; Arena-Hard v0.1 has 500",
     )
     assert any("read first in 100.0%" in note for note in result.notes)
+    assert "5 answers of the baseline are $ERROR$, which stands where a server gave none" in result.notes
     assert result.scores["win_rate"].value == pytest.approx(50, abs=1e-3)
     assert result.counts["questions_with_opposite_verdicts"] == 6
     assert (result.settings["judge_prompt"], result.settings["judge_prompt_sha256"]) == (
