@@ -77,7 +77,7 @@ def alpaca(
         return
     if answers is None or annotations is not None:
         raise InputError("give the answers to be judged, or --annotations with judgments that exist: one of the two")
-    place = _with_a_judge(judge, out)
+    place, asking_price = _with_a_judge(judge, out), price_of(price)
     endpoint = endpoint_of(str(judge), server, key_variable, concurrency, timeout, attempts, per_minute)
     from lorafocal.evaluate.alpaca import evaluate_alpaca
 
@@ -89,7 +89,7 @@ def alpaca(
         reference=reference,
         gamed=gamed,
         annotator=annotator,
-        price=price_of(price),
+        price=asking_price,
         allowed_missing=missing,
         annotations_out=_beside(place, "annotations.json"),
         say=say,
@@ -125,17 +125,19 @@ def arena(
     as_json: JsonOption = False,
 ) -> None:
     """Arena-Hard v0.1: pairwise verdicts in both orders, a bootstrapped win rate against the baseline."""
-    from lorafocal.evaluate.arena import evaluate_arena, evaluate_judgments
-
     if judgments is not None:
         refuse_given(context, (*OF_A_JUDGE, "judge_config"), NOBODY_IS_ASKED)
+        from lorafocal.evaluate.arena import evaluate_judgments
+
         found = evaluate_judgments(judgments, answers=answers, questions=questions, baseline=baseline)
         finish(found, out, as_json)
         return
     if answers is None or questions is None or baseline is None:
         raise InputError("give the answers, --questions and --baseline; or --judgments with judgments that exist")
-    place = _with_a_judge(judge, out)
+    place, asking_price = _with_a_judge(judge, out), price_of(price)
     endpoint = endpoint_of(str(judge), server, key_variable, concurrency, timeout, attempts, per_minute)
+    from lorafocal.evaluate.arena import evaluate_arena
+
     result = evaluate_arena(
         answers,
         questions=questions,
@@ -145,7 +147,7 @@ def arena(
         judgments=_beside(place, "judgments.jsonl"),
         approve=approval_of(endpoint, yes),
         judge_config=judge_config,
-        price=price_of(price),
+        price=asking_price,
         allowed_missing=missing,
         say=say,
     )

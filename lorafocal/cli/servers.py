@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -71,8 +72,10 @@ def price_of(text: str | None) -> tuple[float, float] | None:
         return None
     try:
         read, written = (float(word) for word in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--price {text!r}: give USD for a million tokens read and written, as 2.50,10") from error
+    except ValueError:
+        read = written = math.nan
+    if not (0 <= read < math.inf and 0 <= written < math.inf):
+        raise InputError(f"--price {text!r}: give USD for a million tokens read and written, as 2.50,10")
     return read, written
 
 
