@@ -88,11 +88,11 @@ def find_tasks(names: Sequence[str], folder: Path | None, reserved: Sequence[str
 
 def fetch_data(managers: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """Have every task's data sets on this machine. Raises InputError, naming the first that cannot be had."""
-    load = _module("lm_eval.tasks").get_task_dict
     for name, manager in managers.items():
         say(f"{name}: looking for its data")
+        load = getattr(manager, "load", None) or manager.load_task_or_group  # as versions before 0.4.12 call it
         try:
-            load([name], manager)
+            load([name])
         except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, TemplateError) as error:
             raise InputError(
                 f"the task {name} cannot be made ready ({_first_line(error)}): its data come from the hub, online or"
@@ -103,7 +103,8 @@ def fetch_data(managers: Mapping[str, Any], say: Callable[[str], None]) -> None:
 def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
     """A loaded model, an adapter attached or not, as the harness takes one."""
     wrapper = _module("lm_eval.models.huggingface").HFLM
-    return wrapper(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    with _tied_as_loaded(model):
+        return wrapper(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
 
 def run_task(wrapped: Any, manager: Any, task: str, *, few_shot: int | None, limit: int | None) -> TaskRun:
@@ -142,6 +143,17 @@ def _leaves(task: str, groups: Mapping[str, Sequence[str]]) -> set[str]:
     """The tasks of a group, through groups within it; a task itself."""
     below = groups.get(task) or []
     return {leaf for each in below for leaf in _leaves(each, groups)} if below else {task}
+
+
+@contextmanager
+def _tied_as_loaded(model: nn.Module) -> Iterator[None]:
+    """The harness ties a model's weights anew, which fails on, or undoes, a head that was trained beside an adapter."""
+    inner = causal_lm(model)
+    inner.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del inner.tie_weights
 
 
 @contextmanager

@@ -150,6 +150,7 @@ def test_without_a_template_prompt_and_answer_are_a_pair_of_texts(encoder: Path,
     assert found == pytest.approx(alone(encoder, rows(12), templated=False), abs=1e-5)
 
 
+@pytest.mark.row("58")
 def test_an_end_of_turn_is_not_taken_for_padding(causal: Path) -> None:
     """A model without padding reads the last token, which the padding of many tokenizers is too."""
     judge = open_reward_model(str(causal))
