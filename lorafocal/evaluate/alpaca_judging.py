@@ -184,7 +184,8 @@ class _Court:
         if self.unanswered > terms.allowed_missing:
             raise InputError(f"{replies.shortfall()}; or accept them missing with --allow-missing {self.unanswered}")
         if options.get("top_logprobs", 0) > 1:
-            self.unweighted = sum(bool(r and r.top_logprobs) and len(r.top_logprobs[-1]) < 2 for r in found)
+            weights = [reply.top_logprobs[-1] for reply in found if reply is not None and reply.top_logprobs]
+            self.unweighted = sum(len(weighed) < 2 for weighed in weights)
         key = self._config.get("completion_key", "completions")
         return {key: [_completion(reply, whole=key != "completions") for reply in found]}
 

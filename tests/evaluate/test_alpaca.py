@@ -106,10 +106,10 @@ def _no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def evaluate(folder: Path, server: Server, **options: Any) -> Result:
-    options = {"approve": lambda _: True, "reference": folder / "theirs.json", "say": lambda _: None} | options
-    judge = options.pop("judge", None) or Endpoint("judge", server.url, attempts=2, timeout_s=30.0)
-    return evaluate_alpaca(folder / "ours.json", judge=judge, journal=folder / "journal.jsonl", **options)
+def evaluate(folder: Path, server: Server, **changed: Any) -> Result:
+    options: dict[str, Any] = {"approve": lambda _: True, "reference": folder / "theirs.json", "say": lambda _: None}
+    judge = Endpoint("judge", server.url, attempts=2, timeout_s=30.0)
+    return evaluate_alpaca(folder / "ours.json", judge=judge, journal=folder / "journal.jsonl", **options | changed)
 
 
 def numbers(result: Result) -> dict[str, Any]:
@@ -379,7 +379,7 @@ def gamed(path: Path, count: int = COUNT, **fields: Any) -> Path:
     return path
 
 
-def annotations(path: Path, preferences: list[Any], order: list[int] | None = None, **fields: Any) -> Path:
+def judgments(path: Path, preferences: list[Any], order: list[int] | None = None, **fields: Any) -> Path:
     """Judgments of that form."""
     rows = [
         {
@@ -404,7 +404,7 @@ SHUFFLED = random.Random(1).sample(range(COUNT), COUNT)
 
 
 def test_the_length_controlled_rate_is_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = annotations(tmp_path / "a.json", PREFERENCES)
+    file = judgments(tmp_path / "a.json", PREFERENCES)
     result = evaluate_annotations(file, gamed=gamed(tmp_path / "g.csv"))
     with alpaca_eval() as package:
         from alpaca_eval.metrics import glm_winrate
@@ -438,8 +438,8 @@ def test_a_model_that_wins_by_length_alone_comes_to_a_half(tmp_path: Path) -> No
 @pytest.mark.row("58")
 def test_the_order_of_the_rows_does_not_matter_where_a_reference_tells_the_positions(files: Path) -> None:
     table = gamed(files / "g.csv")
-    expected = numbers(evaluate_annotations(annotations(files / "a.json", PREFERENCES), gamed=table))
-    shuffled = annotations(files / "b.json", PREFERENCES, SHUFFLED)
+    expected = numbers(evaluate_annotations(judgments(files / "a.json", PREFERENCES), gamed=table))
+    shuffled = judgments(files / "b.json", PREFERENCES, SHUFFLED)
     found = evaluate_annotations(shuffled, reference=files / "theirs.json", gamed=table)
     assert numbers(found) == pytest.approx(expected, abs=1e-9)
     in_file_order = numbers(evaluate_annotations(shuffled, gamed=table))
@@ -457,7 +457,7 @@ def test_answers_in_another_order_are_judged_to_the_same_numbers(files: Path) ->
 
 
 def test_the_file_in_the_hubs_cache_is_used(tmp_path: Path) -> None:
-    file = annotations(tmp_path / "a.json", PREFERENCES)
+    file = judgments(tmp_path / "a.json", PREFERENCES)
     without = evaluate_annotations(file)
     assert "length_controlled_win_rate" not in without.scores
     assert any("hf download tatsu-lab/alpaca_eval df_gamed.csv" in note for note in without.notes)
@@ -500,7 +500,7 @@ def test_alpaca_evals_prompts_in_another_order_have_no_length_control(
     monkeypatch.setattr(alpaca_rows, "IN_ANY_ORDER", prompts_digest(sorted(hashes)))
     assert order_of(PROMPTS) == "own"
     assert order_of(PROMPTS[1:]) == "not these prompts"
-    file, table = annotations(tmp_path / "a.json", PREFERENCES, SHUFFLED), gamed(tmp_path / "g.csv")
+    file, table = judgments(tmp_path / "a.json", PREFERENCES, SHUFFLED), gamed(tmp_path / "g.csv")
     with pytest.raises(InputError, match="in another order than its own"):
         evaluate_annotations(file, gamed=table)
     assert not any("are not AlpacaEval's" in note for note in evaluate_annotations(file).notes)
@@ -511,7 +511,7 @@ def test_alpaca_evals_prompts_in_another_order_have_no_length_control(
 
 def test_old_and_missing_spellings_of_a_preference(tmp_path: Path) -> None:
     values: list[Any] = [2.0, 1.0, 0, 1.5, None, -1, float("nan"), *[1.0] * (COUNT - 7)]
-    result = evaluate_annotations(annotations(tmp_path / "a.json", values), gamed=gamed(tmp_path / "g.csv"))
+    result = evaluate_annotations(judgments(tmp_path / "a.json", values), gamed=gamed(tmp_path / "g.csv"))
     assert 0 < result.scores["length_controlled_win_rate"].value < 50
     assert result.counts["prompts_without_verdict"] == 3
     assert result.counts["draws"] == 2
@@ -534,12 +534,12 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 def test_annotations_that_are_none_are_refused_by_row_and_key(tmp_path: Path, case: str) -> None:
     fields, message = ROWS[case]
     with pytest.raises(InputError, match=message):
-        evaluate_annotations(annotations(tmp_path / "a.json", PREFERENCES, **fields))
+        evaluate_annotations(judgments(tmp_path / "a.json", PREFERENCES, **fields))
 
 
 @pytest.mark.parametrize("key", ["instruction", "output_1", "generator_2", "annotator", "preference"])
 def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
-    rows = json.loads(annotations(tmp_path / "a.json", PREFERENCES).read_text())
+    rows = json.loads(judgments(tmp_path / "a.json", PREFERENCES).read_text())
     del rows[4][key]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with pytest.raises(InputError, match=f"a.json, row 5, key `{key}`: missing"):
