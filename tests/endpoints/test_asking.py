@@ -68,6 +68,7 @@ def test_what_is_sent_is_the_question_and_its_options(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.row("58")
 @pytest.mark.parametrize(
     "fault",
     [status(500), status(503), status(429), status(408), slow(3.0), malformed, no_choices, a_page, cut],

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorafocal.endpoints.reply import MalformedReply, Reply, from_dict, parse_body
@@ -86,6 +86,7 @@ replies = st.builds(Reply, st.text(), st.none() | st.text(), counts, counts, st.
 
 
 @given(replies)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_journal_gives_back_what_it_got(reply: Reply) -> None:
     assert from_dict(json.loads(json.dumps(reply.as_dict()))) == reply
 
