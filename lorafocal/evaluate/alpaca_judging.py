@@ -191,6 +191,7 @@ class _Court:
 
     def _check_logprobs(self, question: Question) -> None:
         """One question alone, before the rest is paid for."""
+        self._terms.say(f"one question first: does {self._terms.judge.model} give log-probs?")
         reply = ask(self._terms.judge, [question], journal=self._terms.journal, say=lambda _: None).answered
         if any(not each.top_logprobs for each in reply.values()):
             raise InputError(
