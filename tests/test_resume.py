@@ -32,7 +32,7 @@ def changed(key: str, value: Any) -> dict[str, Any]:
     *sections, last = key.split(".")
     inner = manifest
     for section in sections:
-        inner = inner[section]
+        inner = inner.setdefault(section, {})
     inner[last] = value
     return manifest
 

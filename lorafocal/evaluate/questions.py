@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.messages import Messages
 from lorafocal.data.prepare import Part
-from lorafocal.data.templates import is_conversation
 from lorafocal.data.tokens import contents
 from lorafocal.generation.prompts import Prompt
 from lorafocal.generation.speech import Speech
@@ -48,7 +47,7 @@ def questions(
             break
         if preference.id not in kept or (key := repr(prompt)) in found:
             continue
-        ids = chat.conversation_ids(prompt) if is_conversation(preference) else plain.prompt_ids(prompt)
+        ids = plain.prompt_ids(prompt) if isinstance(prompt, str) else chat.conversation_ids(prompt)
         [chosen] = contents(preference.chosen)
         found[key] = Question(preference.id, prompt, ids, chosen)
     return tuple(found.values())

@@ -25,6 +25,7 @@ from lorafocal.report.read import RunRecord
 
 FELL_NATS = 1.0  # mean fall of chosen answers worth a word
 RIGHT_FELL = 0.02  # share of right answers; below it a few hundred answers show nothing
+ACCURACY_FELL = 0.02  # reward accuracy that fell by more says itself that something is wrong
 MOVED_MARGIN = 1e-3  # a margin that never exceeded this is as good as none
 MOSTLY_TIES = 0.9
 TIES_HIDE = 0.05  # what leaving ties out would add to the accuracy
@@ -66,7 +67,7 @@ def chosen_fell(record: RunRecord) -> Remark | None:
 
 
 def answers_fell(record: RunRecord) -> Remark | None:
-    """Fewer answers are good, by a rule or a reward model, while reward accuracy rose.
+    """Fewer answers are good, by a rule or a reward model, while reward accuracy shows nothing of it.
 
     Where the interval of the change was logged, it must lie below 0: few answers show nothing.
     """
@@ -79,13 +80,14 @@ def answers_fell(record: RunRecord) -> Remark | None:
     after, change, highest = good.share.values[-1], last(good.change), last(good.change_high)
     before = good.share.values[0] if change is None else after - change
     fell = before - after > RIGHT_FELL if highest is None else highest < 0
-    if not (fell and accuracy.values[-1] > accuracy.values[0]):
+    then, now = accuracy.values[0], accuracy.values[-1]
+    if not (fell and now > then - ACCURACY_FELL):
         return None
     answers = good.words[0].upper() + good.words[1:]
+    went = f"rose from {then:.1%} to {now:.1%}" if now > then else f"stayed ({then:.1%}, now {now:.1%})"
     return Remark(
-        f"{answers} fell from {before:.1%} to {after:.1%}, while reward accuracy rose from"
-        f" {accuracy.values[0]:.1%} to {accuracy.values[-1]:.1%}.",
-        "The model tells the two given answers apart better and writes worse ones: reward accuracy is not the goal.",
+        f"{answers} fell from {before:.1%} to {after:.1%}, while reward accuracy {went}.",
+        "The model tells the two given answers apart and writes worse ones: reward accuracy is not the goal.",
         "Do not release this adapter. Lower training.learning_rate first, then train fewer steps, and choose the"
         " settings by the answers.",
     )
@@ -215,7 +217,7 @@ RULES: Mapping[str, Callable[[RunRecord], Remark | None]] = {
     "numbers that are not finite": not_finite,
     "runs that do not move": nothing_moved,
     "chosen answers that became less likely": chosen_fell,
-    "answers that get worse while reward accuracy rises": answers_fell,
+    "answers that get worse while reward accuracy does not": answers_fell,
     "pairs past the turning point": pairs_turned,
     "rankings that training undid": more_unlearned,
     "held-out loss that rises while training loss falls": held_out_rose,

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from transformers import TrainerCallback
 
 from lorafocal import run
 from lorafocal.config import Config, check_config
+from lorafocal.data.prepare import prepare_data
 from lorafocal.data.toy import toy_preferences
 from lorafocal.errors import InputError
 from lorafocal.evaluate import during
 from lorafocal.evaluate.answered import read_answered
+from lorafocal.evaluate.judges import Judge
+from lorafocal.evaluate.questions import questions
 from lorafocal.generation.batches import sample_answers
 from lorafocal.model.load import load_tokenizer
 from lorafocal.model.saved import open_adapter, read_adapter
 from lorafocal.publish import sha256
+from lorafocal.report.read import read_run
+from lorafocal.report.words import answers_fell
 from lorafocal.run import Callbacks, no_callbacks
 from tests.evaluate.test_reward import save_causal
 from tests.test_config import VALUES, mistakes
@@ -194,6 +200,32 @@ def test_answers_that_were_judged_otherwise_are_no_beginning(root: Path, tmp_pat
     assert f"{SHARE}_change" not in lines[3]
     right = {step: sum("9" in answer for answer in answers_at(resumed, step)) / ASKED["count"] for step in (3, STEPS)}
     assert lines[STEPS][f"{SHARE}_change"] == right[STEPS] - right[3]
+
+
+def test_the_alarm_is_said_once_while_the_run_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdicts = iter([True, False, False, False])
+    judge = Judge(SHARE, "right", lambda answers: [next(verdicts)] * len(answers))
+    monkeypatch.setattr(during, "judge_of", lambda *_: judge)
+    folder = trained(config_of(root, ASKED, training__logging_steps=1), tmp_path, quiet=False)
+    assert capsys.readouterr().err.count("warning: Right answers by rule fell from 100.0% to 0.0%, while reward") == 1
+    record = read_run(folder, "toy")
+    assert answers_fell(record) is not None
+    assert answers_fell(replace(record, lines=[line for line in record.lines if line["step"] == 0])) is None
+
+
+def test_questions_are_distinct_prompts_as_generation_reads_them(root: Path) -> None:
+    config = config_of(root, ASKED)
+    tokenizer = load_tokenizer(str(root / "base"))
+    part = prepare_data(config.data, tokenizer)["train"]
+    asked = questions(part, tokenizer, {}, 1000)
+    ids = {pair.id: pair.prompt_ids for pair in part.tokens.pairs}
+    assert [list(question.ids) for question in asked] == [ids[question.id] for question in asked]
+    assert len({tuple(question.ids) for question in asked}) == len(asked) == len(part.tokens.pairs)
+    assert {isinstance(question.prompt, str) for question in asked} == {True, False}
+    twice = replace(part, preferences=[preference for preference in part.preferences for _ in range(2)])
+    assert questions(twice, tokenizer, {}, 3) == asked[:3]
 
 
 def test_a_reward_model_says_which_answers_beat_the_chosen_ones(root: Path, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_right_answers_that_fall_while_accuracy_rises_get_a_line() -> None:
     [remark] = remarks(right(0.55, 0.31))
     assert "fell from 55.0% to 31.0%" in remark.seen
     assert "rose from 50.0% to 90.0%" in remark.seen
+    [remark] = remarks(right(0.55, 0.31, (0.9, 0.89)))
+    assert "reward accuracy stayed (90.0%, now 89.0%)" in remark.seen
 
 
 @pytest.mark.parametrize(
