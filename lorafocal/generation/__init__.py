@@ -107,18 +107,7 @@ def generate(
     else:
         machine, why = _at_server(server, sampling, replies, base, engine, say)
     called = name or (str(target) if server is not None else str(machine.target["name"]))
-    about = {
-        "target": {**machine.target, "generator": called},
-        "sampling": {
-            "preset": preset,
-            "source": PRESETS[preset].source,
-            **sampling.as_dict(),
-            "engine": machine.name,
-            **machine.settings,
-        },
-        "prompts": asked.as_dict(),
-        "versions": package_versions(*PACKAGES[machine.name]),
-    }
+    about = _about(machine, called, preset, sampling, asked)
     for file in (out, provenance_file(out), journal_file(out)):
         recover(out.parent, file.name)
     if (finished := _finished(out, about)) is not None:
@@ -137,6 +126,17 @@ def generate(
         replies.unlink(missing_ok=True)
         journal.remove()
     return GenerationReport(out, len(rows), machine.name, counts, machine.notes)
+
+
+def _about(machine: Engine, called: str, preset: str, sampling: Sampling, asked: Prompts) -> dict[str, Any]:
+    """All that decides the answers, as the journal and the provenance hold it."""
+    drawn = {"preset": preset, "source": PRESETS[preset].source, **sampling.as_dict()}
+    return {
+        "target": {**machine.target, "generator": called},
+        "sampling": {**drawn, "engine": machine.name, **machine.settings},
+        "prompts": asked.as_dict(),
+        "versions": package_versions(*PACKAGES[machine.name]),
+    }
 
 
 def _check_out(out: Path, asked: Prompts) -> None:
