@@ -250,12 +250,14 @@ def test_a_merged_model_scores_like_its_adapter(run: SavedRun, tmp_path: Path) -
     held_out = run.folder / "held_out.jsonl"
     merge_adapter(run.adapter, tmp_path / "out", dtype="float32")
     adapter = score_file(run.adapter, held_out)
-    merged = score_file(tmp_path / "out", held_out, reference=str(run.base), beta=BETA)
+    merged = score_file(tmp_path / "out", held_out, reference=str(run.base))
     assert merged.margins == pytest.approx(adapter.margins, abs=1e-5)
     alone = score_file(tmp_path / "out", held_out)
     assert alone.margins == []
     assert "rewards/margins" not in alone.as_dict()
     assert alone.scores[0].chosen_logps == merged.scores[0].chosen_logps
+    assert alone.beta == BETA
+    assert score_file(run.folder, held_out).scores == adapter.scores
 
 
 @pytest.mark.row("7", "22")
