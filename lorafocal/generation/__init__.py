@@ -11,7 +11,16 @@ from lorafocal.errors import InputError
 from lorafocal.evaluate.result import package_versions
 from lorafocal.generation.answering import answer_all, on_this_machine
 from lorafocal.generation.asks import Completion, Engine
-from lorafocal.generation.formats import ALPACA, ARENA, AnswerRow, form_of, provenance_file, read_answers, write_answers
+from lorafocal.generation.formats import (
+    ALPACA,
+    ARENA,
+    AnswerRow,
+    form_of,
+    provenance_file,
+    read_answers,
+    read_provenance,
+    write_answers,
+)
 from lorafocal.generation.journal import Journal, check_same, journal_file
 from lorafocal.generation.presets import BATCH_TOKENS, PRESETS, Sampling, sampling_of
 from lorafocal.generation.prompts import Prompt, Prompts, read_prompts
@@ -144,6 +153,9 @@ def _check_out(out: Path, asked: Prompts) -> None:
     if not out.parent.is_dir():
         raise InputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
     form = form_of(out)
+    about = provenance_file(out)
+    if about.is_file() and (other := read_provenance(about)["answers"].get("file")) != out.name:
+        raise InputError(f"{out}: {about.name} describes {other} already; give these answers another name or folder")
     if form == ARENA and asked.form != "arena-hard":
         raise InputError(
             f"{out}: .jsonl is Arena-Hard's form, which names questions by their ids, and {asked.file} has none: let"

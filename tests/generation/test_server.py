@@ -143,6 +143,15 @@ def test_what_the_answers_are_is_said_beside_them(tmp_path: Path, prompts: Path)
     ]
 
 
+def test_one_provenance_is_not_written_over_another(tmp_path: Path, prompts: Path, questions: Path) -> None:
+    with serving() as server:
+        generated(server, prompts, tmp_path / "out" / "mine.json")
+        before = files(tmp_path / "out")
+        with pytest.raises(InputError, match=r"mine\.provenance\.json describes mine\.json already"):
+            generated(server, questions, tmp_path / "out" / "mine.jsonl")
+    assert files(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("how", [{"base": "a"}, {"engine": "vllm"}], ids=str)
 def test_what_is_of_this_machine_is_refused(tmp_path: Path, prompts: Path, how: dict[str, str]) -> None:
     with serving() as server, pytest.raises(InputError, match="leave it out"):
