@@ -23,6 +23,7 @@ from lorafocal.report.paper import NOT_MEASURED, NOT_READ, Row, Table, all_cells
 from lorafocal.report.paper_page import csv_text, head, markdown, page, records, write_paper
 from lorafocal.report.paper_plot import table_png
 from lorafocal.report.plots import LIGHT
+from tests import browser
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -291,6 +292,20 @@ def test_pictures_are_drawn_with_any_name() -> None:
     tables = paper_tables([replace(ALPACA, model="$\\frac{ _x", judge="another")])
     for table in tables.tables:
         assert table_png(table, tables.legend, LIGHT).startswith(PNG)
+
+
+@pytest.mark.slow
+@pytest.mark.chromium
+def test_the_page_opens_in_a_browser_with_its_pictures(tmp_path: Path) -> None:
+    table = paper_tables([]).tables[1]
+    drawn = table_png(table, (), LIGHT)
+    (tmp_path / "paper.html").write_text(page(paper_tables([ALPACA, BOARD]), [(drawn, drawn)] * 2), encoding="utf-8")
+    script = """
+    const { document } = await open("paper.html");
+    const pictures = [...document.images].map((each) => each.naturalWidth > 500);
+    return [pictures, document.querySelectorAll("table").length, document.title];
+    """
+    assert browser.ask(tmp_path, script) == ([[True, True], 4, "Beside the paper"], [])
 
 
 @pytest.fixture
