@@ -55,10 +55,23 @@ def test_help_names_the_verbs_and_the_module_runs() -> None:
         assert verb in done.stdout
 
 
+def trainings(monkeypatch: pytest.MonkeyPatch, summary: Summary) -> list[Any]:
+    """The calls of `run.train`, in whose place and in that of its watchers nothing happens."""
+    stand_in(monkeypatch, "evaluate.during", "callbacks", ())
+    return stand_in(monkeypatch, "run", "train", summary)
+
+
+def options_of(train: Any) -> dict[str, Any]:
+    """What `run.train` was called with by name, but for what watches the training, which is always given."""
+    _, options = train
+    assert options["callbacks"] is sys.modules["lorafocal.evaluate.during"].callbacks
+    return {name: value for name, value in options.items() if name != "callbacks"}
+
+
 def test_train_passes_everything_on(
     monkeypatch: pytest.MonkeyPatch, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = stand_in(monkeypatch, "run", "train", Summary())
+    calls = trainings(monkeypatch, Summary())
     assert (
         call(
             monkeypatch,
@@ -73,25 +86,25 @@ def test_train_passes_everything_on(
         )
         == 0
     )
-    [((config,), options)] = calls
+    [((config,), _)] = calls
     assert (config.objective.beta, config.adapter.r) == (0.2, 4)
-    assert options == {"resume": True, "quiet": True, "runs_dir": Path("out")}
+    assert options_of(calls[0]) == {"resume": True, "quiet": True, "runs_dir": Path("out")}
     output = capsys.readouterr()
     assert output.out == "the summary\n"
     assert "warning: objective.gamma" in output.err
 
 
 def test_train_has_plain_defaults(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
-    calls = stand_in(monkeypatch, "run", "train", Summary())
+    calls = trainings(monkeypatch, Summary())
     assert call(monkeypatch, "train", file) == 0
-    assert calls[0][1] == {"resume": False, "quiet": False, "runs_dir": Path("runs")}
+    assert options_of(calls[0]) == {"resume": False, "quiet": False, "runs_dir": Path("runs")}
 
 
 @pytest.mark.parametrize(("signal", "code"), [(2, 130), (15, 143)])
 def test_an_interrupted_run_that_saved_says_so(
     monkeypatch: pytest.MonkeyPatch, file: Path, signal: int, code: int
 ) -> None:
-    stand_in(monkeypatch, "run", "train", Summary(interrupted_by=signal))
+    trainings(monkeypatch, Summary(interrupted_by=signal))
     assert call(monkeypatch, "train", file) == code
 
 
@@ -148,7 +161,7 @@ def test_a_backend_starts_before_anything_heavy(
 ) -> None:
     """A rehearsal runs on transformers, whatever the run will."""
     starts = stand_in(monkeypatch, "model.backends.unsloth", "start", None)
-    run = stand_in(monkeypatch, "run", "train", Summary())
+    run = trainings(monkeypatch, Summary())
     sys.modules["lorafocal.run"].cache_reference = lambda *_, **__: run.append("") or Summary()  # type: ignore[attr-defined]
     stand_in(monkeypatch, "rehearsal", "rehearse", Summary())
     assert call(monkeypatch, verb[0], file, "model.backend=unsloth", "model.dtype=bfloat16", *verb[1:]) == 0
