@@ -263,6 +263,24 @@ def test_a_reply_that_comes_while_all_ends_is_kept(tmp_path: Path) -> None:
     assert [reply.text for reply in read_journal(tmp_path / "journal.jsonl").values()] == ["late and paid for"]
 
 
+def test_who_interrupts_keeps_what_was_under_way(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def interrupt(line: str) -> None:
+        said.append(line)
+        if line.startswith("3 of"):
+            raise KeyboardInterrupt
+
+    with serving() as server:
+        with pytest.raises(KeyboardInterrupt):
+            ask(Endpoint("judge", server.url, concurrency=2), QUESTIONS, journal=tmp_path / "j", say=interrupt)
+        assert said[-1].startswith("stopping")
+        before = len(server.requests)
+        assert len(read_journal(tmp_path / "j")) == before
+        assert texts(asked(server, tmp_path / "j")) == EXPECTED
+    assert len(server.requests) == len(QUESTIONS)
+
+
 @pytest.mark.slow
 def test_killed_among_its_replies_the_next_call_asks_for_the_rest_alone(tmp_path: Path) -> None:
     code = (
