@@ -42,7 +42,6 @@ TRAINING_PAIRS, HELD_OUT = 3840, 600
 MARKER = "quickstart.json"
 RUNS = [f"{objective}-{seed}" for objective in ("focalpo", "dpo") for seed in SEEDS]
 OURS = ("data", "answers", "results", "bundle", "report", *RUNS)
-DRAWING = {"temperature": 1.0, "max_new_tokens": 12, "seed": 0}
 
 
 def main(out: Path, overrides: list[str]) -> None:
@@ -131,7 +130,9 @@ def train_one(base: Path, out: Path, objective: str, seed: int, more: list[str])
 def right_answers(target: Path, name: str, out: Path) -> Result:
     """One sampled answer to each held-out question, and which of them are right: the pairs' chosen answers are."""
     questions, answers = out / "data" / "held_out.jsonl", out / "answers" / f"{name}.json"
-    generate(target, questions, out=answers, name=name, say=lambda line: None, **DRAWING)
+    generate(
+        target, questions, out=answers, name=name, temperature=1.0, max_new_tokens=12, seed=0, say=lambda line: None
+    )
     result = evaluate_rule(answers, rule="exact", targets=questions, field="chosen")
     result.write(out / "results" / f"{name}-rule.json")
     return result
