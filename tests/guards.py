@@ -284,7 +284,7 @@ GUARDS: list[Guard] = [
     Guard("58", "lorafocal.evaluate.alpaca_judging:_known", lambda known: lambda preference: known(preference) or 1.5, "tests/evaluate/test_alpaca.py::test_a_verdict_that_cannot_be_read_is_counted_and_not_guessed"),
     Guard("58", "lorafocal.evaluate.alpaca_judging:signature", lambda _: lambda annotator, judge: annotator, "tests/evaluate/test_alpaca.py::test_annotations_give_the_same_numbers_alone"),
     Guard("58", "lorafocal.evaluate.alpaca_judging:_check_marks", lambda _: lambda pairs: None, "tests/evaluate/test_alpaca.py::test_answers_that_cannot_be_compared_are_refused_before_anything_is_sent"),
-    Guard("58", "lorafocal.evaluate.alpaca_rows:place_rows", lambda _: lambda rows, order, file: dict(enumerate(map(dict, rows))), "tests/evaluate/test_alpaca.py::test_the_order_of_the_rows_does_not_matter_where_a_reference_tells_the_positions"),
+    Guard("58", "lorafocal.evaluate.alpaca_rows:place_rows", lambda _: lambda rows, order, file: dict(enumerate(map(dict, rows))), "tests/evaluate/test_alpaca_rates.py::test_the_order_of_the_rows_does_not_matter_where_a_reference_tells_the_positions"),
     # verdicts of a judge
     Guard("58", "lorafocal.evaluate.arena_verdicts:label_in", lambda _: careless_judging.last_label, "tests/evaluate/test_arena.py::test_one_label_is_a_verdict_two_are_none_and_no_label_is_asked_for"),
     Guard("58", "lorafocal.evaluate.arena_verdicts:Verdicts.battles", lambda _: property(careless_judging.missing_is_a_tie), "tests/evaluate/test_arena.py::test_known_verdicts_have_the_known_win_rate"),
