@@ -14,6 +14,7 @@ from lorafocal.generation.asks import Ask, Completion, Key
 from lorafocal.generation.batches import complete_batch, plan_batches
 from lorafocal.generation.presets import Sampling
 from lorafocal.generation.subject import Subject, check_room
+from lorafocal.model.saved import read_config
 
 
 class SubjectEngine:
@@ -31,29 +32,44 @@ class SubjectEngine:
         self.subject, self.sampling = subject, sampling
         self.ids: dict[Key, list[int]] = {}
         self._spelling: dict[Key, str] = {}  # those that spell a special token, and where they stand
+        self._beyond: dict[Key, str] = {}  # those whose answer may pass the positions that the model was trained on
+        config = read_config(subject.place, subject.revision).get_text_config()
+        self._positions: int | None = getattr(config, "max_position_embeddings", None)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Of an adapter and its base, and of prompts that are read otherwise than they look."""
-        found = () if self.subject.saved is None else self.subject.saved.notes
-        if not self._spelling:
-            return found
-        return (
-            *found,
-            f"{len(self._spelling)} of the prompts spell special tokens of the model (the first: "
-            f"{next(iter(self._spelling.values()))}), which are read as such, as other programs that generate do",
-        )
+        """Of an adapter and its base, and of prompts that are read otherwise than they look, or are long."""
+        found = [] if self.subject.saved is None else [*self.subject.saved.notes]
+        if self._spelling:
+            found.append(
+                f"{len(self._spelling)} of the prompts spell special tokens of the model (the first:"
+                f" {_first(self._spelling)}), which are read as such, as other programs that generate do"
+            )
+        if self._beyond:
+            found.append(
+                f"{len(self._beyond)} of the prompts (the first: {_first(self._beyond)}) with"
+                f" {self.sampling.max_new_tokens} new tokens pass the model's {self._positions} positions: an answer"
+                " that goes so far is not to be trusted"
+            )
+        return tuple(found)
 
     def say(self, asks: Sequence[Ask]) -> None:
         """The tokens of each conversation, into `ids`. Raises InputError naming the place of one that is unfit."""
         speech = self.subject.speech
         for ask in asks:
             try:
-                self.ids[ask.key] = speech.conversation_ids(ask.messages)
+                ids = speech.conversation_ids(ask.messages)
             except InputError as error:
                 raise InputError(f"{ask.place}: {error}") from error
+            self.ids[ask.key] = ids
             if any(speech.forged_in(message["content"]) for message in ask.messages):
                 self._spelling[ask.key] = ask.place
+            if self._positions is not None and len(ids) + self.sampling.max_new_tokens > self._positions:
+                self._beyond[ask.key] = ask.place
+
+
+def _first(places: Mapping[Key, str]) -> str:
+    return next(iter(places.values()))
 
 
 class TransformersEngine(SubjectEngine):

@@ -19,6 +19,7 @@ from lorafocal.generation.asks import Ask, Completion
 from lorafocal.generation.formats import provenance_file, read_answers
 from lorafocal.generation.journal import journal_file
 from lorafocal.generation.local import TransformersEngine
+from lorafocal.generation.subject import find_subject
 from lorafocal.model.load import load_tokenizer
 from lorafocal.model.saved import open_adapter, read_adapter
 from lorafocal.release.merge import merge_adapter
@@ -301,9 +302,7 @@ def test_what_cannot_be_is_refused_before_weights_are_loaded(
     assert not [file.name for file in tmp_path.iterdir() if "a." in file.name]
 
 
-def test_prompts_past_the_models_positions_and_a_second_system_message_are_refused(
-    run: SavedRun, asked: Path, tmp_path: Path
-) -> None:
+def test_a_second_system_message_is_refused(run: SavedRun, asked: Path, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chat = [{"role": "system", "content": "sort"}, {"role": "user", "content": "3 1"}]
     chats.write_text(json.dumps({"prompt": chat}))
@@ -320,3 +319,11 @@ def test_special_tokens_in_prompts_are_read_and_said(run: SavedRun, tmp_path: Pa
         "1 of the prompts spell special tokens of the model (the first: p.txt, row 2)" in n for n in report.notes
     )
     assert json.loads(provenance_file(tmp_path / "a.json").read_text())["notes"] == list(report.notes)
+
+
+def test_answers_that_may_pass_the_models_positions_are_noted(run: SavedRun, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("sort 2 1\nsort 3 1 2 9 8 7\n")
+    room = 64 - len(find_subject(run.folder).speech.prompt_ids("sort 2 1"))
+    [note] = made(run.folder, tmp_path / "p.txt", tmp_path / "a.json", max_new_tokens=room).notes
+    assert note.startswith(f"1 of the prompts (the first: p.txt, row 2) with {room} new tokens pass the model's 64")
+    assert made(run.folder, tmp_path / "p.txt", tmp_path / "b.json").notes == ()
