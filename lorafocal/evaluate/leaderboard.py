@@ -78,7 +78,7 @@ def evaluate_leaderboard(
     managers = find_tasks(names, task_folder, tuple(LEADERBOARD))
     files = [] if task_folder is None else sorted(path for path in task_folder.rglob("*") if path.is_file())
     inputs = file_hashes(*files)
-    about = {
+    about: dict[str, Any] = {
         "target": subject.describe(),
         "limit": limit,
         "batch_size": batch_size,
