@@ -15,7 +15,7 @@ from lorafocal.errors import InputError
 from lorafocal.evaluate.calibration import BINS, Calibration, calibrate
 from lorafocal.evaluate.intervals import RESAMPLES, mean_score, share
 from lorafocal.evaluate.result import Result, Score, file_hashes, package_versions, prompt_sha256
-from lorafocal.evaluate.score import PairScore, ScoredPairs, score_pairs
+from lorafocal.evaluate.score import PairScore, ScoredPairs, check_rewards, score_pairs
 
 VERDICTS, SHARES = "verdicts", "shares"  # what the labels of pairs are
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -42,6 +42,7 @@ def evaluate_pairs(
     """
     if labels not in (VERDICTS, SHARES):
         raise InputError(f"labels is {VERDICTS} or {SHARES}, not {labels!r}")
+    check_rewards(target, base=base, reference=reference, beta=beta)
     scored = score_pairs(target, pairs, base=base, reference=reference, beta=beta)
     return pairs_result(
         scored,
@@ -66,12 +67,6 @@ def pairs_result(scored: ScoredPairs, *, settings: Mapping[str, Any], inputs: Ma
     pairs. Ties (a margin of exactly 0) are not right, as in training's log, and counted.
     """
     report, margins = scored.report, scored.report.margins
-    if len(margins) < len(report.scores):
-        lacks = "no beta is known" if report.beta is None else "there is no reference"
-        raise InputError(
-            f"{report.target} has no margins, as {lacks}: give --reference ADAPTER_OR_MODEL, what rewards are relative"
-            " to, and --beta, the run's, where it has none"
-        )
     drawing = {"resamples": settings["resamples"], "seed": settings["seed"]}
     labels = _shares(scored.pairs) if settings["labels"] == SHARES else None
     calibration = calibrate(margins, labels, bins=settings["bins"], seed=settings["seed"])

@@ -210,6 +210,27 @@ def score_pairs(
     return ScoredPairs(ScoreReport(subject.name, beta, scores, loaded.left_out), loaded.pairs, subject)
 
 
+def check_rewards(target: Path | str, *, base: str | None, reference: str | None, beta: float | None) -> None:
+    """Refuse, before any weights are loaded, a target whose pairs `score_pairs` would give no rewards."""
+    subject = find_subject(target, base=base)
+    if beta is None and _trained_beta(subject) is None:
+        lacks = "no beta is known"
+    elif reference is None and not _is_its_own_reference(subject):
+        lacks = "there is no reference"
+    else:
+        return
+    raise InputError(
+        f"{subject.name} has no margins, as {lacks}: give --reference ADAPTER_OR_MODEL, what rewards are relative to,"
+        " and --beta, the run's, where it has none"
+    )
+
+
+def _is_its_own_reference(subject: Subject) -> bool:
+    """Whether it is an adapter that was trained against its base, or whose training is not known."""
+    saved = subject.saved
+    return saved is not None and (saved.lineage is None or saved.lineage.reference == "disabled_adapter")
+
+
 def _is_adapter(target: str) -> bool:
     return Path(target).is_dir() and (speaker_folder(Path(target)) / CONFIG_FILE).is_file()
 
@@ -233,9 +254,7 @@ def _logps(subject: Subject, pairs: Sequence[TokenizedPair]) -> tuple[PairLogps,
     """Of the subject, and of its own reference, the adapter off, where it was trained against that."""
     model = subject.load()
     run = _scorer(model, pairs)
-    saved = subject.saved
-    own = saved is not None and (saved.lineage is None or saved.lineage.reference == "disabled_adapter")
-    reference = run(DisabledAdapterReference(model).logps) if own else None
+    reference = run(DisabledAdapterReference(model).logps) if _is_its_own_reference(subject) else None
     return run(partial(sequence_logps, model)), reference
 
 
