@@ -202,7 +202,7 @@ def test_texts_and_conversations_are_answered_in_their_order(
     assert [greedy] == [a.text for a in answers(model, tokenizer, [ids], Sampling(max_new_tokens=6), 1)]
 
 
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 20), st.integers(1, 300))
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 20), st.integers(1, 300))
 def test_batches_hold_each_row_once_within_the_budget(lengths: list[int], new: int, budget: int) -> None:
     batches = plan_batches(lengths, new, budget)
     places = [place for batch in batches for place in batch]
