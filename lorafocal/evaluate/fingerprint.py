@@ -132,8 +132,8 @@ def _public(reference: str | None) -> str:
 
 def _notes(ours: Subject, theirs: Subject, own: ScoredPairs) -> Iterator[str]:
     yield (
-        "a high correlation says: the same base, data and length of training; it tells no objectives apart that move"
-        " margins alike, as FocalPO and DPO do while margins are small"
+        "a high correlation says: the same base, kind of data and strength of training; it tells no objectives apart that"
+        " move margins alike, as FocalPO and DPO do while margins are small"
     )
     if own.report.left_out:
         yield f"{own.report.left_out} rows of the file gave no pair and are left out"
