@@ -421,15 +421,6 @@ def changed_for_good(*owners: Any) -> Iterator[dict[Any, dict[str, Any]]]:
     yield {owner: dict(vars(owner)) for owner in owners}
 
 
-def verdicts_of_the_first_file(run: Any, how: Any, ids: Any) -> list[bool | None] | None:
-    """Row 16: the first evaluation is what others are compared with, however its answers were made and judged."""
-    from lorafocal.evaluate.answered import FOLDER, read_answered
-    from lorafocal.evaluations import evaluation_files
-
-    first = next(iter(evaluation_files(run, FOLDER).values()), None)
-    return None if first is None else [row.good for row in read_answered(first)[1]]
-
-
 def in_their_order(result: Any, path: Any, order: Any) -> dict[Any, Any]:
     """Row 58: the first verdict is the first prompt's, whatever the result says."""
     from lorafocal.report.answers import _verdict

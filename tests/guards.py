@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import careless, careless_asking, careless_generation, careless_judging, careless_release
+from tests import careless, careless_asking, careless_during, careless_generation, careless_judging, careless_release
 
 ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
@@ -136,7 +136,7 @@ GUARDS: list[Guard] = [
     # what is measured
     Guard("16", "lorafocal.metrics:summed_over_ranks", lambda _: lambda values: values, "tests/test_evaluation_loop.py::test_two_uneven_ranks_log_the_means_and_the_table_of_all_pairs"),
     Guard("16", "lorafocal.metrics:PairMetrics.add", lambda _: careless.mean_of_means, "tests/test_metrics.py::test_accuracies_are_shares_of_pairs_however_they_are_batched"),
-    Guard("16", "lorafocal.evaluate.during:first_verdicts", lambda _: careless.verdicts_of_the_first_file, "tests/evaluate/test_during.py::test_answers_that_were_judged_otherwise_are_no_beginning"),
+    Guard("16", "lorafocal.evaluate.during:first_verdicts", lambda _: careless_during.verdicts_of_the_first_file, "tests/evaluate/test_during.py::test_answers_that_were_judged_otherwise_are_no_beginning"),
     Guard("38", "lorafocal.metrics:PairTable.add", careless.table_that_keeps_logits, "tests/test_evaluation_loop.py::test_evaluation_keeps_scalars_only"),
     # packs: who sees whom, at which position, through which head
     Guard("19", "lorafocal.data.packing:pad_sequences", lambda _: careless.left_padded, "tests/test_policy.py::test_learned_positions_are_counted_from_the_start_of_each_sequence"),

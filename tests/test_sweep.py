@@ -18,6 +18,7 @@ from lorafocal import run
 from lorafocal.caching import CacheReport
 from lorafocal.config import Config, load_config, resolved_yaml
 from lorafocal.errors import InputError
+from lorafocal.evaluate import during
 from lorafocal.publish import sha256
 from lorafocal.report import sweep_page
 from lorafocal.report.sweep_page import SweepReport
@@ -63,7 +64,8 @@ class Recorder:
         self.failing: dict[str, Exception | type[BaseException]] = {}
         self.base = "b"
 
-    def __call__(self, config: Any, *, resume: bool, quiet: bool, runs_dir: Path) -> RunSummary:
+    def __call__(self, config: Any, *, resume: bool, quiet: bool, runs_dir: Path, callbacks: Any) -> RunSummary:
+        assert callbacks is during.callbacks  # a section `evaluation` holds in every run
         self.asked.append((config.name, resume))
         folder = runs_dir / config.name
         folder.mkdir(exist_ok=True)

@@ -235,10 +235,10 @@ def identity_of(config: Config) -> str:
 
 
 def _deciding(config: Config) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude={"evaluation"})  # each key of which may change
     for key in ("name", *MAY_CHANGE):
         section, _, last = key.rpartition(".")
-        (values[section] if section else values).pop(last, None)
+        (values.get(section, {}) if section else values).pop(last, None)
     return values
 
 
