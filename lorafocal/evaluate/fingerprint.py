@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from lorafocal import recipes
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
@@ -83,7 +86,7 @@ def evaluate_fingerprint(
         inputs=file_hashes(pairs),
         versions=package_versions("torch", "transformers"),
         notes=tuple(_notes(ours, theirs, own)),
-        items=tuple(map(_item, own.pairs, margins, released_margins, [ours] * len(own.pairs))),
+        items=tuple(map(partial(_item, ours.tokenizer), own.pairs, margins, released_margins)),
     )
 
 
@@ -119,8 +122,8 @@ def _varying(scored: ScoredPairs) -> list[float]:
     return margins
 
 
-def _item(pair: TokenizedPair, margin: float, released: float, subject: Subject) -> dict[str, Any]:
-    prompt = str(subject.tokenizer.decode(list(pair.prompt_ids)))
+def _item(tokenizer: PreTrainedTokenizerBase, pair: TokenizedPair, margin: float, released: float) -> dict[str, Any]:
+    prompt = str(tokenizer.decode(list(pair.prompt_ids)))
     return {"prompt_sha256": prompt_sha256(prompt), "margin": margin, "margin_released": released}
 
 
@@ -132,8 +135,8 @@ def _public(reference: str | None) -> str:
 
 def _notes(ours: Subject, theirs: Subject, own: ScoredPairs) -> Iterator[str]:
     yield (
-        "a high correlation says: the same base, kind of data and strength of training; it tells no objectives apart that"
-        " move margins alike, as FocalPO and DPO do while margins are small"
+        "a high correlation says: the same base, kind of data and strength of training; it does not tell objectives"
+        " apart that move margins alike, as FocalPO and DPO do while margins are small"
     )
     if own.report.left_out:
         yield f"{own.report.left_out} rows of the file gave no pair and are left out"
