@@ -14,9 +14,13 @@ from lorafocal.cli.servers import (
     ConcurrencyOption,
     KeyOption,
     PaceOption,
+    PriceOption,
     ServerOption,
     TimeoutOption,
+    YesOption,
+    approval_of,
     endpoint_of,
+    price_of,
     say,
 )
 
@@ -62,15 +66,18 @@ def generate(
     timeout: TimeoutOption = 600.0,
     attempts: AttemptsOption = 6,
     per_minute: PaceOption = None,
+    price: PriceOption = None,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a file of prompts. A killed command goes on where it was; the same inputs give the same bytes."""
-    endpoint = None
+    endpoint = approve = None
     if server is None:
-        refuse_given(context, OF_A_SERVER, "only with --server is one asked")
+        refuse_given(context, (*OF_A_SERVER, "price", "yes"), "only with --server is one asked")
     else:
         refuse_given(context, ("base", "engine", "batch_tokens"), "the server named by --server decides that")
         endpoint = endpoint_of(target, server, key_variable, concurrency, timeout, attempts, per_minute)
+        approve = approval_of(endpoint, yes)
     from lorafocal.generation import generate as run_generate
 
     no_loading_bars()
@@ -88,6 +95,16 @@ def generate(
         "system": system,
     }
     report = run_generate(
-        target, prompts, out=out, preset=preset, seed=seed, server=endpoint, say=say, **drawing, **made
+        target,
+        prompts,
+        out=out,
+        preset=preset,
+        seed=seed,
+        server=endpoint,
+        price=price_of(price),
+        approve=approve,
+        say=say,
+        **drawing,
+        **made,
     )
     print_report(report, as_json)

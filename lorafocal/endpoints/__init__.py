@@ -3,6 +3,6 @@
 from lorafocal.endpoints.asking import Replies, ask
 from lorafocal.endpoints.endpoint import Endpoint, Question
 from lorafocal.endpoints.reply import Reply
-from lorafocal.endpoints.spending import Spending, approved, estimate
+from lorafocal.endpoints.spending import Approve, Price, Spending, approved, estimate
 
-__all__ = ["Endpoint", "Question", "Replies", "Reply", "Spending", "approved", "ask", "estimate"]
+__all__ = ["Approve", "Endpoint", "Price", "Question", "Replies", "Reply", "Spending", "approved", "ask", "estimate"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lorafocal.endpoints import Approve, Endpoint, Price
 from lorafocal.errors import InputError
 from lorafocal.evaluate.result import package_versions
 from lorafocal.generation.answering import answer_all, on_this_machine
@@ -24,10 +25,8 @@ from lorafocal.generation.formats import (
 from lorafocal.generation.journal import Journal, check_same, journal_file
 from lorafocal.generation.presets import BATCH_TOKENS, PRESETS, Sampling, sampling_of
 from lorafocal.generation.prompts import Prompt, Prompts, read_prompts
+from lorafocal.generation.server import ServerEngine, Terms
 from lorafocal.publish import recover
-
-if TYPE_CHECKING:
-    from lorafocal.endpoints import Endpoint
 
 PACKAGES = {
     "transformers": ("torch", "transformers", "peft", "bitsandbytes"),
@@ -79,6 +78,8 @@ def generate(
     system: str | None = None,
     base: str | None = None,
     server: Endpoint | None = None,
+    price: Price | None = None,
+    approve: Approve | None = None,
     engine: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
     name: str | None = None,
@@ -86,8 +87,9 @@ def generate(
 ) -> GenerationReport:
     """Answer the prompts of a file with `target`: a run, an adapter or model folder, or a model's hub id.
 
-    With a `server`, `target` is only what the answers' model is called, and the endpoint's model answers. `prompts` is
-    any file that `read_prompts` reads; `out` gets AlpacaEval's form (.json) or, from Arena-Hard's questions,
+    With a `server`, `target` is only what the answers' model is called, and the endpoint's model answers, once
+    `approve` (needed then) agreed to what that takes; `price` is USD for a million tokens read and written. `prompts`
+    is any file that `read_prompts` reads; `out` gets AlpacaEval's form (.json) or, from Arena-Hard's questions,
     Arena-Hard's (.jsonl), and its provenance beside it. `preset` names one of `PRESETS`, whose values those that are
     given replace. `base` says where an adapter's base is. `engine` "auto" is vLLM where it is installed and can serve
     the target, and transformers otherwise. `name` is what the answers' model is called in the file.
@@ -114,7 +116,7 @@ def generate(
     if server is None:
         machine, why = on_this_machine(target, sampling, base=base, engine=engine, batch_tokens=batch_tokens)
     else:
-        machine, why = _at_server(server, sampling, replies, base, engine, say)
+        machine, why = _at_server(server, sampling, Terms(replies, price, approve), base, engine, say)
     called = name or (str(target) if server is not None else str(machine.target["name"]))
     about = _about(machine, called, preset, sampling, asked)
     for file in (out, provenance_file(out), journal_file(out)):
@@ -139,7 +141,9 @@ def generate(
 
 def _about(machine: Engine, called: str, preset: str, sampling: Sampling, asked: Prompts) -> dict[str, Any]:
     """All that decides the answers, as the journal and the provenance hold it."""
-    drawn = {"preset": preset, "source": PRESETS[preset].source, **sampling.as_dict()}
+    published = PRESETS[preset].sampling.as_dict()
+    changed = sorted(key for key, value in sampling.as_dict().items() if key != "seed" and value != published[key])
+    drawn = {"preset": preset, "changed": changed, "source": PRESETS[preset].source, **sampling.as_dict()}
     return {
         "target": {**machine.target, "generator": called},
         "sampling": {**drawn, "engine": machine.name, **machine.settings},
@@ -167,16 +171,15 @@ def _check_out(out: Path, asked: Prompts) -> None:
 
 
 def _at_server(
-    server: Endpoint, sampling: Sampling, replies: Path, base: str | None, engine: str, say: Callable[[str], None]
+    server: Endpoint, sampling: Sampling, terms: Terms, base: str | None, engine: str, say: Callable[[str], None]
 ) -> tuple[Engine, str]:
     """A server as the engine. Raises InputError for options that are of this machine."""
-    from lorafocal.generation.server import ServerEngine
 
     if base is not None:
         raise InputError("--base says where an adapter's base is, and a server has its own: leave it out")
     if engine != "auto":
         raise InputError("--engine is for answers on this machine, and with --server none is made here: leave it out")
-    return ServerEngine(server, sampling, journal=replies, say=say), f"answers by a server, as {server.model}"
+    return ServerEngine(server, sampling, terms, say=say), f"answers by a server, as {server.model}"
 
 
 def _finished(out: Path, about: Mapping[str, Any]) -> Mapping[str, Any] | None:

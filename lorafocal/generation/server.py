@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafocal.endpoints import Endpoint, Question, Reply, ask
+from lorafocal.endpoints import Approve, Endpoint, Price, Question, Reply, Spending, approved, ask
 from lorafocal.endpoints.journal import read_journal
 from lorafocal.errors import InputError
 from lorafocal.generation.asks import Ask, Completion
@@ -20,22 +21,31 @@ DEFAULTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Where replies are kept, and what may be spent on them. Without `approve`, nothing."""
+
+    journal: Path
+    price: Price | None = None
+    approve: Approve | None = None
+
+
 class ServerEngine:
     """A `generation.asks.Engine` behind an endpoint.
 
-    Replies are kept in `journal` (as `endpoints.ask` does), so the same call after a kill asks for what is missing
-    alone. A drawn answer has the seed `sampling.seed` plus its prompt's place, which a server may or may not heed.
+    Replies are kept in the journal of `terms` (as `endpoints.ask` does), so the same call after a kill asks for what
+    is missing alone. A drawn answer has the seed `sampling.seed` plus its prompt's place, which a server may or may not
+    heed.
     """
 
     name = "server"
 
     def __init__(
-        self, endpoint: Endpoint, sampling: Sampling, *, journal: Path, say: Callable[[str], None] = print
+        self, endpoint: Endpoint, sampling: Sampling, terms: Terms, *, say: Callable[[str], None] = print
     ) -> None:
         """Raises InputError where the endpoint needs a key that is not there."""
         endpoint.credential()
-        self._endpoint, self._sampling, self._say = endpoint, sampling, say
-        self.journal = journal
+        self._endpoint, self._sampling, self._terms, self._say = endpoint, sampling, terms, say
         self.target: Mapping[str, Any] = {"name": endpoint.model, "kind": "server"}
         self.settings: Mapping[str, Any] = {"template": "the server's"}
         self._replies: dict[str, Reply] = {}
@@ -47,15 +57,22 @@ class ServerEngine:
 
     def plan(self, asks: Sequence[Ask]) -> list[list[Ask]]:
         """One batch: the endpoint's own concurrency, and its journal, are finer."""
-        kept = read_journal(self.journal)  # the notes are of these too, where an earlier process asked
+        kept = read_journal(self._terms.journal)  # the notes are of these too, where an earlier process asked
         keys = [self._endpoint.key(question_of(each, self._sampling)) for each in asks]
         self._replies |= {key: kept[key] for key in keys if key in kept}
         return [list(asks)] if asks else []
 
     def answer(self, batch: Sequence[Ask]) -> list[Completion]:
-        """An answer to each. Raises InputError where a question has no reply, once the others have theirs."""
+        """An answer to each.
+
+        Raises InputError where the bill is not agreed to, and where a question has no reply, once the others have
+        theirs.
+        """
         questions = [question_of(each, self._sampling) for each in batch]
-        replies = ask(self._endpoint, questions, journal=self.journal, say=self._say)
+        terms = self._terms
+        approve = terms.approve or _nobody_agreed
+        approved(self._endpoint, questions, journal=terms.journal, price=terms.price, approve=approve)
+        replies = ask(self._endpoint, questions, journal=terms.journal, say=self._say)
         if (missing := replies.shortfall()) is not None:
             raise InputError(missing)
         self._replies |= replies.answered
@@ -71,6 +88,10 @@ def question_of(asked: Ask, sampling: Sampling) -> Question:
     if sampling.top_k:
         options["top_k"] = sampling.top_k
     return Question(asked.messages, options)
+
+
+def _nobody_agreed(_: Spending) -> bool:
+    return False
 
 
 def _notes(model: str, replies: Iterable[Reply]) -> list[str]:

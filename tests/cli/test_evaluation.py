@@ -43,14 +43,17 @@ def test_generate_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     more = "--seed 3 --system s --base b --engine vllm --batch-tokens 9 --name n"
     assert call(monkeypatch, "generate", "t", *options.split(), *more.split()) == 0
     drawing = {"preset": "arena-hard", "max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 3}
-    made = {"system": "s", "base": "b", "engine": "vllm", "batch_tokens": 9, "name": "n", "server": None}
-    assert without(calls) == [(("t", Path("p")), {"out": Path("o"), **drawing, **made})]
+    made = {"system": "s", "base": "b", "engine": "vllm", "batch_tokens": 9, "name": "n", "server": None, "price": None}
+    assert without(calls, "approve") == [(("t", Path("p")), {"out": Path("o"), **drawing, **made})]
+    assert calls[0][1]["approve"] is None
 
 
 def test_generate_asks_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "generation", "generate", Report())
-    where = "--prompts p --out o --server http://localhost:1/v1 --concurrency 2 --timeout 9".split()
+    where = "--prompts p --out o --server http://localhost:1/v1 --concurrency 2 --timeout 9 --price 1,2".split()
     assert call(monkeypatch, "generate", "served", *where) == 0
+    assert calls[0][1]["price"] == (1.0, 2.0)
+    assert calls[0][1]["approve"](COSTLY)  # no key goes there: nothing to bill
     assert calls[0][1]["server"] == Endpoint("served", "http://localhost:1/v1", concurrency=2, timeout_s=9.0)
     assert call(monkeypatch, "generate", "served", *where, "--base", "b", "--engine", "vllm") == 2
     assert "--base, --engine: the server named by --server decides that" in capsys.readouterr().err

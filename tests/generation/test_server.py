@@ -40,7 +40,14 @@ def questions(tmp_path: Path) -> Path:
 def generated(server: Server, prompts: Path, out: Path, preset: str = "greedy", **how: Any) -> GenerationReport:
     out.parent.mkdir(exist_ok=True)
     endpoint = Endpoint("served-model", server.url, concurrency=how.pop("concurrency", 2), attempts=1)
-    return generate("mine", prompts, out=out, preset=preset, server=endpoint, **{"say": lambda line: None} | how)
+    return generate(
+        "mine",
+        prompts,
+        out=out,
+        preset=preset,
+        server=endpoint,
+        **{"say": lambda line: None, "approve": lambda spending: True} | how,
+    )
 
 
 def files(folder: Path) -> Mapping[str, bytes]:
@@ -156,4 +163,11 @@ def test_one_provenance_is_not_written_over_another(tmp_path: Path, prompts: Pat
 def test_what_is_of_this_machine_is_refused(tmp_path: Path, prompts: Path, how: dict[str, str]) -> None:
     with serving() as server, pytest.raises(InputError, match="leave it out"):
         generated(server, prompts, tmp_path / "out" / "mine.json", **how)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("approve", [None, lambda spending: False])
+def test_nothing_is_sent_without_consent(tmp_path: Path, prompts: Path, approve: Any) -> None:
+    with serving() as server, pytest.raises(InputError, match="not agreed to 5 questions: .* nothing was sent"):
+        generated(server, prompts, tmp_path / "out" / "mine.json", approve=approve)
     assert server.requests == []
