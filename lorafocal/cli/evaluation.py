@@ -96,7 +96,7 @@ def leaderboard(
 
     no_loading_bars()
     asked = tuple(tasks or LEADERBOARD)
-    journal = None if out is None else out.with_name(f"{out.stem}.tasks.jsonl")
+    journal = None if out is None else out.with_name(f"{out.stem}.tasks.json")
     options: dict[str, Any] = {"base": base, "task_folder": task_folder, "journal": journal}
     result = evaluate_leaderboard(target, tasks=asked, limit=limit, batch_size=batch_size, say=say, **options)
     finish(result, out, as_json)

@@ -151,7 +151,7 @@ def test_leaderboard_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> No
     options = "--task x --task y --task-folder d --limit 3 --batch-size 2 --base b --out r/t.json".split()
     assert call(monkeypatch, "evaluate", "leaderboard", "t", *options) == 0
     assert call(monkeypatch, "evaluate", "leaderboard", "t") == 0
-    kept = {"base": "b", "task_folder": Path("d"), "journal": Path("r/t.tasks.jsonl")}
+    kept = {"base": "b", "task_folder": Path("d"), "journal": Path("r/t.tasks.json")}
     none = {"base": None, "task_folder": None, "journal": None}
     assert without(calls) == [
         (("t",), {"tasks": ("x", "y"), "limit": 3, "batch_size": 2, **kept}),
