@@ -23,6 +23,7 @@ from lorafocal.config import (
 )
 from lorafocal.errors import InputError
 from lorafocal.objectives import OBJECTIVES, PARAMETERS, python_name
+from lorafocal.schema import Evaluation
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml
 
@@ -42,6 +43,7 @@ READ_BY_THE_RUN = {
     "adapter.trainable_tokens", "data.train", "data.eval",
     "data.held_out", "data.form", "data.columns", "data.revision", "data.split", "data.on_bad_row", "data.cache",
     *(f"data.{name}.{key}" for name in ("train", "eval") for key in SOURCE_KEYS),
+    *(f"evaluation.{key}" for key in Evaluation.model_fields),
 }  # fmt: skip
 FOCALPO_FIELDS = {
     "objective", *map(python_name, PARAMETERS), "pairs_per_step", "max_length", "max_prompt_length", "truncation",
@@ -101,12 +103,13 @@ ANOTHER_SOURCE = {
     "revision": "0123456789abcdef0123456789abcdef01234567", "split": "test",
 }  # fmt: skip
 # Keys that need a second key beside them.
+HELD_OUT = "data={train: train.jsonl, held_out: 0.1}"
 TOGETHER = {
     "adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"],
     "adapter.start_from": ["adapter={start_from: runs/sft/adapter}", "reference.identity_probe=false"],
     "model.backend": ["model.backend=unsloth", "model.dtype=bfloat16"],
     "objective.name": ["objective.name=dpo"],
-    "data.held_out": ["data={train: train.jsonl, held_out: 0.1}"],
+    "data.held_out": [HELD_OUT],
     "data.truncation": ["data.truncation=keep_start"],
     "data.max_prompt_length": ["data.truncation=recipe", "data.max_prompt_length=512"],
     "engine.kind": ["engine.kind=fsdp2"],
@@ -118,6 +121,12 @@ TOGETHER = {
         "reference={kind: separate_model, model: another, revision: 0123456789abcdef0123456789abcdef01234567}"
     ],
 }
+for key, value in {"every": 7, "count": 7, "max_new_tokens": 7, "temperature": 0.5}.items():
+    TOGETHER[f"evaluation.{key}"] = [f"evaluation={json.dumps({'every': 9, 'rule': 'exact', key: value})}", HELD_OUT]
+for key, section in {
+    "rule": {"rule": "number"}, "pattern": {"rule": "regex", "pattern": "x"}, "reward_model": {"reward_model": "judge"}
+}.items():  # fmt: skip
+    TOGETHER[f"evaluation.{key}"] = [f"evaluation={json.dumps({'every': 9, **section})}", HELD_OUT]
 for name, entry in OBJECTIVES.items():
     stated = {key: of.default for key, of in entry.parameters.items() if of.stated}
     for key in entry.parameters.keys() - {"beta", "gamma"}:
@@ -141,6 +150,7 @@ CHOICES = (
     "adapter.init",
     "engine.kind",
     "engine.offload",
+    "evaluation.rule",
 )
 
 
