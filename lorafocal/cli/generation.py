@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,30 +24,31 @@ from lorafocal.cli.servers import (
     say,
 )
 
+TargetArgument = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="A run, an adapter folder, a model; with --server, the name it has there."),
+]
+PromptsOption = Annotated[
+    Path,
+    typer.Option(
+        "--prompts", metavar="FILE", help="AlpacaEval's or Arena-Hard's questions, preference rows, or a prompt a line."
+    ),
+]
+PresetOption = Annotated[
+    str,
+    typer.Option("--preset", help="greedy, llama3-alpaca, mistral-base-alpaca or arena-hard: sampling as published."),
+]
+BatchOption = Annotated[
+    int, typer.Option("--batch-tokens", help="Prompt and answer tokens of a batch at most; memory, not results.")
+]
+
 
 def generate(
     context: typer.Context,
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET", help="A run, an adapter folder, a model; with --server, the name it has there."
-        ),
-    ],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="AlpacaEval's or Arena-Hard's questions, preference rows, or a prompt a line.",
-        ),
-    ],
+    target: TargetArgument,
+    prompts: PromptsOption,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The answers, in the benchmark's own form.")],
-    preset: Annotated[
-        str,
-        typer.Option(
-            "--preset", help="greedy, llama3-alpaca, mistral-base-alpaca or arena-hard: sampling as published."
-        ),
-    ] = "greedy",
+    preset: PresetOption = "greedy",
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="In place of the preset's.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", help="1 is the whole distribution.")] = None,
@@ -56,9 +57,7 @@ def generate(
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system message.")] = None,
     base: BaseOption = None,
     engine: Annotated[str, typer.Option("--engine", help="auto, transformers or vllm.")] = "auto",
-    batch_tokens: Annotated[
-        int, typer.Option("--batch-tokens", help="Prompt and answer tokens of a batch at most; memory, not results.")
-    ] = 65_536,
+    batch_tokens: BatchOption = 65_536,
     name: Annotated[str | None, typer.Option("--name", help="What the answers' generator is called.")] = None,
     server: ServerOption = None,
     key_variable: KeyOption = None,
@@ -81,30 +80,24 @@ def generate(
     from lorafocal.generation import generate as run_generate
 
     no_loading_bars()
-    drawing: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-    }
-    made: dict[str, Any] = {
-        "base": base,
-        "engine": engine,
-        "batch_tokens": batch_tokens,
-        "name": name,
-        "system": system,
-    }
     report = run_generate(
         target,
         prompts,
         out=out,
         preset=preset,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
         seed=seed,
+        system=system,
+        base=base,
         server=endpoint,
         price=price_of(price),
         approve=approve,
+        engine=engine,
+        batch_tokens=batch_tokens,
+        name=name,
         say=say,
-        **drawing,
-        **made,
     )
     print_report(report, as_json)
