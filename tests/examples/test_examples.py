@@ -16,6 +16,7 @@ from lorafocal.data.held_out import HELD_OUT_FILE
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.evaluate.score import score_file
 from lorafocal.model.shrunk import build, shrunk
+from tests.openai_server import Said, serving
 from tests.saved_run import save_base
 from tests.toy_run import metric_lines
 
@@ -96,6 +97,26 @@ def test_03_leaves_the_merge_to_another_machine(
 ) -> None:
     run(monkeypatch, "03_qlora_4bit.py", blocks_of_64, tmp_path, "--no-merge", "--quantization", "int8", "--rank", "4")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "scores.jsonl"}
+
+
+@pytest.mark.slow
+def test_05_compares_two_models_by_a_rule_and_a_judge(
+    tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "few.jsonl").write_text("".join((inputs / "pairs.jsonl").read_text().splitlines(True)[:6]))
+    other = save_base(tmp_path / "other", tied=True)
+    given = ["--model", str(inputs / "base"), "--against", str(other), "--prompts", str(tmp_path / "few.jsonl")]
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    with serving(lambda body: Said("m", [{"m": -0.7, "M": -0.7}])) as server:
+        judging = ["--rule", "exact", "--judge", "made-up", "--server", server.url]
+        monkeypatch.setattr("sys.argv", ["05", *given, "--tokens", "4", "--out", str(tmp_path / "out"), *judging])
+        runpy.run_path(str(EXAMPLES / "05_evaluate.py"), run_name="__main__")
+    assert "sign_test_p" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "model-judged.json").read_text())["scores"]["win_rate"]["value"] == 50
+    assert (tmp_path / "out" / "answers.html").is_file()
+    assert len(asked) == 1  # before anything was sent
+    assert 1 <= len(server.requests) <= 6
 
 
 @pytest.mark.slow
