@@ -32,6 +32,7 @@ USUAL = {
     "reference": "{kind: disabled_adapter}",
     "training": "{pairs_per_step: 64, learning_rate: 5.0e-6}",
     "engine": "{kind: zero3}",
+    "evaluation": "{every: 100, rule: number}",
 }
 
 # What the keys of PEFT, TRL and bitsandbytes are called here, where no spelling leads there.
