@@ -419,25 +419,3 @@ def index_at_its_word(name: str, revision: str | None) -> list[str]:
 def changed_for_good(*owners: Any) -> Iterator[dict[Any, dict[str, Any]]]:
     """Row 61: whatever a library does to the classes of another stays, in every model of the process."""
     yield {owner: dict(vars(owner)) for owner in owners}
-
-
-def in_their_order(result: Any, path: Any, order: Any) -> dict[Any, Any]:
-    """Row 58: the first verdict is the first prompt's, whatever the result says."""
-    from lorafocal.report.answers import _verdict
-
-    return dict(zip(order, map(_verdict, result.items), strict=False))
-
-
-@contextmanager
-def padding_of_the_tokenizer(model: Any, rows: Any) -> Iterator[int]:
-    """Row 58: padded with the end of a text, as is common, so that a reward is read from the token before it."""
-    config = model.config.get_text_config()
-    config.pad_token_id = config.eos_token_id
-    yield config.pad_token_id
-    config.pad_token_id = None
-
-
-@contextmanager
-def lengths_of_the_model(model: Any) -> Iterator[None]:
-    """Row 58: a limit in a model's own generation config cuts the answers of every task."""
-    yield

@@ -293,10 +293,10 @@ GUARDS: list[Guard] = [
     Guard("58", "lorafocal.report.paper:reasons", lambda _: lambda *a: (), "tests/report/test_paper.py::test_a_number_of_another_judge_never_stands_there_unmarked"),
     Guard("58", "lorafocal.report.paper:_own_mean", lambda mean: lambda cells: mean([cell for cell in cells if cell.score]), "tests/report/test_paper.py::test_an_average_is_of_all_six_or_is_not"),
     Guard("58", "lorafocal.report.paper:_fits", lambda _: lambda result, held: result.benchmark not in held, "tests/report/test_paper.py::test_a_row_is_one_model_judged_once"),
-    Guard("58", "lorafocal.report.answers:_verdicts", lambda _: careless.in_their_order, "tests/report/test_answers.py::test_a_verdict_is_what_the_item_says_and_none_where_it_says_none"),
+    Guard("58", "lorafocal.report.answers:_verdicts", lambda _: careless_judging.in_their_order, "tests/report/test_answers.py::test_a_verdict_is_what_the_item_says_and_none_where_it_says_none"),
     Guard("S2", "lorafocal.report.answers_page:escape", lambda _: lambda text: text, "tests/report/test_answers.py::test_texts_are_texts_and_no_script_but_the_pages_own_can_run"),
-    Guard("58", "lorafocal.evaluate.reward_model:_padding", lambda _: careless.padding_of_the_tokenizer, "tests/evaluate/test_reward.py::test_an_end_of_turn_is_not_taken_for_padding"),
-    Guard("58", "lorafocal.evaluate.harness:_whole_answers", lambda _: careless.lengths_of_the_model, "tests/evaluate/test_leaderboard.py::test_answers_are_as_long_as_the_task_says_whatever_the_model_s_own_config_says"),
+    Guard("58", "lorafocal.evaluate.reward_model:_padding", lambda _: careless_judging.padding_of_the_tokenizer, "tests/evaluate/test_reward.py::test_an_end_of_turn_is_not_taken_for_padding"),
+    Guard("58", "lorafocal.evaluate.harness:_whole_answers", lambda _: careless_judging.lengths_of_the_model, "tests/evaluate/test_leaderboard.py::test_answers_are_as_long_as_the_task_says_whatever_the_model_s_own_config_says"),
     Guard("58", "lorafocal.evaluate.fingerprint:check_same_tokens", lambda _: lambda *a: None, "tests/evaluate/test_fingerprint.py::test_tokens_of_another_tokenizer_are_refused"),
 ]
 # fmt: on
