@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafocal.cli.options import BaseOption, JsonOption, no_loading_bars, print_report, refuse_given
+from lorafocal.cli.options import BaseOption, JsonOption, folder_made, no_loading_bars, print_report, refuse_given
 from lorafocal.cli.servers import (
     OF_A_SERVER,
     AttemptsOption,
@@ -47,7 +47,10 @@ def generate(
     context: typer.Context,
     target: TargetArgument,
     prompts: PromptsOption,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The answers, in the benchmark's own form.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="The answers, in the benchmark's own form.", callback=folder_made),
+    ],
     preset: PresetOption = "greedy",
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="In place of the preset's.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,

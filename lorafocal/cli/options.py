@@ -23,8 +23,24 @@ BaseOption = Annotated[
     typer.Option("--base", metavar="MODEL", help="An adapter's base, if not where the adapter says."),
 ]
 
+
+def folder_made(path: Path | None) -> Path | None:
+    """A file to be written, whose folder is made before anything is computed or paid for it."""
+    if path is not None:
+        if path.is_dir():
+            raise InputError(f"--out {path} is a folder: name a file in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 ResultOption = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Write the result (JSON) here; `report --paper` reads it.")
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        help="Write the result (JSON) here; `report --paper` reads it.",
+        callback=folder_made,
+    ),
 ]
 
 
@@ -42,9 +58,11 @@ def print_report(report: Any, as_json: bool) -> None:
 
 def finish(result: Result, out: Path | None, as_json: bool) -> None:
     """Write an evaluation's result where that is asked for, and print it."""
-    if out is not None:
-        result.write(out)
-    print_report(result, as_json)
+    try:
+        if out is not None:
+            result.write(out)
+    finally:  # where it cannot be written, what was computed is shown all the same
+        print_report(result, as_json)
 
 
 def refuse_given(context: typer.Context, parameters: Iterable[str], why: str) -> None:

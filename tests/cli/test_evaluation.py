@@ -145,6 +145,35 @@ def test_verbs_that_ask_nobody_pass_everything_on(
     assert found.written == [Path("x.json")]
 
 
+def test_the_folder_of_out_is_made_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = []
+    stand_in(monkeypatch, "evaluate.pairs", "evaluate_pairs", Found())
+    module, folder = sys.modules["lorafocal.evaluate.pairs"], tmp_path / "results" / "today"
+    monkeypatch.setattr(module, "evaluate_pairs", lambda *_, **__: there.append(folder.is_dir()) or Found())
+    assert call(monkeypatch, "evaluate", "pairs", "t", "p", "--out", str(folder / "mine.json")) == 0
+    assert call(monkeypatch, "evaluate", "pairs", "t", "p", "--out", str(folder)) == 2
+    assert there == [True]
+    assert "is a folder: name a file in it" in capsys.readouterr().err
+    stand_in(monkeypatch, "generation", "generate", Report())
+    answers = tmp_path / "arena" / "mine.jsonl"
+    assert call(monkeypatch, "generate", "t", "--prompts", "p", "--out", str(answers)) == 0
+    assert answers.parent.is_dir()
+
+
+def test_a_result_that_cannot_be_written_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Unwritable(Report):
+        def write(self, path: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    stand_in(monkeypatch, "evaluate.pairs", "evaluate_pairs", Unwritable())
+    assert call(monkeypatch, "evaluate", "pairs", "t", "p", "--out", "mine.json") == 2
+    assert capsys.readouterr().out == "a table\n"
+
+
 def test_leaderboard_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "evaluate.leaderboard", "evaluate_leaderboard", Found())
     sys.modules["lorafocal.evaluate.leaderboard"].LEADERBOARD = {"arc": 1}  # type: ignore[attr-defined]
