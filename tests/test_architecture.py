@@ -151,8 +151,16 @@ def test_light_files_name_no_heavy_library(room: str) -> None:
     assert not {name.split(".")[0] for name in names} & HEAVY_LIBRARIES
 
 
-def test_the_doors_open_without_the_heavy_libraries() -> None:
-    code = "import sys, lorafocal.cli, lorafocal.config; print(*sys.modules)"
+DOORS = "lorafocal.cli, lorafocal.config"
+READERS = (  # of answers and of what was said of them: seconds, where torch and transformers take half a minute
+    "lorafocal.generation, lorafocal.evaluate.by_rule, lorafocal.evaluate.compare, lorafocal.evaluate.alpaca,"
+    " lorafocal.evaluate.arena, lorafocal.report.answers_page"
+)
+
+
+@pytest.mark.parametrize("modules", [DOORS, READERS])
+def test_these_open_without_the_heavy_libraries(modules: str) -> None:
+    code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()

@@ -19,6 +19,11 @@ SPELLINGS: tuple[Spelling, ...] = (("role", "content", ROLES), ("from", "value",
 MAX_TEXT = 16 * 2**20  # characters: no model reads that much, and tokenising it would stall the run
 
 
+def contents(side: str | Messages) -> list[str]:
+    """The texts of one side of a row."""
+    return [side] if isinstance(side, str) else [message["content"] for message in side]
+
+
 def read_text(text: Any, place: Place) -> str:
     """A string that UTF-8 can spell: a JSON escape may give half a surrogate pair, which no tokenizer reads."""
     if not isinstance(text, str):

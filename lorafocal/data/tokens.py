@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.encoding import TO_GENERATE, Encoder, Reading, Side, SideIds
 from lorafocal.data.era import AS_IN_ITS_ERA
+from lorafocal.data.messages import contents
 from lorafocal.data.sources import Preference
 from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation
 from lorafocal.data.truncation import TRUNCATIONS, Limits, check_limits, why_too_long
@@ -170,11 +171,6 @@ def text_fault(preference: Preference, renderer: Renderer) -> Fault | None:
     if any(not "".join(side).strip() for side in sides[1:]):
         return Fault("empty_completion")
     return None
-
-
-def contents(side: Any) -> list[str]:
-    """The texts of one side."""
-    return [side] if isinstance(side, str) else [message["content"] for message in side]
 
 
 def _half_surrogate(text: str) -> bool:

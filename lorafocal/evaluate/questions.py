@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafocal.data.messages import Messages
+from lorafocal.data.messages import Messages, contents
 from lorafocal.data.prepare import Part
-from lorafocal.data.tokens import contents
 from lorafocal.generation.prompts import Prompt
 from lorafocal.generation.speech import Speech
 

@@ -8,11 +8,8 @@ from pathlib import Path
 from lorafocal.errors import InputError
 from lorafocal.generation.asks import Ask, Completion, Engine
 from lorafocal.generation.journal import Journal
-from lorafocal.generation.local import TransformersEngine
 from lorafocal.generation.presets import Sampling
 from lorafocal.generation.prompts import Prompt
-from lorafocal.generation.subject import find_subject
-from lorafocal.generation.vllm import VllmEngine, hindrance
 
 ENGINES = ("auto", "transformers", "vllm")
 REPORTS = 20  # lines of progress
@@ -27,6 +24,10 @@ def on_this_machine(
     """
     if engine not in ENGINES:
         raise InputError(f"engine is {' or '.join(ENGINES)}, not {engine!r}")
+    from lorafocal.generation.local import TransformersEngine  # brings torch, which readers do without
+    from lorafocal.generation.subject import find_subject
+    from lorafocal.generation.vllm import VllmEngine, hindrance
+
     subject = find_subject(target, base=base)
     why_not = "as asked for" if engine == "transformers" else hindrance(subject)
     if engine == "vllm" and why_not is not None:
