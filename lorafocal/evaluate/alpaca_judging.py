@@ -150,10 +150,11 @@ def judge_pairs(pairs: Mapping[int, Mapping[str, Any]], annotator: str, terms: T
         with redirect_stderr(io.StringIO()):  # the package draws a bar of its own
             rows = bench.annotate_pairs(frame, chunksize=None)
     found = [_known(row.get("preference")) for row in rows]
-    replies = [row.get(bench.completion_key) for row in rows]
+    raw = getattr(bench, "completion_key", "raw_completion")  # as 0.6.2 always calls them
+    replies = [row.get(raw) for row in rows]
     return Judgments(
         dict(zip(pairs, found, strict=True)),
-        {position: raw for position, raw in zip(pairs, replies, strict=True) if isinstance(raw, str | dict)},
+        {position: reply for position, reply in zip(pairs, replies, strict=True) if isinstance(reply, str | dict)},
         court.unanswered,
         found.count(None) - court.unanswered,
         court.unweighted,

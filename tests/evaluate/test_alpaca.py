@@ -275,7 +275,7 @@ def test_answers_that_cannot_be_compared_are_refused_before_anything_is_sent(fil
     [
         ("weighted_alpaca_eval", "no single annotator.*nearest: weighted_alpaca_eval_gpt4_turbo"),
         ("../gpt4", "no single annotator"),
-        ("alpaca_eval_gpt4_turbo_fn", "needs tool_choice, tools"),
+        ("alpaca_eval_gpt4_turbo_fn", "needs (tool_choice, tools|function_call, functions), "),
         ("claude", "does not ask a chat model"),
         ("alpaca_farm", "no single annotator"),
     ],
