@@ -26,7 +26,6 @@ from transformers import (
 from lorafocal.errors import InputError
 from lorafocal.generation.asks import Completion, Key
 from lorafocal.generation.presets import BATCH_TOKENS, Sampling
-from lorafocal.generation.speech import Speech
 from lorafocal.model.head import causal_lm
 
 
@@ -133,33 +132,6 @@ def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
 def uniform(sampling: Sampling, key: Key) -> np.ndarray:
     """(max_new_tokens,) float64 in [0, 1): a row's numbers, from the seed and its key alone."""
     return np.random.default_rng([sampling.seed, *key]).random(sampling.max_new_tokens)
-
-
-def sample_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
-) -> list[str]:
-    """The texts of one answer for each prompt, in order: conversations by the chat template, strings as plain text.
-
-    `temperature` 0 is greedy; above 0, tokens are drawn from the model's whole distribution. An answer depends on the
-    seed and its prompt's place, and not on `batch_tokens`. Nothing outside changes, as in `complete_batch`.
-    """
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    plain, chat = Speech.of(tokenizer, templated=False), Speech.of(tokenizer, templated=bool(tokenizer.chat_template))
-    ends = chat.ends(getattr(causal_lm(model), "generation_config", None))
-    ids = [plain.prompt_ids(prompt) if isinstance(prompt, str) else chat.conversation_ids(prompt) for prompt in prompts]
-    answers = [""] * len(ids)
-    for batch in plan_batches([len(row) for row in ids], max_new_tokens, batch_tokens):
-        found = complete_batch(model, tokenizer, [ids[i] for i in batch], [(i,) for i in batch], sampling, ends)
-        for place, answer in zip(batch, found, strict=True):
-            answers[place] = answer.text
-    return answers
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

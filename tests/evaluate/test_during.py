@@ -23,9 +23,9 @@ from lorafocal.evaluate import during
 from lorafocal.evaluate.answered import read_answered
 from lorafocal.evaluate.judges import Judge
 from lorafocal.evaluate.questions import questions
-from lorafocal.generation.batches import sample_answers
+from lorafocal.generation import generate
+from lorafocal.generation.formats import read_answers
 from lorafocal.model.load import load_tokenizer
-from lorafocal.model.saved import open_adapter, read_adapter
 from lorafocal.publish import sha256
 from lorafocal.report.read import read_run
 from lorafocal.report.words import answers_fell
@@ -160,11 +160,12 @@ def test_every_parameter_may_be_trained(root: Path, tmp_path: Path) -> None:
 # ---- what is said of it
 
 
-def test_answers_are_those_of_the_finished_adapter_and_the_log_counts_them(root: Path, watched: Path) -> None:
-    adapter = open_adapter(read_adapter(watched / "adapter"), dtype="float32")
-    prompts = [row["prompt"] for row in toy_preferences(HELD_OUT, seed=2, held_out=True)][: ASKED["count"]]
-    tokenizer = load_tokenizer(str(root / "base"))
-    expected = sample_answers(adapter, tokenizer, prompts, max_new_tokens=ASKED["max_new_tokens"], temperature=0.0)
+def test_answers_are_those_of_the_finished_adapter_and_the_log_counts_them(watched: Path, tmp_path: Path) -> None:
+    rows = toy_preferences(HELD_OUT, seed=2, held_out=True)[: ASKED["count"]]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "answers.json"
+    generate(watched, tmp_path / "held_out.jsonl", out=out, max_new_tokens=ASKED["max_new_tokens"])
+    expected = [row.output for row in read_answers(out).rows]
     assert answers_at(watched, STEPS) == expected
     assert answers_at(watched, 0) != expected
     lines = shares(watched)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from lorafocal.data.toy import toy_prompts, toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.generation.asks import Completion
-from lorafocal.generation.batches import complete_batch, drawn, plan_batches, sample_answers, uniform
+from lorafocal.generation.batches import complete_batch, drawn, plan_batches, uniform
 from lorafocal.generation.presets import Sampling
 from lorafocal.generation.speech import Speech
 
@@ -188,18 +188,6 @@ def test_logits_that_are_no_numbers_are_refused(
     finally:
         with torch.no_grad():
             weight.copy_(kept)
-
-
-def test_texts_and_conversations_are_answered_in_their_order(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    asked = [*toy_prompts(7, seed=2), "sort 3 1 2", "9"]
-    whole = sample_answers(model, tokenizer, asked, max_new_tokens=6, seed=4)
-    assert sample_answers(model, tokenizer, asked, max_new_tokens=6, seed=4, batch_tokens=30) == whole
-    assert sample_answers(model, tokenizer, asked[:3], max_new_tokens=6, seed=4) == whole[:3]
-    [greedy] = sample_answers(model, tokenizer, ["9"], max_new_tokens=6, temperature=0)
-    ids = tokenizer("9")["input_ids"]
-    assert [greedy] == [a.text for a in answers(model, tokenizer, [ids], Sampling(max_new_tokens=6), 1)]
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 20), st.integers(1, 300))

@@ -168,6 +168,6 @@ def test_what_is_of_this_machine_is_refused(tmp_path: Path, prompts: Path, how: 
 
 @pytest.mark.parametrize("approve", [None, lambda spending: False])
 def test_nothing_is_sent_without_consent(tmp_path: Path, prompts: Path, approve: Any) -> None:
-    with serving() as server, pytest.raises(InputError, match="not agreed to 5 questions: .* nothing was sent"):
+    with serving() as server, pytest.raises(InputError, match=r"not agreed to 5 questions: .* nothing was sent"):
         generated(server, prompts, tmp_path / "out" / "mine.json", approve=approve)
     assert server.requests == []
