@@ -1,4 +1,4 @@
-"""The two ends a run can come to that are not bugs: wrong input, and numbers that went bad."""
+"""The two ends a run can come to that are not bugs: wrong input, and numbers that went bad; and others' errors told."""
 
 
 class InputError(ValueError):
@@ -11,3 +11,8 @@ class InputError(ValueError):
 
 class UnhealthyRun(RuntimeError):
     """A run that must not go on; its last checkpoint is untouched. The command line exits with code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as much as a message has room for."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -152,6 +152,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def public_name(place: str) -> str:
+    """A hub id as it is, a local folder by its last name: where it lies is nobody else's business."""
+    return Path(place).resolve().name if Path(place).exists() else place
+
+
+def text_sha256(text: str) -> str:
+    """Hexadecimal sha256 of a text in UTF-8, halves of surrogate pairs included."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _digests(paths: list[Path]) -> Iterator[str]:
     """The sha256 of each file, in order; several at a time, as a core hashes slower than a disk reads."""
     with ThreadPoolExecutor(HASHERS) as pool:
@@ -181,6 +191,12 @@ def check_free(target: Path, replace: bool = False) -> None:
         raise InputError(f"{target} is a file; choose another folder or remove it")
     if target.exists() and not replace:
         raise InputError(f"{target} exists already; choose another name or remove it")
+
+
+def check_folder_of(path: Path) -> None:
+    """Refuse (`InputError`) a file whose folder is not there, before anything is computed for it."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist. Make it first.")
 
 
 def _refuse_link(path: Path) -> None:

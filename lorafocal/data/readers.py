@@ -10,7 +10,7 @@ import csv
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from gzip import GzipFile
 from io import BufferedReader
 from itertools import islice
@@ -46,6 +46,17 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
         raise InputError(
             f"{path.name}: it cannot be read after row {number} ({why}); write or copy it again"
         ) from error
+
+
+def objects(rows: Iterable[NumberedRow], source: str, what: str) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """Rows with their places, each of which has to be an object: `what` says of what. Raises the first RowFault."""
+    for number, values in rows:
+        if isinstance(values, RowFault):
+            raise values
+        place = Place(source, number)
+        if not isinstance(values, Mapping):
+            raise place.fault("no_object", f"{what} is an object, not {kind(values)}; write it as one")
+        yield place, values
 
 
 def reader_of(path: Path) -> tuple[Reader, bool]:

@@ -38,7 +38,7 @@ from lorafocal.evaluate.alpaca_rows import PROMPTS, RAW, by_instruction, order_o
 from lorafocal.evaluate.intervals import Share, bootstrap_interval
 from lorafocal.evaluate.result import Result, Score, file_hashes, package_versions, prompt_sha256
 from lorafocal.generation.formats import Answers, read_answers
-from lorafocal.publish import write_atomically
+from lorafocal.publish import check_folder_of, write_atomically
 
 # What stands behind the numbers of the leaderboard and of the paper (SimPO's setting).
 JUDGE, REFERENCE, VERSION = "gpt-4-1106-preview", "gpt4_1106_preview", "0.6.2"
@@ -68,8 +68,8 @@ def evaluate_alpaca(
 
     Raises InputError before anything is sent where that can be known, and where too many replies are missing.
     """
-    if annotations_out is not None and not annotations_out.parent.is_dir():
-        raise InputError(f"{annotations_out}: the folder {annotations_out.parent} does not exist. Make it first.")
+    if annotations_out is not None:
+        check_folder_of(annotations_out)
     reference = reference or hub_file(REFERENCE_FILE)
     if reference is None:
         raise InputError(

@@ -6,18 +6,18 @@ reference's is better) to 2 (the model's is), 1.5 is a draw, None a prompt that 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafocal.data.messages import kind, read_text
-from lorafocal.data.places import Place, RowFault
-from lorafocal.data.readers import read_rows
+from lorafocal.data.messages import read_text
+from lorafocal.data.places import Place
+from lorafocal.data.readers import objects, read_rows
 from lorafocal.errors import InputError
 from lorafocal.evaluate.result import prompt_sha256
 from lorafocal.generation.formats import AnswerRow, Answers
+from lorafocal.publish import text_sha256
 
 Order = Literal["own", "another", "not these prompts"]
 
@@ -33,7 +33,7 @@ _DRAW = 0  # how older files spell 1.5
 
 def prompts_digest(hashes: Iterable[str]) -> str:
     """One sha256 of the prompts' own, in the order given."""
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return text_sha256("".join(hashes))
 
 
 def order_of(instructions: Sequence[str]) -> Order:
@@ -106,11 +106,7 @@ def read_annotations(path: Path) -> list[dict[str, Any]]:
     Every row keeps the texts, `preference` (draws as 1.5, missing ones as None) and, where the file has it,
     `preference_raw_completion`, the judge's own reply. Raises InputError naming file, row and key.
     """
-    rows: list[dict[str, Any]] = []
-    for number, values in read_rows(path):
-        if isinstance(values, RowFault):
-            raise values
-        rows.append(_read_row(values, Place(path.name, number)))
+    rows = [_read_row(values, place) for place, values in objects(read_rows(path), path.name, "an annotation")]
     if not rows:
         raise InputError(f"{path}: it holds no annotations")
     for key in ("generator_1", "generator_2", "annotator"):
@@ -126,9 +122,7 @@ def read_annotations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_row(values: Any, place: Place) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise place.fault("no_object", f"an annotation is an object, not {kind(values)}")
+def _read_row(values: Mapping[str, Any], place: Place) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key in _TEXTS:
         if key not in values:

@@ -18,6 +18,7 @@ from lorafocal.evaluate.arena_win_rate import battles_resampled, count, first_pr
 from lorafocal.evaluate.result import Result, file_hashes, package_versions, prompt_sha256
 from lorafocal.generation.formats import AnswerRow, Answers, read_answers
 from lorafocal.generation.prompts import read_prompts
+from lorafocal.publish import check_folder_of
 
 # What stands behind the published numbers of arena-hard-auto v0.1.
 QUESTIONS, JUDGE, BASELINE, MAX_NEW_TOKENS = 500, "gpt-4-1106-preview", "gpt-4-0314", 4096
@@ -54,8 +55,7 @@ def evaluate_arena(
     """
     if judgments.exists() and not journal.exists():
         raise InputError(f"{judgments} exists already, and not by this journal: evaluate it alone, or name another")
-    if not judgments.parent.is_dir():
-        raise InputError(f"{judgments}: the folder {judgments.parent} does not exist. Make it first.")
+    check_folder_of(judgments)
     _check(rounds)
     prompt = JudgePrompt() if judge_config is None else read_judge_prompt(judge_config)
     ours, theirs = read_answers(answers), read_answers(baseline)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafocal.data.messages import kind, read_text
-from lorafocal.data.places import Place, RowFault
-from lorafocal.data.readers import read_rows
+from lorafocal.data.messages import read_text
+from lorafocal.data.places import Place
+from lorafocal.data.readers import objects, read_rows
 from lorafocal.errors import InputError
 
 GAMES = 2  # a question is judged twice: the baseline is assistant A in the first game, the model in the second
@@ -67,12 +67,7 @@ def read_judgments(path: Path) -> Judged:
         raise InputError(f"{path}: judgments are a .jsonl file, which Arena-Hard writes for each model")
     found: dict[str, Verdicts] = {}
     models, judges = set(), set()
-    for number, row in read_rows(path):
-        place = Place(path.name, number)
-        if isinstance(row, RowFault):
-            raise row
-        if not isinstance(row, Mapping):
-            raise place.fault("no_object", f"a judgment is an object, not {kind(row)}")
+    for place, row in objects(read_rows(path), path.name, "a judgment"):
         verdicts = _verdicts(row, place)
         if verdicts.question_id in found:
             raise place.fault("twice", f"question {verdicts.question_id} is judged a second time; keep one of the two")

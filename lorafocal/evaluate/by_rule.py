@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorafocal.data.messages import contents
 from lorafocal.data.readers import read_rows
-from lorafocal.data.sources import Preference, read_preferences
-from lorafocal.data.tokens import contents
+from lorafocal.data.sources import read_preferences
 from lorafocal.errors import InputError
 from lorafocal.evaluate.intervals import share
 from lorafocal.evaluate.result import Result, file_hashes, package_versions, prompt_sha256
 from lorafocal.evaluate.rules import Rule, rule_named
 from lorafocal.generation.formats import AnswerRow, Answers, read_answers
-from lorafocal.generation.prompts import Prompt, read_prompts
+from lorafocal.generation.prompts import Prompt, prompt_of, read_prompts
 
 TARGET, CHOSEN = "target", "chosen"
 Verdict = Callable[[str, str], bool]  # instruction and answer -> whether that is right
@@ -114,16 +114,11 @@ def _stated(path: Path, field: str) -> list[tuple[Prompt, Any]]:
     """Each row's prompt, and what stands under `field`."""
     if field == CHOSEN:
         pairs = read_preferences(path, on_bad_row="error").pairs
-        return [(_prompt(pair), contents(pair.chosen)[-1]) for pair in pairs]
+        return [(prompt_of(pair), contents(pair.chosen)[-1]) for pair in pairs]
     prompts, rows = read_prompts(path), [row for _, row in read_rows(path)]
     if len(prompts.rows) != len(rows):
         raise InputError(f"{path}: {prompts.repeated} rows repeat a prompt; keep one row of each, with its {field}")
     return [(prompt, row.get(field)) for prompt, row in zip(prompts.rows, rows, strict=True)]
-
-
-def _prompt(pair: Preference) -> Prompt:
-    asked = ({"role": "user", "content": pair.prompt},) if isinstance(pair.prompt, str) else tuple(pair.prompt)
-    return Prompt(asked, pair.place)
 
 
 def _text(value: Any, place: str, field: str) -> str:

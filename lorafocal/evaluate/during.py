@@ -10,7 +10,6 @@ import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length
 from lorafocal.policy import compute_dtype, plain_attention
 from lorafocal.progress import ProgressLine
+from lorafocal.publish import public_name, text_sha256
 from lorafocal.report.read import RunRecord
 from lorafocal.report.words import answers_fell
 from lorafocal.schema import Evaluation
@@ -244,10 +244,10 @@ class Seen:
 
 def _how(section: Evaluation, asked: Sequence[Question]) -> dict[str, Any]:
     """What two evaluations must share to be compared; a reward model by its own name, whatever its place."""
-    prompts = sha256(json.dumps([[question.id, list(question.ids), question.chosen] for question in asked]).encode())
+    prompts = json.dumps([[question.id, list(question.ids), question.chosen] for question in asked])
     model = section.reward_model
     return {
         **section.model_dump(exclude={"every", "count"}),
-        "reward_model": None if model is None else Path(model).name if Path(model).exists() else model,
-        "prompts_sha256": prompts.hexdigest(),
+        "reward_model": None if model is None else public_name(model),
+        "prompts_sha256": text_sha256(prompts),
     }

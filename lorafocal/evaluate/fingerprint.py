@@ -17,9 +17,10 @@ from lorafocal.errors import InputError
 from lorafocal.evaluate.correlation import RESAMPLES, pearson, spearman, spread_ratio, with_interval
 from lorafocal.evaluate.intervals import share
 from lorafocal.evaluate.result import Result, file_hashes, package_versions, prompt_sha256
-from lorafocal.evaluate.score import ScoredPairs, score_pairs
+from lorafocal.evaluate.score import ScoredPairs, is_its_own_reference, score_pairs
 from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.model.load import check_same_tokens
+from lorafocal.publish import public_name
 
 FEWEST = 10  # pairs; below, an interval spans most of what a correlation can be
 NO_BETA = 1.0  # margins in nats: a factor changes no correlation
@@ -94,10 +95,9 @@ def _reference(subject: Subject, given: str | None, option: str) -> str | None:
     """What a subject's rewards are relative to; None for an adapter's own base."""
     if given is not None:
         return given
+    if is_its_own_reference(subject):
+        return None
     if subject.saved is not None:
-        lineage = subject.saved.lineage
-        if lineage is None or lineage.reference == "disabled_adapter":
-            return None
         raise InputError(f"{subject.name} was not trained against its own base: name its reference by {option}")
     known = next((row.trained_from for row in recipes.released() if row.model == subject.place), None)
     if known is None:
@@ -128,9 +128,7 @@ def _item(tokenizer: PreTrainedTokenizerBase, pair: TokenizedPair, margin: float
 
 
 def _public(reference: str | None) -> str:
-    if reference is None:
-        return "its own base, the adapter off"
-    return Path(reference).resolve().name if Path(reference).exists() else reference
+    return "its own base, the adapter off" if reference is None else public_name(reference)
 
 
 def _notes(ours: Subject, theirs: Subject, own: ScoredPairs) -> Iterator[str]:

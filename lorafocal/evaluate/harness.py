@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.model.head import causal_lm
 
 PLAIN = "none"  # the harness's name of answers taken as they are
@@ -95,7 +95,7 @@ def fetch_data(managers: Mapping[str, Any], say: Callable[[str], None]) -> None:
             load([name])
         except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, TemplateError) as error:
             raise InputError(
-                f"the task {name} cannot be made ready ({_first_line(error)}): its data come from the hub, online or"
+                f"the task {name} cannot be made ready ({first_line(error)}): its data come from the hub, online or"
                 " from the cache of an earlier time (HF_HOME); a task of your own names its files in dataset_kwargs"
             ) from error
 
@@ -193,10 +193,6 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"the leaderboard's tasks need lm-eval, which cannot be used here ({_first_line(error)}): pip install"
+            f"the leaderboard's tasks need lm-eval, which cannot be used here ({first_line(error)}): pip install"
             " 'lorafocal[eval]'"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

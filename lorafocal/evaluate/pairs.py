@@ -16,6 +16,7 @@ from lorafocal.evaluate.calibration import BINS, Calibration, calibrate
 from lorafocal.evaluate.intervals import RESAMPLES, mean_score, share
 from lorafocal.evaluate.result import Result, Score, file_hashes, package_versions, prompt_sha256
 from lorafocal.evaluate.score import PairScore, ScoredPairs, check_rewards, score_pairs
+from lorafocal.publish import public_name
 
 VERDICTS, SHARES = "verdicts", "shares"  # what the labels of pairs are
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -47,7 +48,7 @@ def evaluate_pairs(
     return pairs_result(
         scored,
         settings={
-            "reference": "its own base, the adapter off" if reference is None else _public(reference),
+            "reference": "its own base, the adapter off" if reference is None else public_name(reference),
             "labels": labels,
             "bins": bins,
             "resamples": resamples,
@@ -143,11 +144,6 @@ def _item(tokenizer: PreTrainedTokenizerBase, pair: TokenizedPair, margin: float
         "right": margin > 0,
         "margin": margin,
     }
-
-
-def _public(target: str) -> str:
-    """A folder's name, or a hub id."""
-    return Path(target).resolve().name if Path(target).exists() else target
 
 
 def _notes(counts: Mapping[str, int], left_out: int) -> tuple[str, ...]:

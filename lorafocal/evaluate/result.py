@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafocal.errors import InputError
-from lorafocal.publish import sha256, write_atomically
+from lorafocal.publish import check_folder_of, sha256, text_sha256, write_atomically
 
 FORMAT = 1
 BENCHMARKS = (
@@ -110,8 +109,7 @@ class Result:
         for text in _strings(record):
             if text.startswith("/") and Path(text).exists():
                 raise InputError(f"a result names no place on this machine, but would name {text}: give its last part")
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: the folder {path.parent} does not exist. Make it first.")
+        check_folder_of(path)
         write_atomically(path, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
@@ -141,8 +139,8 @@ def read_result(path: Path) -> Result:
 
 
 def prompt_sha256(instruction: str) -> str:
-    """What an item calls its prompt: the hexadecimal sha256 of the instruction's UTF-8 text."""
-    return hashlib.sha256(instruction.encode("utf-8", "surrogatepass")).hexdigest()
+    """What an item calls its prompt: the digest of the instruction."""
+    return text_sha256(instruction)
 
 
 def file_hashes(*paths: Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,10 +21,11 @@ from lorafocal.data.encoding import encode
 from lorafocal.data.messages import Messages
 from lorafocal.data.templates import Fault, Renderer
 from lorafocal.data.tokens import REMEDIES
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.generation.batches import plan_batches
 from lorafocal.model.load import DTYPES, check_place, load_tokenizer, local_device, weight_names
 from lorafocal.model.saved import stored_dtype
+from lorafocal.publish import public_name
 
 TOKENS_PER_BATCH = 16_384  # padding included
 UNBOUNDED = 10**9  # above this, a tokenizer's longest text is a way of saying that it knows none
@@ -106,7 +106,7 @@ def open_reward_model(name: str, *, dtype: str | None = None) -> RewardModel:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"no reward model can be read from {name} ({_first_line(error)})") from error
+        raise InputError(f"no reward model can be read from {name} ({first_line(error)})") from error
     _check_kind(config, name)
     weight_names(name, None)
     dtype = dtype or stored_dtype(config)
@@ -125,13 +125,13 @@ def open_reward_model(name: str, *, dtype: str | None = None) -> RewardModel:
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the reward model {name} cannot be loaded ({_first_line(error)})") from error
+        raise InputError(f"the reward model {name} cannot be loaded ({first_line(error)})") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"{name} lacks {len(missing)} tensors of a reward model (first: {missing[0]}), which would be random"
             " numbers: it is a model of another kind, or needs code of its own, which is not run"
         )
-    shown = Path(name).resolve().name if Path(name).exists() else name
+    shown = public_name(name)
     templated = bool(tokenizer.chat_template)
     return RewardModel(shown, model.eval(), tokenizer, dtype, templated, _limit(config, tokenizer))
 
@@ -173,7 +173,3 @@ def _padding(model: PreTrainedModel, rows: Sequence[Encoded]) -> Iterator[int | 
         yield config.pad_token_id
     finally:
         config.pad_token_id = own
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

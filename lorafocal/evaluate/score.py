@@ -24,7 +24,7 @@ from lorafocal.model.saved import CONFIG_FILE, MAX_LENGTH, reward_scale, tokeniz
 from lorafocal.objectives.pairwise import PairLogps, rewards
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
-from lorafocal.publish import write_atomically
+from lorafocal.publish import check_folder_of, write_atomically
 from lorafocal.reference import DisabledAdapterReference
 
 PACKS = PairCollator()
@@ -170,8 +170,8 @@ def score_file(
 
     Raises InputError for anything missing or unfit, before any weights are loaded where that can be known.
     """
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
+    if out is not None:
+        check_folder_of(out)
     report = score_pairs(target, pairs, base=base, reference=reference, beta=beta).report
     if out is not None:
         report.write(out)
@@ -215,7 +215,7 @@ def check_rewards(target: Path | str, *, base: str | None, reference: str | None
     subject = find_subject(target, base=base)
     if beta is None and _trained_beta(subject) is None:
         lacks = "no beta is known"
-    elif reference is None and not _is_its_own_reference(subject):
+    elif reference is None and not is_its_own_reference(subject):
         lacks = "there is no reference"
     else:
         return
@@ -225,7 +225,7 @@ def check_rewards(target: Path | str, *, base: str | None, reference: str | None
     )
 
 
-def _is_its_own_reference(subject: Subject) -> bool:
+def is_its_own_reference(subject: Subject) -> bool:
     """Whether it is an adapter that was trained against its base, or whose training is not known."""
     saved = subject.saved
     return saved is not None and (saved.lineage is None or saved.lineage.reference == "disabled_adapter")
@@ -254,7 +254,7 @@ def _logps(subject: Subject, pairs: Sequence[TokenizedPair]) -> tuple[PairLogps,
     """Of the subject, and of its own reference, the adapter off, where it was trained against that."""
     model = subject.load()
     run = _scorer(model, pairs)
-    reference = run(DisabledAdapterReference(model).logps) if _is_its_own_reference(subject) else None
+    reference = run(DisabledAdapterReference(model).logps) if is_its_own_reference(subject) else None
     return run(partial(sequence_logps, model)), reference
 
 

@@ -26,7 +26,7 @@ from lorafocal.generation.journal import Journal, check_same, journal_file
 from lorafocal.generation.presets import BATCH_TOKENS, PRESETS, Sampling, sampling_of
 from lorafocal.generation.prompts import Prompt, Prompts, read_prompts
 from lorafocal.generation.server import ServerEngine, Terms
-from lorafocal.publish import recover
+from lorafocal.publish import check_folder_of, recover
 
 PACKAGES = {
     "transformers": ("torch", "transformers", "peft", "bitsandbytes"),
@@ -154,8 +154,7 @@ def _about(machine: Engine, called: str, preset: str, sampling: Sampling, asked:
 
 def _check_out(out: Path, asked: Prompts) -> None:
     """That the form of answers that the name of `out` asks for can hold these, in a folder that is there."""
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
+    check_folder_of(out)
     form = form_of(out)
     about = provenance_file(out)
     if about.is_file() and (other := read_provenance(about)["answers"].get("file")) != out.name:
@@ -174,7 +173,6 @@ def _at_server(
     server: Endpoint, sampling: Sampling, terms: Terms, base: str | None, engine: str, say: Callable[[str], None]
 ) -> tuple[Engine, str]:
     """A server as the engine. Raises InputError for options that are of this machine."""
-
     if base is not None:
         raise InputError("--base says where an adapter's base is, and a server has its own: leave it out")
     if engine != "auto":

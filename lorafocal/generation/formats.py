@@ -6,18 +6,17 @@ wrote.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafocal.data.messages import kind, read_text
-from lorafocal.data.places import Place, RowFault
-from lorafocal.data.readers import read_rows
+from lorafocal.data.messages import read_text
+from lorafocal.data.places import Place
+from lorafocal.data.readers import objects, read_rows
 from lorafocal.errors import InputError
-from lorafocal.publish import sha256, write_atomically
+from lorafocal.publish import sha256, text_sha256, write_atomically
 
 FORMAT = 1  # of the provenance file
 ALPACA, ARENA = "alpaca", "arena"
@@ -92,7 +91,7 @@ def write_answers(path: Path, rows: Sequence[AnswerRow], provenance: Mapping[str
     """The answers, then their provenance with the digest of their file; each complete or absent."""
     text = _alpaca(rows) if form_of(path) == ALPACA else "".join(map(_arena, rows))
     write_atomically(path, text)
-    record = {"format": FORMAT, **provenance, "answers": {"file": path.name, "sha256": _sha256(text)}}
+    record = {"format": FORMAT, **provenance, "answers": {"file": path.name, "sha256": text_sha256(text)}}
     write_atomically(provenance_file(path), json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -112,15 +111,11 @@ def _arena(row: AnswerRow) -> str:
     identity = json.dumps([row.question_id, row.generator, row.turns], ensure_ascii=False)
     record = {
         "question_id": row.question_id,
-        "answer_id": _sha256(identity)[:22],
+        "answer_id": text_sha256(identity)[:22],
         "model_id": row.generator,
         "choices": [{"index": 0, "turns": turns}],
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- reading
@@ -133,11 +128,7 @@ def read_answers(path: Path) -> Answers:
     where the provenance beside it is of another file.
     """
     path = Path(path)
-    rows: list[AnswerRow] = []
-    for number, values in read_rows(path):
-        if isinstance(values, RowFault):
-            raise values
-        rows.append(_read_row(values, Place(path.name, number)))
+    rows = [_read_row(values, place) for place, values in objects(read_rows(path), path.name, "an answer")]
     if not rows:
         raise InputError(f"{path}: it holds no answers")
     asked = [row.question_id for row in rows if row.question_id is not None]
@@ -147,9 +138,7 @@ def read_answers(path: Path) -> Answers:
     return Answers(tuple(rows), _read_provenance(path), path.name, sha256(path))
 
 
-def _read_row(values: Any, place: Place) -> AnswerRow:
-    if not isinstance(values, Mapping):
-        raise place.fault("no_object", f"an answer is an object, not {kind(values)}")
+def _read_row(values: Mapping[str, Any], place: Place) -> AnswerRow:
     if "choices" in values:
         return _read_arena(values, place)
     for key in ("instruction", "output"):

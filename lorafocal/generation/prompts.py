@@ -10,9 +10,9 @@ from typing import Any
 
 from lorafocal.data.forms import Row, refuse_columns
 from lorafocal.data.messages import kind, read_text
-from lorafocal.data.places import Place, RowFault, nothing_left
-from lorafocal.data.readers import NumberedRow, read_rows
-from lorafocal.data.sources import Reading, collect
+from lorafocal.data.places import Place, nothing_left
+from lorafocal.data.readers import NumberedRow, objects, read_rows
+from lorafocal.data.sources import Preference, Reading, collect
 from lorafocal.errors import InputError
 from lorafocal.publish import sha256
 
@@ -110,12 +110,7 @@ def _form(numbered: Sequence[NumberedRow], name: str) -> str:
 
 def _each(numbered: Sequence[NumberedRow], name: str, form: str) -> list[Prompt]:
     prompts = []
-    for number, values in numbered:
-        if isinstance(values, RowFault):
-            raise values
-        place = Place(name, number)
-        if not isinstance(values, Mapping):
-            raise place.fault("no_object", f"a row is an object, not {kind(values)}; write it as one")
+    for place, values in objects(numbered, name, "a row"):
         row = Row(values, place)
         refuse_columns(row)
         prompts.append(_READERS[form](row))
@@ -166,11 +161,12 @@ _READERS: Mapping[str, Callable[[Row], Prompt]] = {
 
 
 def _preferences(numbered: Sequence[NumberedRow], name: str) -> list[Prompt]:
-    pairs = collect(numbered, name, Reading.of(None, None, "error")).pairs
-    return [
-        Prompt(_asked(pair.prompt) if isinstance(pair.prompt, str) else tuple(pair.prompt), pair.place)
-        for pair in pairs
-    ]
+    return [prompt_of(pair) for pair in collect(numbered, name, Reading.of(None, None, "error")).pairs]
+
+
+def prompt_of(pair: Preference) -> Prompt:
+    """What a pair's two answers answer."""
+    return Prompt(_asked(pair.prompt) if isinstance(pair.prompt, str) else tuple(pair.prompt), pair.place)
 
 
 def _asked(text: str) -> tuple[dict[str, str], ...]:

@@ -25,8 +25,9 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from lorafocal import launch
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.model.quantized import bitsandbytes_config, check_loaded, library, prequantized, settle, to_dtype
+from lorafocal.publish import public_name, sha256
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SCALES = re.compile(r"(SCB|absmax|scales?|scale_inv)$")  # what quantised weights are multiplied by, in their files
@@ -110,7 +111,7 @@ def load_base(
     except (OSError, ValueError) as error:
         raise InputError(f"model.name: {_not_found('model', name, error)}") from error
     except (RuntimeError, AttributeError) as error:  # what transformers raises over tensors that do not fit
-        raise InputError(f"model.name: the weights of {name} do not fit its config ({_first_line(error)})") from error
+        raise InputError(f"model.name: the weights of {name} do not fit its config ({first_line(error)})") from error
     _check_complete(report, name)
     model.config._commit_hash = commit_of(name, revision)  # as older versions of transformers said; it is not saved
     if stored is not None:
@@ -260,7 +261,7 @@ def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str
     for file in sorted(files, key=lambda file: file.name):
         digest.update(f"{file.name} {_file_sha256(file)}\n".encode())
     return {
-        "name": Path(name).resolve().name if Path(name).exists() else name,
+        "name": public_name(name),
         "revision": commit_of(name, revision),
         "sha256": digest.hexdigest(),
     }
@@ -345,16 +346,11 @@ def _file_sha256(file: Path) -> str:
     blob = file.resolve().name
     if file.is_symlink() and _SHA256.fullmatch(blob):
         return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(file)
 
 
 def _not_found(what: str, name: str, error: Exception) -> str:
     return (
-        f"no {what} could be loaded from {name!r} ({_first_line(error)}). Give a hub id that you have"
+        f"no {what} could be loaded from {name!r} ({first_line(error)}). Give a hub id that you have"
         " access to, or a folder written by `save_pretrained` (safetensors, no remote code)"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.model.adapters import LINEAR, linear_names
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import embeddings_of
@@ -54,7 +54,7 @@ def library(device: torch.device | None = None) -> ModuleType:
         if device is not None:
             module.functional.quantize_4bit(torch.ones(64, device=device), quant_type="nf4")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"a base in 4 or 8 bits needs bitsandbytes, which does not work here ({reason}): install it with"
             " `pip install 'lorafocal[quant]'`, or train on a float base (without `model.quantization`)"

@@ -14,6 +14,7 @@ from lorafocal.lineage import Lineage
 from lorafocal.model.adapters import features
 from lorafocal.model.serving import serving_section
 from lorafocal.model.starts import plain_adapter
+from lorafocal.publish import public_name
 from lorafocal.tensor_files import check_saved
 
 
@@ -40,10 +41,8 @@ def save_adapter(
     name = policy.active_adapter
     own = policy.peft_config[name]
     plain, state = plain_adapter(policy, values)
-    base, revision = (
-        _public_name(own.base_model_name_or_path),
-        own.revision if lineage is None else lineage.base.revision,
-    )
+    base = own.base_model_name_or_path and public_name(own.base_model_name_or_path)
+    revision = own.revision if lineage is None else lineage.base.revision
     policy.peft_config[name] = replace(plain, base_model_name_or_path=base, revision=revision)
     try:
         policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=state)
@@ -72,7 +71,3 @@ def _flatten(folder: Path, adapter: str) -> None:
         for file in inner.iterdir():
             file.replace(folder / file.name)
         inner.rmdir()
-
-
-def _public_name(base: str | None) -> str | None:
-    return Path(base).resolve().name if base and Path(base).exists() else base

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.release.files import published_files
 
 # An answer of the hub that is an error, and no answer at all: the base classes are those of its HTTP library.
@@ -162,11 +162,11 @@ def _explained(repo: str) -> Iterator[None]:
         raise InputError(_refused(repo, error)) from error
     except _NETWORK as error:
         raise InputError(
-            f"the hub could not be reached ({_first_line(error)}). No file of {repo} was changed, a repository may have"
+            f"the hub could not be reached ({first_line(error)}). No file of {repo} was changed, a repository may have"
             " been made and be empty; `lorafocal push` sends the exported folder again"
         ) from error
     except ValueError as error:  # a card whose front matter the hub does not take
-        raise InputError(f"the hub does not take this folder: {_first_line(error)}. Nothing was pushed") from error
+        raise InputError(f"the hub does not take this folder: {first_line(error)}. Nothing was pushed") from error
 
 
 def _refused(repo: str, error: HfHubHTTPError) -> str:
@@ -180,8 +180,4 @@ def _refused(repo: str, error: HfHubHTTPError) -> str:
         )
     if status in (409, 412):
         return f"{repo} was made or changed by somebody else in the meantime: nothing was pushed; look at it first"
-    return f"the hub refuses ({_first_line(error)}): no file of {repo} was changed"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the hub refuses ({first_line(error)}): no file of {repo} was changed"
