@@ -1,4 +1,4 @@
-"""Complete or absent: folders and files that appear under their name only when whole and on disk.
+"""Complete or absent: folders, files, and lines of a growing file that are there only when whole and on disk.
 
 A folder is written beside its target under a hidden name, synced, and renamed; a kill at any moment leaves
 the old target, the new one, or (while one replaces the other) a hidden whole copy that `recover` puts back.
@@ -7,15 +7,17 @@ the old target, the new one, or (while one replaces the other) a hidden whole co
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from lorafocal.errors import InputError
 
@@ -78,6 +80,47 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class GrowingFile:
+    """A file of JSON lines that one process at a time adds to, from any of its threads.
+
+    `lines` are those that were there; a last one that a kill left torn is cut off. Raises InputError where another
+    process writes it, or it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _refuse_link(path)
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = path.open("a+b")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise InputError(f"{path} is being written by another process: wait for it to end, or stop it") from error
+        self._file.seek(0)
+        self.lines = whole_lines(self._file.read())
+        self._file.truncate(sum(len(line) + 1 for line in self.lines))
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """One line, on disk when this returns."""
+        line = json.dumps(record).encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def whole_lines(content: bytes) -> list[bytes]:
+    """The lines of a growing file, without one that has no end."""
+    return content.split(b"\n")[:-1]
 
 
 def discard(folder: Path) -> None:

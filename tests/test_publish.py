@@ -11,6 +11,7 @@ import pytest
 from lorafocal.errors import InputError
 from lorafocal.publish import (
     RECORD,
+    GrowingFile,
     check_name,
     discard,
     inside,
@@ -206,10 +207,36 @@ def test_links_are_never_written_through(tmp_path: Path) -> None:
             inside(tmp_path, name)
     with pytest.raises(InputError, match="symbolic link"):
         write_atomically(tmp_path / "file", "x")
+    with pytest.raises(InputError, match="symbolic link"):
+        GrowingFile(tmp_path / "file")
     with pytest.raises(InputError, match="symbolic link"), published(tmp_path / "new") as folder:
         (folder / "link").symlink_to(outside / "file")
     assert (outside / "file").read_text() == "precious"
     assert names(outside) == ["file"]
+
+
+@pytest.mark.parametrize("kept", range(1, 9))
+def test_a_growing_file_holds_whole_lines_wherever_a_kill_tore_it(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "deep" / "lines.jsonl"
+    file = GrowingFile(path)
+    file.add({"a": "\n"})
+    file.add({"b": 2})
+    with pytest.raises(InputError, match=r"lines\.jsonl is being written by another process"):
+        GrowingFile(path)
+    file.close()
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[:-kept])
+    again = GrowingFile(path)
+    again.add({"b": 3})
+    again.close()
+    assert again.lines == [first.strip()]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": "\n"}, {"b": 3}]
+
+
+def test_a_growing_file_where_none_can_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written"):
+        GrowingFile(tmp_path / "file" / "lines.jsonl")
 
 
 EVIL_NAMES = [

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 from lorafocal.endpoints.reply import MalformedReply, Reply, from_dict
 from lorafocal.errors import InputError
+from lorafocal.publish import GrowingFile, whole_lines
 
 
 def read_journal(path: Path) -> dict[str, Reply]:
@@ -24,12 +23,12 @@ def read_journal(path: Path) -> dict[str, Reply]:
         return {}
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
-    return _replies(path, content)
+    return _replies(path, whole_lines(content))
 
 
-def _replies(path: Path, content: bytes) -> dict[str, Reply]:
+def _replies(path: Path, lines: Sequence[bytes]) -> dict[str, Reply]:
     replies = {}
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             replies[str(record["key"])] = from_dict(record)
@@ -42,40 +41,23 @@ def _replies(path: Path, content: bytes) -> dict[str, Reply]:
 
 
 class Journal:
-    """A journal opened for writing, by one process at a time.
+    """A journal opened for writing, by one process at a time; `replies` is what it holds.
 
-    Raises InputError where another process writes it, or where it is damaged. `replies` is what it holds.
+    Raises InputError where another process writes it, or where it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
-        if path.is_symlink():
-            raise InputError(f"{path} is a symbolic link: links are never written through; give the real path")
+        self._file = GrowingFile(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = path.open("a+b")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror})") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.seek(0)
-            content = self._file.read()
-            self.replies = _replies(path, content)
-            self._file.truncate(content.rfind(b"\n") + 1)
-        except BlockingIOError as error:
-            self._file.close()
-            raise InputError(f"{path} is being written by another process: wait for it to end, or stop it") from error
+            self.replies = _replies(path, self._file.lines)
         except InputError:
             self._file.close()
             raise
 
     def add(self, key: str, reply: Reply) -> None:
-        """One line, handed to the system before this returns; from any thread."""
-        line = json.dumps({"key": key, **reply.as_dict()}).encode() + b"\n"
-        with self._lock:
-            self._file.write(line)
-            self._file.flush()
-            self.replies[key] = reply
+        """One line, on disk before this returns; from any thread."""
+        self._file.add({"key": key, **reply.as_dict()})
+        self.replies[key] = reply
 
     def __enter__(self) -> Journal:
         return self

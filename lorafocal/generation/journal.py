@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from lorafocal.errors import InputError
 from lorafocal.generation.asks import Completion, Key
+from lorafocal.publish import GrowingFile
 from lorafocal.resume import changes
 
 
@@ -21,10 +20,7 @@ def journal_file(out: Path) -> Path:
 
 
 class Journal:
-    """The first line says what is being made; each further one holds a batch's answers. One process writes it.
-
-    A last line that a kill left torn is cut off.
-    """
+    """The first line says what is being made; each further one holds a batch's answers. One process writes it."""
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         """Open the journal of `about`, or begin it.
@@ -33,20 +29,12 @@ class Journal:
         """
         self.path = path
         self.done: dict[Key, Completion] = {}
-        self._file: BinaryIO = path.open("a+b")
+        self._file = GrowingFile(path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.seek(0)
-            content = self._file.read()
-            self._file.truncate(content.rfind(b"\n") + 1)
-            lines = content.split(b"\n")[:-1]
-            if lines:
-                self._read(lines, about)
+            if self._file.lines:
+                self._read(self._file.lines, about)
             else:
-                self._write({"generating": about})
-        except BlockingIOError as error:
-            self._file.close()
-            raise InputError(f"{path} is being written by another process: wait for it to end, or stop it") from error
+                self._file.add({"generating": about})
         except InputError:
             self._file.close()
             raise
@@ -64,13 +52,8 @@ class Journal:
 
     def add(self, keys: Sequence[Key], answers: Sequence[Completion]) -> None:
         """A batch's answers, on disk when this returns."""
-        self._write({"answers": [[k, a.text, a.tokens, a.ended] for k, a in zip(keys, answers, strict=True)]})
+        self._file.add({"answers": [[k, a.text, a.tokens, a.ended] for k, a in zip(keys, answers, strict=True)]})
         self.done |= dict(zip(keys, answers, strict=True))
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def remove(self) -> None:
         """What it was kept for is there."""
