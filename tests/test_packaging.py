@@ -75,15 +75,25 @@ def command_lines(program: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True)) and words[0] == program]
 
 
-@pytest.mark.parametrize("words", command_lines("lorafocal"), ids=" ".join)
-def test_the_verbs_and_options_in_the_readme_exist(words: list[str]) -> None:
+def in_the_docs() -> list[list[str]]:
+    """Calls of `lorafocal` in the blocks of docs/*.md, fenced or indented."""
+    pages = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        shlex.split(line, comments=True) for line in re.findall(r"^ *(lorafocal .*)", "\n".join(pages), re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize("words", [*command_lines("lorafocal"), *in_the_docs()], ids=" ".join)
+def test_the_verbs_and_options_that_are_shown_exist(words: list[str]) -> None:
     from typer.main import get_command
 
     from lorafocal.cli import app
 
-    verb = get_command(app).commands[words[1]]  # type: ignore[attr-defined]
+    verb, rest = get_command(app), words[1:]
+    while hasattr(verb, "commands"):
+        verb = verb.commands[rest.pop(0)]
     options = {option for parameter in verb.params for option in parameter.opts}
-    assert {word for word in words if word.startswith("--")} <= options
+    assert {word for word in rest if word.startswith("--")} <= options
 
 
 @pytest.mark.parametrize("words", command_lines("make"), ids=" ".join)

@@ -24,7 +24,8 @@ def test_the_whole_config_and_the_parts_of_others_are_accepted() -> None:
 
 
 def test_every_command_and_option_that_is_shown_exists() -> None:
-    known = {command.name or command.callback.__name__: command for command in app.registered_commands}
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
     shown = re.findall(r"(?:^|`|-m )lorafocal ([a-z-]+)([^`\n#]*)", "\n".join([*blocks("bash"), README]), re.MULTILINE)
     verbs = {verb for verb, _ in shown}
-    assert {"train", "check", "report", "score", "merge", "from-trl"} <= verbs <= known.keys()
+    assert {"train", "check", "report", "score", "merge", "from-trl"} <= verbs <= known

@@ -130,7 +130,12 @@ def check_gamed(path: Path, prompts: int) -> None:
 
     try:
         table: Any = pandas.read_csv(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): {how_to_fetch(GAMED_FILE)} brings it into the hub's cache,"
+            " where it is found without --gamed"
+        ) from error
+    except ValueError as error:
         raise InputError(f"{path} cannot be read as {GAMED_FILE} ({error})") from error
     wanted = f"{HUB_DATASET}'s {GAMED_FILE} on the hub has it"
     for name, kinds in _GAMED_COLUMNS.items():

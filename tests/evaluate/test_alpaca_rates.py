@@ -117,7 +117,7 @@ def test_the_file_in_the_hubs_cache_is_used(files: Path) -> None:
 
 
 GAMED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "absent": (lambda path: None, "cannot be read as df_gamed.csv"),
+    "absent": (lambda path: None, r"cannot be read \(No such file or directory\): `hf download"),
     "empty": (lambda path: path.write_text(""), "cannot be read as df_gamed.csv"),
     "a column less": (lambda path: path.write_text("model,index\na,0\n"), "no column preference"),
     "words": (lambda path: gamed(path, preference="high"), "column preference holds values of another kind"),
