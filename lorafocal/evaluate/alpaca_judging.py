@@ -126,8 +126,11 @@ def _read(parser: Callable[..., Any], reply: Any, kwargs: Mapping[str, Any]) -> 
 
 
 def judge_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into a request beside the messages."""
-    return {key: value for key, value in config["completions_kwargs"].items() if key in _SENT}
+    """What goes into a request beside the messages; the whole distribution where the annotator does not say.
+
+    The package's client says so too, and some servers would else take top_p from the judge's generation config.
+    """
+    return {"top_p": 1.0} | {key: value for key, value in config["completions_kwargs"].items() if key in _SENT}
 
 
 def judge_pairs(pairs: Mapping[int, Mapping[str, Any]], annotator: str, terms: Terms) -> Judgments:

@@ -81,9 +81,9 @@ def complete_batch(
 
 
 def completion(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Completion:
-    """The answer in drawn ids, of which those after the first end are padding."""
+    """The answer in drawn ids, of which those after the first end are padding; no blank in it is tidied away."""
     end = next((place for place, token in enumerate(ids) if token in ends), None)
-    text = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
+    text = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return Completion(text, len(ids) if end is None else end + 1, end is not None)
 
 

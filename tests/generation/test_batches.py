@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
 
 from lorafocal.data.toy import toy_prompts, toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.generation.asks import Completion
-from lorafocal.generation.batches import complete_batch, drawn, plan_batches, uniform
+from lorafocal.generation.batches import complete_batch, completion, drawn, plan_batches, uniform
 from lorafocal.generation.presets import Sampling
 from lorafocal.generation.speech import Speech
 
@@ -129,6 +130,14 @@ def test_drawn_tokens_have_the_models_probabilities(
         if token not in tokenizer.all_special_ids:
             share = texts.count(tokenizer.decode([token])) / draws
             assert abs(share - probability) < 5 * math.sqrt(probability * (1 - probability) / draws) + 1e-9
+
+
+def test_an_answer_is_what_was_drawn_whatever_the_tokenizer_would_tidy() -> None:
+    words = ["it", "'s", ".", "is", "n't", "<end>"]
+    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="it"))
+    tidy = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", clean_up_tokenization_spaces=True)
+    assert tidy.decode([0, 1, 2]) == "it's."
+    assert completion([0, 1, 2, 3, 4, 5, 0], tidy, frozenset({5})) == Completion("it 's . is n't", 6, True)
 
 
 def test_the_drawn_token_is_the_first_above_the_number() -> None:
