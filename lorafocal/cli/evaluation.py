@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafocal.cli.options import BaseOption, JsonOption, ResultOption, finish, no_loading_bars
+from lorafocal.cli.options import BaseOption, JsonOption, ResultOption, finish, no_loading_bars, refuse_given
 from lorafocal.cli.servers import say
+from lorafocal.errors import InputError
 
 ReferenceOption = Annotated[
     str | None,
@@ -17,6 +18,7 @@ ReferenceOption = Annotated[
 
 
 def rule(
+    context: typer.Context,
     answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="What `generate` wrote.")],
     rule: Annotated[str, typer.Option("--rule", help="exact, contains, number, regex or json.")],
     targets: Annotated[
@@ -36,6 +38,8 @@ def rule(
     as_json: JsonOption = False,
 ) -> None:
     """The share of right answers by a rule that nobody can argue with: no judge, no bill."""
+    if rule == "json" or pattern is not None:
+        refuse_given(context, ("field",), "nothing is compared with targets here")
     from lorafocal.evaluate.by_rule import evaluate_rule
 
     found = evaluate_rule(answers, rule=rule, targets=targets, field=field, pattern=pattern, keys=tuple(keys or ()))
@@ -66,6 +70,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """What the second result has more than the first, prompt by prompt: paired bootstrap and sign test."""
+    if out is not None and any(out.resolve() == read.resolve() for read in (first, second)):
+        raise InputError(f"--out would replace {out}, which is compared: choose another name")
     from lorafocal.evaluate.compare import evaluate_comparison
 
     finish(evaluate_comparison(first, second), out, as_json)

@@ -75,7 +75,7 @@ def generate(
     """Answer a file of prompts. A killed command goes on where it was; the same inputs give the same bytes."""
     endpoint = approve = None
     if server is None:
-        refuse_given(context, (*OF_A_SERVER, "price", "yes"), "only with --server is one asked")
+        refuse_given(context, (*OF_A_SERVER, "price", "yes"), "only with --server is a server asked")
     else:
         refuse_given(context, ("base", "engine", "batch_tokens"), "the server named by --server decides that")
         endpoint = endpoint_of(target, server, key_variable, concurrency, timeout, attempts, per_minute)

@@ -33,13 +33,28 @@ def folder_made(path: Path | None) -> Path | None:
     return path
 
 
+def result_place(path: Path | None) -> Path | None:
+    """A file for a result: in a folder that is there then, and none that holds anything else, as what is judged."""
+    folder_made(path)
+    if path is not None and path.is_file() and path.stat().st_size:
+        from lorafocal.evaluate.result import read_result
+
+        try:
+            read_result(path)
+        except InputError as error:
+            raise InputError(
+                f"--out would replace what is no result: {path}; choose another name or remove it"
+            ) from error
+    return path
+
+
 ResultOption = Annotated[
     Path | None,
     typer.Option(
         "--out",
         metavar="FILE",
         help="Write the result (JSON) here; `report --paper` reads it.",
-        callback=folder_made,
+        callback=result_place,
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -76,7 +77,7 @@ def _ask_missing(
     """Ask, and write down what comes; the reasons of what does not, by key."""
     failed: dict[str, str] = {}
     failed_in_a_row = 0
-    every = max(1, len(missing) // REPORTS)
+    every = math.ceil(len(missing) / REPORTS)
     client = Client(endpoint)
     pool = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="ask")
 

@@ -126,7 +126,8 @@ def _text(value: Any, place: str, field: str) -> str:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise InputError(f"{place}: {field} is {'missing' if value is None else repr(value)}; a target is a text or number")
+    stated = "missing" if value is None else repr(value)
+    raise InputError(f"{place}: {field} is {stated}; a target is a text or number, under the key that --field names")
 
 
 def _instruction(read: Answers, row: AnswerRow) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def answer_all(
         missing = [batch for batch in batches if not all(ask.key in journal.done for ask in batch)]
         for number, batch in enumerate(missing, start=1):
             journal.add([ask.key for ask in batch], engine.answer(batch))
-            if number % max(1, len(missing) // REPORTS) == 0 or number == len(missing):
+            if number % math.ceil(len(missing) / REPORTS) == 0 or number == len(missing):
                 say(f"{len(journal.done)} of {total} answers")
         for ask in asks:
             given[ask.key[0]].append(journal.done[ask.key])

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorafocal.data.forms import Row, refuse_columns
 from lorafocal.data.messages import kind, read_text
-from lorafocal.data.places import Place, nothing_left
+from lorafocal.data.places import Place
 from lorafocal.data.readers import NumberedRow, objects, read_rows
 from lorafocal.data.sources import Preference, Reading, collect
 from lorafocal.errors import InputError
@@ -71,7 +71,7 @@ def read_prompts(path: Path) -> Prompts:
         form = _form(numbered, path.name)
         rows = _preferences(numbered, path.name) if form == "preferences" else _each(numbered, path.name, form)
     if not rows:
-        raise nothing_left(path.name, [])
+        raise InputError(f"{path.name}: it holds no prompts; give one at least")
     kept = _once(rows) if form == "preferences" else rows
     return Prompts(tuple(kept), form, path.name, sha256(path), len(rows) - len(kept))
 

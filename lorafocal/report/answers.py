@@ -73,7 +73,7 @@ def side_by_side(answers: Sequence[Path], verdicts: Sequence[Path] = (), *, prom
     keyed = [dict(_numbered(file.rows, _key)) for file in files]
     models = _names(files)
     order = list(dict.fromkeys(key for rows in keyed for key in rows))
-    texts = _questions(prompts)
+    texts = _questions(prompts, files)
     found = [_verdicts(result, path, order) for result, path in zip(results, verdicts, strict=True)]
     entries = tuple(
         _entry(key, [rows.get(key) for rows in keyed], [each.get(key) for each in found], texts) for key in order
@@ -103,8 +103,10 @@ def _names(files: Sequence[Answers]) -> tuple[str, ...]:
     )
 
 
-def _questions(path: Path | None) -> Mapping[str, str]:
-    """The text of each question by its id."""
+def _questions(path: Path | None, files: Sequence[Answers]) -> Mapping[str, str]:
+    """The text of each question by its id. Raises InputError where no answer names its question by an id."""
+    if path is not None and all(row.question_id is None for file in files for row in file.rows):
+        raise InputError(f"{path}: these answers hold the texts of their prompts: leave --prompts out")
     rows = () if path is None else read_prompts(Path(path)).rows
     return {row.question_id: "\n\n".join((row.instruction, *row.later)) for row in rows if row.question_id is not None}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafocal.errors import InputError
 from lorafocal.evaluate.result import read_result
-from lorafocal.publish import published
+from lorafocal.publish import check_free, published
 from lorafocal.report import html
 from lorafocal.report.paper import Cell, PaperTables, Row, Table, all_cells, letter, mark_of, paper_tables
 from lorafocal.report.paper_plot import table_png
@@ -183,6 +183,7 @@ td:nth-child(2), th:nth-child(2) { text-align: left; color: var(--soft); }
 
 def _check_ours(target: Path) -> None:
     """Refuse a folder that holds more than an earlier report: it would be replaced as a whole."""
+    check_free(target, replace=True)
     foreign = (
         sorted(path.name for path in target.iterdir() if not _OURS.fullmatch(path.name)) if target.is_dir() else []
     )

@@ -12,6 +12,7 @@ import pytest
 from lorafocal.cli.servers import approval_of
 from lorafocal.endpoints import Endpoint, Spending
 from lorafocal.errors import InputError
+from lorafocal.evaluate.result import Result
 from tests.command import Report, call, stand_in
 from tests.openai_server import Body, Said, serving
 
@@ -100,6 +101,9 @@ def test_annotations_need_no_judge(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["alpaca", "x", "--judge", "j", "--out", "o", "--price", "nan,2"], "--price 'nan,2': give USD"),
         (["arena", "x", "--questions", "q"], "give the answers, --questions and --baseline"),
         (["arena", "--judgments", "x", "--judge", "j"], "--judge: no judge is asked"),
+        (["arena", "x", "--allow-missing", "-1"], "--allow-missing"),
+        (["rule", "x", "--rule", "json", "--field", "chosen"], "--field: nothing is compared with targets"),
+        (["rule", "x", "--rule", "regex", "--pattern", "a", "--field", "f"], "--field: nothing is compared"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
@@ -160,6 +164,25 @@ def test_the_folder_of_out_is_made_before_anything_is_computed(
     answers = tmp_path / "arena" / "mine.jsonl"
     assert call(monkeypatch, "generate", "t", "--prompts", "p", "--out", str(answers)) == 0
     assert answers.parent.is_dir()
+
+
+def test_a_result_replaces_nothing_but_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch, "evaluate.by_rule", "evaluate_rule", Found())
+    stand_in(monkeypatch, "evaluate.compare", "evaluate_comparison", Found())
+    answers, one, other = (str(tmp_path / name) for name in ("answers.json", "one.json", "other.json"))
+    Path(answers).write_text('[{"instruction": "a", "output": "b", "generator": "c"}]')
+    for result in (one, other):
+        Result(benchmark="rule", model="m", scores={}).write(Path(result))
+    assert call(monkeypatch, "evaluate", "rule", answers, "--rule", "json", "--out", answers) == 2
+    assert "--out would replace what is no result" in capsys.readouterr().err
+    assert not calls
+    assert call(monkeypatch, "evaluate", "rule", answers, "--rule", "json", "--out", "") == 2
+    assert call(monkeypatch, "evaluate", "rule", answers, "--rule", "json", "--out", one) == 0
+    assert call(monkeypatch, "evaluate", "compare", one, other, "--out", other) == 2
+    assert "other.json, which is compared" in capsys.readouterr().err
+    assert call(monkeypatch, "evaluate", "compare", one, other, "--out", str(tmp_path / "third.json")) == 0
 
 
 def test_a_result_that_cannot_be_written_is_shown(

@@ -94,7 +94,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     for rows, message in (
         (full[:2], r"targets\.jsonl: target: 1 of 3 answers have no target there, the first being answer 3"),
         ([*full, full[0] | {"target": "2"}], r"row 4.*another target for this prompt"),
-        ([full[0] | {"target": None}], r"row 1.*target is missing"),
+        ([full[0] | {"target": None}], r"row 1.*target is missing.*--field"),
         ([full[0] | {"target": [1]}], "a text or number"),
         ([row | {"target": "one"} for row in full], r"targets\.jsonl: target: the target 'one' holds no number"),
     ):

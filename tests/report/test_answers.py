@@ -144,6 +144,8 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(files: list[Path
     (tmp_path / "many.json").write_text(json.dumps(rows))
     with pytest.raises(InputError, match=r"many\.json holds answers of 3 models"):
         side_by_side([tmp_path / "many.json"])
+    with pytest.raises(InputError, match=r"question\.jsonl: these answers hold the texts.*leave --prompts out"):
+        side_by_side(files, prompts=tmp_path / "question.jsonl")
     with pytest.raises(InputError, match=r"one \.html file"):
         write_answers_page(files, tmp_path / "page")
     with pytest.raises(InputError, match="cannot be written"):

@@ -333,6 +333,8 @@ def test_nothing_is_written_over_or_half(tmp_path: Path) -> None:
     foreign.mkdir()
     (foreign / "thesis.md").write_text("mine")
     ALPACA.write(tmp_path / "alpaca.json")
+    with pytest.raises(InputError, match=r"alpaca\.json is a file; choose another folder"):
+        write_paper([tmp_path / "alpaca.json"], tmp_path / "alpaca.json")
     with pytest.raises(InputError, match=r"thesis\.md.*choose another --out"):
         write_paper([tmp_path / "alpaca.json"], foreign)
     (tmp_path / "bad.json").write_text("[]")
