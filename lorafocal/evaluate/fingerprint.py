@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,8 @@ def evaluate_fingerprint(
         _reference(theirs, released_reference, "--released-reference"),
     )
     say(f"{ours.name} against {references[0] or 'its base'}")
-    own = score_pairs(target, pairs, base=base, reference=references[0], beta=NO_BETA)
-    if len(own.pairs) < FEWEST:
-        raise InputError(
-            f"{pairs} gives {len(own.pairs)} pairs; a correlation needs {FEWEST}, and hundreds to say much"
-        )
+    enough = partial(_check_enough, pairs)
+    own = score_pairs(target, pairs, base=base, reference=references[0], beta=NO_BETA, check=enough)
     say(f"{theirs.name} against {references[1] or 'its base'}")
     other = _on_the_same_tokens(released, own.pairs, references[1])
     margins, released_margins = _varying(own), _varying(other)
@@ -89,6 +86,11 @@ def evaluate_fingerprint(
         notes=tuple(_notes(ours, theirs, own)),
         items=tuple(map(partial(_item, ours.tokenizer), own.pairs, margins, released_margins)),
     )
+
+
+def _check_enough(file: Path, pairs: Sequence[TokenizedPair]) -> None:
+    if len(pairs) < FEWEST:
+        raise InputError(f"{file} gives {len(pairs)} pairs; a correlation needs {FEWEST}, and hundreds to say much")
 
 
 def _reference(subject: Subject, given: str | None, option: str) -> str | None:

@@ -44,7 +44,8 @@ def evaluate_pairs(
     if labels not in (VERDICTS, SHARES):
         raise InputError(f"labels is {VERDICTS} or {SHARES}, not {labels!r}")
     check_rewards(target, base=base, reference=reference, beta=beta)
-    scored = score_pairs(target, pairs, base=base, reference=reference, beta=beta)
+    check = _shares if labels == SHARES else len
+    scored = score_pairs(target, pairs, base=base, reference=reference, beta=beta, check=check)
     return pairs_result(
         scored,
         settings={

@@ -34,6 +34,7 @@ def evaluate_reward(
     known.
     """
     own, other = read_answers(answers), None if against is None else read_answers(against)
+    name, opponent = own.generator, None if other is None else other.generator
     ours, theirs = _rows(own), {} if other is None else _rows(other)
     shared = [row for row in ours if row in theirs]
     if other is not None and not shared:
@@ -57,13 +58,13 @@ def evaluate_reward(
         counts |= {"compared": len(won), "won": won.count(1.0), "tied": won.count(0.5), "lost": won.count(0.0)}
     return Result(
         benchmark="reward_model",
-        model=own.generator,
+        model=name,
         scores=scores,
         judge=judge.name,
         sampling=own.sampling,
         target=own.target,
         counts=counts,
-        settings=_settings(judge, model, other),
+        settings=_settings(judge, model, opponent),
         inputs=file_hashes(answers, *filter(None, [against])),
         versions=package_versions("torch", "transformers"),
         notes=tuple(_notes(judge, counts)),
@@ -106,13 +107,13 @@ def _paired_scores(won: Sequence[float], opposed: Sequence[float]) -> dict[str, 
     }
 
 
-def _settings(judge: RewardModel, model: str, other: Answers | None) -> dict[str, Any]:
+def _settings(judge: RewardModel, model: str, opponent: str | None) -> dict[str, Any]:
     return {
         "reward_model": base_fingerprint(model),
         "dtype": judge.dtype,
         "form": judge.form,
         "longest_tokens": judge.limit,
-        "against": None if other is None else other.generator,
+        "against": opponent,
     }
 
 

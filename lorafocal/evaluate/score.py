@@ -194,8 +194,9 @@ def score_pairs(
     base: str | None = None,
     reference: str | None = None,
     beta: float | None = None,
+    check: Callable[[Sequence[TokenizedPair]], object] = len,
 ) -> ScoredPairs:
-    """What `score_file` scores, with the pairs themselves."""
+    """What `score_file` scores, with the pairs themselves; `check` refuses pairs before any weights are loaded."""
     if beta is not None:
         check_beta(beta)
     subject = find_subject(target, base=base)
@@ -203,6 +204,7 @@ def score_pairs(
     if compared is not None:
         check_same_tokens(subject.tokenizer, compared.tokenizer, str(reference))
     loaded = load_pairs(pairs, subject.tokenizer, **_tokenization(subject))
+    check(loaded.pairs)
     policy, own = _logps(subject, loaded.pairs)
     against = own if compared is None else _logps(compared, loaded.pairs)[0]
     beta = _trained_beta(subject) if beta is None else beta

@@ -117,6 +117,14 @@ def test_labels_may_be_shares_of_annotators(run: SavedRun, scored: ScoredPairs) 
         evaluate_pairs(run.folder, run.folder / "held_out.jsonl", labels="soft")
 
 
+def test_pairs_without_shares_are_refused_before_weights_are_loaded(
+    run: SavedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafocal.evaluate.score._logps", lambda *_: pytest.fail("computed for nothing"))
+    with pytest.raises(InputError, match="no score_chosen and score_rejected"):
+        evaluate_pairs(run.folder, run.folder / "held_out.jsonl", labels="shares")
+
+
 def test_rows_that_give_no_pair_are_counted(run: SavedRun, tmp_path: Path) -> None:
     rows = toy_preferences(5, seed=3, held_out=True)
     rows[2]["rejected"] = rows[2]["chosen"]

@@ -259,6 +259,11 @@ def test_answers_without_their_prompts_and_without_shared_ones_are_refused(causa
     one, two = write(tmp_path / "a.json", rows(2)), write(tmp_path / "b.json", [("other", "yes")])
     with pytest.raises(InputError, match="no prompt in common"):
         evaluate_reward(one, model=str(causal), against=two, say=quiet)
+    mixed = json.loads(one.read_text())
+    mixed[1]["generator"] = "another"
+    two.write_text(json.dumps(mixed))
+    with pytest.raises(InputError, match="holds answers of 2 models"):
+        evaluate_reward(one, model=str(tmp_path / "not even looked for"), against=two, say=quiet)
 
 
 def test_rewards_that_are_no_numbers_are_refused(causal: Path) -> None:
