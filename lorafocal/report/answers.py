@@ -79,7 +79,8 @@ def side_by_side(answers: Sequence[Path], verdicts: Sequence[Path] = (), *, prom
         _entry(key, [rows.get(key) for rows in keyed], [each.get(key) for each in found], texts) for key in order
     )
     judgments = tuple(Judgment(_title(result), _model(result, files)) for result in results)
-    return SideBySide(models, judgments, entries, tuple(_notes(models, keyed, judgments, found, order)))
+    notes = (*_notes(models, keyed, judgments, found, order), *_unsure(judgments, results, files))
+    return SideBySide(models, judgments, entries, notes)
 
 
 def _key(row: AnswerRow) -> str:
@@ -164,9 +165,10 @@ def _title(result: Result) -> str:
 
 
 def _model(result: Result, files: Sequence[Answers]) -> int | None:
-    """The one model of that name, where it is one."""
+    """The one model of that name; of several, the one whose file the result read."""
     named = [number for number, file in enumerate(files) if file.generator == result.model]
-    return named[0] if len(named) == 1 else None
+    read = [number for number in named if files[number].sha256 in result.inputs.values()]
+    return next((found[0] for found in (read, named) if len(found) == 1), None)
 
 
 def _notes(
@@ -183,3 +185,11 @@ def _notes(
         judged = sum(key in verdicts for key in order)
         if judged < len(order):
             yield f"{judgment.name}: nothing is said of {len(order) - judged} of {len(order)} prompts"
+
+
+def _unsure(judgments: Sequence[Judgment], results: Sequence[Result], files: Sequence[Answers]) -> Iterator[str]:
+    """A model may have answered twice under one name: a verdict belongs to what is shown where its file was read."""
+    for judgment, result in zip(judgments, results, strict=True):
+        if judgment.model is not None and files[judgment.model].sha256 not in result.inputs.values():
+            file = files[judgment.model].file
+            yield f"{judgment.name}: it does not say that it read {file}, so it may be of other answers of that name"

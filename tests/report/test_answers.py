@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lorafocal.errors import InputError
-from lorafocal.evaluate.result import Result, Score, prompt_sha256
+from lorafocal.evaluate.result import Result, Score, file_hashes, prompt_sha256
 from lorafocal.report.answers import SideBySide, side_by_side
 from lorafocal.report.answers_page import answers_page, write_answers_page
 from tests import browser
@@ -92,7 +92,7 @@ def test_a_verdict_is_what_the_item_says_and_none_where_it_says_none(
     assert verdicts[1] is not None
     assert (verdicts[1].kind, verdicts[1].text) == (kind, text)
     assert found.judgments[0].model == 1
-    assert found.notes[-1] == "mine, alpaca_eval_2: nothing is said of 3 of 4 prompts"
+    assert "mine, alpaca_eval_2: nothing is said of 3 of 4 prompts" in found.notes
 
 
 def test_a_result_of_a_model_that_is_not_shown_stands_at_the_prompt(files: list[Path], tmp_path: Path) -> None:
@@ -132,6 +132,19 @@ def test_two_models_of_one_name_are_told_apart_by_their_files(files: list[Path],
     shown = side_by_side([files[0], twin], [verdict])
     assert shown.models == ("base (base.json)", "base (twin.json)")
     assert shown.judgments[0].model is None
+    read = result(tmp_path / "read.json", "base", [item(PROMPTS[0], right=True)], inputs=file_hashes(twin))
+    assert side_by_side([files[0], twin], [read]).judgments[0].model == 1
+
+
+@pytest.mark.row("58")
+def test_verdicts_on_other_answers_of_that_name_are_told(files: list[Path], tmp_path: Path) -> None:
+    judged = [item(prompt, right=True) for prompt in PROMPTS]
+    verdict = result(tmp_path / "r.json", "base", judged, inputs=file_hashes(files[0]))
+    assert not any("it read" in note for note in side_by_side(files, [verdict]).notes)
+    answers(files[0], "base", dict.fromkeys(PROMPTS, "generated anew"))
+    assert side_by_side(files, [verdict]).notes[-1] == (
+        "base, alpaca_eval_2: it does not say that it read base.json, so it may be of other answers of that name"
+    )
 
 
 def test_what_cannot_be_shown_is_refused_and_nothing_is_written(files: list[Path], tmp_path: Path) -> None:
