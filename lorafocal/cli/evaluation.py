@@ -90,9 +90,9 @@ def leaderboard(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", metavar="N", help="Questions a task, to try things out: noted in the result."),
+        typer.Option("--limit", metavar="N", min=1, help="Questions a task, to try things out: noted in the result."),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences of a forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences of a forward pass.")] = 8,
     base: BaseOption = None,
     out: ResultOption = None,
     as_json: JsonOption = False,

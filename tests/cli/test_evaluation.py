@@ -102,6 +102,8 @@ def test_annotations_need_no_judge(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["arena", "x", "--questions", "q"], "give the answers, --questions and --baseline"),
         (["arena", "--judgments", "x", "--judge", "j"], "--judge: no judge is asked"),
         (["arena", "x", "--allow-missing", "-1"], "--allow-missing"),
+        (["leaderboard", "x", "--limit", "0"], "--limit"),
+        (["leaderboard", "x", "--batch-size", "0"], "--batch-size"),
         (["rule", "x", "--rule", "json", "--field", "chosen"], "--field: nothing is compared with targets"),
         (["rule", "x", "--rule", "regex", "--pattern", "a", "--field", "f"], "--field: nothing is compared"),
     ],
