@@ -156,7 +156,10 @@ def _length_control(gamed: Path | None, order: Sequence[str], rows: Mapping[int,
                 " difficulty: give a --reference in the order of its data set"
             )
         if len({len(row["output_1"]) - len(row["output_2"]) for row in rows.values()}) < 2:
-            raise InputError("there are no two prompts whose answers differ in length by different amounts")
+            raise InputError(
+                "there are no two prompts whose answers differ in length by different amounts, so the length control"
+                " has nothing to fit; the win rate alone needs no --gamed"
+            )
     except InputError as error:
         if gamed is not None:
             raise
