@@ -57,8 +57,8 @@ def test_conversations_and_several_turns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([], "it holds no rows"),
-        ("", "it holds no rows"),
+        ([], "it holds no prompts"),
+        ("", "it holds no prompts"),
         (["a"], "row 1: a row is an object"),
         ([{"text": "a"}], r"no prompts are recognised \(the first row has text\)"),
         ([{"prompt_ids": [1]}], "holds token ids"),
