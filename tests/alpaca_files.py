@@ -121,7 +121,7 @@ def fair(body: Body) -> Said:
 
 def evaluate(folder: Path, server: Server, **changed: Any) -> Result:
     options: dict[str, Any] = {"approve": lambda _: True, "reference": folder / "theirs.json", "say": lambda _: None}
-    judge = Endpoint("judge", server.url, attempts=2, timeout_s=30.0)
+    judge = Endpoint("judge", server.url, attempts=6, timeout_s=30.0)  # one question may meet all of a test's faults
     return evaluate_alpaca(folder / "ours.json", judge=judge, journal=folder / "journal.jsonl", **options | changed)
 
 

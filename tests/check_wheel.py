@@ -12,6 +12,7 @@ import importlib.util
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -19,6 +20,13 @@ import yaml
 import lorafocal
 from lorafocal import recipes
 from lorafocal.config import layers
+from lorafocal.endpoints import Endpoint
+from lorafocal.endpoints.client import Client
+from lorafocal.errors import InputError
+from lorafocal.evaluate import bradley_terry
+from lorafocal.evaluate.alpaca_package import alpaca_eval
+from lorafocal.evaluate.harness import find_tasks
+from lorafocal.report.paper import paper_tables
 
 
 def main() -> None:
@@ -43,6 +51,10 @@ def main() -> None:
     if not recipes.names() or not recipes.released():
         raise SystemExit(f"the wheel's recipes are missing from {recipes.folder()}")
 
+    if not paper_tables(()).tables or not (importlib.resources.files("lorafocal") / "report/answers.js").is_file():
+        raise SystemExit("the wheel's pages lack the paper's numbers or the script of answers")
+    check_doors()
+
     command = [str(Path(sys.prefix) / "bin" / "lorafocal"), "--help"]
     help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     missing = [verb for verb in ("train", "score", "merge") if verb not in help_text]
@@ -50,6 +62,25 @@ def main() -> None:
         raise SystemExit(f"`lorafocal --help` does not name {missing}")
     version = importlib.metadata.version("lorafocal")
     print(f"wheel {version}: {len(names)} modules import, {len(configs)} configs, `lorafocal --help` answers")
+
+
+def check_doors() -> None:
+    """Each package of the extra `eval` is asked for behind one door, whose refusal says what to install."""
+    doors: dict[str, Callable[[], object]] = {
+        "alpaca_eval": lambda: alpaca_eval().__enter__(),
+        "lm_eval": lambda: find_tasks(["gsm8k"], None, ()),
+        "openai": lambda: Client(Endpoint("judge", "http://127.0.0.1:9/v1")),
+        "sklearn": bradley_terry.library,
+    }
+    for package, door in doors.items():
+        if importlib.util.find_spec(package) is not None:
+            raise SystemExit(f"{package} is of the extra eval, and the core brings it")
+        try:
+            door()
+        except InputError as error:
+            if "pip install 'lorafocal[eval]'" in str(error):
+                continue
+        raise SystemExit(f"without {package}, nothing says what to install")
 
 
 if __name__ == "__main__":

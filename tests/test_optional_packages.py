@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.endpoints import Endpoint
+from lorafocal.endpoints.client import Client
 from lorafocal.errors import InputError
+from lorafocal.evaluate import bradley_terry
+from lorafocal.evaluate.alpaca_package import alpaca_eval
+from lorafocal.evaluate.harness import find_tasks
 
 OPTIONAL = (
     "trl unsloth bitsandbytes liger_kernel flash_attn flash_attn_interface kernels deepspeed xformers wandb tensorboard"
-    " trackio mlflow sentencepiece torchvision triton"
+    " trackio mlflow sentencepiece torchvision triton alpaca_eval lm_eval openai sklearn vllm"
 ).split()
 
 SCRIPT = """
@@ -61,3 +67,34 @@ def test_an_engine_of_deepspeed_says_what_to_install(
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=rf"engine {engine} .* not installed: pip install 'lorafocal\[deepspeed\]'"):
         FocalPOConfig(output_dir=str(tmp_path), engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("package", "door"),
+    [
+        ("alpaca_eval.metrics", lambda: alpaca_eval().__enter__()),
+        ("lm_eval.tasks", lambda: find_tasks(["gsm8k"], None, ())),
+        ("openai", lambda: Client(Endpoint("judge", "http://127.0.0.1:9/v1"))),
+        ("sklearn.linear_model", bradley_terry.library),
+    ],
+    ids="alpaca-eval lm-eval openai scikit-learn".split(),
+)
+def test_what_judges_and_benchmarks_need_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, package: str, door: Callable[[], object]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r"pip install 'lorafocal\[eval\]'$"):
+        door()
+
+
+def test_a_harness_that_this_transformers_is_too_new_for_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """lm-eval 0.4.9 names a class that transformers 5 no longer has."""
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval/__init__.py").write_text("import transformers\ntransformers.AutoModelForVision2Seq\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=r"has no attribute AutoModelForVision2Seq.*pip install 'lorafocal\[eval\]'"):
+        find_tasks(["gsm8k"], None, ())

@@ -191,7 +191,7 @@ def _counted_cuts() -> Iterator[list[str]]:
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # 0.4.9 asks transformers for what 5 no longer has
         raise InputError(
             f"the leaderboard's tasks need lm-eval, which cannot be used here ({first_line(error)}): pip install"
             " 'lorafocal[eval]'"
