@@ -250,6 +250,8 @@ def _notes(judged: Judged, known: _Known, counts: Mapping[str, int]) -> Iterator
 def _weaknesses(counts: Mapping[str, int]) -> Iterator[str]:
     if lost := counts["games_without_label"] + counts["games_with_unknown_label"]:
         yield f"{lost} of {counts['games']} games have no verdict and do not count"
+    if again := counts.get("asked_again"):
+        yield f"{again} judgments had no label at first and were asked to go on, in words that are not Arena-Hard's"
     if cut := counts.get("length_limit"):
         yield f"{cut} answers were cut at their limit of new tokens"
     if cut := counts.get("cut_replies"):

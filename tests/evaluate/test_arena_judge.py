@@ -146,6 +146,7 @@ def test_a_judge_without_a_label_is_asked_to_go_on_once(arena: Arena) -> None:
         "cut_replies": 2,
         "games_without_label": 4,
     }
+    assert any(note.startswith("4 judgments had no label at first") for note in result.notes)
     rows = [json.loads(line) for line in arena.kept.decode().splitlines()]
     assert rows[2]["games"][0]["judgment"] == "\nlet me think\nI think [[A>B]]"
     assert [game["score"] for row in rows[:2] for game in row["games"]] == [None] * 4
