@@ -178,8 +178,8 @@ def test_only_the_sampling_decides_and_everything_is_left_as_it_was(
         assert [module.training for module in model.modules()] == modes
         assert torch.equal(torch.get_rng_state(), random)
     finally:
-        for name, value in before.items():
-            setattr(own, name, value)
+        for name, was in before.items():
+            setattr(own, name, was)
         model.eval()
 
 
