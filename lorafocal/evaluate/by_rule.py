@@ -47,7 +47,7 @@ def evaluate_rule(
         scores={"right": right.percent},
         sampling=read.sampling,
         target=read.target,
-        counts={**read.counts, "answers": right.total, "right": sum(judged)},
+        counts={**read.counts, "answers": right.total, "right_answers": sum(judged)},
         settings={"rule": name, "pattern": pattern, "keys": list(keys), **compared},
         inputs=file_hashes(answers, *([] if targets is None else [targets])),
         versions=package_versions(),

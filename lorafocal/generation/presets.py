@@ -68,17 +68,17 @@ PRESETS: Mapping[str, Preset] = {
     "llama3-alpaca": Preset(
         Sampling(temperature=0.9, max_new_tokens=4096),
         f"{_SIMPO}/alpacaeval2/configs/Llama-3-Instruct-8B-SimPO.yaml",
-        "there with vLLM in bfloat16, top_p 1, ended by 128001 and 128009: Llama 3's ends of a text and of a turn",
+        "SimPO: with vLLM in bfloat16, top_p 1, ended by 128001 and 128009: Llama 3's ends of a text and of a turn",
     ),
     "mistral-base-alpaca": Preset(
         Sampling(temperature=0.7, max_new_tokens=2048, system=""),
         f"{_SIMPO}/alpacaeval2/configs/Mistral-7B-Base-SFT-SimPO.yaml and templates/mistral_base.txt",
-        "there with vLLM in bfloat16, top_p 1; its template has an empty system message before the question",
+        "SimPO: with vLLM in bfloat16, top_p 1; its template has an empty system message before the question",
     ),
     "arena-hard": Preset(
         Sampling(temperature=0.0, max_new_tokens=4096),
         f"{_SIMPO}/arenahard/configs/*/gen_answer_config.yaml",
-        "there greedy as well, through a server of vLLM's",
+        "SimPO: greedy as well, through a server of vLLM's",
     ),
     "greedy": Preset(Sampling(temperature=0.0, max_new_tokens=1024), "lorafocal: the most likely token at each step"),
 }
