@@ -67,9 +67,9 @@ def find_tasks(names: Sequence[str], folder: Path | None, reserved: Sequence[str
     it. Raises InputError for a name that neither has, and where lm-eval is not installed. Tasks are programs: their
     templates are not fenced in and may name Python functions, so a folder is to be trusted as a script is.
     """
-    manager = _module("lm_eval.tasks").TaskManager
     if folder is not None and not folder.is_dir():
         raise InputError(f"{folder} is no folder; tasks are YAML files of the harness's form in a folder")
+    manager = _module("lm_eval.tasks").TaskManager
     own = None if folder is None else manager(include_path=str(folder), include_defaults=False)
     held = set() if own is None else set(own.all_tasks)
     if clash := sorted(held & {*reserved}):
