@@ -79,7 +79,7 @@ def test_alpaca_evals_form_is_the_packages_and_its_provenance_names_no_place(
     assert record["target"]["base"]["name"] == "base"
     assert record["target"]["objective"]["name"] == "focalpo"
     assert record["prompts"]["count"] == record["counts"]["answers"] == len(rows) == report.answers
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])  # a build for GPUs may say more
     assert 0 < report.length_limit < len(rows)
     assert f"{report.length_limit} cut at the limit" in str(report)
     assert str(tmp_path) not in out.read_text() + provenance_file(out).read_text()
