@@ -39,7 +39,7 @@ class Client:
     """A connection to an endpoint, used by several threads at a time."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._openai = _openai()
+        self._openai = library()
         self._endpoint = endpoint
         pace = Pace(endpoint.requests_per_minute)
         self._client = self._openai.OpenAI(
@@ -96,7 +96,8 @@ def quiet_libraries() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _openai() -> ModuleType:
+def library() -> ModuleType:
+    """The `openai` package. Raises InputError where it is not installed."""
     try:
         import openai
     except ImportError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafocal.endpoints.client import library
 from lorafocal.endpoints.endpoint import Endpoint, Question
 from lorafocal.endpoints.journal import read_journal
 from lorafocal.errors import InputError
@@ -58,11 +59,13 @@ def approved(
 ) -> Spending:
     """The estimate for what `journal` does not answer yet, once `approve` agreed to it; nothing is asked for nothing.
 
-    Raises InputError where it did not agree, and where the endpoint needs a key that is not there.
+    Raises InputError where it did not agree, and where the endpoint needs a key or a package that is not there.
     """
     endpoint.credential()
     had = read_journal(journal)
     missing = {key: question for question in questions if (key := endpoint.key(question)) not in had}
+    if missing:
+        library()  # before anybody agrees to anything
     spending = estimate(missing.values(), price)
     if missing and not approve(spending):
         raise InputError(f"not agreed to {spending.sentence()}: nothing was sent")

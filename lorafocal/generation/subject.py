@@ -25,6 +25,7 @@ from lorafocal.model.saved import (
     open_adapter,
     read_adapter,
     read_config,
+    run_of,
     stored_dtype,
     tokenization_of,
 )
@@ -101,7 +102,7 @@ def find_subject(target: str | Path, *, base: str | None = None) -> Subject:
         return _model(str(folder), called(folder), folder, base)
     saved = read_adapter(folder, base=base)
     tokenizer = load_tokenizer(saved.base, saved.revision)
-    speech = Speech.as_trained(tokenizer, saved.tokenization, folder.resolve().parent / HELD_OUT_FILE)
+    speech = Speech.as_trained(tokenizer, saved.tokenization, run_of(folder) / HELD_OUT_FILE)
     return Subject(called(folder), saved.base, saved.revision, saved.dtype, folder, saved, tokenizer, speech)
 
 
@@ -112,7 +113,7 @@ def _model(place: str, name: str, folder: Path | None, base: str | None) -> Subj
     dtype = stored_dtype(read_config(place))
     tokenizer = load_tokenizer(place)
     if folder is not None and (folder / LINEAGE_FILE).is_file():
-        speech = Speech.as_trained(tokenizer, tokenization_of(folder), folder.resolve().parent / HELD_OUT_FILE)
+        speech = Speech.as_trained(tokenizer, tokenization_of(folder), run_of(folder) / HELD_OUT_FILE)
     else:
         speech = Speech.as_trained(tokenizer, {}, None)
     return Subject(name, place, None, dtype, folder, None, tokenizer, speech)
@@ -131,8 +132,7 @@ def speaker_folder(target: Path) -> Path:
     checkpoints = sorted(target.glob(f"checkpoint-*/{ADAPTER_DIR}"), key=lambda path: path.stat().st_mtime)
     if checkpoints:
         raise InputError(
-            f"{target} has no finished adapter; its newest checkpoint has one: name that, and its base:"
-            f" {checkpoints[-1]} --base MODEL"
+            f"{target} has no finished adapter; its newest checkpoint has one: name that, {checkpoints[-1]}"
         )
     raise InputError(
         f"{target} holds no adapter and no model; name a run, an adapter folder or a merged model's folder"
@@ -140,10 +140,12 @@ def speaker_folder(target: Path) -> Path:
 
 
 def called(folder: Path) -> str:
-    """What an adapter or a model is called: as its run or its bundle, where it lies in one."""
-    place = folder.resolve()
-    inside = any((place.parent / file).is_file() for file in ("config.yaml", "manifest.json"))
-    return place.parent.name if inside and place.name in (ADAPTER_DIR, MODEL_DIR) else place.name
+    """What an adapter or a model is called: as its run or bundle, where it lies in one, with its checkpoint's name."""
+    place, run = folder.resolve(), run_of(folder)
+    inside = any((run / file).is_file() for file in ("config.yaml", "manifest.json"))
+    if not inside or place.name not in (ADAPTER_DIR, MODEL_DIR):
+        return place.name
+    return run.name if place.parent == run else f"{run.name}-{place.parent.name}"
 
 
 def generation_config(place: str, revision: str | None = None) -> GenerationConfig:

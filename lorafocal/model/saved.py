@@ -4,6 +4,7 @@ fit."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -29,6 +30,7 @@ from lorafocal.yaml12 import parse_yaml
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
 
 # The compatibility table's words for what can be opened: all of it is in the adapter's file, the base is as it was.
@@ -68,7 +70,7 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
     """
     config = read_lora_config(folder)
     lineage = lineage_of(folder)
-    run = _run_settings(folder.resolve().parent / "config.yaml")
+    run = _run_settings(run_of(folder) / "config.yaml")
     name, revision = _find_base(folder, base, run, lineage, config)
     base_config = read_config(name, revision)
     quantization = _quantization(folder, name, run, lineage, prequantized(base_config, name))
@@ -86,6 +88,12 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
     )
 
 
+def run_of(folder: Path) -> Path:
+    """Where the files of the run lie that left what is in `folder`: beside it, or beside its checkpoint."""
+    above = folder.resolve().parent
+    return above.parent if _CHECKPOINT.fullmatch(above.name) else above
+
+
 def reward_scale(lineage: Lineage | None) -> float | None:
     """The beta of rewards against a reference; None where the last objective has none: SimPO's beta is no such one."""
     if lineage is None or lineage.objective is None:
@@ -95,8 +103,8 @@ def reward_scale(lineage: Lineage | None) -> float | None:
 
 
 def tokenization_of(folder: Path) -> dict[str, Any]:
-    """How the run that left an adapter or a model in `folder` tokenised its pairs, as far as it lies beside it."""
-    data = _run_settings(folder.resolve().parent / "config.yaml").get("data", {})
+    """How the run that left an adapter or a model in `folder` tokenised its pairs, as far as it lies there."""
+    data = _run_settings(run_of(folder) / "config.yaml").get("data", {})
     keys = ("max_length", "truncation", "max_prompt_length", "chat_template_kwargs")
     return {"max_length": MAX_LENGTH} | {key: data[key] for key in keys if data.get(key)}
 

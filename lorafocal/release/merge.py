@@ -20,7 +20,7 @@ from lorafocal.lineage import MERGED, BaseIdentity, Lineage
 from lorafocal.model.load import DTYPES as GATE_DTYPES
 from lorafocal.model.load import base_fingerprint, load_tokenizer, weight_files
 from lorafocal.model.save_model import PROCESSORS
-from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter
+from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter, run_of
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
 from lorafocal.release.files import strangers
@@ -246,7 +246,7 @@ def _check_request(dtype: str | None, gate_dtype: str, max_drift: float) -> None
 def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
     if pairs is not None:
         return pairs
-    own = adapter.resolve().parent / HELD_OUT_FILE
+    own = run_of(adapter) / HELD_OUT_FILE
     if not own.is_file():
         raise InputError(f"no {HELD_OUT_FILE} lies beside {adapter}, so nothing can check the merge: say --pairs FILE.")
     return own

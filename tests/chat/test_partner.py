@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -18,8 +19,9 @@ from lorafocal.data.held_out import write_held_out
 from lorafocal.data.toy import toy_prompts, toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.generation.speech import Speech
-from lorafocal.generation.subject import check_room, speaker_folder
+from lorafocal.generation.subject import check_room, find_subject, speaker_folder
 from lorafocal.lineage import CONTINUED, Stage, lineage_of
+from lorafocal.model.saved import tokenization_of
 from tests.saved_run import SavedRun, save_base
 from tests.spoken import QUESTION, spoken
 
@@ -124,8 +126,22 @@ def test_a_folder_with_nothing_to_talk_to_is_refused_with_the_nearest_that_has(t
     with pytest.raises(InputError, match="holds no adapter and no model"):
         speaker_folder(tmp_path)
     shutil.copytree(run.adapter, tmp_path / "checkpoint-4" / "adapter")
-    with pytest.raises(InputError, match=r"name that, and its base: .*checkpoint-4/adapter --base MODEL"):
+    with pytest.raises(InputError, match=r"its newest checkpoint has one: name that, .*checkpoint-4/adapter"):
         speaker_folder(tmp_path)
+
+
+def test_a_checkpoint_speaks_as_its_run(run: SavedRun, tmp_path: Path) -> None:
+    folder = shutil.copytree(run.folder, tmp_path / "stopped")
+    (folder / "checkpoint-4").mkdir()
+    (folder / "adapter").rename(folder / "checkpoint-4" / "adapter")
+    plain = [replace(pair, prompt_ids=pair.chosen_ids[:1]) for pair in run.pairs]  # not of the chat template
+    write_held_out(folder / "held_out.jsonl", plain)
+    settings = {"model": {"name": str(run.base), "dtype": "float32"}, "data": {"max_length": 17}}
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    subject = find_subject(folder / "checkpoint-4" / "adapter")
+    assert subject.name == "stopped-checkpoint-4"
+    assert not subject.speech.templated
+    assert tokenization_of(folder / "checkpoint-4" / "adapter")["max_length"] == 17
 
 
 def test_a_run_of_all_parameters_speaks_by_its_model(run: SavedRun, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,16 @@ def test_a_missing_key_is_told_before_one_is_asked_to_agree(tmp_path: Path) -> N
             Endpoint("judge", key_variable="NO_SUCH_KEY"), [question(4)], journal=tmp_path / "j",
             price=None, approve=lambda spending: pytest.fail("asked"),
         )  # fmt: skip
+
+
+def test_a_missing_package_is_told_before_one_is_asked_to_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    endpoint, asked = Endpoint("m", "http://localhost:1/v1"), Question(({"role": "user", "content": "a"},))
+
+    def approve(_: Spending) -> bool:
+        raise AssertionError("somebody was asked")
+
+    with pytest.raises(InputError, match="needs the openai package"):
+        approved(endpoint, [asked], journal=tmp_path / "j.jsonl", price=None, approve=approve)
