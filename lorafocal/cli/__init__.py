@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
-_RESULTS = (results.report, results.score, results.chat, results.merge, results.export, results.push)
+_RESULTS = (results.report, results.curves, results.score, results.chat, results.merge, results.export, results.push)
 _EVALUATIONS = (
     judging.alpaca,
     judging.arena,

@@ -95,6 +95,17 @@ def report(
         print_report(write_report(files, out), as_json)
 
 
+def curves(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the pictures and curves.csv.")],
+    gamma: Annotated[float, typer.Option("--gamma", help="FocalPO's exponent.")] = 0.05,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the paper's Figures 2, 3 and 4 from the losses that train, and say where FocalPO's weight peaks."""
+    from lorafocal.report.curves import write_curves
+
+    print_report(write_curves(out, gamma=gamma), as_json)
+
+
 def score(
     target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
     pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],

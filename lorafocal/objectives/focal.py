@@ -52,6 +52,13 @@ def focal_weight(margin: Tensor, *, gamma: float) -> Tensor:
     return torch.sigmoid(-margin) * focal_ratio_to_dpo(margin, gamma=gamma)
 
 
+def focal_weight_terms(margin: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
+    """The two terms of Eq. 6 whose sum is `focal_weight`: (1 - p) p^gamma, and gamma (1 - p) p^gamma log p."""
+    lp = logsigmoid(margin)
+    first = torch.sigmoid(-margin) * torch.exp(gamma * lp)
+    return first, gamma * lp * first
+
+
 def focal_ratio_to_dpo(margin: Tensor, *, gamma: float) -> Tensor:
     """Gradient weight over DPO's: p^gamma (1 + gamma log p), elementwise, at most 1."""
     lp = logsigmoid(margin)
