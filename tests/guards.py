@@ -91,7 +91,7 @@ GUARDS: list[Guard] = [
     Guard("55 F9", "lorafocal.publish:published", lambda _: contextlib.contextmanager(lambda target, **_: (target.mkdir(exist_ok=True), (yield target))), "tests/test_publish.py::test_killed_at_every_file_operation_leaves_the_old_or_the_new"),
     Guard("F9", "lorafocal.publish:why_incomplete", lambda _: lambda *a, **k: None, "tests/test_checkpoint_folders.py::test_a_damaged_checkpoint_is_passed_over_with_the_reason"),
     Guard("56", "lorafocal.shard_files:save_file", lambda _: lambda tensors, path: __import__("torch").save(tensors, path), "tests/test_checkpoint.py::test_interrupted_equals_uninterrupted_bit_for_bit"),
-    Guard("51", "lorafocal.model.save:_public_name", lambda _: lambda base: base, "tests/test_run.py::test_no_path_of_this_machine_is_written_but_those_of_the_config"),
+    Guard("51", "lorafocal.model.save:public_name", lambda _: lambda base: base, "tests/test_run.py::test_no_path_of_this_machine_is_written_but_those_of_the_config"),
     # configs
     Guard("F18", "lorafocal.yaml12:parse_yaml", lambda _: lambda text, **_: __import__("yaml").safe_load(text), "tests/test_yaml12.py::test_floats_without_a_point_are_numbers"),
     Guard("F6", "lorafocal.training_fields:forced_values", lambda _: dict, "tests/test_training_fields.py::test_the_filter_that_hides_nan_is_off"),
