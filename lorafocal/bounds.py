@@ -58,6 +58,20 @@ def check_hard_gamma(gamma: float) -> None:
     _at_least_zero("gamma", gamma, "0 is DPO; the paper's Figure 1 has 1")
 
 
+def check_detached_gamma(gamma: float) -> None:
+    """Check the exponent of a p^gamma that is not differentiated: as a mere weight it turns no gradient round."""
+    _at_least_zero("gamma", gamma, "0 is no factor; FocalPO's own, which is differentiated, has 0.05")
+
+
+def check_gamma_of_eq3(gamma: float) -> None:
+    """Check the exponent of Eq. 3's (1-p)^-gamma: above 1 the loss of well ranked pairs grows without bound."""
+    if not _is_number(gamma) or not 0 <= gamma <= 1:
+        raise InputError(
+            f"gamma is {gamma!r}; it must be a finite number from 0 (no factor) to 1: above, (1-p)^-gamma grows faster"
+            " than the loss of a well ranked pair falls, and it is pushed back; the paper uses 0.05"
+        )
+
+
 def check_alpha(alpha: float) -> None:
     """Check ODPO's weight of the log score gap (no unit)."""
     _at_least_zero("alpha", alpha, "0 is DPO; the paper's own code has 1")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafocal.evaluations import EvaluatedPair
 from lorafocal.objectives import Objective
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores, dpo_weight
+from lorafocal.objectives.pairwise import PairLogps, PairLosses, dpo_weight
 from lorafocal.tensor_files import check_keys
 
 CHOSEN_KEYS = ("loss", "logps/chosen")
@@ -31,18 +31,18 @@ REFERENCE_KEYS = (
     "logps/reference_rejected",
     "focal/chosen_fell_share",  # pairs whose chosen answer is less likely than under the reference
 )
-MARGIN_KEYS = (
-    "focal/weight_mean",  # mean of -dL/dmargin
-    "focal/ratio_to_dpo",  # mean of that weight over DPO's at the same margin, pair by pair
-    "focal/turned_share",  # pairs past a turning point, where a step lowers the margin
+ODDS_KEYS = (
+    "focal/weight_mean",  # mean of -dL/dlog_odds
+    "focal/ratio_to_dpo",  # mean of that weight over DPO's at the same log-odds, pair by pair
+    "focal/turned_share",  # pairs past a turning point, where the factor makes a step lower the log-odds
 )
-_LIMIT = 500.0  # from this margin on every ratio to DPO has reached its limit, and soon both weights would be 0
+_LIMIT = 500.0  # from these log-odds on DPO's weight would soon be 0, and no ratio to it a number
 
 
 def metric_keys(objective: Objective) -> tuple[str, ...]:
     """What is logged under `objective`: nothing is made up for answers or a reference that it does not look at."""
     entry = objective.entry
-    return CHOSEN_KEYS + PAIR_KEYS * entry.rejected + REFERENCE_KEYS * entry.reference + MARGIN_KEYS * entry.of_margin
+    return CHOSEN_KEYS + PAIR_KEYS * entry.rejected + REFERENCE_KEYS * entry.reference + ODDS_KEYS * entry.bradley_terry
 
 
 def pair_values(
@@ -50,7 +50,6 @@ def pair_values(
     losses: PairLosses,
     policy: PairLogps,
     reference: PairLogps | None = None,
-    scores: PairScores | None = None,
 ) -> Tensor:
     """The metrics of each pair, (B, len(metric_keys(objective))), float64."""
     columns = [losses.losses, policy.chosen]
@@ -59,10 +58,10 @@ def pair_values(
         columns += [policy.rejected, losses.chosen_rewards, losses.rejected_rewards, margin, margin > 0, margin == 0]
     if reference is not None:
         columns += [reference.chosen, reference.rejected, policy.chosen < reference.chosen]
-    if objective.entry.of_margin:
-        margin = losses.margins.detach().double().clamp(max=_LIMIT)
-        weight = objective.weights(margin, scores)
-        columns += [weight, weight / dpo_weight(margin), weight < 0]
+    if losses.log_odds is not None:
+        log_odds = losses.log_odds.double().clamp(max=_LIMIT)
+        weight = objective.weights(log_odds, losses.importance)
+        columns += [weight, weight / dpo_weight(log_odds), objective.turned(log_odds)]
     return torch.stack([column.detach().double() for column in columns], dim=1)
 
 

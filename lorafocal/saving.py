@@ -219,7 +219,7 @@ def publish(target: Path, made: Trained, progress: TrainerState, engine: Engine,
 
 
 def _made_by(objective: Objective, reference: str | None) -> dict[str, Any]:
-    return {"objective": {"name": objective.name, **objective.parameters}, "reference": reference}
+    return {"objective": objective.as_dict(), "reference": reference}
 
 
 def _results(progress: TrainerState) -> dict[str, float]:

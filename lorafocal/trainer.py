@@ -282,7 +282,7 @@ class FocalPOTrainer(Trainer):
         if probed and reference is not None:
             noise = 0.0 if self.stored is None else self.stored.noise
             check_identity(start, reference, pack.pair_ids, kind=str(self.args.reference), tolerance=noise)
-        self.metrics.add(pair_values(self.objective, losses, policy, reference, pack.scores))
+        self.metrics.add(pair_values(self.objective, losses, policy, reference))
         return mean_loss(losses.losses, step.pairs)
 
     def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
@@ -323,7 +323,7 @@ class FocalPOTrainer(Trainer):
                 losses, policy, reference = self.compared(model, pack, step)
                 if is_filler(pack):
                     continue
-                sums.add(pair_values(self.objective, losses, policy, reference, pack.scores))
+                sums.add(pair_values(self.objective, losses, policy, reference))
                 if reference is not None:
                     table.add([int(place) for place in pack.pair_ids], policy, reference)
             return sums

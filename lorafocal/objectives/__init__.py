@@ -16,20 +16,18 @@ from lorafocal import bounds
 from lorafocal.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorafocal.objectives.focal import focalpo
-    from lorafocal.objectives.objective import Objective, build_objective, mean_loss
-    from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores, dpo
+    from lorafocal.objectives.objective import Objective, build_objective, mean_loss, objective_from
+    from lorafocal.objectives.pairwise import Odds, PairLogps, PairLosses, PairScores, dpo
 
 __all__ = [
-    "BETA", "OBJECTIVES", "PARAMETERS", "Entry", "Objective", "PairLogps", "PairLosses", "PairScores", "Parameter",
-    "build_objective", "dpo", "entry_of", "focalpo", "mean_loss", "python_name",
+    "BETA", "OBJECTIVES", "PARAMETERS", "Entry", "Objective", "Odds", "PairLogps", "PairLosses", "PairScores",
+    "Parameter", "build_objective", "dpo", "entry_of", "focalpo", "mean_loss", "objective_from", "python_name",
 ]  # fmt: skip
 
 _HOME = {
-    **dict.fromkeys(("Objective", "build_objective", "mean_loss"), "objective"),
-    **dict.fromkeys(("PairLogps", "PairLosses", "PairScores", "dpo"), "pairwise"),
+    **dict.fromkeys(("Objective", "build_objective", "mean_loss", "objective_from"), "objective"),
+    **dict.fromkeys(("Odds", "PairLogps", "PairLosses", "PairScores", "dpo"), "pairwise"),
     "focalpo": "focal",
 }
 
@@ -51,71 +49,114 @@ class Parameter:
     stated: bool = False  # a config must say it: its scale is the run's own
 
 
+Function = str | Callable[..., Any]
+"""A function, or `file.function` of this room, which then loads with torch.
+
+It is called with the policy's log-probs, and by keyword with what it names: `reference`, `lengths`, `scores`,
+`statistics`, and parameters of the objective.
+"""
+IMPLICIT, LOGISTIC = "pairwise.implicit", "pairwise.dpo_loss"
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An objective as the registry holds it.
+    """An objective as the registry holds it: by its `odds`, where it has a Bradley-Terry form, or as a whole `loss`.
 
-    `loss` and `statistics` are functions, or name one as `file.function` of this room, which then loads with torch.
-    `loss` is called with the policy's log-probs, with what the objective needs by the names below, and with its
-    parameters, all by keyword but the first.
-    `statistics(policy, reference)` are sums over a pack's pairs, (K,); `loss` gets their means over all pairs of the
-    step, so that how a step is split into packs and over ranks never changes the result.
+    `odds(policy, ...)` is an `Odds`, and a pair's loss is `importance * factor(link(log_odds)) + beside`:
+    `link(log_odds)` (B,), the `factor` one of `factor.FORMS` with the parameter gamma, `importance(policy, ...)` a
+    constant (B,), `beside(policy, ...)` (B,) what is added. `loss(policy, ...)` is a `PairLosses`.
+    `statistics(policy, reference)` are sums over a pack's pairs, (K,); the functions get their means over all pairs of
+    the step, so that how a step is split into packs and over ranks never changes the result.
     """
 
-    loss: str | Callable[..., PairLosses]
     parameters: Mapping[str, Parameter]
+    odds: Function | None = None
+    link: Function = LOGISTIC
+    factor: str | None = None
+    importance: Function | None = None
+    beside: Function | None = None
+    loss: Function | None = None
     reference: bool = True  # log-probs of a reference policy
     rejected: bool = True  # log-probs of the rejected answers, and so rewards or margins
-    of_margin: bool = True  # a pair's loss depends on its margin alone, and on its scores
     lengths: bool = False  # completion tokens of each sequence, (2B,)
     scores: bool = False  # a judge's scores of each pair's answers, `PairScores`
-    statistics: str | Callable[..., Tensor] | None = None
+    statistics: Function | None = None
+
+    @property
+    def bradley_terry(self) -> bool:
+        """Whether pairs have log-odds, and so weights."""
+        return self.odds is not None
+
+    @property
+    def logistic(self) -> bool:
+        """Whether the loss is -log p of its log-odds, before any factor."""
+        return self.odds is not None and self.link == LOGISTIC
+
+    @property
+    def odds_are_margin(self) -> bool:
+        """Whether the log-odds are the margin of the implicit rewards itself, as in DPO."""
+        return self.odds == IMPLICIT
+
+    @property
+    def of_logps(self) -> bool:
+        """Whether a pair's loss can be told from its log-probs alone."""
+        return not (self.lengths or self.scores or self.statistics)
 
 
 BETA = Parameter(0.1, bounds.check_beta, "scale of the rewards, per nat; the paper trains with 0.01", stated=True)
 
 OBJECTIVES: dict[str, Entry] = {
     "focalpo": Entry(
-        "focal.focalpo",
         {"beta": BETA, "gamma": Parameter(0.05, bounds.check_gamma, "FocalPO's exponent; 0 is DPO")},
+        odds=IMPLICIT,
+        factor="p_gamma",
     ),
-    "dpo": Entry("pairwise.dpo", {"beta": BETA}),
+    "focalpo-eq3": Entry(
+        {"beta": BETA, "gamma": Parameter(0.05, bounds.check_gamma_of_eq3, "exponent of 1/(1-p), to 1; 0 is DPO")},
+        odds=IMPLICIT,
+        factor="eq3",
+    ),
+    "focalpo-detached": Entry(
+        {"beta": BETA, "gamma": Parameter(0.05, bounds.check_detached_gamma, "exponent of a constant p; 0 is DPO")},
+        odds=IMPLICIT,
+        factor="detached",
+    ),
     "focal-hard": Entry(
-        "focal.focal_hard",
         {"beta": BETA, "gamma": Parameter(1.0, bounds.check_hard_gamma, "exponent of 1 - p; 0 is DPO")},
+        odds=IMPLICIT,
+        factor="hard",
     ),
+    "dpo": Entry({"beta": BETA}, odds=IMPLICIT),
     "odpo": Entry(
-        "odpo.odpo",
         {"beta": BETA, "alpha": Parameter(1.0, bounds.check_alpha, "weight of the log score gap; 0 is DPO")},
+        odds="odpo.odpo",
         scores=True,
     ),
     "kto": Entry(
-        "kto.kto",
         {
             "beta": BETA,
             "desirable_weight": Parameter(1.0, bounds.check_desirable_weight, "weight of chosen answers"),
             "undesirable_weight": Parameter(1.0, bounds.check_undesirable_weight, "weight of rejected answers"),
         },
-        of_margin=False,
+        loss="kto.kto",
         statistics="kto.logratio_sums",
     ),
     "orpo": Entry(
-        "orpo.orpo",
         {"lambda": Parameter(0.1, bounds.check_lambda, "weight of the odds ratio beside the likelihood")},
+        loss="orpo.orpo",
         reference=False,
-        of_margin=False,
         lengths=True,
     ),
     "simpo": Entry(
-        "simpo.simpo",
         {
             "beta": Parameter(2.0, bounds.check_beta, "scale of the mean log-probs; 2 to 10", stated=True),
             "gamma_beta_ratio": Parameter(0.5, bounds.check_gamma_beta_ratio, "target margin over beta, nats a token"),
         },
+        odds="simpo.simpo",
         reference=False,
         lengths=True,
     ),
-    "sft": Entry("sft.sft", {}, reference=False, rejected=False, of_margin=False, lengths=True),
+    "sft": Entry({}, loss="sft.sft", reference=False, rejected=False, lengths=True),
 }
 
 

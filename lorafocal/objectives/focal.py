@@ -1,19 +1,50 @@
-"""FocalPO: DPO's -log p scaled by p^gamma, so that badly misranked pairs weigh less.
+"""The focal factors: what a power of p, or of 1 - p, makes of a loss; FocalPO is the first around DPO.
 
 Source: Liu et al., "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings", ACL 2025.
-Everything is a function of the margin z with p = sigmoid(z), in log space: lp = log p = logsigmoid(z).
+A factor takes the losses, (B,), and the log-odds z they are of, (B,), with p = sigmoid(z), and computes in log space:
+log p = logsigmoid(z) and log(1 - p) = logsigmoid(-z). With gamma = 0 each gives the losses back bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, pair_losses
+from lorafocal.objectives.pairwise import PairLogps, PairLosses, dpo_loss, implicit
+
+
+def p_gamma(losses: Tensor, log_odds: Tensor, *, gamma: float) -> Tensor:
+    """p^gamma times the losses, differentiated (not detached), elementwise: Eq. 4 of the paper around DPO's."""
+    return torch.exp(gamma * logsigmoid(log_odds)) * losses
+
+
+def detached(losses: Tensor, log_odds: Tensor, *, gamma: float) -> Tensor:
+    """p^gamma times the losses, elementwise, p^gamma a constant weight: no gradient turns round. Not the paper's."""
+    return torch.exp(gamma * logsigmoid(log_odds)).detach() * losses
+
+
+def hard(losses: Tensor, log_odds: Tensor, *, gamma: float) -> Tensor:
+    """(1-p)^gamma times the losses, elementwise: the emphasis on badly ranked pairs that the paper sets itself against.
+
+    The focal loss of detection (Lin et al. 2017, arXiv:1708.02002, Eq. 4).
+    """
+    return torch.exp(gamma * logsigmoid(-log_odds)) * losses
+
+
+def eq3(losses: Tensor, log_odds: Tensor, *, gamma: float) -> Tensor:
+    """(1-p)^-gamma times the logistic losses, elementwise: Eq. 3 of the paper.
+
+    For large log-odds z the loss is exp(-z), the factor exp(gamma z); each leaves the range of floats long before
+    their product does, so their logarithms are added.
+    """
+    if gamma == 0:
+        return losses
+    far = log_odds > -math.log(2 * torch.finfo(log_odds.dtype).eps)  # from here on log(losses) is -z to the last bit
+    log_losses = torch.where(far, -log_odds, torch.where(far, 1.0, losses).log())
+    return torch.exp(log_losses - gamma * logsigmoid(-log_odds))
 
 
 def focalpo(policy: PairLogps, reference: PairLogps, *, beta: float, gamma: float) -> PairLosses:
@@ -21,27 +52,18 @@ def focalpo(policy: PairLogps, reference: PairLogps, *, beta: float, gamma: floa
 
     gamma = 0 is DPO bit for bit. `lorafocal.bounds.check_gamma` says which gamma can train.
     """
-    return pair_losses(policy, reference, beta=beta, loss_of_margin=partial(focal_loss, gamma=gamma))
-
-
-def focal_hard(policy: PairLogps, reference: PairLogps, *, beta: float, gamma: float) -> PairLosses:
-    """The hard emphasis that the paper sets itself against (its Figures 1 and 4): -(1-p)^gamma log p.
-
-    The focal loss of detection (Lin et al. 2017, arXiv:1708.02002, Eq. 4) on a pair's margin: well ranked pairs weigh
-    less, and no gradient turns round. gamma = 0 is DPO bit for bit.
-    """
-    return pair_losses(policy, reference, beta=beta, loss_of_margin=partial(hard_loss, gamma=gamma))
+    odds = implicit(policy, reference, beta=beta)
+    return odds.with_losses(focal_loss(odds.log_odds, gamma=gamma))
 
 
 def focal_loss(margin: Tensor, *, gamma: float) -> Tensor:
     """-p^gamma log p with p = sigmoid(margin), elementwise; finite wherever the margin is."""
-    lp = logsigmoid(margin)
-    return -torch.exp(gamma * lp) * lp
+    return p_gamma(dpo_loss(margin), margin, gamma=gamma)
 
 
 def hard_loss(margin: Tensor, *, gamma: float) -> Tensor:
     """-(1-p)^gamma log p with p = sigmoid(margin), elementwise; finite wherever the margin is."""
-    return -torch.exp(gamma * logsigmoid(-margin)) * logsigmoid(margin)
+    return hard(dpo_loss(margin), margin, gamma=gamma)
 
 
 def focal_weight(margin: Tensor, *, gamma: float) -> Tensor:

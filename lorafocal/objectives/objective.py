@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lorafocal.objectives import Entry, entry_of, python_name
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores
+from lorafocal.errors import InputError
+from lorafocal.objectives import PARAMETERS, Entry, Function, entry_of, python_name
+from lorafocal.objectives.factor import FORMS, Factor, factor_of, misfits
+from lorafocal.objectives.pairwise import Odds, PairLogps, PairLosses, PairScores
+from lorafocal.objectives.preference import PreferenceTerm, lowest_unturned
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A chosen objective with its parameters bound."""
+    """A chosen objective with its parameters bound.
+
+    `focal` is the factor put around it, None for one that has its own; `factor` is the one there is, if any.
+    """
 
     name: str
     entry: Entry
     parameters: Mapping[str, float]
+    focal: Factor | None
+    guard: str | None
+    factor: Factor | None
+    preference: PreferenceTerm | None  # of log-odds; None without a Bradley-Terry form
     loss: Callable[..., PairLosses]
     statistics: Callable[[PairLogps, PairLogps], Tensor] | None
 
@@ -38,27 +49,53 @@ class Objective:
 
         `lengths` (2B,) are completion tokens, chosen first; `statistics` (K,) means over all pairs of the step.
         """
-        given = {"reference": reference, "lengths": lengths, "scores": scores, "statistics": statistics}
-        return self.loss(policy, **{name: value for name, value in given.items() if getattr(self.entry, name)})
+        return self.loss(policy, reference=reference, lengths=lengths, scores=scores, statistics=statistics)
 
-    def weights(self, margins: Tensor, scores: PairScores | None = None) -> Tensor:
-        """How much pairs of these margins weigh in the gradient, -dL/dmargin, (B,), float64, detached.
+    def weights(self, log_odds: Tensor, importance: Tensor | None = None) -> Tensor:
+        """How much pairs of these log-odds, (B,), weigh in the gradient: -dL/dlog_odds, (B,), float64, detached.
 
-        Of the loss itself, by autograd. Only for an objective that is `of_margin`.
+        Of the preference term that is trained, factor and guard included, by autograd. Only for an objective with a
+        Bradley-Terry form. `importance` is that of `PairLosses`.
         """
-        with torch.enable_grad():
-            margin = margins.detach().double().requires_grad_()
-            nought = torch.zeros_like(margin)
-            policy, reference = (PairLogps(side, nought) for side in (margin / self.parameters["beta"], nought))
-            losses = self(policy, reference, margin.new_ones(2 * len(margin)), scores=scores).losses
-            return -torch.autograd.grad(losses.sum(), margin)[0]
+        weights = self._preference.weights(log_odds)
+        return weights if importance is None else importance.double() * weights
+
+    def turned(self, log_odds: Tensor) -> Tensor:
+        """Which pairs' gradient the factor turns round, (B,) bool, whether or not a guard then takes it away."""
+        return self._preference.turned(log_odds)
+
+    @property
+    def turns(self) -> bool:
+        """Whether its factor can turn a pair's gradient round."""
+        return self.factor is not None and FORMS[self.factor.form].turns and self.factor.gamma > 0
+
+    @property
+    def turning_point(self) -> float:
+        """The log-odds below which the factor turns a pair's gradient round; -inf where there are none."""
+        return lowest_unturned(self._preference, self.factor.gamma) if self.turns and self.factor else -math.inf
+
+    @property
+    def _preference(self) -> PreferenceTerm:
+        if self.preference is None:
+            raise ValueError(f"{self.name} has no Bradley-Terry form, and so no weights of log-odds")
+        return self.preference
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record of manifests, lineage and configs: name, parameters, and factor and guard where there are any."""
+        focal = {} if self.focal is None else {"focal": self.focal._asdict()}
+        guard = {} if self.guard is None else {"guard": self.guard}
+        return {"name": self.name, **self.parameters, **focal, **guard}
 
 
-def build_objective(name: str, **parameters: float | None) -> Objective:
+def build_objective(
+    name: str, *, focal: Mapping[str, Any] | None = None, guard: str | None = None, **parameters: float | None
+) -> Objective:
     """The objective `name` with its parameters checked; None is its default, and what it has not is left aside.
 
-    Parameters go by their names in a config or in Python. Raises InputError for an unknown name, and for a value that
-    cannot train, such as beta <= 0 or a gamma that learns backwards from the first step.
+    Parameters go by their names in a config or in Python. `focal` ({"form": one of `factor.FORMS`, "gamma": number})
+    puts a factor around a loss with a Bradley-Terry form; `guard="clip"` takes the gradient from pairs that a factor
+    would turn round. Raises InputError for an unknown name, and for a value that cannot train, such as beta <= 0 or a
+    gamma that learns backwards from the first step.
     """
     entry = entry_of(name)
     values = {}
@@ -66,12 +103,66 @@ def build_objective(name: str, **parameters: float | None) -> Objective:
         given = parameters.get(key, parameters.get(python_name(key)))
         values[key] = parameter.default if given is None else given
         parameter.check(values[key])
-    bound = partial(_function(entry.loss), **{python_name(key): value for key, value in values.items()})
+    if wrong := [f"objective.{key}: {why}" for key, why in misfits(name, entry, focal, guard)]:
+        raise InputError("\n".join(wrong))
+    factor = factor_of(entry, values, focal)
+    around = None if focal is None else factor
+    preference = _preference(entry, values, factor, guard) if entry.bradley_terry else None
+    loss = _whole(entry, values) if preference is None else _composed(entry, values, preference)
     statistics = None if entry.statistics is None else _function(entry.statistics)
-    return Objective(name, entry, values, bound, statistics)
+    return Objective(name, entry, values, around, guard, factor, preference, loss, statistics)
 
 
-def _function(place: str | Callable[..., Any]) -> Callable[..., Any]:
+def objective_from(record: Mapping[str, Any]) -> Objective:
+    """The objective that `Objective.as_dict` wrote. Raises InputError for a record this version cannot honour."""
+    if unknown := sorted(map(str, record.keys() - {"name", "focal", "guard", *PARAMETERS})):
+        raise InputError(f"objective: {', '.join(unknown)} is not known here; use the version that wrote it")
+    return build_objective(**{"name": "", **record})
+
+
+def _preference(entry: Entry, values: Mapping[str, float], factor: Factor | None, guard: str | None) -> PreferenceTerm:
+    around = None if factor is None else partial(_function(FORMS[factor.form].function), gamma=factor.gamma)
+    return PreferenceTerm(_bound(entry.link, values), around, clip=guard == "clip")
+
+
+def _composed(entry: Entry, values: Mapping[str, float], preference: PreferenceTerm) -> Callable[..., PairLosses]:
+    """The loss of a Bradley-Terry objective: importance * preference term + what stands beside it."""
+    odds_of = _asking(entry.odds, values)
+    importance_of, beside = _asking(entry.importance, values), _asking(entry.beside, values)
+
+    def loss(policy: PairLogps, **inputs: Any) -> PairLosses:
+        odds: Odds = odds_of(policy, **inputs)
+        losses, importance = preference(odds.log_odds), None
+        if importance_of is not None:
+            importance = importance_of(policy, **inputs).detach()
+            losses = importance * losses
+        return odds.with_losses(losses if beside is None else losses + beside(policy, **inputs), importance)
+
+    return loss
+
+
+def _whole(entry: Entry, values: Mapping[str, float]) -> Callable[..., PairLosses]:
+    return _asking(entry.loss, values)
+
+
+def _asking(place: Function | None, values: Mapping[str, float]) -> Any:
+    """The function with its parameters, called with those inputs alone that it names; None for none."""
+    if place is None:
+        return None
+    function = _bound(place, values)
+    names = signature(function).parameters
+    return lambda policy, **inputs: function(policy, **{key: inputs[key] for key in inputs.keys() & names})
+
+
+def _bound(place: Function, values: Mapping[str, float]) -> Callable[..., Any]:
+    """The function with the parameters that it names."""
+    function = _function(place)
+    names = signature(function).parameters
+    given = {python_name(key): value for key, value in values.items()}
+    return partial(function, **{key: value for key, value in given.items() if key in names})
+
+
+def _function(place: Function) -> Callable[..., Any]:
     """A function, or `file.function` of this room."""
     if callable(place):
         return place

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, PairScores, dpo_loss, pair_losses, widen
+from lorafocal.objectives.pairwise import Odds, PairLogps, PairScores, implicit, widen
 
 
-def odpo(policy: PairLogps, reference: PairLogps, *, scores: PairScores, beta: float, alpha: float) -> PairLosses:
-    """-log sigmoid(margin - alpha * log(chosen score - rejected score)).
+def odpo(policy: PairLogps, reference: PairLogps, *, scores: PairScores, beta: float, alpha: float) -> Odds:
+    """Log-odds: margin - alpha * log(chosen score - rejected score).
 
     Every chosen score must be above the rejected one. alpha = 0 is DPO, and so is a gap of 1.
     Source: Amini et al. 2024, arXiv:2402.10571, Eq. 8 with f = log.
     """
-    offset = score_offset(scores, alpha=alpha).to(widen(policy.chosen))
-    return pair_losses(policy, reference, beta=beta, loss_of_margin=lambda margin: dpo_loss(margin - offset))
+    odds = implicit(policy, reference, beta=beta)
+    return odds._replace(log_odds=odds.log_odds - score_offset(scores, alpha=alpha).to(odds.log_odds))
 
 
 def score_offset(scores: PairScores, *, alpha: float) -> Tensor:

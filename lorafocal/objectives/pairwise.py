@@ -1,8 +1,7 @@
-"""Pairwise objectives of four sequence log-probabilities, and the margin they share."""
+"""What pairwise objectives share: log-probs of pairs, rewards, log-odds, and the logistic loss of these (DPO)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,13 +27,29 @@ class PairLosses(NamedTuple):
     """Per-pair results of an objective; rewards are detached, and (0,) where an objective has none."""
 
     losses: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) what the objective ranks answers by: beta * logratio where it has a reference
+    chosen_rewards: Tensor  # (B,) beta * logratio where there is a reference, else what it ranks answers by
     rejected_rewards: Tensor  # (B,)
+    log_odds: Tensor | None = None  # (B,) detached: of chosen being preferred; None without a Bradley-Terry form
+    importance: Tensor | None = None  # (B,) detached: a constant that multiplies a pair's preference term
 
     @property
     def margins(self) -> Tensor:
         """Chosen minus rejected reward, (B,)."""
         return self.chosen_rewards - self.rejected_rewards
+
+
+class Odds(NamedTuple):
+    """What a Bradley-Terry objective says of B pairs: the chosen answer is preferred with p = sigmoid(log_odds)."""
+
+    log_odds: Tensor  # (B,) differentiable
+    chosen_rewards: Tensor  # (B,)
+    rejected_rewards: Tensor  # (B,)
+
+    def with_losses(self, losses: Tensor, importance: Tensor | None = None) -> PairLosses:
+        """These pairs with their losses, (B,)."""
+        return PairLosses(
+            losses, self.chosen_rewards.detach(), self.rejected_rewards.detach(), self.log_odds.detach(), importance
+        )
 
 
 def rewards(policy: PairLogps, reference: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:
@@ -47,12 +62,10 @@ def rewards(policy: PairLogps, reference: PairLogps, *, beta: float) -> tuple[Te
     return chosen, rejected
 
 
-def pair_losses(
-    policy: PairLogps, reference: PairLogps, *, beta: float, loss_of_margin: Callable[[Tensor], Tensor]
-) -> PairLosses:
-    """Apply a loss of the margin, (B,) -> (B,), to the implicit rewards."""
+def implicit(policy: PairLogps, reference: PairLogps, *, beta: float) -> Odds:
+    """DPO's log-odds: the margin of the implicit rewards."""
     chosen, rejected = rewards(policy, reference, beta=beta)
-    return PairLosses(loss_of_margin(chosen - rejected), chosen.detach(), rejected.detach())
+    return Odds(chosen - rejected, chosen, rejected)
 
 
 def average_logps(policy: PairLogps, lengths: Tensor) -> PairLogps:
@@ -66,12 +79,13 @@ def dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> PairLosses:
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
-    return pair_losses(policy, reference, beta=beta, loss_of_margin=dpo_loss)
+    odds = implicit(policy, reference, beta=beta)
+    return odds.with_losses(dpo_loss(odds.log_odds))
 
 
-def dpo_loss(margin: Tensor) -> Tensor:
-    """-log sigmoid(margin), elementwise."""
-    return -logsigmoid(margin)
+def dpo_loss(log_odds: Tensor) -> Tensor:
+    """-log sigmoid(log_odds), elementwise: the logistic loss, DPO's of the margin."""
+    return -logsigmoid(log_odds)
 
 
 def dpo_weight(margin: Tensor) -> Tensor:

@@ -236,9 +236,10 @@ def flips(record: RunRecord) -> list[Flip]:
 def own_weights(record: RunRecord) -> Objective | None:
     """The run's objective where its gradient weights are known from margins alone, and are not DPO's."""
     own = record.objective
-    if own is None or not own.entry.of_margin or own.entry.scores:
+    if own is None or not own.entry.odds_are_margin:
         return None
-    return None if own.name == "dpo" or own.parameters.get("gamma") == 0 else own
+    plain = own.entry.logistic and (own.factor is None or own.factor.gamma == 0)
+    return None if plain else own
 
 
 def share_of(weights: Tensor, mask: Tensor) -> float | None:

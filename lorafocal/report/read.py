@@ -15,8 +15,7 @@ import torch
 from lorafocal.errors import InputError
 from lorafocal.evaluations import FOLDER, EvaluatedPair, evaluation_files, read_evaluation
 from lorafocal.lineage import lineage_of
-from lorafocal.objectives import PARAMETERS, Objective, build_objective
-from lorafocal.objectives.focal import turning_point
+from lorafocal.objectives import Objective, objective_from
 from lorafocal.objectives.pairwise import PairLogps
 
 METRICS_FILE, MANIFEST_FILE, ADAPTER_DIR, MODEL_DIR = "metrics.jsonl", "manifest.json", "adapter", "model"
@@ -67,9 +66,8 @@ class RunRecord:
     @property
     def turning_point(self) -> float:
         """The margin below which a step lowers the margin; -inf where none is known of."""
-        if self.objective is None or self.objective.name != "focalpo":
-            return -math.inf
-        return turning_point(self.objective.parameters["gamma"])
+        known = self.objective is not None and self.objective.entry.odds_are_margin
+        return self.objective.turning_point if self.objective and known else -math.inf
 
     def series(self, key: str) -> Series:
         """Every logged value of `key`; of several at one step the last."""
@@ -186,9 +184,8 @@ def _objective(folder: Path, manifest: Mapping[str, Any]) -> Objective | None:
         objective = lineage.objective if lineage else None
     if not isinstance(objective, Mapping):
         return None
-    given = {key: objective[key] for key in PARAMETERS.keys() & objective.keys()}
     try:
-        return build_objective(str(objective.get("name")), **given)
+        return objective_from(objective)
     except InputError:  # written by another version, or by hand
         return None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, read_evaluation
-from lorafocal.objectives import build_objective
+from lorafocal.objectives import objective_from
 from lorafocal.objectives.pairwise import PairLogps, rewards
 
 LOSS, ACCURACY, MARGIN = "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"
@@ -192,9 +192,8 @@ def pair_scores(point: Point, sweep: SweepRecord) -> Tensor | None:
     if not sweep.criterion.lower_is_better:
         chosen, rejected = rewards(*both, beta=1.0)
         return (chosen > rejected).double()
-    objective = build_objective(**sweep.objective)
-    alone = not objective.entry.scores and objective.statistics is None  # of these four log-probs
-    return objective(*both).losses if alone else None
+    objective = objective_from(sweep.objective)
+    return objective(*both).losses if objective.entry.of_logps else None
 
 
 def values_text(values: Mapping[str, Any], axes: Mapping[str, Any], leave_out: Sequence[str] = ()) -> str:

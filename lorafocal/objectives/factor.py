@@ -1,0 +1,95 @@
+"""The focal factor as a config says it: its forms, and which objectives take which. Imports no torch.
+
+objective: {name: simpo, beta: 2, focal: {form: p_gamma, gamma: 0.05}, guard: clip}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lorafocal import bounds
+from lorafocal.errors import InputError
+
+if TYPE_CHECKING:
+    from lorafocal.objectives import Entry
+
+DEFAULT_FORM = "p_gamma"
+GUARDS = ("clip",)
+_KEYS = ("form", "gamma")
+
+
+class Form(NamedTuple):
+    """A kind of factor: its function, `file.function` of this room, which gamma it takes, and what it does."""
+
+    function: str
+    check: Callable[[float], str | None]
+    help: str
+    turns: bool = False  # it can turn a pair's gradient round
+
+
+FORMS: dict[str, Form] = {
+    "p_gamma": Form("focal.p_gamma", bounds.check_gamma, "p^gamma, differentiated (FocalPO, Eq. 4)", turns=True),
+    "eq3": Form("focal.eq3", bounds.check_gamma_of_eq3, "(1-p)^-gamma (Eq. 3 of the paper)"),
+    "hard": Form("focal.hard", bounds.check_hard_gamma, "(1-p)^gamma (the focal loss of detection)"),
+    "detached": Form("focal.detached", bounds.check_detached_gamma, "p^gamma as a constant weight (not the paper's)"),
+}
+
+
+class Factor(NamedTuple):
+    """A form with its exponent."""
+
+    form: str
+    gamma: float
+
+
+def factor_of(entry: Entry, parameters: Mapping[str, float], focal: Mapping[str, Any] | None) -> Factor | None:
+    """The factor of an objective: its own, or the one that `focal` puts around it; None without."""
+    if entry.factor is not None:
+        return Factor(entry.factor, parameters["gamma"])
+    return None if focal is None else Factor(focal.get("form") or DEFAULT_FORM, focal["gamma"])
+
+
+def misfits(name: str, entry: Entry, focal: Mapping[str, Any] | None, guard: str | None) -> Iterator[tuple[str, str]]:
+    """What is wrong with `focal` and `guard` for the objective `name`: each key with the reason and the way out."""
+    if focal is not None and (refusal := _takes_none(name, entry)):
+        yield "focal", refusal
+        return
+    if focal is not None:
+        yield from _misfits_of_focal(name, entry, focal)
+    form = entry.factor if focal is None else (focal.get("form") or DEFAULT_FORM)
+    if guard is not None and guard not in GUARDS:
+        yield "guard", f"{guard!r} is not known; write clip, or leave the key out"
+    elif guard is not None and (form is None or (form in FORMS and not FORMS[form].turns)):
+        what = "no focal factor" if form is None else f"the factor {form}"
+        yield "guard", f"{name} has {what}, which turns no gradient round: nothing to clip; leave the key out"
+
+
+def _takes_none(name: str, entry: Entry) -> str | None:
+    """Why no factor goes around this objective."""
+    if entry.factor is not None:
+        return f"{name} has a factor of its own: set its objective.gamma, or put the factor around dpo; remove this key"
+    if not entry.bradley_terry:
+        return f"{name} has no Bradley-Terry form: it gives no probability p to build a factor of; remove this key"
+    if entry.importance is not None:
+        return f"{name} weighs pairs in its own way, and a factor would undo or double that; remove this key"
+    return None
+
+
+def _misfits_of_focal(name: str, entry: Entry, focal: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for stray in sorted(map(str, focal.keys() - set(_KEYS))):
+        yield f"focal.{stray}", f"not known; the factor has {' and '.join(_KEYS)}"
+    form = focal.get("form") or DEFAULT_FORM
+    if form not in FORMS:
+        yield "focal.form", f"{form!r} is not known; choose one of {', '.join(FORMS)}"
+        return
+    if form == "eq3" and not entry.logistic:
+        why = f"eq3 does not go with {name}, whose loss of a well ranked pair does not fall to 0 as (1-p)^-gamma grows"
+        yield "focal.form", f"{why}: their product diverges; use p_gamma"
+    if focal.get("gamma") is None:
+        yield "focal.gamma", "missing; it has no default around another loss (the paper uses 0.05; 0 is no factor)"
+        return
+    try:
+        FORMS[form].check(focal["gamma"])
+    except InputError as error:
+        yield "focal.gamma", str(error)
