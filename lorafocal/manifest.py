@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafocal import launch, recipes
 from lorafocal.config import Config, layers, load_config
 from lorafocal.data.prepare import Part
+from lorafocal.data.tokens import TokenizedPair
 from lorafocal.model.adapters import features
 from lorafocal.model.load import base_fingerprint
 from lorafocal.model.quantized import LoadedBase
@@ -156,9 +157,14 @@ def _part(part: Part) -> dict[str, Any]:
         "sources": [asdict(source) for source in part.sources],
         "pairs": len(part.tokens.pairs),
         "left_out": {drop.reason: drop.count for drop in part.drops},
-        "tokens_sha256": _sha256([[p.prompt_ids, p.chosen_ids, p.rejected_ids] for p in part.tokens.pairs]),
+        "tokens_sha256": tokens_sha256(part.tokens.pairs),
         "scores_sha256": _sha256([[p.score_chosen, p.score_rejected] for p in part.tokens.pairs]),
     }
+
+
+def tokens_sha256(pairs: Sequence[TokenizedPair]) -> str:
+    """The digest of the token ids of pairs, in their order."""
+    return _sha256([[pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in pairs])
 
 
 def _sha256(value: Any) -> str:

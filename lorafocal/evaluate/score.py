@@ -200,10 +200,8 @@ def score_pairs(
     if beta is not None:
         check_beta(beta)
     subject = find_subject(target, base=base)
-    compared = None if reference is None else find_subject(reference, base=base if _is_adapter(reference) else None)
-    if compared is not None:
-        check_same_tokens(subject.tokenizer, compared.tokenizer, str(reference))
-    loaded = load_pairs(pairs, subject.tokenizer, **_tokenization(subject))
+    compared = None if reference is None else compared_with(subject, reference, base=base)
+    loaded = load_pairs(pairs, subject.tokenizer, **row_settings(subject))
     check(loaded.pairs)
     policy, own = _logps(subject, loaded.pairs)
     against = own if compared is None else _logps(compared, loaded.pairs)[0]
@@ -227,6 +225,13 @@ def check_rewards(target: Path | str, *, base: str | None, reference: str | None
     )
 
 
+def compared_with(subject: Subject, reference: str, *, base: str | None = None) -> Subject:
+    """The adapter or model that rewards of `subject` are relative to; refused where it reads other tokens."""
+    compared = find_subject(reference, base=base if _is_adapter(reference) else None)
+    check_same_tokens(subject.tokenizer, compared.tokenizer, reference)
+    return compared
+
+
 def is_its_own_reference(subject: Subject) -> bool:
     """Whether it is an adapter that was trained against its base, or whose training is not known."""
     saved = subject.saved
@@ -243,7 +248,7 @@ def _trained_beta(subject: Subject) -> float | None:
     return None if subject.folder is None else reward_scale(lineage_of(subject.folder))
 
 
-def _tokenization(subject: Subject) -> Mapping[str, Any]:
+def row_settings(subject: Subject) -> Mapping[str, Any]:
     """As training read its pairs; a model of others may lie beside somebody's config.yaml, which says nothing of it."""
     if subject.saved is not None:
         return subject.saved.tokenization
@@ -264,6 +269,11 @@ def _scorer(
     model: torch.nn.Module, pairs: Sequence[TokenizedPair]
 ) -> Callable[[Callable[[Pack], PairLogps]], PairLogps]:
     """`pair_logps` of these pairs on this model's device and in a layout it can compute."""
-    check_length(causal_lm(model), max(pair.longest for pair in pairs))
-    collator = PairCollator(choose_layout(model, "auto").layout)
+    collator = prepared(model, pairs)
     return partial(pair_logps, pairs=pairs, device=next(model.parameters()).device, collator=collator)
+
+
+def prepared(model: torch.nn.Module, pairs: Sequence[TokenizedPair]) -> PairCollator:
+    """`model` made ready to score these pairs, and what packs them in a layout that it can compute."""
+    check_length(causal_lm(model), max(pair.longest for pair in pairs))
+    return PairCollator(choose_layout(model, "auto").layout)

@@ -1,0 +1,236 @@
+"""One pair for a terminal: its tokens in colour, or as rows where there are no colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lorafocal.data.places import printable
+from lorafocal.report.explain_words import findings, largest
+from lorafocal.report.explanation import Answer, Explanation, Gap, Token, folded, full_colour, parts
+
+ROWS, COLOURED, BLOCK = 40, 600, 25  # tokens shown of an answer: as rows, in colour and then in blocks of so many
+PROMPT = 2000  # characters
+LARGEST = 5  # tokens listed below the coloured text
+BAR = 8  # signs of a full bar
+# Blue for likelier, orange for less likely: told apart with every common colour blindness. Of xterm's 256 colours.
+_MORE = ("color(153)", "color(111)", "color(69)", "color(27)")
+_LESS = ("color(223)", "color(215)", "color(208)", "color(166)")
+
+
+def explain_text(explanation: Explanation, *, colour: bool, width: int | None = None) -> str:
+    """The whole explanation; every control character of the data is spelled out."""
+    console = Console(
+        file=io.StringIO(),
+        force_terminal=colour,
+        color_system="256" if colour else None,
+        no_color=not colour,
+        width=max(width or 100, 40),
+        legacy_windows=False,
+        highlight=False,
+    )
+    for shown in _shown(explanation, colour=colour):
+        console.print(shown)
+    written: io.StringIO = console.file  # type: ignore[assignment]
+    return "\n".join(line.rstrip() for line in written.getvalue().rstrip("\n").split("\n"))
+
+
+def _shown(explanation: Explanation, *, colour: bool) -> Iterator[RenderableType]:
+    yield from _head(explanation)
+    yield numbers(explanation)
+    yield ""
+    for sentence in (*findings(explanation), *(f"note: {note}" for note in explanation.notes)):
+        yield Padding(Text(f"- {printable(sentence)}"), (0, 0, 0, 0))
+    full = full_colour(explanation)
+    yield from _titled("prompt (not scored)", Text(shortened("".join(explanation.prompt))))
+    for name, answer in (("chosen", explanation.chosen), ("rejected", explanation.rejected)):
+        title = f"{name}  {answer.logratio:+.4f} nats in {len(answer.tokens)} tokens"
+        yield from _titled(title, coloured(answer, full) if colour else rows(answer, full))
+    if colour:
+        yield from _titled(f"colours: log pi - log pi_ref, full at {full:.3g} nats", _legend())
+        yield from _titled("tokens that moved most", _movers(explanation, full))
+    yield from _titled("where the log-ratio sits, nats", _places(explanation))
+    if explanation.history:
+        yield from _titled("over training, chosen minus rejected log-ratio, nats", _history(explanation))
+
+
+def _titled(title: str, below: RenderableType) -> Iterator[RenderableType]:
+    yield ""
+    yield Text(title, style="bold")
+    yield below
+
+
+def _head(explanation: Explanation) -> Iterator[RenderableType]:
+    yield Text(printable(f"pair {explanation.id}"), style="bold")
+    objective = explanation.objective
+    said = "not known" if objective is None else " ".join(f"{key} {value}" for key, value in objective.items())
+    yield Text(printable(f"{explanation.place}; {explanation.policy_name} against {explanation.reference_name}"))
+    yield Text(printable(f"objective: {said.removeprefix('name ')}"))
+    yield ""
+
+
+def numbers(explanation: Explanation) -> Table:
+    """Both answers side by side, and their difference."""
+    chosen, rejected, weighing = explanation.chosen, explanation.rejected, explanation.weighing
+    table = _table("", "chosen", "rejected", "difference")
+    table.add_row(
+        "tokens",
+        str(len(chosen.tokens)),
+        str(len(rejected.tokens)),
+        f"{len(chosen.tokens) - len(rejected.tokens):+d}",
+    )
+    lines = [
+        ("log pi, nats", chosen.policy, rejected.policy),
+        ("log pi_ref, nats", chosen.reference, rejected.reference),
+        ("log-ratio, nats", chosen.logratio, rejected.logratio),
+    ]
+    if weighing is not None and weighing.chosen_reward is not None and weighing.rejected_reward is not None:
+        lines.append(("reward", weighing.chosen_reward, weighing.rejected_reward))
+    for name, ours, theirs in lines:
+        table.add_row(name, f"{ours:+.4f}", f"{theirs:+.4f}", f"{ours - theirs:+.4f}")
+    for name, value in weights(explanation):
+        table.add_row(name, "", "", value)
+    return table
+
+
+def weights(explanation: Explanation) -> list[tuple[str, str]]:
+    """The pair's p, loss and weights, as far as the objective has them."""
+    weighing = explanation.weighing
+    if weighing is None:
+        return []
+    named = [
+        ("log-odds", weighing.log_odds, "+.4f"),
+        ("p, chosen preferred", weighing.p, ".4g"),
+        ("loss", weighing.loss, ".4g"),
+        ("weight under DPO", weighing.dpo_weight, ".4g"),
+        ("weight under the objective", weighing.weight, ".4g"),
+        ("ratio to DPO", weighing.ratio_to_dpo, ".4g"),
+    ]
+    return [(name, format(value, form)) for name, value, form in named if value is not None]
+
+
+# ---- tokens
+
+
+def shortened(text: str) -> str:
+    """A prompt as it stands, its control characters spelled out and the middle of a long one left out."""
+    text = _lines(text)
+    return text if len(text) <= PROMPT else f"{text[: PROMPT // 2]} [...] {text[-PROMPT // 2 :]}"
+
+
+def coloured(answer: Answer, full: float) -> Text:
+    """The answer's text, each token on the colour of its log-ratio."""
+    text = Text(overflow="fold")
+    for piece in folded(answer, most=COLOURED, block=BLOCK):
+        if isinstance(piece, Gap):
+            text.append(f" [{piece.tokens} tokens, {piece.logratio:+.2f} nats] ", style="dim")
+        else:
+            token = answer.tokens[piece]
+            text.append(_lines(token.text), style=_style(token, full))
+    return text
+
+
+def rows(answer: Answer, full: float) -> Table:
+    """The answer's tokens as rows; those that moved little stand together, so that the last column adds up."""
+    table = _table("#", "log pi", "log pi_ref", "log-ratio", "sum", "", "token")
+    table.columns[5].justify = table.columns[6].justify = "left"
+    table.columns[6].overflow = "fold"
+    total, number = 0.0, 0
+    for piece in folded(answer, most=ROWS):
+        if isinstance(piece, Gap):
+            number += piece.tokens
+            total += piece.logratio
+            table.add_row("...", "", "", f"{piece.logratio:+.4f}", f"{total:+.4f}", "", f"({piece.tokens} tokens)")
+            continue
+        token = answer.tokens[piece]
+        number += 1
+        total += token.logratio
+        table.add_row(str(number), *_row(token), f"{total:+.4f}", bar(token, full), spelled(token))
+    return table
+
+
+def _row(token: Token) -> tuple[str, str, str]:
+    return f"{token.policy:.4f}", f"{token.reference:.4f}", f"{token.logratio:+.4f}"
+
+
+def bar(token: Token, full: float) -> str:
+    """How far the token moved, as + or - signs."""
+    signs = min(BAR, round(BAR * abs(token.logratio) / full))
+    return ("+" if token.logratio > 0 else "-") * signs
+
+
+def spelled(token: Token) -> Text:
+    """A token's text between bars, which show its spaces, line feeds and all that is not printable spelled out."""
+    if not token.text:
+        return Text("(part of a character)")
+    return Text(f"|{printable(token.text)}|")
+
+
+def _lines(text: str) -> str:
+    """A text in its lines, with everything else that a terminal would act upon spelled out."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _style(token: Token, full: float) -> str:
+    share = abs(token.logratio) / full
+    scale = _MORE if token.logratio > 0 else _LESS
+    if share < 0.5 / len(scale):
+        return ""
+    shade = scale[min(int(share * len(scale)), len(scale) - 1)]
+    return f"{'white' if shade in (scale[-1],) else 'black'} on {shade}"
+
+
+def _legend() -> Text:
+    text = Text("less likely than under the reference ")
+    for shade in (*reversed(_LESS), "", *_MORE):
+        text.append("   ", style=f"on {shade}" if shade else "")
+    return text.append(" likelier")
+
+
+def _movers(explanation: Explanation, full: float) -> Table:
+    table = _table("", "#", "log pi", "log pi_ref", "log-ratio", "token")
+    table.columns[5].justify = "left"
+    table.columns[5].overflow = "fold"
+    for name, answer in (("chosen", explanation.chosen), ("rejected", explanation.rejected)):
+        for place, token in largest(answer, LARGEST):
+            text = spelled(token)
+            text.stylize(_style(token, full))
+            table.add_row(name, str(place + 1), *_row(token), text)
+    return table
+
+
+def _places(explanation: Explanation) -> Table:
+    table = _table("", "tokens", "chosen", "tokens", "rejected", "difference")
+    for part in parts(explanation):
+        table.add_row(
+            part.name,
+            str(part.chosen_tokens),
+            f"{part.chosen:+.4f}",
+            str(part.rejected_tokens),
+            f"{part.rejected:+.4f}",
+            f"{part.chosen - part.rejected:+.4f}",
+        )
+    for name, place in (("its first token", 0), ("its last token", -1)):
+        ends = [answer.tokens[place].logratio for answer in (explanation.chosen, explanation.rejected)]
+        table.add_row(name, "1", f"{ends[0]:+.4f}", "1", f"{ends[1]:+.4f}", f"{ends[0] - ends[1]:+.4f}")
+    return table
+
+
+def _history(explanation: Explanation) -> Table:
+    table = _table("step", "difference")
+    for step, difference in explanation.history:
+        table.add_row(str(step), f"{difference:+.4f}")
+    return table
+
+
+def _table(*names: str) -> Table:
+    """A table without lines, its numbers at the right; the first column names the rows."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for position, name in enumerate(names):
+        table.add_column(name, justify="right" if position else "left", no_wrap=name != "token")
+    return table

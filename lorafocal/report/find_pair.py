@@ -1,0 +1,104 @@
+"""One pair of a run, found by its id: among the pairs that the run keeps, in its data, or in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorafocal.config import load_config
+from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs, read_held_out
+from lorafocal.data.places import printable
+from lorafocal.data.prepare import check_sources, prepare_data
+from lorafocal.data.sources import nearest
+from lorafocal.data.tokens import TokenizedPair
+from lorafocal.errors import InputError
+from lorafocal.generation.subject import Subject
+from lorafocal.manifest import tokens_sha256
+from lorafocal.model.saved import run_of
+
+CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
+PARTS = {"train": "training", "eval": "held-out"}
+
+
+class FoundPair(NamedTuple):
+    """A pair, where it is from in words, and what should be known of that."""
+
+    pair: TokenizedPair
+    place: str
+    of_the_run: bool
+    notes: tuple[str, ...] = ()
+
+
+class _Pairs(NamedTuple):
+    """Pairs that were read from one place."""
+
+    pairs: Sequence[TokenizedPair]
+    place: str
+    notes: tuple[str, ...] = ()
+
+
+def find_pair(
+    pair_id: str, subject: Subject, pairs: Path | None, settings: Mapping[str, Any], *, scored: bool = False
+) -> FoundPair:
+    """The pair called `pair_id` in the file `pairs`, else among those of the run that left `subject`.
+
+    Rows are tokenised by `settings`, or as the run's config says. `scored`: it needs a judge's scores, which a run does
+    not keep with its held-out pairs. Raises InputError where there is no such pair, or there are two.
+    """
+    places = [_of_file(pairs, subject, settings)] if pairs is not None else _of_run(subject, scored=scored)
+    seen: list[str] = []
+    for read in places:
+        found = [pair for pair in read.pairs if pair.id == pair_id]
+        if len(found) > 1:
+            raise InputError(
+                f"{len(found)} {read.place} are called {printable(pair_id)!r}: give the rows ids that differ"
+            )
+        if found:
+            return FoundPair(found[0], read.place, pairs is None, read.notes)
+        seen += [pair.id for pair in read.pairs]
+    raise InputError(f"there is no pair {printable(pair_id)!r} among {len(seen)} pairs; {nearest(pair_id, seen)}")
+
+
+def _of_file(path: Path, subject: Subject, settings: Mapping[str, Any]) -> _Pairs:
+    return _Pairs(load_pairs(path, subject.tokenizer, **settings).pairs, f"pairs of {path.name}")
+
+
+def _of_run(subject: Subject, *, scored: bool) -> Iterator[_Pairs]:
+    """The pairs that a run keeps, then those that its config names, read again only where they are needed."""
+    run = None if subject.folder is None else run_of(subject.folder)
+    if run is None or not any((run / file).is_file() for file in (HELD_OUT_FILE, CONFIG_FILE)):
+        raise InputError(f"{subject.name} lies in no run folder with pairs: name a file of them by --pairs FILE")
+    if (run / HELD_OUT_FILE).is_file() and not scored:
+        yield _Pairs(read_held_out(run / HELD_OUT_FILE), f"held-out pairs of {run.name}")
+    yield from _of_config(run, subject, scored=scored)
+
+
+def _of_config(run: Path, subject: Subject, *, scored: bool) -> Iterator[_Pairs]:
+    """The training and held-out pairs of a run, prepared as when it was trained."""
+    try:
+        section = load_config(run / CONFIG_FILE).data
+        check_sources(section)
+        data = prepare_data(section, subject.tokenizer, scored=scored)
+    except InputError as error:
+        raise InputError(
+            f"the pair is not among those that {run.name} keeps, and its data cannot be read again ({error}). Name the"
+            " file of rows by --pairs FILE"
+        ) from error
+    recorded = _recorded(run)
+    for name, part in data.items():
+        pairs = part.tokens.pairs
+        changed = recorded.get(name, {}).get("tokens_sha256") not in (None, tokens_sha256(pairs))
+        note = f"The {PARTS[name]} data are not those that the run was trained with: they have changed since."
+        yield _Pairs(pairs, f"{PARTS[name]} pairs of {run.name}", (note,) * changed)
+
+
+def _recorded(run: Path) -> Mapping[str, Any]:
+    """What the manifest says of the data; nothing where it cannot be read."""
+    try:
+        manifest = json.loads((run / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    data = manifest.get("data") if isinstance(manifest, dict) else None
+    return data if isinstance(data, dict) else {}
