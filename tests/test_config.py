@@ -40,7 +40,7 @@ VALUES: dict[str, Any] = {
 SOURCE_KEYS = ("path", "weight", "form", "columns", "revision", "split")
 READ_BY_THE_RUN = {
     "recipe", "model.name", "model.dtype", "model.revision", "model.shape", "model.quantization", "model.backend",
-    "adapter.trainable_tokens", "data.train", "data.eval",
+    "adapter.trainable_tokens", "data.train", "data.eval", "data.leave_out",
     "data.held_out", "data.form", "data.columns", "data.revision", "data.split", "data.on_bad_row", "data.cache",
     *(f"data.{name}.{key}" for name in ("train", "eval") for key in SOURCE_KEYS),
     *(f"evaluation.{key}" for key in Evaluation.model_fields),
@@ -80,6 +80,7 @@ OTHER_VALUES = {
     "data.split": "test",
     "data.chat_template_kwargs": "{enable_thinking: false}",
     "data.on_bad_row": "error",
+    "data.leave_out": "suspects.txt",
     "data.cache": "false",
     "objective.beta": "0.3",
     "objective.gamma": "0.07",

@@ -50,12 +50,18 @@ def unused(name: str, taken: Container[str]) -> str:
 
 
 def weigh(
-    preferences: Preferences, source_of: Mapping[str, int], weights: Sequence[float], *, seed: int
+    preferences: Preferences,
+    source_of: Mapping[str, int],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    without: Container[str] = (),
 ) -> Preferences:
     """Each pair as often as its source's weight says: 2.5 is two copies, and a third of a seeded half of the pairs.
 
     `weights` are by position of the source; one below 1 leaves a source at least one pair. Copies stand together,
-    under the ids `id`, `id#2`, `id#3`. Weigh last: a copy is a duplicate to data/hygiene.py.
+    under the ids `id`, `id#2`, `id#3`. Weigh last: a copy is a duplicate to data/hygiene.py. Pairs whose ids are in
+    `without` go with their copies once all are drawn, so that the others stay as they would be with them.
     """
     for position, weight in enumerate(weights):
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST_COPIES:
@@ -74,6 +80,7 @@ def weigh(
     pairs = [
         replace(pair, id=unused(f"{pair.id}#{copy}", source_of)) if copy > 1 else pair
         for pair in preferences.pairs
+        if pair.id not in without
         for copy in range(1, 1 + int(weights[source_of[pair.id]]) + (pair.id in drawn))
     ]
     return replace(preferences, pairs=pairs)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lorafocal.data import leave_out
 from lorafocal.data.cache import cached_tokenization, default_folder
 from lorafocal.data.hub import check_revision, is_hub_id, read_source
 from lorafocal.data.hygiene import clean, drop_overlap, drop_unranked
@@ -20,7 +21,8 @@ from lorafocal.data.tokens import EXAMPLES_PER_REASON, REMEDIES, TokenizedData, 
 from lorafocal.errors import InputError
 from lorafocal.schema import Data, Source
 
-LENGTH_REASONS = ("overlong", "prompt_fills_length")  # left out because `data.truncation` says so, not for being bad
+# Left out because `data.truncation` or `data.leave_out` says so, not for being bad.
+ASKED_FOR = ("overlong", "prompt_fills_length", leave_out.REASON)
 SEED = 0  # of splits and weights: which pairs are held out must not change with the seeds of a run
 
 
@@ -100,6 +102,7 @@ class _Rows:
     preferences: Preferences
     source_of: dict[str, int]
     weights: list[float]
+    left_out: frozenset[str] = frozenset()  # ids that a list names: told among the bad rows, gone once weighted
 
 
 def template_notes(parts: Mapping[str, Part], section: Data, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -131,6 +134,8 @@ def past_template(parts: Mapping[str, Part], tokenizer: PreTrainedTokenizerBase)
 
 def check_sources(section: Data) -> None:
     """Look for the files before anything else is loaded: it costs nothing. Raises InputError naming the key."""
+    if section.leave_out is not None:
+        leave_out.read_list(Path(section.leave_out))
     for name in ("train", "eval"):
         for source in section.sources(name):
             if is_hub_id(source.path):
@@ -143,8 +148,9 @@ def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: b
     """`train`, and `eval` where the section names held-out pairs or asks for some of the training pairs.
 
     Pairs of all sources are cleaned together; held-out pairs are taken before sources are weighted, and training pairs
-    with a held-out prompt go. `scored` pairs need a judge's scores, chosen above rejected. Raises InputError for what
-    cannot be read, for a pair without scores, and for any bad row where `on_bad_row: error` says so.
+    with a held-out prompt go, then those that `leave_out` names: what is held out stays the same. `scored` pairs need a
+    judge's scores, chosen above rejected. Raises InputError for what cannot be read, for a pair without scores, and for
+    any bad row where `on_bad_row: error` says so.
     """
     train = _read(section.sources("train"), section.on_bad_row, scored=scored)
     held_out = _read(section.sources("eval"), section.on_bad_row, scored=scored) if section.eval else None
@@ -155,6 +161,8 @@ def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: b
     elif held_out is not None:
         apart = drop_overlap(train.preferences, held_out.preferences, on_bad_row=section.on_bad_row)
         train = _Rows(train.sources, apart, train.source_of, train.weights)
+    if section.leave_out is not None:
+        train = _without_named(train, Path(section.leave_out), held_out)
     rows = {"train": train} | ({} if held_out is None else {"eval": held_out})
     return {name: _tokenized(section, part, tokenizer) for name, part in rows.items()}
 
@@ -182,8 +190,15 @@ def _read(sources: Sequence[Source], on_bad_row: OnBadRow, *, scored: bool) -> _
     return _Rows(summaries, preferences, dict(joined.source_of), [source.weight for source in sources])
 
 
+def _without_named(train: _Rows, path: Path, held_out: _Rows | None) -> _Rows:
+    named = leave_out.named_pairs(path, train.preferences.pairs, held_out.preferences.pairs if held_out else ())
+    told = [*train.preferences.bad_rows, *(leave_out.bad_row(pair, path) for pair in named)]
+    preferences = replace(train.preferences, bad_rows=told)
+    return replace(train, preferences=preferences, left_out=frozenset(pair.id for pair in named))
+
+
 def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase) -> Part:
-    weighted = weigh(rows.preferences, rows.source_of, rows.weights, seed=SEED)
+    weighted = weigh(rows.preferences, rows.source_of, rows.weights, seed=SEED, without=rows.left_out)
     options: dict[str, Any] = {
         "max_length": section.max_length,
         "max_prompt_length": section.max_prompt_length,
@@ -195,7 +210,7 @@ def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase) -
     else:
         tokens = tokenize_preferences(weighted.pairs, tokenizer, **options)
     part = Part(rows.sources, weighted.pairs, weighted.bad_rows, tokens)
-    refused = [drop for drop in part.drops if drop.reason not in LENGTH_REASONS]
+    refused = [drop for drop in part.drops if drop.reason not in ASKED_FOR]
     if section.on_bad_row == "error" and refused:
         raise InputError(f"{refused[0].examples[0]}: {refused[0].remedy}")
     return part

@@ -110,12 +110,14 @@ Sources = Annotated[list[Source], BeforeValidator(listed)]
 class Data(Section):
     """Where preference rows come from, how they are read, and how long a sequence may be.
 
-    `form`, `columns`, `revision` and `split` hold for every source that does not say its own.
+    `form`, `columns`, `revision` and `split` hold for every source that does not say its own. `leave_out` is a file of
+    ids, one a line: training pairs that the run goes without.
     """
 
     train: Sources
     eval: Sources | None = None
     held_out: HeldOut = None
+    leave_out: Place | None = None
     form: str | None = None
     columns: dict[str, str] = {}
     revision: Revision = None
