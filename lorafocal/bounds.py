@@ -77,6 +77,59 @@ def check_alpha(alpha: float) -> None:
     _at_least_zero("alpha", alpha, "0 is DPO; the paper's own code has 1")
 
 
+def check_label_smoothing(rate: float) -> None:
+    """Check the rate of labels that cDPO or rDPO takes to be flipped."""
+    if not _is_number(rate) or not 0 <= rate < 0.5:
+        raise InputError(
+            f"label_smoothing is {rate!r}; it must be from 0 (this is DPO) to below 0.5, where labels say"
+            " nothing; published runs have 0.1"
+        )
+
+
+def check_entropy(alpha: float) -> None:
+    """Check H-DPO's factor of the policy's log-probs (no unit)."""
+    _above_zero("alpha", alpha, "1 is DPO, below 1 is a sharper policy; 0.8 to 1.2")
+
+
+def check_rejected_factor(factor: float) -> None:
+    """Check DPO-Shift's factor of the rejected reward (no unit)."""
+    if not _is_number(factor) or not 0 < factor <= 1:
+        raise InputError(
+            f"rejected_factor is {factor!r}; it must be above 0 and at most 1 (this is DPO); published runs have"
+            " 0.55 to 0.99"
+        )
+
+
+def check_length_alpha(alpha: float) -> None:
+    """Check R-DPO's margin a token of length difference."""
+    _at_least_zero("alpha", alpha, "0 is DPO; published runs have 0.01 to 0.02")
+
+
+def check_shape(alpha: float) -> None:
+    """Check AlphaPO's shape of the reward: any finite number."""
+    _finite("alpha", alpha, "0 is SimPO; published runs have 0.25")
+
+
+def check_nll_weight(weight: float) -> None:
+    """Check the weight of a chosen answer's likelihood beside the preference term."""
+    _at_least_zero("nll_weight", weight, "0 leaves the likelihood out")
+
+
+def check_eta(eta: float) -> None:
+    """Check Omni-DPO's scale of score gaps, per unit of the judge's score."""
+    _at_least_zero("eta", eta, "0 weighs all pairs' quality alike; its recipes have 0.7")
+
+
+def check_tau_ref(tau: float) -> None:
+    """Check the policy's log-odds that Omni-DPO takes for fitted: any finite number."""
+    _finite("tau_ref", tau, "its recipes have 0.8 to 2")
+
+
+def check_tau_good(score: float) -> None:
+    """Check the score from which a chosen answer is good to Omni-DPO: any finite number."""
+    _finite("tau_good", score, "its recipe for text has 3.2")
+
+
 def check_desirable_weight(weight: float) -> None:
     """Check KTO's weight of chosen answers."""
     _above_zero("desirable_weight", weight, "1 weighs both kinds of answers alike")
@@ -104,6 +157,11 @@ def check_dropout(dropout: float, *, allowed: bool) -> None:
             f"dropout is {dropout}, which makes policy and reference differ by noise at every step; "
             "use 0.0, or set allow_dropout to true to accept that"
         )
+
+
+def _finite(name: str, value: float, usual: str) -> None:
+    if not _is_number(value):
+        raise InputError(f"{name} is {value!r}; it must be a finite number; {usual}")
 
 
 def _at_least_zero(name: str, value: float, usual: str) -> None:

@@ -60,7 +60,7 @@ def pair_values(
         columns += [reference.chosen, reference.rejected, policy.chosen < reference.chosen]
     if losses.log_odds is not None:
         log_odds = losses.log_odds.double().clamp(max=_LIMIT)
-        weight = objective.weights(log_odds, losses.importance)
+        weight = objective.weights(log_odds, *losses.constants)
         columns += [weight, weight / dpo_weight(log_odds), objective.turned(log_odds)]
     return torch.stack([column.detach().double() for column in columns], dim=1)
 

@@ -99,7 +99,7 @@ def reward_scale(lineage: Lineage | None) -> float | None:
     if lineage is None or lineage.objective is None:
         return None
     entry = OBJECTIVES.get(lineage.objective["name"])
-    return None if entry is not None and not entry.reference else lineage.objective.get("beta")
+    return None if entry is not None and not entry.implicit_rewards else lineage.objective.get("beta")
 
 
 def tokenization_of(folder: Path) -> dict[str, Any]:

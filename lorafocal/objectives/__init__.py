@@ -62,9 +62,9 @@ IMPLICIT, LOGISTIC = "pairwise.implicit", "pairwise.dpo_loss"
 class Entry:
     """An objective as the registry holds it: by its `odds`, where it has a Bradley-Terry form, or as a whole `loss`.
 
-    `odds(policy, ...)` is an `Odds`, and a pair's loss is `importance * factor(link(log_odds)) + beside`:
-    `link(log_odds)` (B,), the `factor` one of `factor.FORMS` with the parameter gamma, `importance(policy, ...)` a
-    constant (B,), `beside(policy, ...)` (B,) what is added. `loss(policy, ...)` is a `PairLosses`.
+    `odds(policy, ...)` is an `Odds`, and a pair's loss is `factor(link(log_odds, *constants)) + beside`:
+    `link` (B,), `constants(policy, ...)` a tuple of (B,) that take no gradient, as weights of its own, the `factor` one
+    of `factor.FORMS` with the parameter gamma, `beside(policy, ...)` (B,). `loss(policy, ...)` is a `PairLosses`.
     `statistics(policy, reference)` are sums over a pack's pairs, (K,); the functions get their means over all pairs of
     the step, so that how a step is split into packs and over ranks never changes the result.
     """
@@ -72,14 +72,16 @@ class Entry:
     parameters: Mapping[str, Parameter]
     odds: Function | None = None
     link: Function = LOGISTIC
+    constants: Function | None = None
     factor: str | None = None
-    importance: Function | None = None
     beside: Function | None = None
     loss: Function | None = None
     reference: bool = True  # log-probs of a reference policy
     rejected: bool = True  # log-probs of the rejected answers, and so rewards or margins
+    implicit_rewards: bool = True  # beta * (policy - reference) log-probs of whole answers, and nothing else
     lengths: bool = False  # completion tokens of each sequence, (2B,)
     scores: bool = False  # a judge's scores of each pair's answers, `PairScores`
+    collisions: bool = False  # log sum_v pi_v^2 of the policy, summed over each answer's tokens, (2B,)
     statistics: Function | None = None
 
     @property
@@ -100,10 +102,11 @@ class Entry:
     @property
     def of_logps(self) -> bool:
         """Whether a pair's loss can be told from its log-probs alone."""
-        return not (self.lengths or self.scores or self.statistics)
+        return not (self.lengths or self.scores or self.collisions or self.statistics)
 
 
 BETA = Parameter(0.1, bounds.check_beta, "scale of the rewards, per nat; the paper trains with 0.01", stated=True)
+SMOOTHING = Parameter(0.1, bounds.check_label_smoothing, "rate of labels taken to be flipped; 0 is DPO")
 
 OBJECTIVES: dict[str, Entry] = {
     "focalpo": Entry(
@@ -127,6 +130,32 @@ OBJECTIVES: dict[str, Entry] = {
         factor="hard",
     ),
     "dpo": Entry({"beta": BETA}, odds=IMPLICIT),
+    "cdpo": Entry({"beta": BETA, "label_smoothing": SMOOTHING}, odds=IMPLICIT, link="smoothing.smoothed"),
+    "robust-dpo": Entry({"beta": BETA, "label_smoothing": SMOOTHING}, odds=IMPLICIT, link="smoothing.debiased"),
+    "h-dpo": Entry(
+        {"beta": BETA, "alpha": Parameter(0.9, bounds.check_entropy, "of the policy's log-probs; 1 is DPO")},
+        odds="logratio.h_dpo",
+        implicit_rewards=False,
+    ),
+    "dpo-shift": Entry(
+        {
+            "beta": BETA,
+            "rejected_factor": Parameter(0.95, bounds.check_rejected_factor, "of rejected rewards; 1 is DPO"),
+        },
+        odds="logratio.dpo_shift",
+        implicit_rewards=False,
+    ),
+    "length-dpo": Entry(
+        {"beta": BETA, "alpha": Parameter(0.01, bounds.check_length_alpha, "margin a token is worth; 0 is DPO")},
+        odds="logratio.length_dpo",
+        lengths=True,
+    ),
+    "dpo-norm": Entry(
+        {"beta": Parameter(5.0, bounds.check_beta, "scale of the mean log-ratios; about 5", stated=True)},
+        odds="logratio.dpo_norm",
+        implicit_rewards=False,
+        lengths=True,
+    ),
     "odpo": Entry(
         {"beta": BETA, "alpha": Parameter(1.0, bounds.check_alpha, "weight of the log score gap; 0 is DPO")},
         odds="odpo.odpo",
@@ -145,6 +174,7 @@ OBJECTIVES: dict[str, Entry] = {
         {"lambda": Parameter(0.1, bounds.check_lambda, "weight of the odds ratio beside the likelihood")},
         loss="orpo.orpo",
         reference=False,
+        implicit_rewards=False,
         lengths=True,
     ),
     "simpo": Entry(
@@ -154,9 +184,49 @@ OBJECTIVES: dict[str, Entry] = {
         },
         odds="simpo.simpo",
         reference=False,
+        implicit_rewards=False,
         lengths=True,
     ),
-    "sft": Entry({}, loss="sft.sft", reference=False, rejected=False, lengths=True),
+    "alphapo": Entry(
+        {
+            "beta": Parameter(2.5, bounds.check_beta, "scale of the shaped rewards", stated=True),
+            "gamma_beta_ratio": Parameter(0.04, bounds.check_gamma_beta_ratio, "target margin over beta"),
+            "alpha": Parameter(0.25, bounds.check_shape, "shape of the reward; 0 is SimPO"),
+        },
+        odds="simpo.alphapo",
+        reference=False,
+        implicit_rewards=False,
+        lengths=True,
+    ),
+    "cpo": Entry(
+        {
+            "beta": Parameter(0.1, bounds.check_beta, "scale of whole answers' log-probs, per nat", stated=True),
+            "nll_weight": Parameter(1.0, bounds.check_nll_weight, "weight of the chosen answer's nats a token"),
+        },
+        odds="cpo.cpo",
+        beside="cpo.likelihood",
+        reference=False,
+        implicit_rewards=False,
+        lengths=True,
+    ),
+    "omni-dpo": Entry(
+        {
+            "beta": Parameter(2.0, bounds.check_beta, "scale of the mean log-ratios; 2 to 10", stated=True),
+            "eta": Parameter(0.7, bounds.check_eta, "quality weight: the score gap's scale"),
+            "gamma": Parameter(3.0, bounds.check_hard_gamma, "performance weight: exponent of 1 - p"),
+            "tau_ref": Parameter(0.8, bounds.check_tau_ref, "performance weight: log-odds that count as fitted"),
+            "nll_weight": Parameter(0.001, bounds.check_nll_weight, "weight of good chosen answers' nats a token"),
+            "tau_good": Parameter(3.2, bounds.check_tau_good, "score from which a chosen answer is good"),
+        },
+        odds="logratio.dpo_norm",
+        link="omni.weighted",
+        constants="omni.constants",
+        beside="omni.calibration",
+        implicit_rewards=False,
+        lengths=True,
+        scores=True,
+    ),
+    "sft": Entry({}, loss="sft.sft", reference=False, rejected=False, implicit_rewards=False, lengths=True),
 }
 
 

@@ -71,7 +71,7 @@ def _takes_none(name: str, entry: Entry) -> str | None:
         return f"{name} has a factor of its own: set its objective.gamma, or put the factor around dpo; remove this key"
     if not entry.bradley_terry:
         return f"{name} has no Bradley-Terry form: it gives no probability p to build a factor of; remove this key"
-    if entry.importance is not None:
+    if entry.constants is not None:
         return f"{name} weighs pairs in its own way, and a factor would undo or double that; remove this key"
     return None
 

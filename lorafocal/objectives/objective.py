@@ -44,21 +44,23 @@ class Objective:
         *,
         scores: PairScores | None = None,
         statistics: Tensor | None = None,
+        collisions: Tensor | None = None,
     ) -> PairLosses:
         """Per-pair losses and rewards; what the objective does not need may be left out.
 
-        `lengths` (2B,) are completion tokens, chosen first; `statistics` (K,) means over all pairs of the step.
+        `lengths` (2B,) are completion tokens, chosen first; `statistics` (K,) means over all pairs of the step;
+        `collisions` (2B,) each answer's sum of log sum_v pi_v^2 under the policy, nats.
         """
-        return self.loss(policy, reference=reference, lengths=lengths, scores=scores, statistics=statistics)
+        inputs = {"reference": reference, "lengths": lengths, "scores": scores, "statistics": statistics}
+        return self.loss(policy, **inputs, collisions=collisions)
 
-    def weights(self, log_odds: Tensor, importance: Tensor | None = None) -> Tensor:
+    def weights(self, log_odds: Tensor, *constants: Tensor) -> Tensor:
         """How much pairs of these log-odds, (B,), weigh in the gradient: -dL/dlog_odds, (B,), float64, detached.
 
         Of the preference term that is trained, factor and guard included, by autograd. Only for an objective with a
-        Bradley-Terry form. `importance` is that of `PairLosses`.
+        Bradley-Terry form. `constants` are those of `PairLosses`, where it has any.
         """
-        weights = self._preference.weights(log_odds)
-        return weights if importance is None else importance.double() * weights
+        return self._preference.weights(log_odds, *constants)
 
     def turned(self, log_odds: Tensor) -> Tensor:
         """Which pairs' gradient the factor turns round, (B,) bool, whether or not a guard then takes it away."""
@@ -126,17 +128,15 @@ def _preference(entry: Entry, values: Mapping[str, float], factor: Factor | None
 
 
 def _composed(entry: Entry, values: Mapping[str, float], preference: PreferenceTerm) -> Callable[..., PairLosses]:
-    """The loss of a Bradley-Terry objective: importance * preference term + what stands beside it."""
+    """The loss of a Bradley-Terry objective: its preference term and what stands beside it."""
     odds_of = _asking(entry.odds, values)
-    importance_of, beside = _asking(entry.importance, values), _asking(entry.beside, values)
+    constants_of, beside = _asking(entry.constants, values), _asking(entry.beside, values)
 
     def loss(policy: PairLogps, **inputs: Any) -> PairLosses:
         odds: Odds = odds_of(policy, **inputs)
-        losses, importance = preference(odds.log_odds), None
-        if importance_of is not None:
-            importance = importance_of(policy, **inputs).detach()
-            losses = importance * losses
-        return odds.with_losses(losses if beside is None else losses + beside(policy, **inputs), importance)
+        constants = () if constants_of is None else tuple(c.detach() for c in constants_of(policy, **inputs))
+        losses = preference(odds.log_odds, *constants)
+        return odds.with_losses(losses if beside is None else losses + beside(policy, **inputs), constants)
 
     return loss
 

@@ -30,7 +30,7 @@ class PairLosses(NamedTuple):
     chosen_rewards: Tensor  # (B,) beta * logratio where there is a reference, else what it ranks answers by
     rejected_rewards: Tensor  # (B,)
     log_odds: Tensor | None = None  # (B,) detached: of chosen being preferred; None without a Bradley-Terry form
-    importance: Tensor | None = None  # (B,) detached: a constant that multiplies a pair's preference term
+    constants: tuple[Tensor, ...] = ()  # (B,) each, detached: what weights of log-odds depend on beside these
 
     @property
     def margins(self) -> Tensor:
@@ -45,11 +45,10 @@ class Odds(NamedTuple):
     chosen_rewards: Tensor  # (B,)
     rejected_rewards: Tensor  # (B,)
 
-    def with_losses(self, losses: Tensor, importance: Tensor | None = None) -> PairLosses:
+    def with_losses(self, losses: Tensor, constants: tuple[Tensor, ...] = ()) -> PairLosses:
         """These pairs with their losses, (B,)."""
-        return PairLosses(
-            losses, self.chosen_rewards.detach(), self.rejected_rewards.detach(), self.log_odds.detach(), importance
-        )
+        chosen, rejected = self.chosen_rewards.detach(), self.rejected_rewards.detach()
+        return PairLosses(losses, chosen, rejected, self.log_odds.detach(), constants)
 
 
 def rewards(policy: PairLogps, reference: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:

@@ -16,20 +16,21 @@ _FAR = -5.0  # times 1/gamma: every gradient that a factor p^gamma turns round i
 class PreferenceTerm:
     """Losses of log-odds, both (B,): the link alone, or with a factor around it.
 
+    A link may take constants of the pairs, (B,) each; one with a factor takes none.
     `clip`: a pair whose gradient the factor turned round gets none; its loss stays what it is.
     """
 
-    link: Callable[[Tensor], Tensor]
+    link: Callable[..., Tensor]
     factor: Callable[[Tensor, Tensor], Tensor] | None = None  # of the losses and the log-odds
     clip: bool = False
 
-    def __call__(self, log_odds: Tensor) -> Tensor:
-        losses = self._unclipped(log_odds)
+    def __call__(self, log_odds: Tensor, *constants: Tensor) -> Tensor:
+        losses = self._unclipped(log_odds, *constants)
         return torch.where(self.turned(log_odds), losses.detach(), losses) if self.clip else losses
 
-    def weights(self, log_odds: Tensor) -> Tensor:
+    def weights(self, log_odds: Tensor, *constants: Tensor) -> Tensor:
         """-dL/dlog_odds, (B,), float64, detached: of this very function, by autograd."""
-        return _weights(self, log_odds)
+        return _weights(self, log_odds, *constants)
 
     def turned(self, log_odds: Tensor) -> Tensor:
         """Where the factor turns a pair's gradient round, (B,) bool; nowhere without a factor."""
@@ -37,8 +38,8 @@ class PreferenceTerm:
             return torch.zeros_like(log_odds, dtype=torch.bool)
         return _weights(self._unclipped, log_odds).sign() * _weights(self.link, log_odds).sign() < 0
 
-    def _unclipped(self, log_odds: Tensor) -> Tensor:
-        losses = self.link(log_odds)
+    def _unclipped(self, log_odds: Tensor, *constants: Tensor) -> Tensor:
+        losses = self.link(log_odds, *constants)
         return losses if self.factor is None else self.factor(losses, log_odds)
 
 
@@ -56,7 +57,8 @@ def lowest_unturned(term: PreferenceTerm, gamma: float) -> float:
     return kept
 
 
-def _weights(losses_of: Callable[[Tensor], Tensor], log_odds: Tensor) -> Tensor:
+def _weights(losses_of: Callable[..., Tensor], log_odds: Tensor, *constants: Tensor) -> Tensor:
     with torch.enable_grad():
         log_odds = log_odds.detach().double().requires_grad_()
-        return -torch.autograd.grad(losses_of(log_odds).sum(), log_odds)[0]
+        losses = losses_of(log_odds, *(constant.double() for constant in constants))
+        return -torch.autograd.grad(losses.sum(), log_odds)[0]

@@ -60,8 +60,9 @@ class RunRecord:
 
     @property
     def beta(self) -> float | None:
-        """The scale of the rewards; None where it is unknown, or the objective has none."""
-        return None if self.objective is None else self.objective.parameters.get("beta")
+        """The scale of the implicit rewards; None where it is unknown, or the objective has others or none."""
+        known = self.objective is not None and self.objective.entry.implicit_rewards
+        return self.objective.parameters.get("beta") if self.objective and known else None
 
     @property
     def turning_point(self) -> float:
