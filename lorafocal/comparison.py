@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lorafocal.data.packing import Pack
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.metrics import summed_over_ranks
 from lorafocal.objectives import Objective, PairLogps, PairLosses
-from lorafocal.policy import evaluating, sequence_logps
+from lorafocal.policy import colliding_logps, evaluating, sequence_logps
 from lorafocal.reference import Reference, build_reference
 
 # Keeps a rank with fewer packs in step; its weight is 0.
@@ -29,6 +29,14 @@ class StepTotals(NamedTuple):
 
     pairs: int
     statistics: Tensor | None  # (K,) means over its pairs, where the objective asks for some
+
+
+class Logps(NamedTuple):
+    """A pack's B pairs under both models; `collisions` (2B,) of the policy, for an objective that asks for them."""
+
+    policy: PairLogps
+    reference: PairLogps | None
+    collisions: Tensor | None
 
 
 class Compared(NamedTuple):
@@ -51,21 +59,22 @@ class Comparison:
         self.objective, self.kind, self.ref_model, self.noisy = objective, kind, ref_model, noisy
         self._built: tuple[nn.Module, nn.Module | None, Reference] | None = None
 
-    def logps(self, model: nn.Module, pack: Pack) -> tuple[PairLogps, PairLogps | None]:
+    def logps(self, model: nn.Module, pack: Pack) -> Logps:
         """Log-probs under the policy `model`, as it is called in training, and under the reference."""
-        if self.kind is None:
-            return sequence_logps(model, pack), None
-        with evaluating(model) if self.noisy else nullcontext():
-            reference = self._reference_of(model).logps(pack)
-        policy = sequence_logps(model, pack)
-        return policy, PairLogps(*(side.to(policy.chosen.dtype) for side in reference))  # stored ones are wider
+        reference = self._reference(model, pack)
+        policy, collisions = (
+            colliding_logps(model, pack) if self.objective.entry.collisions else (sequence_logps(model, pack), None)
+        )
+        if reference is not None:
+            reference = PairLogps(*(side.to(policy.chosen.dtype) for side in reference))  # stored ones are wider
+        return Logps(policy, reference, collisions)
 
     def __call__(self, model: nn.Module, pack: Pack, step: StepTotals) -> Compared:
         """The losses of a pack's pairs, and what they are made of."""
-        policy, reference = self.logps(model, pack)
+        policy, reference, collisions = self.logps(model, pack)
         lengths, statistics = pack.index.lengths, step.statistics
-        losses = self.objective(policy, reference, lengths, scores=pack.scores, statistics=statistics)
-        return Compared(losses, policy, reference)
+        beside: dict[str, Any] = {"scores": pack.scores, "statistics": statistics, "collisions": collisions}
+        return Compared(self.objective(policy, reference, lengths, **beside), policy, reference)
 
     @torch.no_grad()
     def totals(self, model: nn.Module, packs: Sequence[Pack], pairs: int) -> StepTotals:
@@ -76,8 +85,14 @@ class Comparison:
         return StepTotals(pairs, summed_over_ranks(sums) / pairs)
 
     def _sums(self, model: nn.Module, pack: Pack) -> Tensor:
-        policy, reference = self.logps(model, pack)
+        policy, reference, _ = self.logps(model, pack)
         return self.objective.statistics(policy, reference)  # type: ignore[misc, arg-type]  # both are there: it asks
+
+    def _reference(self, model: nn.Module, pack: Pack) -> PairLogps | None:
+        if self.kind is None:
+            return None
+        with evaluating(model) if self.noisy else nullcontext():
+            return self._reference_of(model).logps(pack)
 
     def without_noise(self, model: nn.Module, pack: Pack, policy: PairLogps) -> PairLogps:
         """What the identity probe looks at: `policy`, or a pass without dropout."""

@@ -64,15 +64,18 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     return arithmetic_of(model)
 
 
-def token_logps(model: nn.Module, pack: Pack) -> Tensor:
-    """Log-probability of each completion token in nats, (N,), in the order of `pack.index`."""
+def token_logps(model: nn.Module, pack: Pack, collisions: Tensor | None = None) -> Tensor:
+    """Log-probability of each completion token in nats, (N,), in the order of `pack.index`.
+
+    `collisions`, (N,), is overwritten with log sum_v pi_v^2 of each, which is never differentiated.
+    """
     _check_prepared(model, pack)
     index, device, dtype = pack.index, pack.input_ids.device, compute_dtype(model)
     arguments = _arguments(model, pack)
     rows = None if "logits_to_keep" in arguments else index.positions
     with (
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
-        scoring(model, index.labels, rows=rows),
+        scoring(model, index.labels, rows, collisions),
     ):
         output = model(**arguments)
     return output.logits.reshape(-1)
@@ -116,11 +119,20 @@ def _forward_parameters(forward: Callable[..., object]) -> Mapping[str, inspect.
 
 def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
     """Summed log-probability of each completion of a pack's B pairs, (B,) and (B,), in nats."""
-    of_tokens = token_logps(model, pack)
-    # In float32, adding up a thousand tokens of a few nats would lose some 1e-3 nats.
+    return PairLogps(*_sums(token_logps(model, pack), pack).split(pack.num_pairs))
+
+
+def colliding_logps(model: nn.Module, pack: Pack) -> tuple[PairLogps, Tensor]:
+    """`sequence_logps`, and log sum_v pi_v^2 summed over each completion's tokens, (2B,) detached, in nats."""
+    collisions = torch.empty(len(pack.index.labels), dtype=torch.float64, device=pack.input_ids.device)
+    of_tokens = token_logps(model, pack, collisions)
+    return PairLogps(*_sums(of_tokens, pack).split(pack.num_pairs)), _sums(collisions, pack)
+
+
+def _sums(of_tokens: Tensor, pack: Pack) -> Tensor:
+    """(N,) over completion tokens to (2B,) over completions; in float32 a thousand tokens would lose some 1e-3 nats."""
     sums = torch.segment_reduce(of_tokens.double(), "sum", lengths=pack.index.lengths, unsafe=True)
-    chosen, rejected = sums.to(of_tokens.dtype).split(pack.num_pairs)
-    return PairLogps(chosen, rejected)
+    return sums.to(of_tokens.dtype)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def sums_of_a_pack_alone(original: Any) -> Any:
 
     def own(comparison: Any, model: Any, pack: Any, step: Any) -> Any:
         if comparison.objective.statistics is not None:
-            of_pack = comparison.objective.statistics(*comparison.logps(model, pack)) / pack.num_pairs
+            of_pack = comparison.objective.statistics(*comparison.logps(model, pack)[:2]) / pack.num_pairs
             step = step._replace(statistics=of_pack.detach())
         return original(comparison, model, pack, step)
 

@@ -112,6 +112,11 @@ def _folds(
     alone = ours.head_fold_(logits.clone(), labels, None, transform)
     assert alone.error is None
     yield f"logps alone {what}", alone.logps, theirs.logps
+    expected, found = (torch.empty_like(theirs.logps) for _ in range(2))
+    head_fold_(logits.clone(), labels, None, transform, expected)
+    beside = ours.head_fold_(logits.clone(), labels, dtype, transform, found)
+    yield f"collisions {what}", found, expected
+    yield f"logps beside collisions {what}", beside.logps, theirs.logps
 
 
 CASES: dict[str, Callable[[Elementwise, torch.dtype, str], Pairs]] = {

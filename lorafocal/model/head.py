@@ -72,13 +72,17 @@ def logit_transform(base: PreTrainedModel) -> LogitTransform:
 
 
 @contextmanager
-def scoring(model: nn.Module, labels: Tensor, rows: Tensor | None = None) -> Iterator[None]:
-    """Within, the model's `logits` are (1, N) log-probs of `labels`; `rows` picks hidden rows where the model can't."""
+def scoring(
+    model: nn.Module, labels: Tensor, rows: Tensor | None = None, collisions: Tensor | None = None
+) -> Iterator[None]:
+    """Within, the model's `logits` are (1, N) log-probs of `labels`; `rows` picks hidden rows where the model can't.
+
+    `collisions`, (N,), is filled in beside them.
+    """
     base = causal_lm(model)
     neutral = [(owner, name, _NEUTRAL[name]) for name, owner in _transforms(base).items()]
-    asked = [
-        (h, n, v) for h in plain_modules(base.get_output_embeddings()) for n, v in (("labels", labels), ("rows", rows))
-    ]
+    given = (("labels", labels), ("rows", rows), ("collisions", collisions))
+    asked = [(head, name, value) for head in plain_modules(base.get_output_embeddings()) for name, value in given]
     with ExitStack() as restore:
         for owner, name, value in (*neutral, *asked):
             restore.callback(setattr, owner, name, getattr(owner, name))

@@ -4,6 +4,8 @@
 (`head_fold_`, or a kernel of the same signature) and, where a gradient is wanted, a second product. With a frozen head
 the gradient of a row does not depend on the loss: d logp / d hidden = (onehot(label) - softmax) W, so it is computed
 in the forward, kept in the hidden dtype, and only scaled in the backward: two matrix products, no recompute.
+
+Where asked, the fold also fills in each row's collision: log sum_v softmax_v^2, of two draws being the same token.
 """
 
 from __future__ import annotations
@@ -61,11 +63,13 @@ def head_fold_(
     labels: Tensor,  # (n,) int64
     dtype: torch.dtype | None,
     transform: LogitTransform = LogitTransform(),
+    collisions: Tensor | None = None,  # (n,)
 ) -> Fold:
     """Log-probs of the labels and, in `dtype`, the gradient of each; no gradient where `dtype` is None.
 
     factor * error = (onehot(label) - softmax) * d transformed / d logits: whatever is one number a row may stay in
-    the factor, which is applied after the product with the head's weight. Overwrites `logits`.
+    the factor, which is applied after the product with the head's weight. Overwrites `logits`, and `collisions` with
+    log sum_v softmax_v^2, nats.
     """
     slope = transform.in_place_(logits, slope=dtype is not None)
     picked = logits.gather(-1, labels[:, None])
@@ -73,6 +77,8 @@ def head_fold_(
     weights = logits.sub_(top).exp_()  # softmax * total
     total = weights.sum(-1, keepdim=True)
     logps = (picked - top - total.log()).squeeze(-1)
+    if collisions is not None:
+        collisions.copy_(2 * (weights.norm(dim=-1).log() - total.squeeze(-1).log()))
     if dtype is None:
         return Fold(logps, None, 1.0)
     error = weights.scatter_add_(-1, labels[:, None], -total)
@@ -81,7 +87,8 @@ def head_fold_(
     return Fold(logps, error.to(dtype), transform.scale / -total)
 
 
-HeadFold = Callable[[Tensor, Tensor, torch.dtype | None, LogitTransform], Fold]
+HeadFold = Callable[..., Fold]
+"""`head_fold_`, or a kernel of its signature."""
 
 
 def token_logps_plain(
@@ -92,9 +99,23 @@ def token_logps_plain(
     transform: LogitTransform = LogitTransform(),
 ) -> Tensor:
     """Log-probability of each label in nats, (N,), fp32 or wider: the definition."""
+    return _all_logps(hidden, weight, bias, transform).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def token_collisions_plain(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None = None,  # (V,)
+    transform: LogitTransform = LogitTransform(),
+) -> Tensor:
+    """log sum_v softmax_v^2 of each row in nats, (N,), fp32 or wider: the definition."""
+    return torch.logsumexp(2 * _all_logps(hidden, weight, bias, transform), dim=-1)
+
+
+def _all_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = linear(hidden.to(wide), rounded_as(weight, hidden).to(wide), None if bias is None else bias.to(wide))
-    return log_softmax(transform(logits), dim=-1).gather(-1, labels[:, None]).squeeze(-1)
+    return log_softmax(transform(logits), dim=-1)
 
 
 def rounded_as(weight: Tensor, hidden: Tensor) -> Tensor:
@@ -112,8 +133,11 @@ def token_logps(
     *,
     rows_per_chunk: int | None = None,
     fold: HeadFold = head_fold_,
+    collisions: Tensor | None = None,  # (N,)
 ) -> Tensor:
     """`token_logps_plain` in row chunks, with gradients only for the inputs that require them.
+
+    `collisions` is overwritten with `token_collisions_plain`, which is never differentiated.
 
     At most one (rows_per_chunk, V) tensor of logits is alive at a time, in forward and backward, and where the fold
     makes them its error in the weight's dtype and a soft-cap's slope. Products are accumulated in fp32 or wider.
@@ -121,7 +145,7 @@ def token_logps(
     rows = rows_per_chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     head = _TrainedHeadLogps if trains_head and torch.is_grad_enabled() else _FrozenHeadLogps
-    result: Tensor = head.apply(hidden, weight, labels, bias, transform, rows, fold)
+    result: Tensor = head.apply(hidden, weight, labels, bias, transform, rows, fold, collisions)
     return result
 
 
@@ -149,12 +173,13 @@ class _FrozenHeadLogps(torch.autograd.Function):
     """Log-probs under a frozen head, the gradient towards the hidden states computed in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, transform, rows, fold):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, labels, bias, transform, rows, fold, collisions):  # type: ignore[no-untyped-def]
         head = _Head.of(hidden, weight, bias, transform, fold)
         logps = torch.empty(hidden.shape[0], dtype=head.wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in _chunks(hidden, rows):
-            logps[at], to_hidden = head.score(hidden[at], labels[at], differentiated=gradient is not None)
+            beside = None if collisions is None else collisions[at]
+            logps[at], to_hidden = head.score(hidden[at], labels[at], beside, differentiated=gradient is not None)
             if gradient is not None and to_hidden is not None:
                 gradient[at] = to_hidden
         ctx.save_for_backward(gradient)
@@ -165,18 +190,18 @@ class _FrozenHeadLogps(torch.autograd.Function):
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
         scaled = None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)
-        return scaled, None, None, None, None, None, None
+        return scaled, None, None, None, None, None, None, None
 
 
 class _TrainedHeadLogps(torch.autograd.Function):
     """The same log-probs, to the last bit, under a head that is trained: its logits are computed again backwards."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, transform, rows, fold):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, labels, bias, *how):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(hidden, weight, labels, bias)
-        ctx.transform, ctx.rows, ctx.fold = transform, rows, fold
+        ctx.transform, ctx.rows, ctx.fold, _ = how
         with torch.no_grad():
-            return _FrozenHeadLogps.apply(hidden.detach(), weight.detach(), labels, bias, transform, rows, fold)
+            return _FrozenHeadLogps.apply(hidden.detach(), weight.detach(), labels, bias, *how)
 
     @staticmethod
     @first_order
@@ -188,7 +213,7 @@ class _TrainedHeadLogps(torch.autograd.Function):
         for at in _chunks(hidden, ctx.rows):
             to_hidden[at] = head.differentiate(hidden[at], labels[at], upstream[at, None], to_weight, to_bias)
         to_narrow_bias = None if to_bias is None else to_bias.to(bias.dtype)
-        return to_hidden, to_weight.to(weight.dtype), None, to_narrow_bias, None, None, None
+        return to_hidden, to_weight.to(weight.dtype), None, to_narrow_bias, None, None, None, None
 
 
 def _chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
@@ -215,16 +240,19 @@ class _Head:
         wide, weight = torch.promote_types(hidden.dtype, torch.float32), rounded_as(weight, hidden)
         return cls(weight if _multiplies_into_wide(weight) else weight.to(wide), bias, transform, fold, wide)
 
-    def score(self, hidden: Tensor, labels: Tensor, *, differentiated: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (n,) and, where asked, their gradients towards the hidden rows, (n, D)."""
-        logps, error, factor = self._folded(hidden, labels, self.weight.dtype if differentiated else None)
+    def score(
+        self, hidden: Tensor, labels: Tensor, collisions: Tensor | None, *, differentiated: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (n,) and, where asked, their gradients towards the hidden rows, (n, D); fills in `collisions`."""
+        dtype = self.weight.dtype if differentiated else None
+        logps, error, factor = self._folded(hidden, labels, dtype, collisions)
         return logps, None if error is None else self._product(error, self.weight) * factor
 
     def differentiate(
         self, hidden: Tensor, labels: Tensor, upstream: Tensor, to_weight: Tensor, to_bias: Tensor | None
     ) -> Tensor:
         """Gradient towards the hidden rows (n, D); those towards weight and bias are added to what is given."""
-        _, error, factor = self._folded(hidden, labels, self.weight.dtype)
+        _, error, factor = self._folded(hidden, labels, self.weight.dtype, None)
         assert error is not None  # a dtype was asked for
         scale = factor * upstream
         _add_product_(to_weight, error.T, hidden * scale)
@@ -232,11 +260,11 @@ class _Head:
             _add_product_(to_bias[:, None], error.T, scale)
         return self._product(error, self.weight) * scale
 
-    def _folded(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Fold:
+    def _folded(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype | None, collisions: Tensor | None) -> Fold:
         logits = self._product(hidden, self.weight.T)
         if self.bias is not None:
             logits += self.bias
-        return self.fold(logits, labels, dtype, self.transform)
+        return self.fold(logits, labels, dtype, self.transform, collisions)
 
     def _product(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """rows @ matrix, accumulated and returned in `wide`."""
@@ -259,7 +287,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class LogProbHead(nn.Linear):
-    """An output head that, given labels, returns per-token log-probs instead of logits.
+    """An output head that, given labels, returns per-token log-probs instead of logits, and fills in `collisions`.
 
     Made from a model's own `nn.Linear` by exchanging its class, so weights, ties and saved files stay as they are,
     and engines that hook modules (DDP, ZeRO, FSDP) see an ordinary call. Without labels it is the plain head.
@@ -268,6 +296,7 @@ class LogProbHead(nn.Linear):
     transform: LogitTransform
     labels: Tensor | None
     rows: Tensor | None
+    collisions: Tensor | None = None  # (N,)
     fold: HeadFold = staticmethod(head_fold_)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -280,7 +309,8 @@ class LogProbHead(nn.Linear):
         if torch.is_autocast_enabled(hidden.device.type) and self.weight.dtype == torch.float32:  # masters: bf16 rows
             flat = flat.to(torch.get_autocast_dtype(hidden.device.type))
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 sums would be off by 0.04 nats a token
-            return token_logps(flat, self.weight, self.labels, self.bias, self.transform, fold=self.fold)[None]
+            asked: dict[str, Any] = {"fold": self.fold, "collisions": self.collisions}
+            return token_logps(flat, self.weight, self.labels, self.bias, self.transform, **asked)[None]
 
 
 def use_elementwise(model: nn.Module, elementwise: Elementwise) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from lorafocal.ops.logps import (
     LogitTransform,
     LogProbHead,
     head_fold_,
+    token_collisions_plain,
     token_logps,
     token_logps_plain,
     use_elementwise,
@@ -52,6 +54,43 @@ def test_chunks_equal_the_definition(transform, with_bias, rows):
         results.append((logps.detach(), leaf.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_collisions_are_the_definition_and_change_nothing_beside_them(transform, trained, rows):
+    """log sum_v softmax_v^2, whether or not a gradient is wanted; log-probs and gradients stay to the last bit."""
+    hidden, weight, labels, bias = inputs()
+    expected = token_collisions_plain(hidden, weight, bias, transform)
+    torch.testing.assert_close(
+        expected, transform(hidden @ weight.T + bias).softmax(-1).square().sum(-1).log(), rtol=1e-12, atol=1e-12
+    )
+    results = []
+    for collisions in (None, torch.full((23,), torch.nan, dtype=torch.float64)):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
+        logps = token_logps(*leaves, labels, bias, transform, rows_per_chunk=rows, collisions=collisions)
+        logps.sum().backward()
+        results.append((logps.detach(), leaves[0].grad, leaves[1].grad))
+    for without, beside in zip(*results, strict=True):
+        assert (without is None and beside is None) or torch.equal(without, beside)
+    torch.testing.assert_close(collisions, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        token_logps(hidden, weight, labels, bias, transform, collisions=collisions.zero_())
+    torch.testing.assert_close(collisions, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_collisions_of_certain_and_of_flat_rows_and_of_many_words():
+    """0 where one token is certain, -log V where all are alike; in float32 over a large vocabulary to its rounding."""
+    weight, labels = torch.eye(4), torch.tensor([0, 1])
+    collisions = torch.empty(2)
+    token_logps(torch.tensor([[1e4, 0.0, 0, 0], [0.0, 0, 0, 0]]), weight, labels, collisions=collisions)
+    torch.testing.assert_close(collisions, torch.tensor([0.0, -math.log(4)]))
+    logits = torch.randn(3, 128_256, generator=torch.Generator().manual_seed(0))
+    found = torch.empty(3)
+    head_fold_(logits.clone(), torch.zeros(3, dtype=torch.int64), None, LogitTransform(), found)
+    exact = 2 * (torch.logsumexp(2 * logits.double(), -1) / 2 - torch.logsumexp(logits.double(), -1))
+    assert (found - exact).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -250,9 +289,9 @@ def test_the_chosen_functions_fold_the_heads_logits():
     """Every head of a model, and asked for an error only where a gradient is wanted."""
     asked = []
 
-    def noted(logits, labels, dtype, transform):
+    def noted(logits, labels, dtype, transform, collisions):
         asked.append(dtype)
-        return head_fold_(logits, labels, dtype, transform)
+        return head_fold_(logits, labels, dtype, transform, collisions)
 
     model, hidden = nn.Sequential(nn.Linear(8, 8), head()), torch.randn(1, 3, 8)
     model[1].labels = torch.tensor([0, 1, 2])

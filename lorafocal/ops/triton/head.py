@@ -41,8 +41,9 @@ def _slope(logits, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):  # type: ignore[
 
 @triton.jit
 def _fold(  # type: ignore[no-untyped-def]
-    logits, labels, logps, error, stride, width,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, DIFFERENTIATED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, labels, logps, error, collisions, stride, width,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, DIFFERENTIATED: tl.constexpr, COLLIDING: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     source = logits + row * stride
@@ -51,16 +52,23 @@ def _fold(  # type: ignore[no-untyped-def]
     lowest = -1e38  # finite: a lane that sees no entry contributes exp(lowest - top) = 0, not nan
     tops = tl.full((BLOCK,), lowest, WIDE)
     totals = tl.zeros((BLOCK,), WIDE)
+    squares = tl.zeros((BLOCK,), WIDE)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = _transformed(tl.load(source + at, mask=at < width, other=0.0), SCALE, SOFTCAP)
         values = tl.where(at < width, values, lowest)
         higher = tl.maximum(tops, values)
-        totals = totals * tl.exp(tops - higher) + tl.exp(values - higher)
+        shrunk, added = tl.exp(tops - higher), tl.exp(values - higher)
+        totals = totals * shrunk + added
+        if COLLIDING:
+            squares = squares * shrunk * shrunk + added * added
         tops = higher
     top = tl.max(tops, axis=0)
     total = tl.sum(totals * tl.exp(tops - top), axis=0)
     tl.store(logps + row, picked - top - tl.log(total))
+    if COLLIDING:
+        square = tl.sum(squares * tl.exp(2.0 * (tops - top)), axis=0)
+        tl.store(collisions + row, (tl.log(square) - 2.0 * tl.log(total)).to(collisions.dtype.element_ty))
     if DIFFERENTIATED:
         share = 1.0 / total
         for start in range(0, width, BLOCK):
@@ -71,7 +79,13 @@ def _fold(  # type: ignore[no-untyped-def]
             tl.store(error + row * width + at, result.to(error.dtype.element_ty), mask=at < width)
 
 
-def head_fold_(logits: Tensor, labels: Tensor, dtype: torch.dtype | None, transform: LogitTransform) -> Fold:
+def head_fold_(
+    logits: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype | None,
+    transform: LogitTransform,
+    collisions: Tensor | None = None,
+) -> Fold:
     rows, width = logits.shape
     logits = logits.contiguous()
     logps = torch.empty(rows, dtype=logits.dtype, device=logits.device)
@@ -79,8 +93,8 @@ def head_fold_(logits: Tensor, labels: Tensor, dtype: torch.dtype | None, transf
     block, warps = block_and_warps(width, LARGEST_BLOCK)
     launch(
         _fold, (rows,), logits,
-        logits, labels, logps, error, logits.stride(0), width,
+        logits, labels, logps, error, logps if collisions is None else collisions, logits.stride(0), width,
         SCALE=transform.scale, SOFTCAP=transform.softcap, DIFFERENTIATED=dtype is not None,
-        WIDE=wide(logits.dtype), BLOCK=block, num_warps=warps,
+        COLLIDING=collisions is not None, WIDE=wide(logits.dtype), BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return Fold(logps, None if dtype is None else error, 1.0)
