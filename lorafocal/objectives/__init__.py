@@ -226,6 +226,14 @@ OBJECTIVES: dict[str, Entry] = {
         lengths=True,
         scores=True,
     ),
+    "wpo": Entry(
+        {"beta": BETA},
+        odds=IMPLICIT,
+        link="wpo.weighted",
+        constants="wpo.constants",
+        lengths=True,
+        collisions=True,
+    ),
     "sft": Entry({}, loss="sft.sft", reference=False, rejected=False, implicit_rewards=False, lengths=True),
 }
 
