@@ -17,6 +17,7 @@ from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
 from lorafocal.memory import TIERS
 from lorafocal.objectives import OBJECTIVES, PARAMETERS, Objective, build_objective, entry_of, python_name
+from lorafocal.objectives.factor import FORMS
 from lorafocal.optimizers import check_device
 from lorafocal.reference import REFERENCES
 from lorafocal.training_fields import check_training_fields, classify, forced_values
@@ -72,11 +73,12 @@ class FocalPOConfig(_Parameters):
     """Arguments of `FocalPOTrainer`: ours below, beside those of `TrainingArguments`.
 
     objective (`lorafocal.objectives.OBJECTIVES`: "focalpo", "dpo", ..., "sft" on the chosen answers) and its
-    parameters, as beta and gamma (`lambda` is `lambda_` here); pairs_per_step, the one batch size, over all processes;
-    max_length, truncation and what else tokenises rows (pairs that are tokenised already are taken as
-    they are); layout, tokens_per_pack and recompute, which change memory and speed and never the result, like the
-    kernels (adapter_kernels, elementwise_kernels, compile_layers); engine and offload, which say how processes share a
-    model; reference, reference_store and identity_probe; allow_dropout; loraplus_lr_ratio.
+    parameters, as beta and gamma (`lambda` is `lambda_` here); focal, a factor around it, and guard; pairs_per_step,
+    the one batch size, over all processes; max_length, truncation and what else tokenises rows (pairs that are
+    tokenised already are taken as they are); layout, tokens_per_pack and recompute, which change memory and speed and
+    never the result, like the kernels (adapter_kernels, elementwise_kernels, compile_layers); engine and offload,
+    which say how processes share a model; reference, reference_store and identity_probe; allow_dropout;
+    loraplus_lr_ratio.
 
     Parameters, reference and identity_probe are None where the objective has none of them, and get the defaults of the
     objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
@@ -85,6 +87,12 @@ class FocalPOConfig(_Parameters):
     """
 
     objective: str = field(default="focalpo", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
+    focal: dict[str, Any] | None = field(
+        default=None, metadata={"help": f"factor around the loss: form ({', '.join(FORMS)}) and gamma"}
+    )
+    guard: str | None = field(
+        default=None, metadata={"help": "clip: no gradient for pairs that a focal factor would push the wrong way"}
+    )
     pairs_per_step: int = field(default=64, metadata={"help": "pairs of one optimiser step, over all processes"})
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and one completion"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; for truncation=recipe alone"})
@@ -193,7 +201,8 @@ class FocalPOConfig(_Parameters):
 
     def build_objective(self) -> Objective:
         """The objective with its checked parameters."""
-        return build_objective(self.objective, **{name: getattr(self, python_name(name)) for name in PARAMETERS})
+        parameters = {name: getattr(self, python_name(name)) for name in PARAMETERS}
+        return build_objective(self.objective, focal=self.focal, guard=self.guard, **parameters)
 
     def _settle_objective(self) -> None:
         """Defaults of what the objective has; refuse what it has not, which would be ignored."""

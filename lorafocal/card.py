@@ -11,6 +11,7 @@ import yaml
 
 from lorafocal.lineage import FULL, Lineage
 from lorafocal.objectives import OBJECTIVES
+from lorafocal.objectives.factor import in_words
 
 CARD_FILE = "README.md"
 _TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
@@ -276,9 +277,7 @@ def _origin(lineage: Lineage, adapter: str | None = None) -> str:
     elif lineage.objective is None:
         rows.append(("training", "not recorded: the adapter was made by another tool"))
     else:
-        settings = [f"{key} {value:g}" for key, value in lineage.objective.items() if isinstance(value, (int, float))]
-        name = lineage.objective["name"]
-        rows.append(("objective", f"{name} ({', '.join(settings)})" if settings else name))
+        rows.append(("objective", in_words(lineage.objective)))
         if lineage.reference is not None:
             rows.append(("reference", lineage.reference))
         rows += [

@@ -161,6 +161,8 @@ def training_arguments(config: Config) -> dict[str, Any]:
         "run_name": config.name,
         "objective": objective.name,
         **{python_name(key): value for key, value in objective.parameters.items()},
+        "focal": objective.focal and objective.focal.model_dump(),
+        "guard": objective.guard,
         "reference": reference and reference.kind,
         "reference_store": reference.store if reference is not None and reference.kind == "cached" else None,
         "identity_probe": reference and _identity_probe(reference),

@@ -1,7 +1,8 @@
-"""Stops a run at the first number that is not finite, or when nothing is being learned, and says why."""
+"""Stops a run at the first number that is not finite, or when nothing or the reverse is learned, and says why."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from lorafocal.data.held_out import write_held_out
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import Engine
 from lorafocal.engines.agreement import anywhere
-from lorafocal.errors import UnhealthyRun
+from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.objectives import Objective
+
+logger = logging.getLogger(__name__)
+
+TURNED_WARNING, TURNED_LIMIT = 0.001, 0.05
+"""Shares of the first step's pairs that a focal factor may push the wrong way: without a word, and at all."""
 
 
 class HealthCheck(TrainerCallback):
@@ -90,3 +97,24 @@ class HealthCheck(TrainerCallback):
             f" {replay.name} in the run folder; checkpoints are untouched. Look at these pairs, lower the learning"
             " rate, or train in float32"
         )
+
+
+def check_first_step(objective: Objective, turned_share: float) -> None:
+    """Warn where `objective`'s factor turns the gradient of some pairs of the first step round, before it is taken.
+
+    Where a loss starts at log-odds of 0 there are none, but others start anywhere. Raises InputError where there are
+    too many, unless objective.guard takes their gradients away.
+    """
+    if objective.factor is None or turned_share <= TURNED_WARNING:
+        return
+    told = (
+        f"{turned_share:.1%} of the first step's pairs lie where the factor p^gamma of {objective.name} turns the"
+        f" gradient round (gamma {objective.factor.gamma:g}: log-odds below {objective.turning_point:.4g})"
+    )
+    if objective.guard:
+        logger.warning("%s; objective.guard: %s leaves them without one", told, objective.guard)
+        return
+    ways = "use a smaller gamma, a smaller objective.beta, or objective.guard: clip, which leaves such pairs out"
+    if turned_share > TURNED_LIMIT:
+        raise InputError(f"{told}: it would be taken the wrong way. No weight has changed; {ways}")
+    logger.warning("%s: it takes them the wrong way; %s", told, ways)

@@ -51,7 +51,7 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import build_engine
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
-from lorafocal.health import HealthCheck
+from lorafocal.health import HealthCheck, check_first_step
 from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
 from lorafocal.model.adapters import check_trainable
@@ -252,6 +252,8 @@ class FocalPOTrainer(Trainer):
 
         loss, step_pairs = self._retry.run(inputs, lambda batch: self._step(model, batch), undo=undo)
         self.health.check_gradients(self.state.global_step)
+        if self.state.global_step == 0 and self.objective.turns:  # the metrics are the first step's so far
+            check_first_step(self.objective, self.metrics.means(self.args.device)["focal/turned_share"])
         self.engine.step()
         self.pairs_seen += step_pairs
         return loss

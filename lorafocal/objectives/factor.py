@@ -65,6 +65,16 @@ def misfits(name: str, entry: Entry, focal: Mapping[str, Any] | None, guard: str
         yield "guard", f"{name} has {what}, which turns no gradient round: nothing to clip; leave the key out"
 
 
+def in_words(objective: Mapping[str, Any]) -> str:
+    """A record of `Objective.as_dict` as a person reads it: simpo (beta 2, gamma_beta_ratio 0.5, p_gamma 0.05)."""
+    words = [f"{key} {value:g}" for key, value in objective.items() if isinstance(value, (int, float))]
+    if focal := objective.get("focal"):
+        words.append(f"{focal['form']} {focal['gamma']}")
+    if guard := objective.get("guard"):
+        words.append(f"guard {guard}")
+    return f"{objective['name']} ({', '.join(words)})" if words else str(objective["name"])
+
+
 def _takes_none(name: str, entry: Entry) -> str | None:
     """Why no factor goes around this objective."""
     if entry.factor is not None:

@@ -16,6 +16,7 @@ from pydantic import model_validator
 from lorafocal import recipes
 from lorafocal.compatibility import Cell, adapter_words, verdict
 from lorafocal.objectives import OBJECTIVES
+from lorafocal.objectives.factor import FORMS
 from lorafocal.schema.mistakes import WORDED, Section, all_at_once, mistakes
 from lorafocal.schema.sections import (
     Adapter,
@@ -167,5 +168,8 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """What is legal here but deserves a word before the run starts."""
-        checked = ((key, of.check(getattr(self.objective, key))) for key, of in self.objective.entry.parameters.items())
+        objective = self.objective
+        checked = [(key, of.check(getattr(objective, key))) for key, of in objective.entry.parameters.items()]
+        if objective.focal is not None:
+            checked.append(("focal.gamma", FORMS[objective.focal.form].check(objective.focal.gamma)))
         return [f"objective.{key}: {risky}" for key, risky in checked if risky]

@@ -12,6 +12,7 @@ from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import offload_refusal
 from lorafocal.errors import InputError
 from lorafocal.objectives import OBJECTIVES, PARAMETERS, Entry
+from lorafocal.objectives.factor import DEFAULT_FORM, FORMS, GUARDS, misfits
 from lorafocal.schema.mistakes import Section, default_of, mistake, mistakes
 from lorafocal.values import (
     Architecture,
@@ -153,15 +154,27 @@ class Data(Section):
         ]
 
 
+class Focal(Section):
+    """A focal factor around a loss with a Bradley-Terry form; `form` is one of `lorafocal.objectives.factor.FORMS`."""
+
+    form: Literal.__getitem__(tuple(FORMS)) = DEFAULT_FORM  # type: ignore[valid-type]  # it is one once it runs
+    gamma: float | None = None
+
+
 _OF_THE_REGISTRY: dict[str, Any] = {
     "name": (Literal.__getitem__(tuple(OBJECTIVES)), ...),
     **dict.fromkeys(PARAMETERS, (float | None, None)),
+    "focal": (Focal | None, None),
+    "guard": (Literal.__getitem__(GUARDS) | None, None),
 }
 _Keys: Any = create_model("_Keys", __base__=Section, **_OF_THE_REGISTRY)
 
 
 class Objective(_Keys):
-    """The loss and its parameters, as `lorafocal.objectives` lists them; another objective's are null."""
+    """The loss and its parameters, as `lorafocal.objectives` lists them; another objective's are null.
+
+    `focal` puts a factor around it, and `guard: clip` takes the gradient from pairs that a factor would turn round.
+    """
 
     @property
     def entry(self) -> Entry:
@@ -199,10 +212,14 @@ class Objective(_Keys):
                     parameter.check(value)
                 except InputError as error:  # of an explicit null too
                     yield key, str(error)
+        yield from misfits(self.name, self.entry, self.focal and self.focal.model_dump(), self.guard)
 
     @model_serializer(mode="plain")
-    def _own_parameters(self) -> dict[str, Any]:
-        return {"name": self.name, **self.parameters}
+    def _as_recorded(self) -> dict[str, Any]:
+        """As `lorafocal.objectives.Objective.as_dict`, which builds the objective again."""
+        focal = {} if self.focal is None else {"focal": self.focal.model_dump()}
+        guard = {} if self.guard is None else {"guard": self.guard}
+        return {"name": self.name, **self.parameters, **focal, **guard}
 
 
 class Reference(Section):

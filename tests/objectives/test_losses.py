@@ -10,14 +10,24 @@ import pytest
 import torch
 
 from lorafocal.objectives import PairLogps, PairScores, build_objective, dpo
-from lorafocal.objectives.focal import focal_hard, hard_loss, identity_loss
+from lorafocal.objectives.focal import hard_loss, identity_loss
 from lorafocal.objectives.kto import kto, logratio_sums
-from lorafocal.objectives.odpo import odpo
 from lorafocal.objectives.orpo import log_odds, orpo
-from lorafocal.objectives.simpo import simpo
 from tests.objectives.logps import LENGTHS, SCORES, made_up
 
 GAMMAS = [0.0, 0.05, 1.0, 3.0]
+
+
+def composed(name: str):
+    """An objective of the registry as a function of what it needs and its parameters."""
+
+    def loss(policy, reference=None, *, lengths=None, scores=None, **parameters):
+        return build_objective(name, **parameters)(policy, reference, lengths, scores=scores)
+
+    return loss
+
+
+focal_hard, odpo, simpo, alphapo, cpo = map(composed, ("focal-hard", "odpo", "simpo", "alphapo", "cpo"))
 
 
 def pairs(policy: PairLogps, reference: PairLogps) -> list[tuple[float, ...]]:
@@ -226,7 +236,7 @@ def test_simpo_on_one_token_without_a_target_is_dpo_against_a_reference_that_say
 @pytest.mark.slow
 @pytest.mark.newest
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_trl_has_the_same_orpo_and_simpo(monkeypatch):
+def test_trl_has_the_same_orpo_simpo_alphapo_and_preference_term_of_cpo(monkeypatch):
     """Its loss functions on the same mean log-probs; its trainers' own bookkeeping is left out."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.cpo import CPOTrainer
@@ -240,8 +250,34 @@ def test_trl_has_the_same_orpo_and_simpo(monkeypatch):
     ours = orpo(policy, lengths=LENGTHS, lambda_=0.1)
     torch.testing.assert_close(ours.losses, -means[0] - theirs[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.margins, theirs[1] - theirs[2], rtol=1e-5, atol=1e-6)
-    cpo = SimpleNamespace(alpha=0.0, beta=2.5, loss_type="simpo", simpo_gamma=1.375, label_smoothing=0.0)
-    theirs = CPOTrainer.cpo_loss(SimpleNamespace(**vars(cpo), accelerator=here), *means)
-    ours = simpo(policy, lengths=LENGTHS, beta=2.5, gamma_beta_ratio=0.55)
-    torch.testing.assert_close(ours.losses, theirs[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.margins, theirs[1] - theirs[2], rtol=1e-5, atol=1e-6)
+    sums = [side.detach() for side in policy]
+    for ours, theirs, logps in (
+        (
+            simpo(policy, lengths=LENGTHS, beta=2.5, gamma_beta_ratio=0.55),
+            {"alpha": 0.0, "beta": 2.5, "loss_type": "simpo", "simpo_gamma": 1.375},
+            means,
+        ),
+        (
+            alphapo(policy, lengths=LENGTHS, beta=2.5, gamma_beta_ratio=0.04, alpha=0.25),
+            {"alpha": 0.25, "beta": 2.5, "loss_type": "simpo", "simpo_gamma": 0.1},
+            means,
+        ),
+        (
+            cpo(policy, lengths=LENGTHS, beta=0.3, nll_weight=0.0),
+            {"alpha": 0.0, "beta": 0.3, "loss_type": "sigmoid"},
+            sums,
+        ),
+    ):
+        trainer = SimpleNamespace(**theirs, label_smoothing=0.0, accelerator=here)
+        losses, chosen_rewards, rejected_rewards = CPOTrainer.cpo_loss(trainer, *logps)
+        torch.testing.assert_close(ours.losses, losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.margins, chosen_rewards - rejected_rewards, rtol=1e-5, atol=1e-5)
+
+
+def test_cpo_s_likelihood_is_in_nats_a_token():
+    """TRL's trainer: the mean cross-entropy over the chosen answer's tokens."""
+    policy, _ = made_up()
+    with_it, without = (cpo(policy, lengths=LENGTHS, beta=0.3, nll_weight=weight).losses for weight in (0.7, 0.0))
+    same(
+        with_it - without, [-0.7 * logp / n for logp, n in zip(policy.chosen.tolist(), LENGTHS.tolist(), strict=False)]
+    )

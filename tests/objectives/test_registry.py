@@ -14,7 +14,15 @@ import torch
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.config import check_config, known_keys, training_arguments
 from lorafocal.errors import InputError
-from lorafocal.objectives import OBJECTIVES, PARAMETERS, PairLogps, build_objective, python_name
+from lorafocal.objectives import (
+    OBJECTIVES,
+    PARAMETERS,
+    PairLogps,
+    Parameter,
+    build_objective,
+    objective_from,
+    python_name,
+)
 from lorafocal.objectives.pairwise import dpo_weight
 from tests.objectives.logps import LENGTHS, SCORES, made_up
 from tests.test_config import VALUES, mistakes
@@ -34,6 +42,14 @@ def given(name: str, policy: PairLogps, against: PairLogps, /, **changes):
     if objective.statistics is not None:
         inputs["statistics"] = objective.statistics(policy, against) / len(policy.chosen)
     return objective(policy, **inputs | changes)
+
+
+def refuses(parameter: Parameter, value: float) -> bool:
+    try:
+        parameter.check(value)
+    except InputError:
+        return True
+    return False
 
 
 def section(name: str, **values: object) -> dict[str, object]:
@@ -141,6 +157,19 @@ def test_values_are_checked_and_names_known():
         ("orpo", {"lambda": 0.0}, "lambda is 0.0"),
         ("simpo", {"gamma_beta_ratio": -0.1}, "gamma_beta_ratio"),
         ("simpo", {"beta": True}, "beta"),
+        ("focalpo-eq3", {"gamma": 1.1}, "gamma is 1.1"),
+        ("focalpo-detached", {"gamma": -0.1}, "gamma"),
+        ("cdpo", {"label_smoothing": 0.5}, "label_smoothing is 0.5"),
+        ("robust-dpo", {"label_smoothing": -0.1}, "label_smoothing"),
+        ("h-dpo", {"alpha": 0}, "alpha"),
+        ("dpo-shift", {"rejected_factor": 1.01}, "rejected_factor"),
+        ("dpo-shift", {"rejected_factor": 0}, "rejected_factor"),
+        ("length-dpo", {"alpha": -0.01}, "alpha"),
+        ("alphapo", {"alpha": float("inf")}, "alpha"),
+        ("cpo", {"nll_weight": -1}, "nll_weight"),
+        ("omni-dpo", {"eta": -1}, "eta"),
+        ("omni-dpo", {"tau_ref": "1"}, "tau_ref"),
+        ("omni-dpo", {"tau_good": float("nan")}, "tau_good"),
         ("ppo", {}, "focalpo"),
     ):
         with pytest.raises(InputError, match=told):
@@ -166,7 +195,8 @@ def test_a_config_has_an_objective_s_own_parameters_with_their_defaults_and_no_o
     for key, of in entry.parameters.items():
         if of.stated:
             assert f"objective.{key}: missing; it has no default" in mistakes(section(name, **{key: None}))
-        assert f"objective.{key}: {key} is" in mistakes(section(name, **{key: float("nan")}))
+        if refuses(of, -1.0):
+            assert f"objective.{key}: {key} is" in mistakes(section(name, **{key: -1.0}))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -180,7 +210,10 @@ def test_a_reference_is_asked_for_where_there_is_one_and_refused_elsewhere(name)
 
 
 def test_keys_of_the_config_and_fields_of_python_s_door_are_the_registry_s():
-    assert {key.partition(".")[2] for key in known_keys() if key.startswith("objective.")} == {"name", *PARAMETERS}
+    assert {key.partition(".")[2] for key in known_keys() if key.startswith("objective.")} == {
+        *("name", "focal.form", "focal.gamma", "guard"),
+        *PARAMETERS,
+    }
     fields_there = {spec.name: spec for spec in fields(FocalPOConfig)}
     for key, text in PARAMETERS.items():
         assert fields_there[python_name(key)].metadata["help"] == text
@@ -209,7 +242,7 @@ def test_one_more_objective_is_one_entry():
 import sys
 from lorafocal import bounds, objectives
 own = objectives.Parameter(0.5, bounds.check_hard_gamma, "how much")
-objectives.OBJECTIVES["new"] = objectives.Entry("pairwise.dpo", {"zeta": own}, reference=False)
+objectives.OBJECTIVES["new"] = objectives.Entry({"zeta": own}, loss="pairwise.dpo", reference=False)
 objectives.PARAMETERS |= objectives._parameters()
 from lorafocal.config import known_keys
 from lorafocal.schema import Objective
