@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -126,10 +126,14 @@ def test_there_is_something_to_test() -> None:
     assert len(LIBRARY_FILES) > 20
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_come_from_the_same_floor_or_below(module: str) -> None:
-    higher = {other for other in own_modules(imported_names(MODULES[module])) if floor_of(other) > floor_of(module)}
-    assert not higher, f"{module} (floor {floor_of(module)}) imports from above: {sorted(higher)}"
+def test_imports_come_from_the_same_floor_or_below() -> None:
+    above = [
+        f"{module} (floor {floor_of(module)}) imports {other} (floor {floor_of(other)})"
+        for module, path in MODULES.items()
+        for other in sorted(own_modules(imported_names(path)))
+        if floor_of(other) > floor_of(module)
+    ]
+    assert above == []
 
 
 def test_no_import_cycles() -> None:
@@ -140,15 +144,16 @@ def test_no_import_cycles() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"lorafocal.__main__"}))
-def test_every_module_imports(module: str) -> None:
-    importlib.import_module(module)
+def test_every_module_imports() -> None:
+    for module in sorted(set(MODULES) - {"lorafocal.__main__"}):
+        importlib.import_module(module)
 
 
-@pytest.mark.parametrize("room", LIGHT_FILES)
-def test_light_files_name_no_heavy_library(room: str) -> None:
-    names = imported_names(PACKAGE / f"{room}.py", executed_at_import=True)
-    assert not {name.split(".")[0] for name in names} & HEAVY_LIBRARIES
+def test_light_files_name_no_heavy_library() -> None:
+    def heavy(path: Path) -> set[str]:
+        return {name.split(".")[0] for name in imported_names(path, executed_at_import=True)} & HEAVY_LIBRARIES
+
+    assert faults((PACKAGE / f"{room}.py" for room in LIGHT_FILES), heavy) == {}
 
 
 DOORS = "lorafocal.cli, lorafocal.config"
@@ -167,15 +172,30 @@ def test_these_open_without_the_heavy_libraries(modules: str) -> None:
     assert not {name.partition(".")[0] for name in loaded} & HEAVY_LIBRARIES
 
 
-@pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_has_one_purpose_and_says_which(path: Path) -> None:
+def faults_of_form(path: Path) -> Iterator[str]:
+    """What makes a file hard to find one's way in."""
     source = path.read_text(encoding="utf-8")
-    assert not source.strip() or ast.get_docstring(TREES[path]), "no module docstring"
-    assert len(source.splitlines()) <= MAX_FILE_LINES
-    assert path.stem not in {"utils", "util", "common", "helpers", "helper", "misc"}
-    functions = (n for n in ast.walk(TREES[path]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= MAX_FUNCTION_LINES}
-    assert not long, f"functions over {MAX_FUNCTION_LINES} lines: {long}"
+    if source.strip() and not ast.get_docstring(TREES[path]):
+        yield "no module docstring"
+    if len(source.splitlines()) > MAX_FILE_LINES:
+        yield f"over {MAX_FILE_LINES} lines"
+    if path.stem in {"utils", "util", "common", "helpers", "helper", "misc"}:
+        yield "a name that says nothing"
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield f"{node.name} has {lines} lines, over {MAX_FUNCTION_LINES}"
+
+
+def test_a_file_has_one_purpose_and_says_which() -> None:
+    assert faults(ALL_FILES, faults_of_form) == {}
+
+
+def faults(paths: Iterable[Path], of: Callable[[Path], Iterable[str]]) -> dict[str, list[str]]:
+    """The faults of each file that has any."""
+    found = {str(path.relative_to(ROOT)): list(of(path)) for path in paths}
+    return {path: said for path, said in found.items() if said}
 
 
 def forbidden_things(tree: ast.AST) -> Iterator[str]:
@@ -197,9 +217,8 @@ def forbidden_things(tree: ast.AST) -> Iterator[str]:
                 yield "pip install at run time"
 
 
-@pytest.mark.parametrize("path", OWN_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_executes_what_it_reads(path: Path) -> None:
-    assert list(forbidden_things(TREES[path])) == []
+def test_nothing_executes_what_it_reads() -> None:
+    assert faults(OWN_FILES, lambda path: forbidden_things(TREES[path])) == {}
 
 
 @pytest.mark.parametrize(
