@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lorafocal import __version__, launch
-from lorafocal.cli import evaluation, generation, judging, results, training
+from lorafocal.cli import diagnostics, evaluation, generation, judging, results, training
 from lorafocal.errors import InputError, UnhealthyRun
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 _TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
 _RESULTS = (results.report, results.curves, results.score, results.chat, results.merge, results.export, results.push)
+_DIAGNOSTICS = (diagnostics.explain, diagnostics.advise)
 _EVALUATIONS = (
     judging.alpaca,
     judging.arena,
@@ -35,7 +36,7 @@ _EVALUATIONS = (
     evaluation.compare,
     evaluation.fingerprint,
 )
-for verb in (*_TRAINING, *_RESULTS, generation.generate, training.from_trl):
+for verb in (*_TRAINING, *_RESULTS, *_DIAGNOSTICS, generation.generate, training.from_trl):
     app.command(verb.__name__.replace("_", "-"))(verb)
 evaluations = typer.Typer(
     help="Judge answers or measure a model: the benchmarks people compare, and judge-free ones.",

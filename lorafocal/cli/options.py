@@ -59,6 +59,14 @@ ResultOption = Annotated[
 ]
 
 
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """The numbers of `1,-0.5`."""
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{option} {text!r}: give numbers with commas between them, as 1,-0.5") from error
+
+
 def no_loading_bars() -> None:
     """transformers draws a bar a file it loads; downloads keep theirs."""
     from transformers.utils.logging import disable_progress_bar

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafocal.cli.options import BaseOption, JsonOption, no_loading_bars, print_report
+from lorafocal.cli.options import BaseOption, JsonOption, no_loading_bars, numbers, print_report
 from lorafocal.errors import InputError
 from lorafocal.publish import check_free
 
@@ -265,13 +265,6 @@ def _merging(
 ) -> dict[str, Any]:
     """The options of `merge` as `release.merge.merge_adapter` takes them."""
     limits = {} if max_drift is None else {"max_drift": max_drift}
-    signed = None if weights is None else _numbers("--weights", weights)
+    signed = None if weights is None else numbers("--weights", weights)
     given = {"weights": signed, "base": base, "onto": onto, "original": original, "pairs": pairs}
     return {**given, "dtype": dtype, "gate_dtype": gate_dtype, **limits}
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError as error:
-        raise InputError(f"{option} {text!r}: give numbers with commas between them, as 1,-0.5") from error

@@ -1,0 +1,52 @@
+"""Verbs that look into a run: what a pair says, which pairs may be wrong, whether gamma matters on this data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafocal.cli.options import BaseOption, JsonOption, folder_made, no_loading_bars, numbers, print_report
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+PageOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the web page here.", callback=folder_made)
+]
+
+
+def advise(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders with held-out pairs.")],
+    gammas: Annotated[
+        str | None, typer.Option("--gammas", metavar="G1,G2,...", help="Exponents to look at [0.01 to 1].")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Whether FocalPO would differ from DPO on this run's pairs, and from which gamma on."""
+    given = {} if gammas is None else {"gammas": numbers("--gammas", gammas)}
+    from lorafocal.report.advice import advise as run_advise
+
+    print_report(run_advise(runs, **given), as_json)
+
+
+def explain(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, an adapter, or a model.")],
+    pair: Annotated[str, typer.Option("--pair", metavar="ID", help="The pair, by its id.")],
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Where the pair is, if not in the run's own data.")
+    ] = None,
+    base: BaseOption = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What it is compared with, if not the base."),
+    ] = None,
+    out: PageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One pair, token by token: coloured by the log-ratio to the reference, its margin, and its weight in training."""
+    from lorafocal.report.explain import explain as run_explain
+
+    no_loading_bars()
+    print_report(run_explain(run, pair, pairs=pairs, base=base, reference=reference, out=out), as_json)
+    if out is not None and not as_json:
+        typer.echo(f"\npage       {out}")

@@ -1,0 +1,31 @@
+"""Verbs that look into a run: every option is passed on, and none is ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.command import Report, call, stand_in
+
+
+def test_advise_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = stand_in(monkeypatch, "report.advice", "advise", Report())
+    assert call(monkeypatch, "advise", "runs/a", "runs/b", "--gammas", "0.1,0.3") == 0
+    assert call(monkeypatch, "advise", "runs/a") == 0
+    assert calls == [(([Path("runs/a"), Path("runs/b")],), {"gammas": (0.1, 0.3)}), (([Path("runs/a")],), {})]
+    assert call(monkeypatch, "advise", "runs/a", "--gammas", "0.1,much") == 2
+    assert "--gammas '0.1,much'" in capsys.readouterr().err
+
+
+def test_explain_passes_everything_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    calls = stand_in(monkeypatch, "report.explain", "explain", Report())
+    monkeypatch.chdir(tmp_path)
+    asked = "--pair p1 --pairs f --base b --reference r --out deep/page.html".split()
+    assert call(monkeypatch, "explain", "runs/a", *asked) == 0
+    assert calls == [
+        (("runs/a", "p1"), {"pairs": Path("f"), "base": "b", "reference": "r", "out": Path("deep/page.html")})
+    ]
+    assert capsys.readouterr().out.splitlines() == ["a table", "", "page       deep/page.html"]
