@@ -73,29 +73,30 @@ def packs_as_they_come(original: Any) -> Any:
     return lambda trainer, batch: (batch.packs, original(trainer, batch)[1])
 
 
-def naive_focal_loss(margin: Any, *, gamma: float) -> Any:
-    """Row 11: the formula as it is printed; the sigmoid underflows and its logarithm is -inf."""
-    p = margin.sigmoid()
-    return -(p**gamma) * p.log()
+def naive_factor(losses: Any, log_odds: Any, *, gamma: float) -> Any:
+    """Row 11: the formula as it is printed; the sigmoid underflows, and its power has no finite slope there."""
+    return log_odds.sigmoid() ** gamma * losses
 
 
-def detached_focal_loss(margin: Any, *, gamma: float) -> Any:
+def naive_eq3(losses: Any, log_odds: Any, *, gamma: float) -> Any:
+    """Row 11: the paper's Eq. 3 as it is printed; for well ranked pairs it is infinity times nothing."""
+    return (1 - log_odds.sigmoid()) ** -gamma * losses
+
+
+def detached_factor(losses: Any, log_odds: Any, *, gamma: float) -> Any:
     """Row 64: the factor taken for a constant weight, which is another loss."""
     from torch.nn.functional import logsigmoid
 
-    lp = logsigmoid(margin)
-    return -(gamma * lp).exp().detach() * lp
+    return (gamma * logsigmoid(log_odds)).exp().detach() * losses
 
 
 def focalpo_with_epsilon(policy: Any, reference: Any, *, beta: float, gamma: float) -> Any:
     """Row 64: log 0 kept away by an epsilon, so that gamma = 0 is DPO only nearly."""
-    from lorafocal.objectives.pairwise import pair_losses
+    from lorafocal.objectives.pairwise import implicit
 
-    def loss(margin: Any) -> Any:
-        p = margin.sigmoid() + 1e-8
-        return -(p**gamma) * p.log()
-
-    return pair_losses(policy, reference, beta=beta, loss_of_margin=loss)
+    odds = implicit(policy, reference, beta=beta)
+    p = odds.log_odds.sigmoid() + 1e-8
+    return odds.with_losses(-(p**gamma) * p.log())
 
 
 def left_padded(pairs: Sequence[Any], *, pad_token_id: int = 0) -> Any:
