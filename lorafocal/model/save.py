@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,17 +46,27 @@ def save_adapter(
     revision = own.revision if lineage is None else lineage.base.revision
     policy.peft_config[name] = replace(plain, base_model_name_or_path=base, revision=revision)
     try:
-        policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=state)
+        with _without_a_card(policy):
+            policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=state)
         _flatten(folder, name)
         expected = get_peft_model_state_dict(policy, state, adapter_name=name, save_embedding_layers=False)
     finally:
         policy.peft_config[name] = own
     check_saved(folder / "adapter_model.safetensors", expected, trained=trained)
-    (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's card knows nothing of this run
     if lineage is not None:
         lineage.write(folder)
         card = adapter_card(lineage, results, adapter=in_words(plain))
         (folder / CARD_FILE).write_text(card + serving_section(plain), encoding="utf-8")
+
+
+@contextmanager
+def _without_a_card(policy: PeftModel) -> Iterator[None]:
+    """PEFT's card knows nothing of this run, and takes as long to write as everything else here."""
+    policy.create_or_update_model_card = lambda *_: None
+    try:
+        yield
+    finally:
+        del policy.create_or_update_model_card
 
 
 def in_words(config: LoraConfig) -> str:
