@@ -146,6 +146,16 @@ def other_objectives(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return logs
 
 
+def refused_first_step(folder: Path) -> str:
+    """What this rank is told of a first step whose pairs a factor turns round."""
+    made = make(folder, objective="simpo", beta=2.0, focal={"form": "p_gamma", "gamma": 1.0}, eval_strategy="no")
+    try:
+        made.train()
+    except InputError as refusal:
+        return str(refusal)
+    return ""
+
+
 def interrupted_run(folder: Path, hear: Mapping[int, int]) -> dict[str, Any]:
     """The same run, stopped by a signal that some ranks hear."""
     made = make(folder)
@@ -189,6 +199,7 @@ def main(root: Path) -> None:
     result["resumed"] = resumed_run(root / RESUMED)
     result["first"] = first_and_others(root)
     result["others"] = other_objectives(root)
+    result["refused"] = refused_first_step(root / "refused")
     (root / f"rank-{launch.rank()}.json").write_text(json.dumps(result))
 
 

@@ -46,7 +46,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     folder = tmp_path_factory.mktemp("alone")
     seen = ragged_run.ragged_run(folder / "whole")
     ragged_run.gradients_in_float32(folder / "float32")
-    return seen | {"others": ragged_run.other_objectives(folder)}, folder
+    refused = ragged_run.refused_first_step(folder / "refused")
+    return seen | {"others": ragged_run.other_objectives(folder), "refused": refused}, folder
 
 
 @pytest.mark.row("F7", "F8")
@@ -133,6 +134,14 @@ def test_sums_over_the_step_and_scores_reach_the_pairs_of_all_ranks(
         for key in expected.keys() - TIMED:
             assert line[key] == pytest.approx(expected[key], rel=IN_FLOAT64, abs=1e-12), key
     assert ours[-1]["rewards/margins"] != pytest.approx(ours[0]["rewards/margins"], abs=1e-3)
+
+
+@pytest.mark.row("64")
+def test_every_rank_refuses_a_first_step_by_the_share_of_all_pairs(
+    together: Together, alone: tuple[dict[str, Any], Path]
+) -> None:
+    assert "of the first step's pairs" in alone[0]["refused"]
+    assert [rank["refused"] for rank in together.ranks] == [alone[0]["refused"]] * 2
 
 
 @pytest.mark.row("16")

@@ -20,14 +20,13 @@ from lorafocal.objectives import (
     PairLogps,
     Parameter,
     build_objective,
-    objective_from,
     python_name,
 )
 from lorafocal.objectives.pairwise import dpo_weight
-from tests.objectives.logps import LENGTHS, SCORES, made_up
+from tests.objectives.logps import COLLISIONS, LENGTHS, SCORES, made_up
 from tests.test_config import VALUES, mistakes
 
-INPUTS = ("reference", "lengths", "scores", "statistics")
+INPUTS = ("reference", "lengths", "scores", "collisions", "statistics")
 
 
 def function_of(place: str):
@@ -38,7 +37,7 @@ def function_of(place: str):
 def given(name: str, policy: PairLogps, against: PairLogps, /, **changes):
     """The objective's losses of the five made-up pairs."""
     objective = build_objective(name)
-    inputs = {"reference": against, "lengths": LENGTHS, "scores": SCORES}
+    inputs = {"reference": against, "lengths": LENGTHS, "scores": SCORES, "collisions": COLLISIONS}
     if objective.statistics is not None:
         inputs["statistics"] = objective.statistics(policy, against) / len(policy.chosen)
     return objective(policy, **inputs | changes)
@@ -65,7 +64,7 @@ def test_an_entry_names_functions_that_take_together_exactly_what_it_says(name):
     assert (entry.odds is None) != (entry.loss is None)
     places = [entry.odds, entry.link if entry.odds else None, entry.constants, entry.beside, entry.loss]
     taken = [set(inspect.signature(function_of(place)).parameters) for place in places if place]
-    constants = {"quality", "shift"} if entry.constants else set()
+    constants = {"quality", "shift", "weights"} if entry.constants else set()  # of a link, beside the log-odds
     takes = set().union(*taken, {"gamma"} if entry.factor else set()) - {"policy", "log_odds"} - constants
     needs = {key for key in INPUTS if getattr(entry, key)}
     assert takes == needs | {python_name(key) for key in entry.parameters}
@@ -115,6 +114,7 @@ def test_a_pair_s_loss_does_not_depend_on_who_shares_its_pack(name):
                 PairLogps(*(side[pair : pair + 1] for side in policy)),
                 PairLogps(*(side[pair : pair + 1] for side in reference)),
                 LENGTHS[[pair, pair + 5]],
+                collisions=COLLISIONS[[pair, pair + 5]],
                 scores=type(SCORES)(*(side[pair : pair + 1] for side in SCORES)),
                 statistics=statistics,
             )
@@ -127,11 +127,12 @@ def test_weights_are_the_slope_of_the_preference_term_over_its_log_odds(name):
     beside = {"nll_weight": 0.0} if "nll_weight" in OBJECTIVES[name].parameters else {}
     objective = build_objective(name, **beside)
     policy, reference = made_up()
-    out = objective(policy, reference, LENGTHS, scores=SCORES)
+    others = {"scores": SCORES, "collisions": COLLISIONS}
+    out = objective(policy, reference, LENGTHS, **others)
     assert not out.log_odds.requires_grad
     [slope] = torch.autograd.grad(out.losses.sum(), policy.rejected)
     step = 1e-6
-    moved = objective(PairLogps(policy.chosen, policy.rejected + step), reference, LENGTHS, scores=SCORES)
+    moved = objective(PairLogps(policy.chosen, policy.rejected + step), reference, LENGTHS, **others)
     log_odds_a_nat = (moved.log_odds - out.log_odds) / step
     weights = objective.weights(out.log_odds, *out.constants)
     torch.testing.assert_close(-slope, weights * log_odds_a_nat, rtol=1e-6, atol=1e-9)
