@@ -53,7 +53,7 @@ from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
 from lorafocal.health import HealthCheck, check_first_step
 from lorafocal.lineage import Lineage
-from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
+from lorafocal.metrics import PairMetrics, PairTable, pair_values, sum_keys
 from lorafocal.model.adapters import check_trainable
 from lorafocal.model.fused import forget
 from lorafocal.model.master import train_in_full
@@ -155,7 +155,7 @@ class FocalPOTrainer(Trainer):
             self.add_callback(callback)
         if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
             self.add_callback(ProgressLine())
-        self.metrics = PairMetrics(metric_keys(self.objective))
+        self.metrics = PairMetrics(sum_keys(self.objective))
         self.pairs_seen = 0
         self.compared = Comparison(self.objective, args.reference, self.ref_model, noisy=args.allow_dropout)
 
@@ -284,7 +284,7 @@ class FocalPOTrainer(Trainer):
         if probed and reference is not None:
             noise = 0.0 if self.stored is None else self.stored.noise
             check_identity(start, reference, pack.pair_ids, kind=str(self.args.reference), tolerance=noise)
-        self.metrics.add(pair_values(self.objective, losses, policy, reference))
+        self.metrics.add(pair_values(self.objective, losses, policy, reference, pack.index.lengths))
         return mean_loss(losses.losses, step.pairs)
 
     def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
@@ -325,7 +325,7 @@ class FocalPOTrainer(Trainer):
                 losses, policy, reference = self.compared(model, pack, step)
                 if is_filler(pack):
                     continue
-                sums.add(pair_values(self.objective, losses, policy, reference))
+                sums.add(pair_values(self.objective, losses, policy, reference, pack.index.lengths))
                 if reference is not None:
                     table.add([int(place) for place in pack.pair_ids], policy, reference)
             return sums

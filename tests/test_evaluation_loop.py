@@ -13,7 +13,7 @@ from torch import multiprocessing
 
 from lorafocal.data.packing import share_prefixes
 from lorafocal.evaluations import EvaluatedPair, evaluation_files, read_evaluation
-from lorafocal.metrics import PairMetrics, PairTable, metric_keys, pair_values
+from lorafocal.metrics import PairMetrics, PairTable, pair_values, sum_keys
 from lorafocal.objectives import PairLogps, build_objective
 from lorafocal.policy import sequence_logps
 from lorafocal.reference import DisabledAdapterReference
@@ -109,10 +109,11 @@ def made_up() -> tuple[PairLogps, PairLogps]:
 
 def share_of(places: list[int]) -> tuple[dict[str, float], list[EvaluatedPair]]:
     """Means and table after adding these pairs; over all ranks where there are several."""
-    metrics, table = PairMetrics(metric_keys(OBJECTIVE)), PairTable(4, torch.device("cpu"))
+    metrics, table = PairMetrics(sum_keys(OBJECTIVE)), PairTable(4, torch.device("cpu"))
     for place in places:
         policy, reference = (PairLogps(*(t[[place]] for t in logps)) for logps in made_up())
-        metrics.add(pair_values(OBJECTIVE, OBJECTIVE(policy, reference), policy, reference))
+        lengths = torch.tensor([3 + 2 * place, 5])
+        metrics.add(pair_values(OBJECTIVE, OBJECTIVE(policy, reference), policy, reference, lengths))
         table.add([place], policy, reference)
     return metrics.means(torch.device("cpu")), table.rows("abcd")
 
@@ -139,6 +140,8 @@ def test_two_uneven_ranks_log_the_means_and_the_table_of_all_pairs(tmp_path):
         process.join(60)
         assert process.exitcode == 0
     means, rows = share_of([0, 1, 2, 3])
+    of_some = ("ranking/kept", "ranking/mended", "rewards/accuracies_where_wrong", "rewards/length_correlation")
+    assert {*of_some, "focal/effective_share"} <= means.keys()
     for _, world, their_means, their_rows in answers:
         assert world == 2
         assert their_means == pytest.approx(means, rel=1e-12)

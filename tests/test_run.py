@@ -107,9 +107,14 @@ def test_metrics_are_one_line_a_logged_step_under_trls_names(finished: RunSummar
         "loss", "grad_norm", "learning_rate", "epoch", "step", "pairs_seen", "rewards/chosen", "rewards/rejected",
         "rewards/margins", "rewards/accuracies", "rewards/ties", "logps/chosen", "logps/rejected",
         "logps/reference_chosen", "logps/reference_rejected", "focal/chosen_fell_share", "focal/weight_mean",
-        "focal/ratio_to_dpo", "focal/turned_share",
+        "focal/ratio_to_dpo", "focal/turned_share", "focal/effective_share", "ranking/policy", "ranking/reference",
+        "ranking/lost", "ranking/won", "displacement/chosen", "displacement/rejected",
     }  # fmt: skip
-    assert all(set(line) == keys for line in lines)
+    of_some = {  # of pairs that the reference ranks right, or wrong: left out where there are none
+        "ranking/kept", "ranking/mended", "rewards/accuracies_where_right", "rewards/accuracies_where_wrong",
+    }  # fmt: skip
+    assert all(keys <= set(line) <= keys | of_some for line in lines)
+    assert of_some <= set().union(*lines)  # and both answers are as long, so that no length goes along with a margin
     assert [line["step"] for line in metric_lines(finished.folder, key="eval_loss")] == [3, 6, 9]
     learned = [line["rewards/margins"] for line in lines]
     assert learned[-1] > learned[1] > 0.0 == learned[0]

@@ -9,14 +9,28 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from lorafocal.metrics import answer_columns, measured, ranks_right
 from lorafocal.objectives import Objective
-from lorafocal.objectives.pairwise import dpo_weight, rewards
+from lorafocal.objectives.pairwise import PairLogps, dpo_weight, rewards
 from lorafocal.recipes import leaves
 from lorafocal.report.read import PairTable, RunRecord, Series
 
 HELD_OUT = "eval_"
+LOGGED_AT_THE_END = {  # headlines of held-out pairs, of training pairs where none are held out
+    "accuracy_where_right": "rewards/accuracies_where_right",
+    "accuracy_where_wrong": "rewards/accuracies_where_wrong",
+    "ranking_reference": "ranking/reference",
+    "ranking_policy": "ranking/policy",
+    "kept": "ranking/kept",
+    "mended": "ranking/mended",
+    "effective_share": "focal/effective_share",
+    "length_correlation": "rewards/length_correlation",
+}
 RIGHT_ANSWERS, WIN_RATE = "right_answers", "win_rate"  # how keys end that are shares of good answers
 JUDGED = {RIGHT_ANSWERS: "right answers by rule", WIN_RATE: "answers above the chosen ones, by reward model,"}
+
+
+_FELL = "focal/chosen_fell_share"
 
 
 class Headline(NamedTuple):
@@ -39,6 +53,12 @@ HEADLINES = (
     Headline("accuracy", "training reward accuracy", ".1%"),
     Headline("held_out_accuracy", "held-out reward accuracy", ".1%"),
     Headline("ties", "ties, counted as wrong", ".1%"),
+    Headline("accuracy_where_right", "reward accuracy where the reference ranks right", ".1%"),
+    Headline("accuracy_where_wrong", "reward accuracy where it ranks wrong", ".1%"),
+    Headline("ranking_reference", "ranked right by log-prob, reference", ".1%"),
+    Headline("ranking_policy", "ranked right by log-prob, policy", ".1%"),
+    Headline("kept", "kept: still right, of those right before", ".1%"),
+    Headline("mended", "mended: right now, of those wrong before", ".1%"),
     Headline("right_answers_first", "right answers by rule, first", ".1%"),
     Headline("right_answers_last", "right answers by rule, last", ".1%"),
     Headline("win_rate_first", "answers above the chosen ones by reward model, first", ".1%"),
@@ -46,7 +66,9 @@ HEADLINES = (
     Headline("chosen_displacement", "chosen: policy minus reference (nats)", "+.2f"),
     Headline("rejected_displacement", "rejected: policy minus reference (nats)", "+.2f"),
     Headline("chosen_fell_share", "share of chosen that fell", ".1%"),
+    Headline("effective_share", "effective share of the pairs, by weight", ".1%"),
     Headline("turned_share", "most pairs past the turning point", ".2%"),
+    Headline("length_correlation", "margin against length difference (Pearson)", "+.2f"),
     Headline("pairs_per_s", "speed (pairs/s)", ",.1f"),
     Headline("peak_gib", "peak memory (GiB)", ".2f"),
 )
@@ -73,6 +95,21 @@ class Flip:
     mean_margin: float | None  # the change since the reference, whose margin is 0; None without pairs
     own_weight_share: float | None  # share of the objective's gradient weight on these pairs, where it is not DPO's
     dpo_weight_share: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The held-out pairs that the reference ranks right, or those that it ranks wrong, at the last evaluation."""
+
+    initially_right: bool
+    pairs: int
+    finally_right: float  # share that the policy's own log-probs rank right: kept, or mended
+    accuracy: float | None  # of the implicit reward; None where beta is unknown
+    chosen_displacement: float  # policy minus reference, nats a completion
+    rejected_displacement: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,6 +155,11 @@ def last(series: Series) -> float | None:
     return series.values[-1] if series.values else None
 
 
+def at_the_end(record: RunRecord, key: str) -> float | None:
+    """What was last logged under `key`: of held-out pairs, of training pairs only where none are held out."""
+    return last(record.series(f"{HELD_OUT if record.series(f'{HELD_OUT}loss').steps else ''}{key}"))
+
+
 def right_answers(record: RunRecord) -> Series:
     """Share of right answers by a rule, from the first key that names them."""
     return record.series(_key_ending(record, RIGHT_ANSWERS))
@@ -153,19 +195,16 @@ def turned_share(record: RunRecord) -> Series:
 def displacement(record: RunRecord) -> Displacement | None:
     """At the end of the run: of the last evaluated pairs, else from the log, held-out before training."""
     if record.tables:
-        table = record.tables[-1]
-        chosen, rejected = (policy - reference for policy, reference in zip(table.policy, table.reference, strict=True))
-        return Displacement(
-            float(chosen.mean()), float(rejected.mean()), float((chosen < 0).double().mean()), "held-out"
-        )
+        found = measured(answer_columns(record.tables[-1].policy, record.tables[-1].reference))
+        chosen, rejected, fell = (found[key] for key in ("displacement/chosen", "displacement/rejected", _FELL))
+        return Displacement(chosen, rejected, fell, "held-out")
     sources: tuple[tuple[str, Literal["held-out", "training"]], ...] = ((HELD_OUT, "held-out"), ("", "training"))
     for prefix, pairs in sources:
         chosen_mean, rejected_mean = (
             last(displacement_series(record, side, prefix)) for side in ("chosen", "rejected")
         )
         if chosen_mean is not None and rejected_mean is not None:
-            fell = last(record.series(f"{prefix}focal/chosen_fell_share"))
-            return Displacement(chosen_mean, rejected_mean, fell, pairs)
+            return Displacement(chosen_mean, rejected_mean, last(record.series(f"{prefix}{_FELL}")), pairs)
     return None
 
 
@@ -194,6 +233,7 @@ def headline(record: RunRecord) -> dict[str, float]:
         "turned_share": max(turned_share(record).values, default=None),
         "pairs_per_s": last(record.series("pairs_per_s")),
         "peak_gib": max(record.series("peak_gib").values, default=None),
+        **{name: at_the_end(record, key) for name, key in LOGGED_AT_THE_END.items()},
     }
     return {key: value for key, value in values.items() if value is not None}
 
@@ -218,7 +258,7 @@ def flips(record: RunRecord) -> list[Flip]:
         return []
     table = record.tables[-1]
     margins = table_margins(table, record.beta)
-    initially, finally_ = (logps.chosen > logps.rejected for logps in (table.reference, table.policy))
+    initially, finally_ = ranks_right(table.reference), ranks_right(table.policy)
     weights = {"dpo": dpo_weight(margins)}
     if (own := own_weights(record)) is not None:
         weights["own"] = own.weights(margins)
@@ -231,6 +271,30 @@ def flips(record: RunRecord) -> list[Flip]:
             mean = float(margins[mask].mean()) if count else None
             groups.append(Flip(before, after, count, count / len(margins), mean, shares.get("own"), shares.get("dpo")))
     return groups
+
+
+def parts(record: RunRecord) -> list[Part]:
+    """Both parts of the held-out pairs at the last evaluation, as far as there are pairs in them."""
+    if not record.tables:
+        return []
+    table = record.tables[-1]
+    initially = ranks_right(table.reference)
+    return [
+        _part(table, mask, right, record.beta) for right, mask in ((True, initially), (False, ~initially)) if mask.any()
+    ]
+
+
+def _part(table: PairTable, mask: Tensor, initially_right: bool, beta: float | None) -> Part:
+    policy, reference = (PairLogps(*(side[mask] for side in logps)) for logps in (table.policy, table.reference))
+    found = measured(answer_columns(policy, reference, None if beta is None else rewards(policy, reference, beta=beta)))
+    return Part(
+        initially_right,
+        int(mask.sum()),
+        found["ranking/policy"],
+        found.get("rewards/accuracies"),
+        found["displacement/chosen"],
+        found["displacement/rejected"],
+    )
 
 
 def own_weights(record: RunRecord) -> Objective | None:

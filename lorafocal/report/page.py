@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from lorafocal.report import html
-from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite, own_weights, settings
+from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite, own_weights, parts, settings
 from lorafocal.report.plots import DARK, LIGHT, Theme, run_colours
 from lorafocal.report.provenance import NOTHING, deviations, made_of, mapping, recipe_of, value_text
 from lorafocal.report.read import RunRecord
@@ -133,6 +133,7 @@ def _margins_words(pictures: Sequence[Picture]) -> str:
 
 def _flips(records: Sequence[RunRecord]) -> list[str]:
     tables = [_flip_table(record) for record in records if flips(record)]
+    tables += [_parts_table(record) for record in records if parts(record)]
     if not tables:
         return []
     note = html.paragraph(
@@ -166,6 +167,24 @@ def _flip_table(record: RunRecord) -> str:
         "gradient weight, DPO",
     ]
     return html.table(head, rows, caption=f"{record.name}, after step {record.tables[-1].step}")
+
+
+def _parts_table(record: RunRecord) -> str:
+    rows = [
+        [
+            "right by the reference" if part.initially_right else "wrong by the reference",
+            f"{part.pairs:,}",
+            f"{part.finally_right:.1%}",
+            number_text(part.accuracy, ".1%"),
+            number_text(part.chosen_displacement, "+.2f"),
+            number_text(part.rejected_displacement, "+.2f"),
+        ]
+        for part in parts(record)
+    ]
+    head = ["held-out pairs", "pairs", "right now", "reward accuracy", "chosen moved (nats)", "rejected moved (nats)"]
+    return html.table(
+        head, rows, caption=f"{record.name}, after step {record.tables[-1].step}, by what was right before"
+    )
 
 
 def _provenance(records: Sequence[RunRecord]) -> list[str]:

@@ -1,10 +1,10 @@
-"""Pictures of runs as PNG bytes: one panel a quantity, an overview of all of them, and the margins of single pairs."""
+"""Pictures of runs as PNG bytes: a panel, an overview of all panels, and the margins of single pairs."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from lorafocal.objectives import Objective
 from lorafocal.objectives.pairwise import dpo_weight
-from lorafocal.report.numbers import (
-    HELD_OUT,
-    displacement_series,
-    first_middle_last,
-    gap_series,
-    good_answers,
-    own_weights,
-    table_margins,
-)
-from lorafocal.report.read import RunRecord, Series
+from lorafocal.report.numbers import first_middle_last, own_weights, table_margins
+from lorafocal.report.panels import Panel, drawable
+from lorafocal.report.read import RunRecord
 
 DPI = 140
 PANEL_INCHES = (5.6, 3.3)
@@ -57,82 +50,6 @@ DARK = Theme(
     "#1c2127", "#e6e9ed", "#9aa4b0", "#343b44",
     ("#56a8e8", "#ff8a4c", "#2fc795", "#e39ac7", "#e6c229", "#9ad7f5", "#b8c0ca"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One quantity over steps. `kind` is line, dashed, dots (held out) or diamonds; `key` names it in the panel."""
-
-    values: Callable[[RunRecord], Series]
-    kind: str = "line"
-    key: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One set of axes for all runs."""
-
-    name: str
-    title: str
-    unit: str
-    curves: tuple[Curve, ...]
-    percent: bool = False
-    zero: bool = False  # a line at 0
-
-
-def _logged(key: str) -> Callable[[RunRecord], Series]:
-    return lambda record: record.series(key)
-
-
-def _moved(side: str, prefix: str = "") -> Callable[[RunRecord], Series]:
-    return lambda record: displacement_series(record, side, prefix)
-
-
-def _judged(name: str) -> Callable[[RunRecord], Series]:
-    """A series of `GoodAnswers`; empty where nobody judged."""
-    return lambda record: getattr(good_answers(record), name, Series([], []))
-
-
-def _both(key: str) -> tuple[Curve, ...]:
-    return Curve(_logged(key), "line", "training"), Curve(_logged(HELD_OUT + key), "dots", "held out")
-
-
-PANELS = (
-    Panel("loss", "Loss", "nats", _both("loss")),
-    Panel("margins", "Reward margin", "chosen minus rejected reward", _both("rewards/margins"), zero=True),
-    Panel(
-        "accuracies", "Reward accuracy", "share",
-        (*_both("rewards/accuracies"), Curve(_judged("share"), "diamonds", "good answers")), percent=True,
-    ),
-    Panel(
-        "answers", "Good answers to held-out prompts", "share",
-        (
-            Curve(_judged("share"), "diamonds", "by rule, or above the chosen ones"),
-            Curve(_judged("low"), "dashed", "95% interval"), Curve(_judged("high"), "dashed", "95% interval"),
-        ),
-        percent=True,
-    ),
-    Panel(
-        "displacement", "Displacement: policy minus reference", "nats a completion",
-        (
-            Curve(_moved("chosen"), "line", "chosen"), Curve(_moved("rejected"), "dashed", "rejected"),
-            Curve(_moved("chosen", HELD_OUT), "dots", "chosen, held out"),
-            Curve(_moved("rejected", HELD_OUT), "rings", "rejected, held out"),
-        ),
-        zero=True,
-    ),
-    Panel("chosen_fell", "Chosen answers that fell", "share of pairs", _both("focal/chosen_fell_share"), percent=True),
-    Panel("gap", "Gap: held-out minus training loss", "nats", (Curve(gap_series, "dots"),), zero=True),
-    Panel("learning_rate", "Learning rate", "per step", (Curve(_logged("learning_rate")),)),
-    Panel("grad_norm", "Gradient norm, before clipping", "norm", (Curve(_logged("grad_norm")),)),
-    Panel("speed", "Speed", "pairs/s", (Curve(_logged("pairs_per_s")),)),
-    Panel("memory", "Peak memory", "GiB", (Curve(_logged("peak_gib")),)),
-)  # fmt: skip
-
-
-def drawable(records: Sequence[RunRecord]) -> list[Panel]:
-    """The panels that at least one run has numbers for."""
-    return [panel for panel in PANELS if any(curve.values(r).finite().steps for curve in panel.curves for r in records)]
 
 
 def run_colours(count: int, theme: Theme) -> list[str]:

@@ -13,12 +13,14 @@ from typing import Any
 from lorafocal.report.numbers import (
     HELD_OUT,
     at,
+    at_the_end,
     displacement,
     flips,
     gap_series,
     good_answers,
     is_finite,
     last,
+    parts,
     turned_share,
 )
 from lorafocal.report.read import RunRecord
@@ -31,6 +33,11 @@ MOSTLY_TIES = 0.9
 TIES_HIDE = 0.05  # what leaving ties out would add to the accuracy
 LOSS_ROSE = 0.01  # share of the held-out loss at its best
 WIDE_GAP = 0.1  # share of the held-out loss
+MOVED_WRONG = 0.6  # reward accuracy, of pairs that the reference ranks wrong, that looks like a success
+FEW_MENDED = 0.1  # share of these pairs that the policy ranks right
+FEW_CARRY = 0.5  # effective share of the pairs below which few of them lead the gradient
+GOES_WITH_LENGTH = 0.5  # correlation of margin and length difference
+A_FEW_PAIRS = 20  # below it a share of pairs says little
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +205,52 @@ def more_unlearned(record: RunRecord) -> Remark | None:
     )
 
 
+def ranking_did_not_follow(record: RunRecord) -> Remark | None:
+    """Reward accuracy is high on pairs that the reference ranks wrong, and hardly one of them is ranked right now."""
+    wrong = next((part for part in parts(record) if not part.initially_right), None)
+    if wrong is None or wrong.accuracy is None or wrong.pairs < A_FEW_PAIRS:
+        return None
+    if not (wrong.accuracy >= MOVED_WRONG and wrong.finally_right < FEW_MENDED):
+        return None
+    return Remark(
+        f"Of the {wrong.pairs} held-out pairs that the reference ranks wrong by log-prob, the policy ranks"
+        f" {wrong.finally_right:.1%} right, though reward accuracy on them is {wrong.accuracy:.0%}.",
+        "Reward accuracy counts pairs whose margin grew, however little. It says nothing of whether the model now finds"
+        " the chosen answer likelier, and wrongly ranked pairs are seldom mended.",
+        "Do not read reward accuracy as a share of pairs ranked right: `ranking/policy` is that share, `ranking/kept`"
+        " and `ranking/mended` are its two parts.",
+    )
+
+
+def few_pairs_lead(record: RunRecord) -> Remark | None:
+    """The gradient's weight lies on few of the pairs."""
+    share = at_the_end(record, "focal/effective_share")
+    if share is None or not share < FEW_CARRY:
+        return None
+    return Remark(
+        f"By their weight in the gradient the pairs count for {share:.0%} of their number (effective share).",
+        "Most pairs hardly weigh any more, being ranked right with a wide margin, or wrong with one if the objective"
+        " spends little there: a few pairs, mislabelled ones among them, lead the training.",
+        "Look at the pairs with the lowest margins in the last file of evaluations/. A smaller objective.beta or fewer"
+        " epochs spread the weight.",
+    )
+
+
+def margin_goes_with_length(record: RunRecord) -> Remark | None:
+    """Margins go along with how much longer the chosen answer is."""
+    found = at_the_end(record, "rewards/length_correlation")
+    if found is None or not abs(found) > GOES_WITH_LENGTH:
+        return None
+    longer = "longer" if found > 0 else "shorter"
+    return Remark(
+        f"The margin goes along with the difference in length of the two answers (correlation {found:+.2f}).",
+        f"Part of what the model has learned may be that the {longer} answer is the better one.",
+        "Compare the lengths of its answers with those of the base, and its accuracy on pairs with a longer and with a"
+        " shorter chosen answer (`lorafocal evaluate pairs`). An objective that takes length into account is another"
+        " way: simpo, length-dpo, dpo-norm.",
+    )
+
+
 def not_finite(record: RunRecord) -> Remark | None:
     """The loss or the gradient norm stopped being a finite number."""
     for key in ("loss", "grad_norm", f"{HELD_OUT}loss"):
@@ -220,6 +273,9 @@ RULES: Mapping[str, Callable[[RunRecord], Remark | None]] = {
     "answers that get worse while reward accuracy does not": answers_fell,
     "pairs past the turning point": pairs_turned,
     "rankings that training undid": more_unlearned,
+    "rankings that did not follow the margin": ranking_did_not_follow,
+    "a gradient that few pairs lead": few_pairs_lead,
+    "margins that go along with length": margin_goes_with_length,
     "held-out loss that rises while training loss falls": held_out_rose,
     "training loss far below held-out loss": fits_training_closer,
     "ties that an accuracy hides": ties_hidden,

@@ -11,9 +11,10 @@ from typing import Any
 from lorafocal.errors import InputError
 from lorafocal.publish import published
 from lorafocal.report import provenance
-from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite
+from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite, parts
 from lorafocal.report.page import Picture, number_text, page
-from lorafocal.report.plots import DARK, LIGHT, drawable, margins_png, overview_png, panel_png, run_colours
+from lorafocal.report.panels import drawable
+from lorafocal.report.plots import DARK, LIGHT, margins_png, overview_png, panel_png, run_colours
 from lorafocal.report.read import RunRecord, read_runs
 from lorafocal.report.words import comparison_remarks, remarks
 
@@ -36,7 +37,7 @@ class ReportSummary:
         for record in self.records:
             values = headline(record)
             lines = [
-                f"  {line.words:<42} {number_text(values[line.key], line.format):>12}"
+                f"  {line.words:<46} {number_text(values[line.key], line.format):>12}"
                 for line in HEADLINES
                 if line.key in values
             ]
@@ -58,6 +59,7 @@ class ReportSummary:
                     "numbers": {key: value if is_finite(value) else None for key, value in headline(record).items()},
                     "words": [remark.as_dict() for remark in remarks(record)],
                     "flips": [flip.as_dict() for flip in flips(record)],
+                    "parts": [part.as_dict() for part in parts(record)],
                     "recipe": provenance.as_dict(record),
                     "missing": list(record.notes),
                 }

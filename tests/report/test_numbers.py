@@ -13,12 +13,14 @@ from lorafocal.objectives import build_objective
 from lorafocal.objectives.focal import focal_weight
 from lorafocal.objectives.pairwise import PairLogps, dpo_weight
 from lorafocal.report.numbers import (
+    at_the_end,
     displacement,
     displacement_series,
     first_middle_last,
     flips,
     gap_series,
     headline,
+    parts,
     right_answers,
     settings,
     table_margins,
@@ -92,6 +94,31 @@ def test_flips_are_counted_by_the_reference_and_the_policys_own_ranking(tmp_path
     for name, weight in (("own", focal_weight(margins, gamma=GAMMA)), ("dpo", dpo_weight(margins))):
         expected = float(weight[2] / weight.sum())
         assert getattr(groups[True, False], f"{name}_weight_share") == pytest.approx(expected)
+
+
+def test_parts_are_the_pairs_that_the_reference_ranks_right_and_those_it_does_not(tmp_path: Path) -> None:
+    right, wrong = parts(flip_record(tmp_path))
+    assert (right.initially_right, right.pairs, right.finally_right, right.accuracy) == (True, 3, 2 / 3, 2 / 3)
+    assert (wrong.initially_right, wrong.pairs, wrong.finally_right, wrong.accuracy) == (False, 3, 1 / 3, 2 / 3)
+    assert right.chosen_displacement == pytest.approx((1 + 2 - 5) / 3)
+    assert wrong.chosen_displacement == pytest.approx((5 + 1 + 0) / 3)
+    assert right.rejected_displacement == wrong.rejected_displacement == 0.0
+
+
+def test_a_part_without_pairs_is_no_part_and_without_beta_there_is_no_accuracy(tmp_path: Path) -> None:
+    record = replace(read_run(write_run(tmp_path / "a"), "a"), objective=None)
+    [right] = parts(record)
+    assert (right.initially_right, right.accuracy) == (True, None)
+    assert parts(replace(record, tables=())) == []
+
+
+def test_what_stands_at_the_end_is_of_held_out_pairs_where_there_are_any() -> None:
+    training = [training_line(step, ranking__kept=kept) for step, kept in ((1, 0.5), (9, 0.7))]
+    assert at_the_end(record_of(*training), "ranking/kept") == 0.7
+    held_out = evaluation_line(5, ranking__kept=0.9)
+    assert at_the_end(record_of(*training, held_out), "ranking/kept") == headline(record_of(held_out))["kept"] == 0.9
+    none_right = {key: value for key, value in held_out.items() if key != "eval_ranking/kept"}
+    assert at_the_end(record_of(*training, none_right), "ranking/kept") is None
 
 
 def test_only_weights_that_margins_tell_and_dpo_has_not_are_an_objectives_own(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from lorafocal.objectives import build_objective
 from lorafocal.objectives.focal import turning_point
 from lorafocal.report import plots
-from lorafocal.report.plots import DARK, LIGHT, PANELS, drawable, margins_png, overview_png, panel_png, run_colours
+from lorafocal.report.panels import PANELS, drawable
+from lorafocal.report.plots import DARK, LIGHT, margins_png, overview_png, panel_png, run_colours
 from lorafocal.report.read import RunRecord, read_run
 from tests.written_run import evaluation_line, pairs, training_line, write_run
 

@@ -179,10 +179,42 @@ def test_where_the_interval_of_the_change_is_known_it_decides(key: str, highest:
     assert remark is None or "fell from 70.0% to 40.0%" in remark.seen
 
 
+@pytest.mark.parametrize(("grew", "mended", "told"), [(20, 0, True), (20, 4, False), (4, 0, False)])
+def test_margins_that_grow_where_no_ranking_is_mended_are_told(
+    tmp_path: Path, grew: int, mended: int, told: bool
+) -> None:
+    """Of 25 pairs that the reference ranks wrong by 4 nats."""
+    gains = [5.0] * mended + [1.0] * (grew - mended) + [-1.0] * (25 - grew)
+    rows = pairs(chosen=gains, rejected=[0.0] * 25, references=[-4.0] * 25)
+    remark = words.ranking_did_not_follow(read_run(write_run(tmp_path / "a", tables={10: rows}), "a"))
+    assert (remark is not None) == told
+    assert remark is None or "Of the 25 held-out pairs" in remark.seen
+
+
+def test_a_handful_of_wrongly_ranked_pairs_tells_nothing(tmp_path: Path) -> None:
+    rows = pairs(chosen=[1.0] * 9, rejected=[0.0] * 9, references=[-4.0] * 9)
+    assert words.ranking_did_not_follow(read_run(write_run(tmp_path / "a", tables={10: rows}), "a")) is None
+
+
+def test_a_gradient_that_few_pairs_lead_is_told_of_held_out_pairs_before_training_ones() -> None:
+    [remark] = remarks(record_of(*QUIET, evaluation_line(20, focal__effective_share=0.3)))
+    assert "count for 30% of their number" in remark.seen
+    assert remarks(record_of(*QUIET, training_line(20, focal__effective_share=0.3))) == []
+    assert words.few_pairs_lead(record_of(training_line(20, focal__effective_share=0.3))) is not None
+
+
+@pytest.mark.parametrize(("correlation", "word"), [(0.7, "longer"), (-0.7, "shorter")])
+def test_margins_that_go_along_with_length_are_told(correlation: float, word: str) -> None:
+    [remark] = remarks(record_of(*QUIET, evaluation_line(20, rewards__length_correlation=correlation)))
+    assert f"correlation {correlation:+.2f}" in remark.seen
+    assert f"the {word} answer" in remark.means
+
+
 def test_every_rule_says_what_it_looks_for() -> None:
     assert {rule.__name__ for rule in RULES.values()} == {
         "not_finite", "nothing_moved", "chosen_fell", "answers_fell", "pairs_turned", "more_unlearned",
-        "held_out_rose", "fits_training_closer", "ties_hidden",
+        "held_out_rose", "fits_training_closer", "ties_hidden", "ranking_did_not_follow", "few_pairs_lead",
+        "margin_goes_with_length",
     }  # fmt: skip
 
 

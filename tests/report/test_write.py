@@ -12,7 +12,7 @@ import pytest
 
 from lorafocal.errors import InputError
 from lorafocal.report import write
-from lorafocal.report.plots import PANELS, drawable
+from lorafocal.report.panels import PANELS, drawable
 from lorafocal.report.write import write_report
 from tests.written_run import evaluation_line, pairs, training_line, write_run
 
