@@ -50,4 +50,4 @@ def calibration(
     """nll_weight * -log pi(chosen) in nats a token, (B,), of good answers less likely than to the reference."""
     ours, theirs = (average_logps(model, lengths).chosen for model in (policy, reference))
     fell = (theirs > ours) & (scores.chosen >= tau_good)
-    return -nll_weight * fell * ours
+    return -nll_weight * torch.where(fell, ours, 0.0)
