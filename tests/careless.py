@@ -267,6 +267,12 @@ def mean_of_means(metrics: Any, values: Any) -> None:
     metrics.num_pairs += 1
 
 
+def correlation_of_rounding(count: float, x: float, xx: float, y: float, yy: float, xy: float) -> float:
+    """Row 16: what rounding leaves of no variance is taken for some."""
+    product = abs((xx - x * x / count) * (yy - y * y / count))
+    return (xy - x * y / count) / max(product, 1e-300) ** 0.5
+
+
 def table_that_keeps_logits(original: Any) -> Any:
     """Row 38: what evaluation computed is kept until its end, as loops that gather predictions do."""
 

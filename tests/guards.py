@@ -139,6 +139,9 @@ GUARDS: list[Guard] = [
     # what is measured
     Guard("16", "lorafocal.metrics:summed_over_ranks", lambda _: lambda values: values, "tests/test_evaluation_loop.py::test_two_uneven_ranks_log_the_means_and_the_table_of_all_pairs"),
     Guard("16", "lorafocal.metrics:PairMetrics.add", lambda _: careless.mean_of_means, "tests/test_metrics.py::test_accuracies_are_shares_of_pairs_however_they_are_batched"),
+    Guard("16", "lorafocal.metrics:ranks_right", lambda _: lambda logps: logps.chosen >= logps.rejected, "tests/test_metrics.py::test_rankings_and_what_became_of_them_are_shares_of_whole_pairs"),
+    Guard("16", "lorafocal.metrics:_over", lambda _: lambda part, whole: part / max(whole, 1.0), "tests/test_metrics.py::test_shares_of_no_pair_are_left_out_and_not_0"),
+    Guard("16", "lorafocal.metrics:_correlation", lambda _: careless.correlation_of_rounding, "tests/test_metrics.py::test_a_correlation_with_what_does_not_vary_is_left_out"),
     Guard("16", "lorafocal.evaluate.during:first_verdicts", lambda _: careless_during.verdicts_of_the_first_file, "tests/evaluate/test_during.py::test_answers_that_were_judged_otherwise_are_no_beginning"),
     Guard("38", "lorafocal.metrics:PairTable.add", careless.table_that_keeps_logits, "tests/test_evaluation_loop.py::test_evaluation_keeps_scalars_only"),
     # packs: who sees whom, at which position, through which head

@@ -98,6 +98,7 @@ def ranked_pairs(rows: Sequence[Sequence[float]]) -> tuple[PairLogps, PairLogps]
     return PairLogps(*columns[:2]), PairLogps(*columns[2:])
 
 
+@pytest.mark.row("16")
 def test_rankings_and_what_became_of_them_are_shares_of_whole_pairs() -> None:
     rows = [
         [-1.0, -2.0, -1.0, -3.0],  # right before and now, though the margin fell
@@ -117,6 +118,7 @@ def test_rankings_and_what_became_of_them_are_shares_of_whole_pairs() -> None:
     assert found["displacement/rejected"] == pytest.approx((1 + 2.5 + 1 - 1 - 1 + 1 + 1) / 7)
 
 
+@pytest.mark.row("16")
 def test_shares_of_no_pair_are_left_out_and_not_0() -> None:
     right = ranked_pairs([[-1.0, -2.0, -1.0, -3.0]] * 3)
     wrong = ranked_pairs([[-2.0, -1.0, -3.0, -1.0]] * 3)
@@ -148,12 +150,13 @@ def test_the_length_correlation_is_pearsons_of_margin_and_lead_in_tokens() -> No
     assert means_of(along, reference)["rewards/length_correlation"] == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.row("16")
 @pytest.mark.parametrize("margin", [0.0, 0.1, 1e5])
 def test_a_correlation_with_what_does_not_vary_is_left_out(margin: float) -> None:
-    """Of 4096 equal margins the raw moments leave a variance of rounding."""
-    logps = PairLogps(torch.full((4096,), margin / 0.3, dtype=torch.float64), torch.zeros(4096, dtype=torch.float64))
-    nought = PairLogps(torch.zeros(4096), torch.zeros(4096))
-    lengths = torch.arange(8192.0).remainder(77)
+    """Of 4099 equal margins the raw moments leave a variance of rounding."""
+    logps = PairLogps(torch.full((4099,), margin / 0.3, dtype=torch.float64), torch.zeros(4099, dtype=torch.float64))
+    nought = PairLogps(torch.zeros(4099), torch.zeros(4099))
+    lengths = torch.arange(8198.0).remainder(77)
     assert "rewards/length_correlation" not in means_of(logps, nought, lengths)
     policy, reference = twelve_logps()
     assert "rewards/length_correlation" not in means_of(policy, reference, torch.full((24,), 7))
