@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lorafocal.bounds import check_beta
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
+from lorafocal.evaluate.ches import Ches, logps_and_ches
 from lorafocal.generation.subject import Subject, find_subject, speaker_folder
 from lorafocal.lineage import LINEAGE_FILE, lineage_of
+from lorafocal.metrics import answer_columns, measured, weight_columns
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens
 from lorafocal.model.saved import CONFIG_FILE, MAX_LENGTH, reward_scale, tokenization_of
+from lorafocal.objectives import Objective, objective_from
 from lorafocal.objectives.pairwise import PairLogps, rewards
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
@@ -28,6 +34,8 @@ from lorafocal.publish import check_folder_of, write_atomically
 from lorafocal.reference import DisabledAdapterReference
 
 PACKS = PairCollator()
+_WIDEST = len("rewards/accuracies_where_wrong")
+_CHES = ("ches", "ches_normalised")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,8 @@ class PairScore:
     reference_rejected_logps: float | None = None
     chosen_reward: float | None = None
     rejected_reward: float | None = None
+    ches: float | None = None
+    ches_normalised: float | None = None
 
     @property
     def margin(self) -> float | None:
@@ -52,48 +62,66 @@ class PairScore:
         return self.chosen_reward - self.rejected_reward
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "margin": self.margin}
+        """The columns of a table; those of CHES only where it was measured."""
+        columns = {**asdict(self), "margin": self.margin}
+        return {name: value for name, value in columns.items() if value is not None or name not in _CHES}
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreReport:
-    """All pairs of a file under one model; `left_out` counts rows of the file that gave no pair."""
+    """All pairs of a file under one model.
+
+    `left_out` counts rows of the file that gave no pair; `objective` is what the model was trained by, where a pair's
+    margin alone tells what weight it gives the pair.
+    """
 
     target: str
     beta: float | None
     scores: list[PairScore]
     left_out: int = 0
+    objective: Objective | None = None
 
     @property
     def margins(self) -> list[float]:
         return [score.margin for score in self.scores if score.margin is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """Means over pairs under the names of training's log; the pairs themselves are in the table file."""
-        count, margins = len(self.scores), self.margins
-        totals: dict[str, Any] = {
+        """What training logs, under its names; the pairs themselves are in the table file."""
+        return {
             "target": self.target,
-            "pairs": count,
+            "pairs": len(self.scores),
             "left_out": self.left_out,
             "tokens": sum(score.chosen_tokens + score.rejected_tokens for score in self.scores),
-            "logps/chosen": sum(score.chosen_logps for score in self.scores) / count,
-            "logps/rejected": sum(score.rejected_logps for score in self.scores) / count,
             "beta": self.beta,
+            **measured(self._columns()),
+            **self._ches(),
         }
-        if margins:
-            totals |= {
-                "rewards/chosen": sum(score.chosen_reward or 0.0 for score in self.scores) / count,
-                "rewards/rejected": sum(score.rejected_reward or 0.0 for score in self.scores) / count,
-                "rewards/margins": sum(margins) / count,
-                "rewards/accuracies": sum(margin > 0 for margin in margins) / count,
-                "rewards/ties": sum(margin == 0 for margin in margins) / count,
-            }
-        return totals
+
+    def _columns(self) -> dict[str, Tensor]:
+        """What is measured of each pair; rewards only where there are some."""
+        policy = PairLogps(self._column("chosen_logps"), self._column("rejected_logps"))
+        lengths = torch.cat((self._column("chosen_tokens"), self._column("rejected_tokens")))
+        if self.scores[0].reference_chosen_logps is None:
+            return answer_columns(policy)
+        reference = PairLogps(self._column("reference_chosen_logps"), self._column("reference_rejected_logps"))
+        if not self.margins:
+            return answer_columns(policy, reference)
+        chosen, rejected = self._column("chosen_reward"), self._column("rejected_reward")
+        columns = answer_columns(policy, reference, (chosen, rejected), lengths)
+        return columns if self.objective is None else columns | weight_columns(self.objective, chosen - rejected)
+
+    def _column(self, name: str) -> Tensor:
+        return torch.tensor([getattr(score, name) for score in self.scores], dtype=torch.float64)
+
+    def _ches(self) -> dict[str, float]:
+        """Means, where they were asked for."""
+        measured = {name: [getattr(score, name) for score in self.scores] for name in _CHES}
+        return {name: fmean(values) for name, values in measured.items() if None not in values}
 
     def table(self) -> str:
         """The totals, one a line."""
         return "\n".join(
-            f"{key:<20} {value:.6g}" if isinstance(value, float) else f"{key:<20} {value}"
+            f"{key:<{_WIDEST}} {value:.6g}" if isinstance(value, float) else f"{key:<{_WIDEST}} {value}"
             for key, value in self.as_dict().items()
             if value is not None
         )
@@ -113,18 +141,33 @@ def pair_logps(
 ) -> PairLogps:
     """Run `logps` over packs of `pairs`; chosen and rejected, each (B,) fp32 on the CPU, in the order of
     `pairs`."""
+    return PairLogps(*(column.float() for column in _columns(logps, pairs, device=device, collator=collator)))
+
+
+def _columns(
+    score: Callable[[Pack], Iterable[Tensor]],
+    pairs: Sequence[TokenizedPair],
+    *,
+    device: torch.device,
+    collator: PairCollator,
+) -> Iterable[Tensor]:
+    """What `score` says of the B pairs of a pack, some columns of (B,), of all `pairs` in their order; float64."""
     numbered = [replace(pair, id=str(number)) for number, pair in enumerate(pairs)]  # ids of a user may repeat
-    chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
+    rows: list[int] = []
+    columns: list[Tensor] = []
     with torch.no_grad():
         for pack in collator(numbered).packs:
-            rows = [int(number) for number in pack.pair_ids]
-            answer = logps(pack.to(device))
-            chosen[rows], rejected[rows] = answer.chosen.float().cpu(), answer.rejected.float().cpu()
-    return PairLogps(chosen, rejected)
+            rows += [int(number) for number in pack.pair_ids]
+            columns.append(torch.stack([column.double().cpu() for column in score(pack.to(device))]))
+    return torch.cat(columns, dim=1)[:, torch.tensor(rows).argsort()]
 
 
 def pair_scores(
-    pairs: Sequence[TokenizedPair], policy: PairLogps, reference: PairLogps | None, beta: float | None
+    pairs: Sequence[TokenizedPair],
+    policy: PairLogps,
+    reference: PairLogps | None,
+    beta: float | None,
+    ches: Ches | None = None,
 ) -> list[PairScore]:
     """Numbers of `pairs` as rows; rewards only where both a reference and `beta` are known."""
     columns: dict[str, list[float]] = {
@@ -139,6 +182,8 @@ def pair_scores(
     if reference is not None and beta is not None:
         chosen, rejected = rewards(policy, reference, beta=beta)
         columns |= {"chosen_reward": chosen.tolist(), "rejected_reward": rejected.tolist()}
+    if ches is not None:
+        columns |= {"ches": ches.plain.tolist(), "ches_normalised": ches.normalised.tolist()}
     return [
         PairScore(
             id=pair.id,
@@ -157,6 +202,7 @@ def score_file(
     base: str | None = None,
     reference: str | None = None,
     beta: float | None = None,
+    ches: bool = False,
     out: Path | None = None,
 ) -> ScoreReport:
     """Score a file of pairs with a run's adapter or model, an adapter folder, or a model (folder or hub id).
@@ -166,13 +212,14 @@ def score_file(
     adapter's base is, as in a merge. All compute in the dtype they were trained or stored in, an adapter on its base
     quantised as in training. `beta` defaults to that of the training, also of a merged or a wholly trained model, and
     without one there are no rewards. `pairs` holds preference rows or the token ids of a run's `held_out.jsonl`.
-    `out` receives one JSON object a pair.
+    `ches` measures how alike the hidden states of both answers are (`evaluate.ches`). `out` receives one JSON object
+    a pair.
 
     Raises InputError for anything missing or unfit, before any weights are loaded where that can be known.
     """
     if out is not None:
         check_folder_of(out)
-    report = score_pairs(target, pairs, base=base, reference=reference, beta=beta).report
+    report = score_pairs(target, pairs, base=base, reference=reference, beta=beta, ches=ches).report
     if out is not None:
         report.write(out)
     return report
@@ -194,6 +241,7 @@ def score_pairs(
     base: str | None = None,
     reference: str | None = None,
     beta: float | None = None,
+    ches: bool = False,
     check: Callable[[Sequence[TokenizedPair]], object] = len,
 ) -> ScoredPairs:
     """What `score_file` scores, with the pairs themselves; `check` refuses pairs before any weights are loaded."""
@@ -203,10 +251,10 @@ def score_pairs(
     compared = None if reference is None else compared_with(subject, reference, base=base)
     loaded = load_pairs(pairs, subject.tokenizer, **row_settings(subject))
     check(loaded.pairs)
-    policy, own = _logps(subject, loaded.pairs)
-    against = own if compared is None else _logps(compared, loaded.pairs)[0]
+    measured = _measured(subject, loaded.pairs, ches=ches)
+    against = measured.own if compared is None else _measured(compared, loaded.pairs).policy
     beta = _trained_beta(subject) if beta is None else beta
-    scores = pair_scores(loaded.pairs, policy, against, beta)
+    scores = pair_scores(loaded.pairs, measured.policy, against, beta, measured.ches)
     return ScoredPairs(ScoreReport(subject.name, beta, scores, loaded.left_out), loaded.pairs, subject)
 
 
@@ -257,20 +305,22 @@ def row_settings(subject: Subject) -> Mapping[str, Any]:
     return tokenization_of(subject.folder)
 
 
-def _logps(subject: Subject, pairs: Sequence[TokenizedPair]) -> tuple[PairLogps, PairLogps | None]:
-    """Of the subject, and of its own reference, the adapter off, where it was trained against that."""
+class _Measured(NamedTuple):
+    """Of one model: of itself, of its own reference (the adapter off, where it was trained against that), and CHES."""
+
+    policy: PairLogps
+    own: PairLogps | None
+    ches: Ches | None
+
+
+def _measured(subject: Subject, pairs: Sequence[TokenizedPair], *, ches: bool = False) -> _Measured:
     model = subject.load()
-    run = _scorer(model, pairs)
-    reference = run(DisabledAdapterReference(model).logps) if is_its_own_reference(subject) else None
-    return run(partial(sequence_logps, model)), reference
-
-
-def _scorer(
-    model: torch.nn.Module, pairs: Sequence[TokenizedPair]
-) -> Callable[[Callable[[Pack], PairLogps]], PairLogps]:
-    """`pair_logps` of these pairs on this model's device and in a layout it can compute."""
-    collator = prepared(model, pairs)
-    return partial(pair_logps, pairs=pairs, device=next(model.parameters()).device, collator=collator)
+    packs: dict[str, Any] = {"device": next(model.parameters()).device, "collator": prepared(model, pairs)}
+    own = pair_logps(DisabledAdapterReference(model).logps, pairs, **packs) if is_its_own_reference(subject) else None
+    if not ches:
+        return _Measured(pair_logps(partial(sequence_logps, model), pairs, **packs), own, None)
+    chosen, rejected, *scores = _columns(lambda pack: chain(*logps_and_ches(model, pack)), pairs, **packs)
+    return _Measured(PairLogps(chosen.float(), rejected.float()), own, Ches(*scores))
 
 
 def prepared(model: torch.nn.Module, pairs: Sequence[TokenizedPair]) -> PairCollator:
