@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorafocal.data.packing import Pack, scores_of
+from lorafocal.data.packing import Pack, check_scores, scores_of
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import compared_with, is_its_own_reference, prepared, row_settings
@@ -17,7 +18,7 @@ from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.lineage import lineage_of
 from lorafocal.model.adapters import AdapterSwitch
 from lorafocal.model.saved import run_of
-from lorafocal.objectives import PARAMETERS, Objective, PairLogps, build_objective
+from lorafocal.objectives import Objective, PairLogps, objective_from
 from lorafocal.policy import token_logps
 from lorafocal.publish import check_folder_of, write_atomically
 from lorafocal.report.explanation import Answer, Explanation, Token, Weighing
@@ -54,6 +55,8 @@ def explain(
     objective = _objective(subject)
     scored = objective is not None and objective.entry.scores
     found = find_pair(pair_id, subject, pairs, row_settings(subject), scored=scored)
+    if scored:
+        check_scores([found.pair], found.place)
     explanation = _explanation(subject, compared, objective, found)
     if out is not None:
         write_explanation(explanation, out)
@@ -71,13 +74,13 @@ def write_explanation(explanation: Explanation, path: Path) -> None:
 def _check_starts_at_its_base(subject: Subject) -> None:
     """Refuse what was not trained from its bare base: with the adapter off it would be compared with another model."""
     lineage = None if subject.folder is None else lineage_of(subject.folder)
-    fresh = lineage is None or (lineage.start is None and lineage.reference in (None, "cached"))
-    if subject.saved is not None and (is_its_own_reference(subject) or fresh):
+    free = lineage is not None and lineage.start is None and lineage.reference is None  # of any reference
+    if subject.saved is not None and (is_its_own_reference(subject) or free):
         return
-    trained = "" if lineage is None or lineage.reference is None else f" (it was trained against: {lineage.reference})"
+    against = "" if lineage is None or lineage.reference is None else f" with `reference.kind: {lineage.reference}`,"
     raise InputError(
-        f"{subject.name} was not trained from its bare base{trained}: name by --reference ADAPTER_OR_MODEL what it is"
-        " to be compared with"
+        f"{subject.name} was trained{against} not against its bare base: name by --reference ADAPTER_OR_MODEL what it"
+        " was compared with then"
     )
 
 
@@ -86,8 +89,7 @@ def _objective(subject: Subject) -> Objective | None:
     lineage = None if subject.folder is None else lineage_of(subject.folder)
     if lineage is None or lineage.objective is None:
         return None
-    given = {key: lineage.objective[key] for key in PARAMETERS.keys() & lineage.objective.keys()}
-    return build_objective(str(lineage.objective.get("name")), **given)
+    return objective_from(lineage.objective)
 
 
 # ---- scores
@@ -97,70 +99,83 @@ def _explanation(
     subject: Subject, compared: Subject | None, objective: Objective | None, found: FoundPair
 ) -> Explanation:
     pair, tokenizer = found.pair, subject.tokenizer
-    policy, own = _token_logps(subject, pair, adapter_off=compared is None)
-    reference = own if compared is None else _token_logps(compared, pair, adapter_off=False)[0]
+    scored = _scored(subject, pair, with_base=compared is None)
+    policy, reference = scored if compared is None else (*scored, *_scored(compared, pair, with_base=False))
     ends = subject.ends
     ids = (pair.chosen_ids, pair.rejected_ids)
-    sides = zip(ids, policy.split([*map(len, ids)]), reference.split([*map(len, ids)]), strict=True)
     chosen, rejected = (
-        Answer(
-            tuple(map(Token, token_texts(tokenizer, side, before=pair.prompt_ids), ours.tolist(), theirs.tolist())),
-            side[-1] in ends,
-        )
-        for side, ours, theirs in sides
+        Answer(tuple(map(Token, token_texts(tokenizer, side, before=pair.prompt_ids), *values)), side[-1] in ends)
+        for side, *values in zip(ids, policy.of_answers(), reference.of_answers(), strict=True)
     )
     return Explanation(
         id=pair.id,
         place=found.place,
         policy_name=subject.name,
         reference_name=OWN_BASE if compared is None else compared.name,
-        objective=None if objective is None else {"name": objective.name, **objective.parameters},
+        objective=None if objective is None else objective.as_dict(),
         prompt=token_texts(tokenizer, pair.prompt_ids),
         chosen=chosen,
         rejected=rejected,
         shared_start=_shared_start(*ids),
-        weighing=None if objective is None else weighing(objective, pair, chosen, rejected),
+        weighing=None if objective is None else weighing(objective, pair, chosen, rejected, policy.collisions),
         history=tuple(_history(subject, pair.id)) if found.of_the_run else (),
         notes=found.notes,
     )
 
 
-def _token_logps(subject: Subject, pair: TokenizedPair, *, adapter_off: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of the chosen answer's tokens, then the rejected one's, (C + R,) float64: of the subject, and where
-    asked of its base."""
+class _Scored(NamedTuple):
+    """A pair under one model: the chosen answer's tokens, then the rejected one's, float64."""
+
+    logps: Tensor  # (C + R,) nats
+    collisions: Tensor  # (2,) log sum_v pi_v^2 summed over each answer's tokens, nats
+    lengths: Sequence[int]
+
+    def of_answers(self) -> list[list[float]]:
+        return [side.tolist() for side in self.logps.split(list(self.lengths))]
+
+
+def _scored(subject: Subject, pair: TokenizedPair, *, with_base: bool) -> list[_Scored]:
+    """Under the subject, and where asked under its base, the adapter off."""
     model = subject.load()
     [pack] = prepared(model, [pair])([pair]).packs
     pack = pack.to(next(model.parameters()).device)
-    ours = _scored(model, pack)
-    if not adapter_off:
-        return ours, None
-    with AdapterSwitch(model).off():
-        return ours, _scored(model, pack)
+    found = [_under(model, pack)]
+    if with_base:
+        with AdapterSwitch(model).off():
+            found.append(_under(model, pack))
+    return found
 
 
 @torch.no_grad()
-def _scored(model: nn.Module, pack: Pack) -> Tensor:
-    return token_logps(model, pack).double().cpu()
+def _under(model: nn.Module, pack: Pack) -> _Scored:
+    collisions = torch.empty(len(pack.index.labels), dtype=torch.float64, device=pack.input_ids.device)
+    logps = token_logps(model, pack, collisions).double().cpu()
+    lengths = pack.index.lengths.tolist()
+    return _Scored(logps, torch.stack([side.sum() for side in collisions.cpu().split(lengths)]), lengths)
 
 
-def weighing(objective: Objective, pair: TokenizedPair, chosen: Answer, rejected: Answer) -> Weighing | None:
-    """What the objective makes of a pair alone; None where a pair's loss depends on the others of its step."""
+def weighing(
+    objective: Objective, pair: TokenizedPair, chosen: Answer, rejected: Answer, collisions: Tensor
+) -> Weighing | None:
+    """What the objective makes of a pair alone; None where a pair's loss depends on the others of its step.
+
+    `collisions` (2,) are the policy's, log sum_v pi_v^2 summed over each answer's tokens.
+    """
     if objective.entry.statistics is not None:
         return None
     policy, reference = (
         PairLogps(*(torch.tensor([getattr(side, name)], dtype=torch.float64) for side in (chosen, rejected)))
         for name in ("policy", "reference")
     )
-    scores = scores_of([pair])
     lengths = torch.tensor([len(chosen.tokens), len(rejected.tokens)])
-    losses = objective(policy, reference, lengths, scores=scores)
+    losses = objective(policy, reference, lengths, scores=scores_of([pair]), collisions=collisions)
     log_odds = losses.log_odds
     return Weighing(
         loss=losses.losses.item(),
         chosen_reward=_number(losses.chosen_rewards),
         rejected_reward=_number(losses.rejected_rewards),
         log_odds=_number(log_odds),
-        weight=None if log_odds is None else objective.weights(log_odds, scores).item(),
+        weight=None if log_odds is None else objective.weights(log_odds, *losses.constants).item(),
     )
 
 

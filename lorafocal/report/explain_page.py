@@ -9,7 +9,7 @@ from lorafocal.data.places import printable
 from lorafocal.report import html
 from lorafocal.report.explain_text import weights
 from lorafocal.report.explain_words import findings, largest
-from lorafocal.report.explanation import Explanation, Token, full_colour, parts
+from lorafocal.report.explanation import Explanation, Token, full_colour, parts, signed
 
 LARGEST = 10  # tokens listed of each answer
 WIDTH, HEIGHT, EDGE = 640, 220, 40  # of the picture, in its own units
@@ -55,11 +55,9 @@ def explain_page(explanation: Explanation) -> str:
 
 
 def _about(explanation: Explanation) -> str:
-    objective = explanation.objective
-    said = "not known" if objective is None else " ".join(f"{key} {value}" for key, value in objective.items())
     return printable(
         f"{explanation.place}. {explanation.policy_name}, compared with {explanation.reference_name}."
-        f" Objective: {said.removeprefix('name ')}."
+        f" Objective: {explanation.objective_text}."
     )
 
 
@@ -74,8 +72,8 @@ def _numbers(explanation: Explanation) -> str:
     ]
     if weighing is not None and weighing.chosen_reward is not None and weighing.rejected_reward is not None:
         lines.append(("reward", weighing.chosen_reward, weighing.rejected_reward))
-    table = [("tokens", *map(str, counts), f"{counts[0] - counts[1]:+d}")]
-    table += [(name, f"{ours:+.4f}", f"{theirs:+.4f}", f"{ours - theirs:+.4f}") for name, ours, theirs in lines]
+    table = [("tokens", *map(str, counts), str(counts[0] - counts[1]))]
+    table += [(name, signed(ours), signed(theirs), signed(ours - theirs)) for name, ours, theirs in lines]
     return html.table(["", "chosen", "rejected", "difference"], table)
 
 
@@ -171,10 +169,10 @@ def _parts(explanation: Explanation) -> str:
         (
             part.name,
             str(part.chosen_tokens),
-            f"{part.chosen:+.4f}",
+            signed(part.chosen),
             str(part.rejected_tokens),
-            f"{part.rejected:+.4f}",
-            f"{part.chosen - part.rejected:+.4f}",
+            signed(part.rejected),
+            signed(part.chosen - part.rejected),
         )
         for part in parts(explanation)
     ]
@@ -182,7 +180,7 @@ def _parts(explanation: Explanation) -> str:
 
 
 def _history(explanation: Explanation) -> str:
-    rows = [(str(step), f"{difference:+.4f}") for step, difference in explanation.history]
+    rows = [(str(step), signed(difference)) for step, difference in explanation.history]
     return html.table(["step", "chosen minus rejected log-ratio, nats"], rows)
 
 
@@ -201,7 +199,7 @@ def _token_table(tokens: Sequence[tuple[int, Token]], caption: str) -> str:
             printable(token.text) or "(part of a character)",
             f"{token.policy:.4f}",
             f"{token.reference:.4f}",
-            f"{token.logratio:+.4f}",
+            signed(token.logratio),
         )
         for place, token in tokens
     ]

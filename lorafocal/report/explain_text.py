@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lorafocal.data.places import printable
 from lorafocal.report.explain_words import findings, largest
-from lorafocal.report.explanation import Answer, Explanation, Gap, Token, folded, full_colour, parts
+from lorafocal.report.explanation import Answer, Explanation, Gap, Token, folded, full_colour, parts, signed
 
 ROWS, COLOURED, BLOCK = 40, 600, 25  # tokens shown of an answer: as rows, in colour and then in blocks of so many
 PROMPT = 2000  # characters
@@ -67,10 +67,8 @@ def _titled(title: str, below: RenderableType) -> Iterator[RenderableType]:
 
 def _head(explanation: Explanation) -> Iterator[RenderableType]:
     yield Text(printable(f"pair {explanation.id}"), style="bold")
-    objective = explanation.objective
-    said = "not known" if objective is None else " ".join(f"{key} {value}" for key, value in objective.items())
     yield Text(printable(f"{explanation.place}; {explanation.policy_name} against {explanation.reference_name}"))
-    yield Text(printable(f"objective: {said.removeprefix('name ')}"))
+    yield Text(printable(f"objective: {explanation.objective_text}"))
     yield ""
 
 
@@ -82,7 +80,7 @@ def numbers(explanation: Explanation) -> Table:
         "tokens",
         str(len(chosen.tokens)),
         str(len(rejected.tokens)),
-        f"{len(chosen.tokens) - len(rejected.tokens):+d}",
+        str(len(chosen.tokens) - len(rejected.tokens)),
     )
     lines = [
         ("log pi, nats", chosen.policy, rejected.policy),
@@ -92,7 +90,7 @@ def numbers(explanation: Explanation) -> Table:
     if weighing is not None and weighing.chosen_reward is not None and weighing.rejected_reward is not None:
         lines.append(("reward", weighing.chosen_reward, weighing.rejected_reward))
     for name, ours, theirs in lines:
-        table.add_row(name, f"{ours:+.4f}", f"{theirs:+.4f}", f"{ours - theirs:+.4f}")
+        table.add_row(name, signed(ours), signed(theirs), signed(ours - theirs))
     for name, value in weights(explanation):
         table.add_row(name, "", "", value)
     return table
@@ -145,17 +143,17 @@ def rows(answer: Answer, full: float) -> Table:
         if isinstance(piece, Gap):
             number += piece.tokens
             total += piece.logratio
-            table.add_row("...", "", "", f"{piece.logratio:+.4f}", f"{total:+.4f}", "", f"({piece.tokens} tokens)")
+            table.add_row("...", "", "", signed(piece.logratio), signed(total), "", f"({piece.tokens} tokens)")
             continue
         token = answer.tokens[piece]
         number += 1
         total += token.logratio
-        table.add_row(str(number), *_row(token), f"{total:+.4f}", bar(token, full), spelled(token))
+        table.add_row(str(number), *_row(token), signed(total), bar(token, full), spelled(token))
     return table
 
 
 def _row(token: Token) -> tuple[str, str, str]:
-    return f"{token.policy:.4f}", f"{token.reference:.4f}", f"{token.logratio:+.4f}"
+    return f"{token.policy:.4f}", f"{token.reference:.4f}", signed(token.logratio)
 
 
 def bar(token: Token, full: float) -> str:
@@ -210,21 +208,21 @@ def _places(explanation: Explanation) -> Table:
         table.add_row(
             part.name,
             str(part.chosen_tokens),
-            f"{part.chosen:+.4f}",
+            signed(part.chosen),
             str(part.rejected_tokens),
-            f"{part.rejected:+.4f}",
-            f"{part.chosen - part.rejected:+.4f}",
+            signed(part.rejected),
+            signed(part.chosen - part.rejected),
         )
     for name, place in (("its first token", 0), ("its last token", -1)):
         ends = [answer.tokens[place].logratio for answer in (explanation.chosen, explanation.rejected)]
-        table.add_row(name, "1", f"{ends[0]:+.4f}", "1", f"{ends[1]:+.4f}", f"{ends[0] - ends[1]:+.4f}")
+        table.add_row(name, "1", signed(ends[0]), "1", signed(ends[1]), signed(ends[0] - ends[1]))
     return table
 
 
 def _history(explanation: Explanation) -> Table:
     table = _table("step", "difference")
     for step, difference in explanation.history:
-        table.add_row(str(step), f"{difference:+.4f}")
+        table.add_row(str(step), signed(difference))
     return table
 
 

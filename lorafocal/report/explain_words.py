@@ -31,6 +31,8 @@ def _ranking(explanation: Explanation) -> Iterator[str]:
         yield f"Ranked {how}: the chosen answer is preferred with p = {weighing.p:.3g}."
     before = explanation.chosen.reference - explanation.rejected.reference
     after = explanation.chosen.policy - explanation.rejected.policy
+    if 0 in (before, after):
+        return
     which = {
         (True, True): "The chosen answer was the likelier one before training, and still is",
         (True, False): "A flip: the chosen answer was the likelier one before training, and is not any more",

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from lorafocal.objectives.factor import in_words
+
 QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
 
 
@@ -116,6 +118,11 @@ class Explanation:
     def logratio_difference(self) -> float:
         """Chosen minus rejected log-ratio, nats."""
         return self.chosen.logratio - self.rejected.logratio
+
+    @property
+    def objective_text(self) -> str:
+        """The objective's name, parameters, factor and guard in one line."""
+        return "not known" if self.objective is None else in_words(self.objective)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a program, every token among them."""
@@ -231,6 +238,11 @@ def _part(name: str, chosen: Sequence[float], rejected: Sequence[float]) -> Part
 def _split(values: Sequence[float]) -> list[Sequence[float]]:
     bounds = [round(len(values) * part / len(QUARTERS)) for part in range(len(QUARTERS) + 1)]
     return [values[start:end] for start, end in pairwise(bounds)]
+
+
+def signed(value: float) -> str:
+    """A number of nats or rewards with its sign; what rounds to 0 has none."""
+    return f"{value:+.4f}" if abs(value) >= 5e-5 else "0.0000"
 
 
 def _sigmoid(value: float) -> float:
