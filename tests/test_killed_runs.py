@@ -146,21 +146,26 @@ def writing(name: str) -> Callable[..., bool]:
     return lambda _, path: path.name == name
 
 
-POINTS: dict[str, Prepare] = {
-    "before the first step": at(FocalPOTrainer, "training_step"),
-    "in step 5, before the third pack": at(FocalPOTrainer, "_pack_loss", in_step(5), call=3),
-    "after the optimiser's sixth step, before the save": at(FocalPOTrainer, "_save_checkpoint", after_step(6)),
-    "in the second save, before the optimiser": at(
-        lorafocal.shard_files, "save_file", writing("optimizer.safetensors"), call=2
-    ),
-    "in the second save, before it is renamed": at(Path, "replace", onto("checkpoint-4")),
-    "in the second save, renamed but not synced": at(Path, "replace", onto("checkpoint-4"), after=True),
-    "after the third save, before the rotation": at(lorafocal.saving, "rotate", call=3),
-    "in the rotation, with the oldest half removed": at(Path, "replace", onto(".checkpoint-2."), after=True),
-    "between the last step and the last evaluation": at(FocalPOTrainer, "evaluation_loop", call=EPOCHS),
-    "before the finished adapter is renamed": at(
-        Path, "replace", lambda _, to: Path(to).name == "adapter" and Path(to).parent.name == "toy"
-    ),
+# Two runs, and where one process after the other dies in them; each counts calls of its own.
+DEATHS: dict[str, dict[str, Prepare]] = {
+    "early": {
+        "before the first step": at(FocalPOTrainer, "training_step"),
+        "in the second save, before the optimiser": at(
+            lorafocal.shard_files, "save_file", writing("optimizer.safetensors"), call=2
+        ),
+        "in the second save, before it is renamed": at(Path, "replace", onto("checkpoint-4")),
+        "in the second save, renamed but not synced": at(Path, "replace", onto("checkpoint-4"), after=True),
+        "in step 5, before the third pack": at(FocalPOTrainer, "_pack_loss", in_step(5), call=3),
+    },
+    "late": {
+        "after the optimiser's sixth step, before the save": at(FocalPOTrainer, "_save_checkpoint", after_step(6)),
+        "after the third save, before the rotation": at(lorafocal.saving, "rotate"),
+        "in the rotation, with the oldest half removed": at(Path, "replace", onto(".checkpoint-2."), after=True),
+        "between the last step and the last evaluation": at(FocalPOTrainer, "evaluation_loop", after_step(STEPS)),
+        "before the finished adapter is renamed": at(
+            Path, "replace", lambda _, to: Path(to).name == "adapter" and Path(to).parent.name == "toy"
+        ),
+    },
 }
 
 
@@ -245,26 +250,15 @@ def test_left_alone_it_sees_every_pair_once_an_epoch_in_another_order(unbroken: 
 
 
 @pytest.mark.row("55", "56", "F9")
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_once_and_resumed_it_ends_with_the_same_bits(
-    point: str, root: Path, unbroken: Outcome, tmp_path: Path
+@pytest.mark.parametrize("deaths", DEATHS)
+def test_killed_at_every_point_and_resumed_it_ends_with_the_same_bits(
+    deaths: str, root: Path, unbroken: Outcome, tmp_path: Path
 ) -> None:
-    command = ("train", root / "toy.yaml", "--runs", tmp_path / "runs")
-    killed = lorafocal_command(*command, prepare=POINTS[point])
-    assert killed.code == -signal.SIGKILL, killed.output
-    resumed = lorafocal_command(*command, "--resume")
-    assert resumed.code == 0, resumed.output
-    assert outcome(tmp_path / "runs") == unbroken
-
-
-@pytest.mark.row("55", "F9")
-def test_killed_again_and_again_it_ends_with_the_same_bits(root: Path, unbroken: Outcome, tmp_path: Path) -> None:
+    """Each process goes on from what the one before has left, until the next death."""
     command = ["train", root / "toy.yaml", "--runs", tmp_path / "runs"]
-    deaths = ("in the second save, renamed but not synced", "in step 5, before the third pack")
-    deaths += ("after the optimiser's sixth step, before the save", "before the finished adapter is renamed")
-    for point in deaths:
-        killed = lorafocal_command(*command, prepare=POINTS[point])
-        assert killed.code == -signal.SIGKILL, killed.output
+    for point, prepare in DEATHS[deaths].items():
+        killed = lorafocal_command(*command, prepare=prepare)
+        assert killed.code == -signal.SIGKILL, (point, killed.output)
         command = [*command[:4], "--resume"]
     resumed = lorafocal_command(*command)
     assert resumed.code == 0, resumed.output
