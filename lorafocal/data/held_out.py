@@ -4,14 +4,14 @@ tokens."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafocal.data.sources import read_preferences
+from lorafocal.data.sources import Preference, read_preferences
 from lorafocal.data.templates import is_conversation
 from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
 from lorafocal.errors import InputError
@@ -46,10 +46,14 @@ def read_held_out(path: Path) -> list[TokenizedPair]:
 
 @dataclass(frozen=True, slots=True)
 class LoadedPairs:
-    """Pairs of a file in order, and how many of its rows were left out: malformed, or dropped by a rule of tokens."""
+    """Pairs of a file in order, and how many of its rows were left out: malformed, or dropped by a rule of tokens.
+
+    `rows` are those that were read; none of a file of token ids.
+    """
 
     pairs: list[TokenizedPair]
     left_out: int = 0
+    rows: Sequence[Preference] = ()
 
 
 def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, **tokenization: Any) -> LoadedPairs:
@@ -67,7 +71,7 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, **tokenization: A
         if not any(map(is_conversation, read.pairs)):
             tokenization.pop("chat_template_kwargs", None)  # plain rows beside a run of conversations
         pairs = tokenize_preferences(read.pairs, tokenizer, **tokenization).pairs
-        loaded = LoadedPairs(pairs, len(read.bad_rows) + len(read.pairs) - len(pairs))
+        loaded = LoadedPairs(pairs, len(read.bad_rows) + len(read.pairs) - len(pairs), read.pairs)
     vocabulary = len(tokenizer)
     for pair in loaded.pairs:
         highest = max(max(getattr(pair, side)) for side in _SIDES)

@@ -134,11 +134,16 @@ def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable
     except ValueError as error:
         raise InputError(f"{folder}: the adapter does not fit {type(base).__name__}: {error}") from error
     _check_places(folder, policy)
+    exchange_adapter(policy, folder)
+    return policy
+
+
+def exchange_adapter(policy: PeftModel, folder: Path) -> None:
+    """Give `policy` the values of another adapter of the same configuration, in place; strict both ways (row 53)."""
     stored = _read_tensors(folder / WEIGHTS_FILE)
     expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
     _check_tensors(folder / WEIGHTS_FILE, stored, expected)
     set_peft_model_state_dict(policy, stored)
-    return policy
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

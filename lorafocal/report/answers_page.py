@@ -15,7 +15,7 @@ from lorafocal.report import html
 from lorafocal.report.answers import Entry, SideBySide, Verdict, side_by_side
 
 _SCRIPT = Path(__file__).with_name("answers.js")
-_STYLE = """
+STYLE = """
 body { max-width: none; padding-top: 0; }
 form { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center;
   padding: .6rem 0; background: var(--back); border-bottom: 1px solid var(--line); }
@@ -95,7 +95,7 @@ def answers_page(shown: SideBySide) -> str:
     entries = (_article(number, entry, shown) for number, entry in enumerate(shown.entries, start=1))
     body = [f"<h1>{escape(title)}</h1>", notes, keys, _filters(shown), *entries]
     script = _SCRIPT.read_text(encoding="utf-8")
-    return html.document(title, "\n".join(part for part in body if part), style=_STYLE, script=script)
+    return html.document(title, "\n".join(part for part in body if part), style=STYLE, script=script)
 
 
 def _filters(shown: SideBySide) -> str:
