@@ -22,6 +22,7 @@ from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import disturb, lora, pairs, relative_difference, tiny_base, tiny_policy, trainer
 
 STEPS = 4
+TRAIN, HELD_OUT = pairs(12), pairs(4, seed=2)
 ROUNDED = 2.0**-24  # relative: fp32
 
 
@@ -35,7 +36,7 @@ def cached(folder: Path, *, compute: bool = True, **settings) -> FocalPOTrainer:
 
 
 def live(folder: Path, **settings) -> FocalPOTrainer:
-    train, held_out = settings.pop("train", pairs(20)), settings.pop("held_out", pairs(6, seed=2))
+    train, held_out = settings.pop("train", TRAIN), settings.pop("held_out", HELD_OUT)
     return trainer(folder, train, held_out, **({"max_steps": STEPS} | settings))
 
 
@@ -61,7 +62,7 @@ def test_a_separate_model_is_let_go_once_it_is_looked_up(tmp_path):
     assert not any(weight() is not None for weight in weights)
     run.train()
     run.evaluate()
-    assert run.evaluate(pairs(6, seed=2)[:3])["eval_loss"] > 0
+    assert run.evaluate(HELD_OUT[:3])["eval_loss"] > 0
     with pytest.raises(InputError, match="was let go"):
         run.cache_reference()
 
@@ -100,7 +101,7 @@ def test_training_and_evaluation_run_no_reference_forward(tmp_path, model):
     run.train()
     assert count.packs >= STEPS
     assert count.forwards == count.packs
-    evaluated = len(run.data_collator(pairs(6, seed=2)).packs)
+    evaluated = len(run.data_collator(HELD_OUT).packs)
     count.reset()
     run.evaluate()
     assert count.forwards == evaluated
@@ -108,10 +109,8 @@ def test_training_and_evaluation_run_no_reference_forward(tmp_path, model):
 
 STARTS = {
     "fresh": ("disabled_adapter", dict),
-    "continued": ("frozen_copy", lambda: {"model": tiny_policy()}),
-    "dora": ("disabled_adapter", lambda: {"peft_config": lora(use_dora=True)}),
-    "padded": ("disabled_adapter", lambda: {"layout": "padded"}),
-    "sliding window": ("frozen_copy", lambda: {"model": tiny_policy("mistral")}),
+    "dora, padded": ("disabled_adapter", lambda: {"peft_config": lora(use_dora=True), "layout": "padded"}),
+    "continued, sliding window": ("frozen_copy", lambda: {"model": tiny_policy("mistral")}),
     "separate": (
         "separate_model",
         lambda: {"ref_model": disturb(tiny_policy(), scale=0.02), "identity_probe": False},
@@ -200,7 +199,7 @@ def test_quantised_bases_have_entries_of_their_own(tmp_path, word):
 def test_runs_of_a_sweep_share_the_store(tmp_path):
     cached(tmp_path)
     for settings in ({"seed": 5}, {"learning_rate": 1e-3}, {"peft_config": lora(r=2)}, {"gamma": 0.1}):
-        run = cached(tmp_path, compute=False, **settings)
+        run = cached(tmp_path, compute=False, max_steps=1, **settings)
         assert run.cache_reference().computed == 0
         run.train()
     assert len(list((tmp_path / "references").iterdir())) == 1
@@ -208,9 +207,9 @@ def test_runs_of_a_sweep_share_the_store(tmp_path):
 
 @pytest.mark.row("35")
 def test_what_is_missing_is_refused_before_the_first_step(tmp_path):
-    cached(tmp_path, train=pairs(20)[:19])
+    cached(tmp_path, train=TRAIN[:-1])
     run = cached(tmp_path, compute=False)
-    with pytest.raises(InputError, match=r"2 of 52 .*missing.*pair 'pair-19'.*lorafocal cache-reference"):
+    with pytest.raises(InputError, match=r"2 of 32 .*missing.*pair 'pair-11'.*lorafocal cache-reference"):
         run.train()
     assert run.state.global_step == 0
     with pytest.raises(InputError, match="missing"):

@@ -51,14 +51,12 @@ def trained(folder, base, quantization, **adapter):
     return run, before, seen.steps, held
 
 
-ADAPTERS = {
-    "lora": {},
-    "dora": {"use_dora": True},
-    "head": {"modules_to_save": ["lm_head"]},
-    "embeddings": {"modules_to_save": ["embed_tokens"]},
-    "norms": {"modules_to_save": ["norm"]},
-    "tokens": {"trainable_token_indices": [OFTEN, NEVER]},
-}
+ADAPTERS = {  # every kind of tensor that is trained, in adapters of several kinds
+    "lora, head and embeddings": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "dora, norm and tokens": {
+        "use_dora": True, "modules_to_save": ["norm"], "trainable_token_indices": [OFTEN, NEVER]
+    },
+}  # fmt: skip
 
 
 @pytest.mark.row("2", "39")
