@@ -15,8 +15,9 @@ from lorafocal.errors import InputError
 LINEAGE_FILE = "lorafocal.json"
 # 2: a base may have been quantised in training, which a reader of 1 would take for a float one.
 # 3: a stage may have trained every weight, which a reader of 2 would take for an adapter. Written where one did.
-FORMAT, FORMAT_OF_FULL = 2, 3
-READ_FORMATS = (1, FORMAT, FORMAT_OF_FULL)
+# 4: an objective may have a focal factor or a guard, which a reader of 3 would leave out. Written where one has.
+FORMAT, FORMAT_OF_FULL, FORMAT_OF_FACTOR = 2, 3, 4
+READ_FORMATS = (1, FORMAT, FORMAT_OF_FULL, FORMAT_OF_FACTOR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class Lineage:
         version = self.lorafocal or installed_version()
         start = self.start
         return {
-            "format": FORMAT_OF_FULL if any(stage.how == FULL for stage in self.parents) else FORMAT,
+            "format": self._format(),
             "lorafocal": version,
             "base": asdict(self.base),
             "quantization": self.quantization,
@@ -149,6 +150,13 @@ class Lineage:
             "steps": self.steps,
             "pairs_seen": self.pairs_seen,
         }
+
+    def _format(self) -> int:
+        """The lowest whose readers understand all of this."""
+        objectives = [self.objective, *(stage.objective for stage in self.parents)]
+        if any("focal" in objective or "guard" in objective for objective in objectives if objective):
+            return FORMAT_OF_FACTOR
+        return FORMAT_OF_FULL if any(stage.how == FULL for stage in self.parents) else FORMAT
 
     def write(self, folder: Path) -> None:
         """Write `lorafocal.json` into `folder`."""
@@ -169,7 +177,7 @@ def lineage_of(folder: Path) -> Lineage | None:
         found = record["format"]
         if found not in READ_FORMATS:
             raise InputError(
-                f"{path}: format {found!r}; only 1 to {FORMAT_OF_FULL} are read. Use the version that wrote it."
+                f"{path}: format {found!r}; only 1 to {FORMAT_OF_FACTOR} are read. Use the version that wrote it."
             )
         if (held := record.get("quantization")) not in (None, *QUANTIZED):
             raise InputError(

@@ -77,7 +77,7 @@ def test_no_lineage_is_not_an_error_but_a_broken_one_is(tmp_path: Path) -> None:
         "{",
         "[]",
         "{}",
-        json.dumps(LINEAGE.as_dict() | {"format": 4}),
+        json.dumps(LINEAGE.as_dict() | {"format": 5}),
         json.dumps({"format": 1, "base": {}}),
     ):
         (tmp_path / LINEAGE_FILE).write_text(broken)
@@ -100,6 +100,17 @@ def test_the_adapter_s_card_names_base_objective_and_numbers() -> None:
     ):
         assert expected in card
     assert "No held-out numbers" in adapter_card(LINEAGE)
+
+
+def test_a_factor_and_a_guard_are_in_the_card_and_no_older_reader_leaves_them_out(tmp_path: Path) -> None:
+    objective = {"name": "simpo", "beta": 2.0, "focal": {"form": "p_gamma", "gamma": 0.05}, "guard": "clip"}
+    made = replace(LINEAGE, objective=objective)
+    assert "| objective | simpo (beta 2, p_gamma 0.05, guard clip) |" in adapter_card(made)
+    made.write(tmp_path)
+    assert json.loads((tmp_path / LINEAGE_FILE).read_text())["format"] == 4
+    assert lineage_of(tmp_path).objective == objective
+    merged = replace(LINEAGE, parents=(made.stage("adapter", "ab" * 32, "merged"),))
+    assert merged.as_dict()["format"] == 4
 
 
 def test_a_local_base_is_not_passed_off_as_a_hub_id() -> None:

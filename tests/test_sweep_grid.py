@@ -133,6 +133,19 @@ def test_a_grid_has_an_end(config: Path) -> None:
         Grid.read(config, [f"training.seed={seeds}", f"training.data_seed={seeds}"])
 
 
+def test_a_factor_around_the_loss_is_an_axis(config: Path) -> None:
+    plain = ["objective={name: dpo, beta: 0.1}"]
+    grid = Grid.read(config, ["objective.focal.gamma=0,0.05", "objective.focal.form=p_gamma,hard"], plain)
+    assert [planned.config.objective.model_dump()["focal"] for planned in grid.points] == [
+        {"form": form, "gamma": gamma} for gamma in (0.0, 0.05) for form in ("p_gamma", "hard")
+    ]
+    assert len({planned.point.slug for planned in grid.points}) == 4
+    with pytest.raises(InputError, match=r"objective\.focal: focalpo has a factor of its own.*\(2 of 2 points\)"):
+        Grid.read(config, ["objective.focal.gamma=0,0.05"], ["objective={name: focalpo, beta: 0.1}"])
+    with pytest.raises(InputError, match=r"objective\.focal\.gamma: gamma is 2.*\(1 of 2 points\)"):
+        Grid.read(config, ["objective.focal.gamma=0.05,2"], plain)
+
+
 def test_held_out_pairs_are_needed(root: Path) -> None:
     with pytest.raises(InputError, match=r"chooses by held-out pairs, and there are none: give data\.held_out=0\.05"):
         Grid.read(write_config(root, "blind.yaml", data__eval=None), [RATES])

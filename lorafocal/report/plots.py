@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from lorafocal.objectives import Objective
+from lorafocal.objectives.factor import in_words
 from lorafocal.objectives.pairwise import dpo_weight
 from lorafocal.report.numbers import first_middle_last, own_weights, table_margins
 from lorafocal.report.panels import Panel, drawable
@@ -125,8 +126,8 @@ def _draw_weights(axes: Axes, own: Objective | None, low: float, high: float, th
     axes.plot(margin, dpo_weight(margin), "--", color=theme.soft, linewidth=1.6, label="DPO")
     if own is not None:
         weight = own.weights(margin)
-        words = [own.name, *(f"{key} {value:g}" for key, value in own.parameters.items() if key != "beta")]
-        axes.plot(margin, weight, color=theme.text, linewidth=1.8, label=", ".join(words))
+        shape = {key: value for key, value in own.as_dict().items() if key != "beta"}  # which the margin has in it
+        axes.plot(margin, weight, color=theme.text, linewidth=1.8, label=in_words(shape))
         axes.set_ylim(min(-0.03, float(weight.min()) - 0.03), 1.05)
     else:
         axes.set_ylim(-0.03, 1.05)

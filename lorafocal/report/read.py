@@ -102,6 +102,11 @@ def read_run(folder: Path, name: str) -> RunRecord:
     tables = _read_tables(folder, notes)
     if tables and objective is None:
         notes.append("beta is unknown: margins and gradient weights of single pairs cannot be computed.")
+    elif tables and objective is not None and not objective.entry.implicit_rewards:
+        notes.append(
+            f"{objective.name} does not rank pairs by beta times the log-ratio of whole answers: margins and gradient"
+            " weights of single pairs are not shown."
+        )
     if _made(folder) is None:
         last = max(int(line["step"]) for line in lines)
         notes.append(

@@ -101,18 +101,22 @@ def answers_fell(record: RunRecord) -> Remark | None:
 
 
 def pairs_turned(record: RunRecord) -> Remark | None:
-    """Some pairs are past FocalPO's turning point."""
+    """Some pairs are past the turning point of FocalPO, or of another loss with its factor."""
     turned = turned_share(record)
     seen = [(step, share) for step, share in zip(*turned, strict=True) if share > 0]
     if not seen:
         return None
     step, most = max(seen, key=lambda entry: entry[1])
     where = "" if record.turning_point == -math.inf else f" (margin below {record.turning_point:.2f})"
+    own = record.objective
+    gamma = "objective.gamma" if own is None or own.focal is None else "objective.focal.gamma"
+    effect = "a step lowers the margin of these pairs, which are misranked already, still further"
+    if own is not None and own.guard:
+        effect = f"objective.guard: {own.guard} leaves these pairs without one, so that nothing is learned of them"
     return Remark(
         f"Up to {most:.2%} of the pairs (step {step}) were past the turning point{where}, from step {seen[0][0]} on.",
-        "FocalPO's gradient changes its sign there: a step lowers the margin of these pairs, which are misranked"
-        " already, still further.",
-        "Use a smaller objective.gamma (the paper's 0.05 turns at a margin of -20), or a smaller objective.beta; look"
+        f"FocalPO's gradient changes its sign there: {effect}.",
+        f"Use a smaller {gamma} (the paper's 0.05 turns at a margin of -20), or a smaller objective.beta; look"
         " at these pairs, whose labels may be swapped.",
     )
 

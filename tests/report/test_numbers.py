@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lorafocal.report.numbers import (
     flips,
     gap_series,
     headline,
+    own_weights,
     parts,
     right_answers,
     settings,
@@ -168,3 +170,26 @@ def test_settings_are_flat_and_lists_stay_whole() -> None:
         "name": "a", "data.train": [{"path": "x"}], "data.columns": {}, "model.shape.layers": 2,
     }  # fmt: skip
     assert settings({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("objective", "shown"),
+    [
+        ({"name": "dpo"}, False),
+        ({"name": "focalpo", "gamma": 0.0}, False),
+        ({"name": "focalpo"}, True),
+        ({"name": "cdpo"}, True),
+        ({"name": "dpo", "focal": {"form": "hard", "gamma": 1.0}}, True),
+        ({"name": "wpo"}, False),  # weighs by more than the margin
+        ({"name": "h-dpo"}, False),  # its log-odds are not the margin
+        ({"name": "simpo"}, False),
+        ({"name": "kto"}, False),
+    ],
+)
+def test_own_weights_are_shown_where_margins_tell_them_and_they_are_not_dpo_s(
+    objective: dict[str, Any], shown: bool
+) -> None:
+    record = replace(record_of(), objective=build_objective(**objective))
+    assert (own_weights(record) is not None) == shown
+    if shown:
+        assert own_weights(record).weights(torch.zeros(3)).shape == (3,)

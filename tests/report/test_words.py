@@ -90,6 +90,20 @@ def test_pairs_past_the_turning_point_get_a_line() -> None:
     assert words.pairs_turned(record_of(*QUIET)) is None
 
 
+def test_pairs_past_the_turning_point_of_another_loss_are_told_by_its_own_keys() -> None:
+    lines = [*QUIET, training_line(20, focal__turned_share=0.01)]
+    focal = {"form": "p_gamma", "gamma": 0.5}
+    free, guarded = (
+        words.pairs_turned(replace(record_of(*lines), objective=build_objective("simpo", focal=focal, guard=guard)))
+        for guard in (None, "clip")
+    )
+    for found in (free, guarded):
+        assert "objective.focal.gamma" in found.do
+        assert "margin below" not in found.seen  # its log-odds are not its margin
+    assert "still further" in free.means
+    assert "guard: clip leaves these pairs without one" in guarded.means
+
+
 @pytest.mark.parametrize("changes", [{"rewards__margins": 1e-5}, {"rewards__ties": 0.95}])
 def test_a_run_that_does_not_move_gets_a_line(changes: dict[str, float]) -> None:
     [remark] = remarks(record_of(training_line(1, **changes), training_line(10, **changes)))
