@@ -97,6 +97,17 @@ def _length_columns(margin: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     }
 
 
+def weight_columns(objective: Objective, log_odds: Tensor, *constants: Tensor) -> dict[str, Tensor]:
+    """What is added up of the weights that the objective gives B pairs of these log-odds, (B,), by WEIGHT_KEYS.
+
+    `constants` are those of `PairLosses`.
+    """
+    bounded = log_odds.double().clamp(max=_LIMIT)
+    weight = objective.weights(bounded, *constants)
+    columns = weight, weight / dpo_weight(bounded), objective.turned(bounded), weight.square()
+    return dict(zip(WEIGHT_KEYS, columns, strict=True))
+
+
 def pair_values(
     objective: Objective, losses: PairLosses, policy: PairLogps, reference: PairLogps | None, lengths: Tensor
 ) -> Tensor:
@@ -109,9 +120,7 @@ def pair_values(
         rewards = losses.chosen_rewards, losses.rejected_rewards
         columns = [losses.losses, *answer_columns(policy, reference, rewards, lengths).values()]
     if losses.log_odds is not None:
-        log_odds = losses.log_odds.double().clamp(max=_LIMIT)
-        weight = objective.weights(log_odds, *losses.constants)
-        columns += [weight, weight / dpo_weight(log_odds), objective.turned(log_odds), weight.square()]
+        columns += weight_columns(objective, losses.log_odds, *losses.constants).values()
     return torch.stack([column.detach().double() for column in columns], dim=1)
 
 
@@ -136,7 +145,7 @@ def logged(sums: Mapping[str, float], count: float) -> dict[str, float]:
     return means | {key: value for key, value in _made(sums, count).items() if value is not None}
 
 
-def measured(columns: Mapping[str, Tensor]) -> dict[str, float]:
+def summary(columns: Mapping[str, Tensor]) -> dict[str, float]:
     """What the log would say of the B pairs with these columns, (B,) each."""
     sums = {key: float(column.double().sum()) for key, column in columns.items()}
     return logged(sums, len(columns["logps/chosen"]))

@@ -16,9 +16,9 @@ from lorafocal.metrics import (
     PairTable,
     answer_columns,
     effective_share,
-    measured,
     pair_values,
     sum_keys,
+    summary,
 )
 from lorafocal.objectives import PairLogps, build_objective
 from lorafocal.objectives.focal import focal_weight, turning_point
@@ -179,7 +179,7 @@ def test_an_objective_without_a_reference_logs_what_is_defined() -> None:
 def test_one_formula_for_the_log_the_report_and_score() -> None:
     policy, reference = twelve_logps()
     rewards = OBJECTIVE(policy, reference)[1:3]
-    of_all = measured(answer_columns(policy, reference, rewards, LENGTHS))
+    of_all = summary(answer_columns(policy, reference, rewards, LENGTHS))
     logged = means_of(policy, reference)
     assert of_all.items() <= logged.items()
     assert set(logged) - set(of_all) == {"loss"} | {key for key in logged if key.startswith("focal/w")} | {

@@ -18,11 +18,14 @@ from lorafocal.config import check_config, load_config
 from lorafocal.data.held_out import read_held_out
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.evaluate.score import score_file
 from lorafocal.model.load import load_base
 from lorafocal.objectives import build_objective
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.publish import sha256
 from lorafocal.reference import DisabledAdapterReference
+from lorafocal.report.numbers import parts
+from lorafocal.report.read import read_run
 from lorafocal.run import RunSummary
 from tests.tiny import pairs, trainer
 from tests.toy_run import HELD_OUT, PAIRS, STEPS, all_lines, metric_lines, run_config, write_inputs
@@ -118,6 +121,19 @@ def test_metrics_are_one_line_a_logged_step_under_trls_names(finished: RunSummar
     assert [line["step"] for line in metric_lines(finished.folder, key="eval_loss")] == [3, 6, 9]
     learned = [line["rewards/margins"] for line in lines]
     assert learned[-1] > learned[1] > 0.0 == learned[0]
+
+
+def test_log_report_and_score_say_the_same_of_the_held_out_pairs(finished: RunSummary) -> None:
+    last = metric_lines(finished.folder, key="eval_loss")[-1]
+    logged = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_") and "/" in key}
+    scored = score_file(finished.folder, finished.folder / "held_out.jsonl").as_dict()
+    assert logged.keys() == {key for key in scored if "/" in key}
+    assert {key: scored[key] for key in logged} == pytest.approx(logged, rel=1e-5, abs=1e-6)
+    assert {"ranking/kept", "ranking/mended", "focal/effective_share", "displacement/chosen"} <= logged.keys()
+    right, wrong = parts(read_run(finished.folder, "finished"))
+    assert (right.finally_right, wrong.finally_right) == (logged["ranking/kept"], logged["ranking/mended"])
+    assert right.accuracy == logged["rewards/accuracies_where_right"]
+    assert wrong.accuracy == logged["rewards/accuracies_where_wrong"]
 
 
 @pytest.mark.row("63")

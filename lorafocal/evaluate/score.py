@@ -22,7 +22,7 @@ from lorafocal.errors import InputError
 from lorafocal.evaluate.ches import Ches, logps_and_ches
 from lorafocal.generation.subject import Subject, find_subject, speaker_folder
 from lorafocal.lineage import LINEAGE_FILE, lineage_of
-from lorafocal.metrics import answer_columns, measured, weight_columns
+from lorafocal.metrics import answer_columns, summary, weight_columns
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens
 from lorafocal.model.saved import CONFIG_FILE, MAX_LENGTH, reward_scale, tokenization_of
@@ -93,7 +93,7 @@ class ScoreReport:
             "left_out": self.left_out,
             "tokens": sum(score.chosen_tokens + score.rejected_tokens for score in self.scores),
             "beta": self.beta,
-            **measured(self._columns()),
+            **summary(self._columns()),
             **self._ches(),
         }
 
@@ -255,7 +255,8 @@ def score_pairs(
     against = measured.own if compared is None else _measured(compared, loaded.pairs).policy
     beta = _trained_beta(subject) if beta is None else beta
     scores = pair_scores(loaded.pairs, measured.policy, against, beta, measured.ches)
-    return ScoredPairs(ScoreReport(subject.name, beta, scores, loaded.left_out), loaded.pairs, subject)
+    report = ScoreReport(subject.name, beta, scores, loaded.left_out, _objective_of_margins(subject))
+    return ScoredPairs(report, loaded.pairs, subject)
 
 
 def check_rewards(target: Path | str, *, base: str | None, reference: str | None, beta: float | None) -> None:
@@ -294,6 +295,18 @@ def _trained_beta(subject: Subject) -> float | None:
     if subject.saved is not None:
         return subject.saved.beta
     return None if subject.folder is None else reward_scale(lineage_of(subject.folder))
+
+
+def _objective_of_margins(subject: Subject) -> Objective | None:
+    """What the subject was trained by, where that is known and a pair's margin alone tells the pair's weight."""
+    lineage = None if subject.folder is None else lineage_of(subject.folder)
+    if lineage is None or lineage.objective is None:
+        return None
+    try:
+        objective = objective_from(lineage.objective)
+    except InputError:  # an objective of somebody's own, or of another version
+        return None
+    return objective if objective.entry.odds_are_margin and objective.entry.constants is None else None
 
 
 def row_settings(subject: Subject) -> Mapping[str, Any]:

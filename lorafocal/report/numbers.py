@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from lorafocal.metrics import answer_columns, measured, ranks_right
+from lorafocal.metrics import answer_columns, ranks_right, summary
 from lorafocal.objectives import Objective
 from lorafocal.objectives.pairwise import PairLogps, dpo_weight, rewards
 from lorafocal.recipes import leaves
@@ -195,7 +195,7 @@ def turned_share(record: RunRecord) -> Series:
 def displacement(record: RunRecord) -> Displacement | None:
     """At the end of the run: of the last evaluated pairs, else from the log, held-out before training."""
     if record.tables:
-        found = measured(answer_columns(record.tables[-1].policy, record.tables[-1].reference))
+        found = summary(answer_columns(record.tables[-1].policy, record.tables[-1].reference))
         chosen, rejected, fell = (found[key] for key in ("displacement/chosen", "displacement/rejected", _FELL))
         return Displacement(chosen, rejected, fell, "held-out")
     sources: tuple[tuple[str, Literal["held-out", "training"]], ...] = ((HELD_OUT, "held-out"), ("", "training"))
@@ -286,7 +286,7 @@ def parts(record: RunRecord) -> list[Part]:
 
 def _part(table: PairTable, mask: Tensor, initially_right: bool, beta: float | None) -> Part:
     policy, reference = (PairLogps(*(side[mask] for side in logps)) for logps in (table.policy, table.reference))
-    found = measured(answer_columns(policy, reference, None if beta is None else rewards(policy, reference, beta=beta)))
+    found = summary(answer_columns(policy, reference, None if beta is None else rewards(policy, reference, beta=beta)))
     return Part(
         initially_right,
         int(mask.sum()),
@@ -300,7 +300,7 @@ def _part(table: PairTable, mask: Tensor, initially_right: bool, beta: float | N
 def own_weights(record: RunRecord) -> Objective | None:
     """The run's objective where its gradient weights are known from margins alone, and are not DPO's."""
     own = record.objective
-    if own is None or not own.entry.odds_are_margin:
+    if own is None or not own.entry.odds_are_margin or own.entry.constants is not None:
         return None
     plain = own.entry.logistic and (own.factor is None or own.factor.gamma == 0)
     return None if plain else own

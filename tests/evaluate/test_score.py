@@ -287,6 +287,20 @@ def test_totals_table_and_file(run: SavedRun, tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(totals)
 
 
+def test_what_has_no_reference_or_no_beta_has_fewer_totals(run: SavedRun) -> None:
+    policy = PairLogps(torch.tensor([-3.0, -9.0]), torch.tensor([-5.0, -4.0]))
+    alone, compared, whole = (
+        ScoreReport("model", beta, pair_scores(run.pairs[:2], policy, reference, beta)).as_dict()
+        for reference, beta in ((None, BETA), (PairLogps(policy.rejected, policy.chosen), None), (policy, BETA))
+    )
+    assert {key for key in alone if "/" in key} == {"logps/chosen", "logps/rejected", "ranking/policy"}
+    assert (compared["ranking/kept"], compared["ranking/mended"]) == (0.0, 1.0)
+    assert compared["displacement/chosen"] == -1.5
+    assert "rewards/margins" not in compared
+    assert {"rewards/margins", "rewards/accuracies_where_right"} <= whole.keys()
+    assert not [key for key in whole if key.startswith("focal/w")]  # nobody says what it was trained by
+
+
 def test_a_tie_counts_as_wrong_and_apart(run: SavedRun) -> None:
     pairs = run.pairs[:2]
     same = PairLogps(torch.zeros(2), torch.zeros(2))
