@@ -146,7 +146,7 @@ def test_bases_in_few_bits_are_contexts_of_their_own(tmp_path):
 def test_what_is_stored_is_the_models_own_answer_rounded_to_fp32(tmp_path, kind, settings):
     """A float64 model: its answers differ by 1e-12 however they are packed, the stored ones by fp32's rounding."""
     layout = {key: value for key, value in settings.items() if key == "layout"}
-    of, model = pairs(30), prepared(kind, torch.float64, **layout)
+    of, model = pairs(12), prepared(kind, torch.float64, **layout)
     found = values(stored(tmp_path, model, of, **settings))
     prepare_policy(model)
     exact = one_at_a_time(model, of)
@@ -156,9 +156,9 @@ def test_what_is_stored_is_the_models_own_answer_rounded_to_fp32(tmp_path, kind,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_stored_is_a_live_answer_to_the_noise(tmp_path, dtype):
-    of, model = pairs(30, longest=40), prepared(dtype=dtype)
+    of, model = pairs(12, longest=40), prepared(dtype=dtype)
     found = stored(tmp_path, model, of)
-    check = spot_check(model, found, collator=PairCollator(tokens_per_pack=60), seed=0, count=30)
+    check = spot_check(model, found, collator=PairCollator(tokens_per_pack=60), seed=0, count=12)
     gaps = (values(found) - one_at_a_time(model, of)).abs()
     assert float(gaps.max()) <= check.tolerance < (2e-4 if dtype == torch.float32 else 0.25)
 
@@ -257,7 +257,7 @@ def test_shares_of_ranks_are_whole_together_and_overlap_nowhere(tmp_path):
 @pytest.mark.slow
 @pytest.mark.row("35")
 def test_killed_at_any_moment_at_most_one_shard_is_computed_twice(tmp_path, monkeypatch):
-    of, model, shard = pairs(5), prepared(), 4
+    of, model, shard = pairs(3), prepared(), 4
     monkeypatch.setattr(caching, "SHARD_ROWS", shard // 2)
     folder, log = tmp_path / "store", tmp_path / "computed"
     store = ReferenceStore(folder, context_of(model, **WORDS))
@@ -293,13 +293,13 @@ def perturbed(of: list[TokenizedPair], by: float) -> list[TokenizedPair]:
 
 @pytest.mark.row("35")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("by", [0.25, -3.0, float("nan")])
-def test_one_perturbed_value_fails_the_spot_check(tmp_path, dtype, by):
+def test_one_perturbed_value_fails_the_spot_check(tmp_path, dtype):
     of, model = pairs(12), prepared(dtype=dtype)
     found = stored(tmp_path, model, of)
     spot_check(model, found, collator=PairCollator(), seed=3)
-    with pytest.raises(InputError, match=r"rejected answer of pair 'pair-4'.*a live pass gives.*more than noise"):
-        spot_check(model, perturbed(found, by), collator=PairCollator(), seed=3)
+    for by in (0.25, -3.0, float("nan")):
+        with pytest.raises(InputError, match=r"rejected answer of pair 'pair-4'.*a live pass gives.*more than noise"):
+            spot_check(model, perturbed(found, by), collator=PairCollator(), seed=3)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

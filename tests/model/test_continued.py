@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -122,14 +125,15 @@ def test_an_adapter_of_another_tool_is_continued_without_a_lineage(run: SavedRun
 
 
 PAIRS = held_out_pairs(8)
-VARIANTS = {
-    "rslora": {"use_rslora": True},
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora and patterns": {
+        "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}
+    },
     "dora": {"use_dora": True},
-    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}},
-    "norm": {"modules_to_save": ["norm"]},
-    "head": {"modules_to_save": ["lm_head"]},
+    "norm and head": {"modules_to_save": ["norm", "lm_head"]},
     "tokens": {"trainable_token_indices": [3, 5]},
-}
+}  # fmt: skip
+Trained = Callable[[str, str | None], tuple[Path, PeftModel]]
 
 
 def logits_of(policy: PeftModel) -> torch.Tensor:
@@ -146,25 +150,45 @@ def trained_on(base: Path, folder: Path, quantization: str | None, **settings: o
     return run.model
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Folder and policy of a trained variant, made once."""
+
+    @cache
+    def made(variant: str, quantization: str | None) -> tuple[Path, PeftModel]:
+        folder = tmp_path_factory.mktemp("trained")
+        return folder, trained_on(base, folder, quantization, **VARIANTS[variant])
+
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.row("44", "53")
 @pytest.mark.parametrize(
     ("variant", "quantization"),
-    [*((variant, "nf4") for variant in VARIANTS), *((v, q) for v in ("dora", "head") for q in (None, "int8"))],
+    [
+        ("rslora and patterns", "nf4-double"),
+        *((variant, "nf4") for variant in ("dora", "norm and head", "tokens")),
+        *((variant, word) for variant in ("dora", "norm and head") for word in (None, "int8")),
+    ],
 )
 def test_every_variant_that_trains_goes_on_where_it_stopped(
-    tmp_path: Path, variant: str, quantization: str | None
+    tmp_path: Path, base: Path, trained: Trained, variant: str, quantization: str | None
 ) -> None:
-    base = save_base(tmp_path / "base", dtype=torch.float32)
-    first = trained_on(base, tmp_path / "first", quantization, **VARIANTS[variant])
-    adapter, path = tmp_path / "first" / "adapter", tmp_path / "first" / "adapter" / "adapter_model.safetensors"
+    folder, first = trained(variant, quantization)
+    adapter, path = folder / "adapter", folder / "adapter" / "adapter_model.safetensors"
     fresh = load_base(str(base), dtype="float32", quantization=quantization)
     before = tensors_sha256(dict(fresh.named_parameters()))
     policy = continue_adapter(fresh, adapter)
     assert len(check_trainable(policy)) == len(load_file(path))
     live = {name: p.detach() for name, p in first.named_parameters() if p.requires_grad}
     assert all(torch.equal(p, live[name]) for name, p in policy.named_parameters() if p.requires_grad)
-    again = trainer(tmp_path / "second", PAIRS, model=policy, reference="frozen_copy", max_steps=2)
+    again = trainer(tmp_path, PAIRS, model=policy, reference="frozen_copy", max_steps=2)
     again.train()
     assert again.state.log_history[0]["loss"] == pytest.approx(identity_loss(0.05), abs=1e-7)
     lineage = again.lineage()
@@ -180,12 +204,17 @@ def test_every_variant_that_trains_goes_on_where_it_stopped(
 @pytest.mark.row("53")
 @pytest.mark.parametrize(
     ("variant", "part"),
-    [("dora", "lora_magnitude_vector"), ("norm", "model.norm"), ("head", "lm_head"), ("tokens", "embed_tokens")],
+    [
+        ("dora", "lora_magnitude_vector"),
+        ("norm and head", "model.norm"),
+        ("norm and head", "lm_head"),
+        ("tokens", "embed_tokens"),
+    ],
 )
-def test_a_variant_s_own_tensors_are_loaded_strictly_too(tmp_path: Path, variant: str, part: str) -> None:
-    base = save_base(tmp_path / "base", dtype=torch.float32)
-    trained_on(base, tmp_path / "run", "nf4", **VARIANTS[variant])
-    path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+def test_a_variant_s_own_tensors_are_loaded_strictly_too(
+    tmp_path: Path, base: Path, trained: Trained, variant: str, part: str
+) -> None:
+    path = copytree(trained(variant, "nf4")[0] / "adapter", tmp_path / "adapter") / "adapter_model.safetensors"
     whole = load_file(path)
     name = min(name for name in whole if part in name)
     others = {n: t for n, t in whole.items() if n != name}
@@ -230,14 +259,14 @@ def test_a_base_in_another_precision_is_refused_in_both_words(
         continue_adapter(load_base(str(run.base), quantization=given), run.adapter)
 
 
-def test_what_a_base_was_quantised_to_is_recorded_from_the_layers(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base")
-    for word in ("nf4-double", "int8"):
-        trained_on(base, tmp_path / word, word)
-        lineage = lineage_of(tmp_path / word / "adapter")
-        assert lineage is not None
-        assert lineage.quantization == word
-        assert word.partition("-")[0].upper() in (tmp_path / word / "adapter" / "README.md").read_text()
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "word"), [("rslora and patterns", "nf4-double"), ("dora", "int8")])
+def test_what_a_base_was_quantised_to_is_recorded_from_the_layers(trained: Trained, variant: str, word: str) -> None:
+    folder, _ = trained(variant, word)
+    lineage = lineage_of(folder / "adapter")
+    assert lineage is not None
+    assert lineage.quantization == word
+    assert word.partition("-")[0].upper() in (folder / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.row("6")
