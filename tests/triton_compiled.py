@@ -74,10 +74,11 @@ def _calls(dtype: torch.dtype, hidden: int, inner: int, heads: int, vocabulary: 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def fold(transform: LogitTransform, *, differentiated: bool = True) -> Any:
+    def fold(transform: LogitTransform, *, differentiated: bool = True, colliding: bool = False) -> Any:
         rows = 2**26 // vocabulary
         logits, labels = empty(rows, vocabulary, dtype=torch.float32), empty(rows, dtype=torch.int64)
-        return TRITON.head_fold_(logits, labels, dtype if differentiated else None, transform)
+        collisions = empty(rows, dtype=torch.float64) if colliding else None
+        return TRITON.head_fold_(logits, labels, dtype if differentiated else None, transform, collisions)
 
     x, gate, cos = empty(tokens, hidden), empty(tokens, inner), empty(tokens, width)
     turned, rstd = empty(tokens, heads, width), empty(tokens, dtype=torch.float32)
@@ -94,6 +95,7 @@ def _calls(dtype: torch.dtype, hidden: int, inner: int, heads: int, vocabulary: 
         "head_fold": lambda: fold(LogitTransform()),
         "head_fold, soft-cap": lambda: fold(LogitTransform(0.5, 30.0)),
         "head_fold, reference": lambda: fold(LogitTransform(), differentiated=False),
+        "head_fold, collisions": lambda: fold(LogitTransform(0.5, 30.0), colliding=True),
     }
 
 

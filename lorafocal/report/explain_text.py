@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterator
 
 from rich.console import Console, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -44,8 +43,10 @@ def _shown(explanation: Explanation, *, colour: bool) -> Iterator[RenderableType
     yield from _head(explanation)
     yield numbers(explanation)
     yield ""
+    said = Table.grid(padding=(0, 1, 0, 0))
     for sentence in (*findings(explanation), *(f"note: {note}" for note in explanation.notes)):
-        yield Padding(Text(f"- {printable(sentence)}"), (0, 0, 0, 0))
+        said.add_row("-", Text(printable(sentence), overflow="fold"))
+    yield said
     full = full_colour(explanation)
     yield from _titled("prompt (not scored)", Text(shortened("".join(explanation.prompt))))
     for name, answer in (("chosen", explanation.chosen), ("rejected", explanation.rejected)):
@@ -180,7 +181,7 @@ def _style(token: Token, full: float) -> str:
     if share < 0.5 / len(scale):
         return ""
     shade = scale[min(int(share * len(scale)), len(scale) - 1)]
-    return f"{'white' if shade in (scale[-1],) else 'black'} on {shade}"
+    return f"{'color(231)' if shade == _MORE[-1] else 'color(16)'} on {shade}"
 
 
 def _legend() -> Text:

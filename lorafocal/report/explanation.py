@@ -203,9 +203,9 @@ class Gap:
 
 
 def folded(answer: Answer, *, most: int, block: int = 1) -> list[int | Gap]:
-    """The places of about `most` tokens, in order, and gaps for the others.
+    """The places of about `most` tokens, in order, and gaps for two or more others; sums over all are exact.
 
-    Shown are the first and the last block of `block` tokens and those that moved most; sums over all are exact.
+    Shown are the first and the last block of `block` tokens and those that moved most.
     """
     moved = answer.logratios
     blocks = [range(start, min(start + block, len(moved))) for start in range(0, len(moved), block)]
@@ -219,8 +219,9 @@ def folded(answer: Answer, *, most: int, block: int = 1) -> list[int | Gap]:
             pieces.append(place)
             place += 1
             continue
-        end = next((later for later in range(place, len(moved)) if later in shown), len(moved))
-        pieces.append(Gap(end - place, math.fsum(moved[place:end])))
+        end = next(later for later in range(place, len(moved)) if later in shown)  # the last one is
+        hidden = math.fsum(moved[place:end])
+        pieces.append(Gap(end - place, hidden) if end - place > 1 else place)
         place = end
     return pieces
 

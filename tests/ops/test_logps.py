@@ -176,14 +176,16 @@ class LiveLogits(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.row("36")
 @pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("colliding", [False, True])
 @pytest.mark.parametrize(("softcap", "chunks"), [(None, 1), (3.0, 2)])
-def test_one_chunk_of_logits_is_alive_at_a_time(train_head, softcap, chunks):
+def test_one_chunk_of_logits_is_alive_at_a_time(train_head, softcap, chunks, colliding):
     """The error takes the logits' place, and a chunk is gone before the next is made; a soft-cap keeps its slope."""
     hidden, weight, labels, _ = inputs(64, 8, 301, torch.float32)
     hidden.requires_grad_()
     weight.requires_grad_(train_head)
+    more = {"rows_per_chunk": 16, "collisions": torch.empty(64) if colliding else None}
     with LiveLogits(weight) as live:
-        token_logps(hidden, weight, labels, None, LogitTransform(softcap=softcap), rows_per_chunk=16).sum().backward()
+        token_logps(hidden, weight, labels, None, LogitTransform(softcap=softcap), **more).sum().backward()
     assert live.peak == 16 * chunks
 
 

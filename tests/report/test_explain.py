@@ -162,7 +162,8 @@ def test_parts_and_folded_tokens_add_up_to_the_whole() -> None:
             total = [side.tokens[place].logratio for place in places] + [gap.logratio for gap in gaps]
             assert math.fsum(total) == pytest.approx(side.logratio, abs=1e-9)
             assert {0, len(side.tokens) - 1} <= set(places)
-            assert len(places) <= max(most, 2 * block)
+            assert len(places) <= max(2 * most, 2 * block)
+            assert all(gap.tokens > 1 for gap in gaps)
     held = half_of_movement(rejected)
     moved = [abs(value) for value in rejected.logratios]
     assert sum(moved[place] for place in held) >= sum(moved) / 2 > sum(sorted(moved[p] for p in held)[1:])
