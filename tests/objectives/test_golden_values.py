@@ -92,3 +92,6 @@ def test_golden_values_of_equation_3() -> None:
     assert ratios == pytest.approx([1.0, 1.06, 1.22, 1.57], abs=5e-3)
     far = torch.tensor([20.0], dtype=torch.float64)
     assert float(third.weights(far) / DPO.weights(far)) == pytest.approx(0.95 * math.exp(0.05 * 20), rel=1e-6)
+    assert oracles.weight("eq3", 1.5, 8) < 0  # why a gamma above 1 is refused: it turns the best ranked pairs round
+    with pytest.raises(InputError):
+        build_objective("focalpo-eq3", beta=1.0, gamma=1.5)
