@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 _TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
 _RESULTS = (results.report, results.curves, results.score, results.chat, results.merge, results.export, results.push)
-_DIAGNOSTICS = (diagnostics.explain, diagnostics.advise)
+_DIAGNOSTICS = (diagnostics.explain, diagnostics.suspects, diagnostics.advise)
 _EVALUATIONS = (
     judging.alpaca,
     judging.arena,

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorafocal.cli.options import BaseOption, JsonOption, folder_made, no_loading_bars, numbers, print_report
+from lorafocal.cli.options import (
+    BaseOption,
+    JsonOption,
+    ReferenceOption,
+    folder_made,
+    no_loading_bars,
+    numbers,
+    print_report,
+)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 PageOption = Annotated[
@@ -36,10 +45,7 @@ def explain(
         Path | None, typer.Option("--pairs", metavar="FILE", help="Where the pair is, if not in the run's own data.")
     ] = None,
     base: BaseOption = None,
-    reference: Annotated[
-        str | None,
-        typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What it is compared with, if not the base."),
-    ] = None,
+    reference: ReferenceOption = None,
     out: PageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -50,3 +56,29 @@ def explain(
     print_report(run_explain(run, pair, pairs=pairs, base=base, reference=reference, out=out), as_json)
     if out is not None and not as_json:
         typer.echo(f"\npage       {out}")
+
+
+def suspects(
+    run: RunArgument,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Look at these pairs, not at those it trained on.")
+    ] = None,
+    base: BaseOption = None,
+    reference: ReferenceOption = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Suspects at most, the most suspicious first.")] = None,
+    out: PageOption = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            "--write", metavar="FILE", help="Write the confident ones here, for data.leave_out.", callback=folder_made
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Training pairs that the run ranks wrong at every state it kept: perhaps labelled the wrong way round."""
+    from lorafocal.evaluate.suspects import find_suspects
+
+    no_loading_bars()
+    say = partial(typer.echo, err=True)
+    against = {"base": base, "reference": reference}
+    print_report(find_suspects(run, pairs=pairs, **against, limit=limit, out=out, write=write, say=say), as_json)

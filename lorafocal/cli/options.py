@@ -22,6 +22,10 @@ BaseOption = Annotated[
     str | None,
     typer.Option("--base", metavar="MODEL", help="An adapter's base, if not where the adapter says."),
 ]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What rewards are relative to, if not the base."),
+]
 
 
 def folder_made(path: Path | None) -> Path | None:

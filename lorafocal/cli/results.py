@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafocal.cli.options import BaseOption, JsonOption, no_loading_bars, numbers, print_report
+from lorafocal.cli.options import BaseOption, JsonOption, ReferenceOption, no_loading_bars, numbers, print_report
 from lorafocal.errors import InputError
 from lorafocal.publish import check_free
 
@@ -110,11 +110,11 @@ def score(
     target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
     pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],
     base: BaseOption = None,
-    reference: Annotated[
-        str | None,
-        typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What rewards are relative to, if not the base."),
-    ] = None,
+    reference: ReferenceOption = None,
     beta: Annotated[float | None, typer.Option("--beta", help="Reward scale; the run's own if absent.")] = None,
+    ches: Annotated[
+        bool, typer.Option("--ches", help="Also how alike both answers' hidden states are, which displacement follows.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.")
     ] = None,
@@ -124,7 +124,7 @@ def score(
     from lorafocal.evaluate.score import score_file
 
     no_loading_bars()
-    print_report(score_file(target, pairs, base=base, reference=reference, beta=beta, out=out), as_json)
+    print_report(score_file(target, pairs, base=base, reference=reference, beta=beta, ches=ches, out=out), as_json)
 
 
 def chat(

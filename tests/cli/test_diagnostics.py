@@ -29,3 +29,19 @@ def test_explain_passes_everything_on(
         (("runs/a", "p1"), {"pairs": Path("f"), "base": "b", "reference": "r", "out": Path("deep/page.html")})
     ]
     assert capsys.readouterr().out.splitlines() == ["a table", "", "page       deep/page.html"]
+
+
+def test_suspects_passes_everything_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    calls = stand_in(monkeypatch, "evaluate.suspects", "find_suspects", Report())
+    monkeypatch.chdir(tmp_path)
+    asked = "--pairs f --base b --reference r --limit 7 --out page.html --write deep/list".split()
+    assert call(monkeypatch, "suspects", "runs/a", *asked) == 0
+    (run,), given = calls[0]
+    given.pop("say")("so far")
+    assert run == Path("runs/a")
+    places = {"pairs": Path("f"), "out": Path("page.html"), "write": Path("deep/list")}
+    assert given == {"base": "b", "reference": "r", "limit": 7, **places}
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("a table\n", "so far\n")

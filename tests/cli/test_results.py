@@ -27,20 +27,28 @@ def test_score_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             "r",
             "--beta",
             "0.2",
+            "--ches",
             "--out",
             "x",
             "--json",
         )
         == 0
     )
-    assert calls == [(("adapter", Path("pairs.jsonl")), {"base": "b", "reference": "r", "beta": 0.2, "out": Path("x")})]
+    assert calls == [
+        (("adapter", Path("pairs.jsonl")), {"base": "b", "reference": "r", "beta": 0.2, "ches": True, "out": Path("x")})
+    ]
     assert json.loads(capsys.readouterr().out) == {"pairs": 3, "name": "Zoë"}
 
 
 def test_score_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "evaluate.score", "score_file", Report())
     assert call(monkeypatch, "score", "org/model", "pairs.jsonl") == 0
-    assert calls == [(("org/model", Path("pairs.jsonl")), {"base": None, "reference": None, "beta": None, "out": None})]
+    assert calls == [
+        (
+            ("org/model", Path("pairs.jsonl")),
+            {"base": None, "reference": None, "beta": None, "ches": False, "out": None},
+        )
+    ]
     assert capsys.readouterr().out == "a table\n"
 
 
