@@ -9,8 +9,9 @@ import torch
 
 from lorafocal.errors import InputError
 from lorafocal.health import check_first_step
+from lorafocal.model.load import load_base
 from lorafocal.objectives import build_objective
-from tests.tiny import pairs, trainer
+from tests.tiny import lora, pairs, tiny_base, trainer
 
 PAIRS = pairs(24)
 SETTINGS = {"objective": "simpo", "max_steps": 2, "pairs_per_step": 24, "logging_steps": 1, "learning_rate": 1e-2}
@@ -75,3 +76,24 @@ def test_a_thousandth_is_told_and_a_twentieth_refused(share, told, caplog):
     else:
         check_first_step(objective, share)
     assert ("takes them the wrong way" in caplog.text) == (told == 1)
+
+
+def test_a_run_with_a_factor_goes_on_only_as_it_was(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+
+    def loaded(**settings):
+        base = load_base(str(tmp_path / "base"), dtype="float32")
+        return made(tmp_path / "run", model=base, peft_config=lora(), save_strategy="steps", save_steps=1, **settings)
+
+    run = loaded(gamma=0.01, max_steps=1)
+    run.train()
+    assert run.lineage().objective["focal"] == {"form": "p_gamma", "gamma": 0.01}
+    for other, told in (
+        ({"gamma": 0.02}, r"objective\.focal\.gamma: 0\.01 -> 0\.02"),
+        ({"gamma": 0.01, "guard": "clip"}, r"objective\.guard: .* -> .*clip"),
+    ):
+        with pytest.raises(InputError, match=told):
+            loaded(**other).train(resume_from_checkpoint=True)
+    again = loaded(gamma=0.01)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2

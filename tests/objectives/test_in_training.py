@@ -19,7 +19,7 @@ from lorafocal.policy import sequence_logps
 from lorafocal.reference import DisabledAdapterReference
 from tests.tiny import pairs, relative_difference, trainer
 
-NEW = ("focal-hard", "odpo", "kto", "orpo", "simpo")
+NEW = ("focal-hard", "odpo", "kto", "orpo", "simpo", "omni-dpo")
 
 
 def judged(count: int, *, seed: int = 1) -> list[TokenizedPair]:

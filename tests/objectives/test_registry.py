@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from lorafocal.objectives.pairwise import dpo_weight
 from tests.objectives.logps import COLLISIONS, LENGTHS, SCORES, made_up
 from tests.test_config import VALUES, mistakes
 
+PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
 INPUTS = ("reference", "lengths", "scores", "collisions", "statistics")
 
 
@@ -235,6 +238,16 @@ def test_python_s_door_settles_defaults_and_refuses_strays(tmp_path):
     ):
         with pytest.raises(InputError, match=told):
             FocalPOConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_the_page_has_every_objective_with_its_parameters():
+    table, _, _ = PAGE.read_text().partition("## ")
+    assert sorted(re.findall(r"^\| `([a-z0-9-]+)` \|", table, re.MULTILINE)) == sorted(OBJECTIVES)
+    for name, entry in OBJECTIVES.items():
+        [row] = re.findall(rf"^\| `{name}` \|.*$", table, re.MULTILINE)
+        assert all(f"`{key}`" in row for key in entry.parameters)
+        assert ("no reference" in row) != entry.reference
+        assert ("scores" in row) == entry.scores
 
 
 def test_one_more_objective_is_one_entry():
