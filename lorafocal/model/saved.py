@@ -95,7 +95,7 @@ def run_of(folder: Path) -> Path:
 
 
 def reward_scale(lineage: Lineage | None) -> float | None:
-    """The beta of rewards against a reference; None where the last objective has none: SimPO's beta is no such one."""
+    """The beta of implicit rewards; None where the last objective has others or none: SimPO's beta is no such one."""
     if lineage is None or lineage.objective is None:
         return None
     entry = OBJECTIVES.get(lineage.objective["name"])

@@ -154,6 +154,9 @@ class Data(Section):
         ]
 
 
+_Guard: Any = Literal.__getitem__(GUARDS)
+
+
 class Focal(Section):
     """A focal factor around a loss with a Bradley-Terry form; `form` is one of `lorafocal.objectives.factor.FORMS`."""
 
@@ -165,7 +168,7 @@ _OF_THE_REGISTRY: dict[str, Any] = {
     "name": (Literal.__getitem__(tuple(OBJECTIVES)), ...),
     **dict.fromkeys(PARAMETERS, (float | None, None)),
     "focal": (Focal | None, None),
-    "guard": (Literal.__getitem__(GUARDS) | None, None),
+    "guard": (_Guard | None, None),
 }
 _Keys: Any = create_model("_Keys", __base__=Section, **_OF_THE_REGISTRY)
 
