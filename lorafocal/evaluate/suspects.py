@@ -17,6 +17,7 @@ from lorafocal.config import load_config
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.leave_out import digest, line_of
 from lorafocal.data.messages import Messages
+from lorafocal.data.packing import check_scores, scores_of
 from lorafocal.data.prepare import check_sources, prepare_data
 from lorafocal.data.sources import Preference
 from lorafocal.data.tokens import TokenizedPair
@@ -67,6 +68,8 @@ def find_suspects(
     objective = _objective(config)
     compared = _compared(config, objective, subject, reference, base)
     data = _rows(Path(run), config, subject) if pairs is None else _rows_of_file(pairs, subject)
+    if objective.entry.scores and not objective.entry.implicit_rewards:
+        check_scores(data.pairs, data.of)
     margins, leads = _margins(states, data.pairs, subject, compared, objective, say)
     found = replace(_suspects(data, margins, leads, limit), run=_name(run), steps=tuple(state.step for state in states))
     if len(states) == 1:
@@ -255,7 +258,7 @@ def margins_of(
         chosen, rejected = rewards(policy, reference, beta=objective.parameters["beta"])
         return (chosen - rejected).double()
     answers = [*(pair.chosen_ids for pair in pairs), *(pair.rejected_ids for pair in pairs)]
-    return objective(policy, reference, torch.tensor([*map(len, answers)])).margins.double()
+    return objective(policy, reference, torch.tensor([*map(len, answers)]), scores=scores_of(pairs)).margins.double()
 
 
 def _suspects(data: _Data, margins: Tensor, leads: Tensor | None, limit: int | None) -> Suspects:
