@@ -17,12 +17,12 @@ from lorafocal.evaluations import evaluation_files, read_evaluation
 from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.lineage import lineage_of
 from lorafocal.model.adapters import AdapterSwitch
-from lorafocal.model.saved import run_of
+from lorafocal.model.saved import SavedAdapter, run_of
 from lorafocal.objectives import Objective, PairLogps, objective_from
 from lorafocal.policy import token_logps
 from lorafocal.publish import check_folder_of, write_atomically
 from lorafocal.report.explanation import Answer, Explanation, Token, Weighing
-from lorafocal.report.find_pair import FoundPair, find_pair
+from lorafocal.report.find_pair import FoundPair, find_pair, manifest_of
 from lorafocal.report.token_texts import token_texts
 
 OWN_BASE = "its own base, the adapter off"
@@ -74,14 +74,23 @@ def write_explanation(explanation: Explanation, path: Path) -> None:
 def _check_starts_at_its_base(subject: Subject) -> None:
     """Refuse what was not trained from its bare base: with the adapter off it would be compared with another model."""
     lineage = None if subject.folder is None else lineage_of(subject.folder)
-    free = lineage is not None and lineage.start is None and lineage.reference is None  # of any reference
-    if subject.saved is not None and (is_its_own_reference(subject) or free):
+    if subject.saved is not None and (is_its_own_reference(subject) or _started_bare(subject.saved)):
         return
     against = "" if lineage is None or lineage.reference is None else f" with `reference.kind: {lineage.reference}`,"
     raise InputError(
         f"{subject.name} was trained{against} not against its bare base: name by --reference ADAPTER_OR_MODEL what it"
         " was compared with then"
     )
+
+
+def _started_bare(saved: SavedAdapter) -> bool:
+    """Whether a fresh adapter was trained without a reference, or against stored log-probs of its base."""
+    if saved.lineage is None or saved.lineage.start is not None:
+        return False
+    if saved.lineage.reference is None:
+        return True
+    run = manifest_of(run_of(saved.folder))
+    return saved.lineage.reference == "cached" and "reference_model" in run and run["reference_model"] is None
 
 
 def _objective(subject: Subject) -> Objective | None:
@@ -119,7 +128,7 @@ def _explanation(
         shared_start=_shared_start(*ids),
         weighing=None if objective is None else weighing(objective, pair, chosen, rejected, policy.collisions),
         history=tuple(_history(subject, pair.id)) if found.of_the_run else (),
-        notes=found.notes,
+        notes=(*found.notes, *_notes(objective)),
     )
 
 
@@ -156,13 +165,14 @@ def _under(model: nn.Module, pack: Pack) -> _Scored:
 
 def weighing(
     objective: Objective, pair: TokenizedPair, chosen: Answer, rejected: Answer, collisions: Tensor
-) -> Weighing | None:
-    """What the objective makes of a pair alone; None where a pair's loss depends on the others of its step.
+) -> Weighing:
+    """What the objective makes of a pair alone; rewards alone where a pair's loss depends on the others of its step.
 
     `collisions` (2,) are the policy's, log sum_v pi_v^2 summed over each answer's tokens.
     """
     if objective.entry.statistics is not None:
-        return None
+        beta = objective.parameters["beta"]
+        return Weighing(None, beta * chosen.logratio, beta * rejected.logratio, None, None)
     policy, reference = (
         PairLogps(*(torch.tensor([getattr(side, name)], dtype=torch.float64) for side in (chosen, rejected)))
         for name in ("policy", "reference")
@@ -177,6 +187,15 @@ def weighing(
         log_odds=_number(log_odds),
         weight=None if log_odds is None else objective.weights(log_odds, *losses.constants).item(),
     )
+
+
+def _notes(objective: Objective | None) -> Iterator[str]:
+    if objective is None:
+        yield "What it was trained by is not known (there is no lorafocal.json that says so): no rewards, no weights."
+    elif objective.entry.statistics is not None:
+        yield f"The loss of {objective.name} depends on the other pairs of a step: one alone has none, and no weight."
+    elif not objective.entry.bradley_terry:
+        yield f"{objective.name} has no probability of a pair's ranking, and so no weight to compare with DPO's."
 
 
 def _number(values: Tensor | None) -> float | None:

@@ -60,7 +60,7 @@ class Weighing:
     being preferred, `weight` is -dL/dlog_odds; None where the objective has no such form.
     """
 
-    loss: float
+    loss: float | None  # None where it depends on the other pairs of a step
     chosen_reward: float | None
     rejected_reward: float | None
     log_odds: float | None

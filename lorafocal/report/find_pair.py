@@ -86,7 +86,7 @@ def _of_config(run: Path, subject: Subject, *, scored: bool) -> Iterator[_Pairs]
             f"the pair is not among those that {run.name} keeps, and its data cannot be read again ({error}). Name the"
             " file of rows by --pairs FILE"
         ) from error
-    recorded = _recorded(run)
+    recorded = manifest_of(run).get("data") or {}
     for name, part in data.items():
         pairs = part.tokens.pairs
         changed = recorded.get(name, {}).get("tokens_sha256") not in (None, tokens_sha256(pairs))
@@ -94,11 +94,10 @@ def _of_config(run: Path, subject: Subject, *, scored: bool) -> Iterator[_Pairs]
         yield _Pairs(pairs, f"{PARTS[name]} pairs of {run.name}", (note,) * changed)
 
 
-def _recorded(run: Path) -> Mapping[str, Any]:
-    """What the manifest says of the data; nothing where it cannot be read."""
+def manifest_of(run: Path) -> Mapping[str, Any]:
+    """What the run says of itself; nothing where that cannot be read."""
     try:
         manifest = json.loads((run / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
-    data = manifest.get("data") if isinstance(manifest, dict) else None
-    return data if isinstance(data, dict) else {}
+    return manifest if isinstance(manifest, dict) else {}

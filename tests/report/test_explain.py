@@ -143,7 +143,9 @@ def test_every_kind_of_objective_says_what_it_has(
 
 def test_a_loss_of_the_whole_step_is_not_made_up_for_one_pair(run: SavedRun) -> None:
     kto = build_objective("kto", beta=0.1)
-    assert explain_file.weighing(kto, run.pairs[0], answer(0.1), answer(0.2), torch.zeros(2)) is None
+    found = explain_file.weighing(kto, run.pairs[0], answer(0.5), answer(0.2), torch.zeros(2))
+    assert found == Weighing(None, pytest.approx(0.05), pytest.approx(0.02), None, None)
+    assert "loss" not in made_up(answer(0.5), answer(0.2), weighing=found).text(colour=False)
 
 
 def test_parts_and_folded_tokens_add_up_to_the_whole() -> None:
@@ -222,6 +224,11 @@ def test_what_cannot_be_compared_or_found_is_refused_before_weights_load(
         lineage.write_text(json.dumps(record | {"reference": kind}))
         with pytest.raises(InputError, match=f"{kind}.*--reference ADAPTER_OR_MODEL"):
             explain(run.folder, run.pairs[0].id)
+    lineage.write_text(json.dumps(record | {"reference": "cached"}))
+    for named, told in (({"sha256": "0"}, "--reference ADAPTER_OR_MODEL"), (None, "weights were loaded")):
+        (run.folder / "manifest.json").write_text(json.dumps({"reference_model": named}))
+        with pytest.raises((InputError, pytest.fail.Exception), match=told):
+            explain(run.folder, run.pairs[0].id)  # None: stored log-probs of its own base
     lineage.write_text(json.dumps(record | {"objective": {"name": "odpo", "beta": 0.1, "alpha": 1.0}}))
     with pytest.raises(InputError, match="has no score_chosen"):
         explain(run.folder, run.pairs[0].id, pairs=run.folder / "held_out.jsonl")
