@@ -16,7 +16,7 @@ from lorafocal.errors import InputError
 from lorafocal.objectives import PARAMETERS, Entry, Function, entry_of, python_name
 from lorafocal.objectives.factor import FORMS, Factor, factor_of, misfits
 from lorafocal.objectives.pairwise import Odds, PairLogps, PairLosses, PairScores
-from lorafocal.objectives.preference import PreferenceTerm, lowest_unturned
+from lorafocal.objectives.preference import PreferenceTerm
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,12 @@ class Objective:
     @property
     def turns(self) -> bool:
         """Whether its factor can turn a pair's gradient round."""
-        return self.factor is not None and FORMS[self.factor.form].turns and self.factor.gamma > 0
+        return self.preference is not None and self.preference.turning_gamma > 0
 
     @property
     def turning_point(self) -> float:
         """The log-odds below which the factor turns a pair's gradient round; -inf where there are none."""
-        return lowest_unturned(self._preference, self.factor.gamma) if self.turns and self.factor else -math.inf
+        return -math.inf if self.preference is None else self.preference.turning_point
 
     @property
     def _preference(self) -> PreferenceTerm:
@@ -123,8 +123,12 @@ def objective_from(record: Mapping[str, Any]) -> Objective:
 
 
 def _preference(entry: Entry, values: Mapping[str, float], factor: Factor | None, guard: str | None) -> PreferenceTerm:
-    around = None if factor is None else partial(_function(FORMS[factor.form].function), gamma=factor.gamma)
-    return PreferenceTerm(_bound(entry.link, values), around, clip=guard == "clip")
+    link = _bound(entry.link, values)
+    if factor is None:
+        return PreferenceTerm(link)
+    form = FORMS[factor.form]
+    around = partial(_function(form.function), gamma=factor.gamma)
+    return PreferenceTerm(link, around, factor.gamma if form.turns else 0.0, clip=guard == "clip")
 
 
 def _composed(entry: Entry, values: Mapping[str, float], preference: PreferenceTerm) -> Callable[..., PairLosses]:

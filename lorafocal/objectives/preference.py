@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FAR = -5.0  # times 1/gamma: every gradient that a factor p^gamma turns round is turned there
+_FAR = -5.0  # over gamma: from these log-odds down p^gamma turns every gradient round, and soon no float can tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +17,13 @@ class PreferenceTerm:
     """Losses of log-odds, both (B,): the link alone, or with a factor around it.
 
     A link may take constants of the pairs, (B,) each; one with a factor takes none.
+    `turning_gamma` is the exponent of a factor p^gamma, which can turn a gradient round, and 0 for every other.
     `clip`: a pair whose gradient the factor turned round gets none; its loss stays what it is.
     """
 
     link: Callable[..., Tensor]
     factor: Callable[[Tensor, Tensor], Tensor] | None = None  # of the losses and the log-odds
+    turning_gamma: float = 0.0
     clip: bool = False
 
     def __call__(self, log_odds: Tensor, *constants: Tensor) -> Tensor:
@@ -33,28 +35,29 @@ class PreferenceTerm:
         return _weights(self, log_odds, *constants)
 
     def turned(self, log_odds: Tensor) -> Tensor:
-        """Where the factor turns a pair's gradient round, (B,) bool; nowhere without a factor."""
-        if self.factor is None:
+        """Where the factor turns a pair's gradient round, (B,) bool: against the link's own."""
+        if not self.turning_gamma:
             return torch.zeros_like(log_odds, dtype=torch.bool)
-        return _weights(self._unclipped, log_odds).sign() * _weights(self.link, log_odds).sign() < 0
+        near = log_odds.double().clamp(min=_FAR / self.turning_gamma)
+        return _weights(self._unclipped, near).sign() * _weights(self.link, near).sign() < 0
+
+    @property
+    def turning_point(self) -> float:
+        """The log-odds below which the factor turns every gradient round; -inf where there are none."""
+        if not self.turning_gamma:
+            return -math.inf
+        turned, kept = _FAR / self.turning_gamma, 0.0
+        for _ in range(80):  # halvings: as far as float64 goes
+            middle = (turned + kept) / 2
+            if self.turned(torch.tensor([middle], dtype=torch.float64)).item():
+                turned = middle
+            else:
+                kept = middle
+        return kept
 
     def _unclipped(self, log_odds: Tensor, *constants: Tensor) -> Tensor:
         losses = self.link(log_odds, *constants)
         return losses if self.factor is None else self.factor(losses, log_odds)
-
-
-def lowest_unturned(term: PreferenceTerm, gamma: float) -> float:
-    """The log-odds below which p^gamma turns the gradients of `term` round; -inf where gamma is 0."""
-    if gamma == 0:
-        return -math.inf
-    turned, kept = _FAR / gamma, 0.0
-    for _ in range(80):
-        middle = (turned + kept) / 2
-        if term.turned(torch.tensor([middle], dtype=torch.float64)).item():
-            turned = middle
-        else:
-            kept = middle
-    return kept
 
 
 def _weights(losses_of: Callable[..., Tensor], log_odds: Tensor, *constants: Tensor) -> Tensor:
