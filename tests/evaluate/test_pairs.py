@@ -120,7 +120,7 @@ def test_labels_may_be_shares_of_annotators(run: SavedRun, scored: ScoredPairs) 
 def test_pairs_without_shares_are_refused_before_weights_are_loaded(
     run: SavedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafocal.evaluate.score._logps", lambda *_: pytest.fail("computed for nothing"))
+    monkeypatch.setattr("lorafocal.evaluate.score._measured", lambda *_, **__: pytest.fail("computed for nothing"))
     with pytest.raises(InputError, match="no score_chosen and score_rejected"):
         evaluate_pairs(run.folder, run.folder / "held_out.jsonl", labels="shares")
 
