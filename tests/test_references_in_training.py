@@ -87,13 +87,19 @@ class StopAfter(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> FocalPOTrainer:
+    """A run that nobody stopped."""
+    run = trainer(tmp_path_factory.mktemp("whole"), pairs(13), model=tiny_policy(), **SETTINGS)
+    run.train()
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.row("55", "1")
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_stopped_and_resumed_the_reference_is_still_the_start_and_the_bits_are_the_same(tmp_path, stop):
+def test_stopped_and_resumed_the_reference_is_still_the_start_and_the_bits_are_the_same(tmp_path, whole, stop):
     data = pairs(13)
-    whole = trainer(tmp_path / "whole", data, model=tiny_policy(), **SETTINGS)
-    whole.train()
     first = trainer(tmp_path / "cut", data, model=tiny_policy(), **SETTINGS)
     first.add_callback(StopAfter(stop))
     first.train()
