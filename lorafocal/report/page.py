@@ -139,7 +139,8 @@ def _flips(records: Sequence[RunRecord]) -> list[str]:
     note = html.paragraph(
         "Rankings are by log-prob: right is chosen above rejected, by the reference and by the policy itself. FocalPO"
         " means to gain on pairs that are right already, and to spend little on hopeless ones: compare the margins, and"
-        " the two shares of gradient weight.",
+        " the two shares of gradient weight. Reward accuracy counts margins above 0 and not rankings: of pairs that the"
+        " reference ranks wrong it is often high while few are ranked right.",
         soft=True,
     )
     return [note, *tables]

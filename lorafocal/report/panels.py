@@ -85,11 +85,11 @@ PANELS = (
         _two("ranking/policy", "ranking/reference", ("policy", "reference")), percent=True,
     ),
     Panel(
-        "flips", "Rankings kept, and mended", "share of those right, or wrong, before",
+        "flips", "Rankings kept, and mended", "share of either part",
         _two("ranking/kept", "ranking/mended", ("kept", "mended")), percent=True,
     ),
     Panel(
-        "accuracy_parts", "Reward accuracy by the reference's ranking", "share of those right, or wrong, before",
+        "accuracy_parts", "Reward accuracy by the reference's ranking", "share of either part",
         _two("rewards/accuracies_where_right", "rewards/accuracies_where_wrong", ("right", "wrong")), percent=True,
     ),
     Panel("effective", "Effective share of the pairs", "by weight", _both("focal/effective_share"), percent=True),
