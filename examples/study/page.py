@@ -1,0 +1,260 @@
+"""The study's page, every number of it from the tables beside it: `python examples/study/page.py` writes it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from analysis import Contrast, best_rates, contrast, holm, values
+from design import Study, read_study
+from figure import draw
+from table import QUANTILES, Prompts, Row, read_prompts, read_runs
+
+from lorafocal.publish import write_atomically
+
+HERE = Path(__file__).parent
+COMMAND = "python examples/study/run.py"
+
+
+def write_page(study: Study, results: Path) -> Path:
+    """`results/study.md` and `results/study.png` from `results/*.csv`; the page's path."""
+    runs, prompts = read_runs(results / "runs.csv"), read_prompts(results / "prompts.csv")
+    base = read_runs(results / "base.csv")[0]
+    sessions = json.loads((results / "sessions.json").read_text(encoding="utf-8"))
+    rates = {condition.name: best_rates(runs, study, condition.name) for condition in study.conditions}
+    found = compared(study, prompts, rates)
+    draw(study, runs, base, rates, [*found.values()], results / "study.png")
+    parts = [
+        "# The study's results",
+        f"Written by `{COMMAND}` from the tables beside this page; the plan is in"
+        " [PREREGISTRATION.md](../PREREGISTRATION.md), the reading of it in [docs/study.md](../../../docs/study.md).",
+        "## What came out",
+        *headlines(study, found, rates, runs, base),
+        "![every arm at every learning rate, differences, margins](study.png)",
+        *(arms_table(study, runs, base, rates[name], name) for name in rates),
+        contrasts_table(study, found),
+        protocol_table(study, runs, prompts, rates),
+        *(pairs_table(study, runs, rates[name], name) for name in rates),
+        kinds_table(study, runs, rates[study.primary]),
+        rates_table(study, runs),
+        made(study, runs, sessions),
+    ]
+    page = results / "study.md"
+    write_atomically(page, "\n\n".join(parts) + "\n")
+    return page
+
+
+Found = Mapping[tuple[str, str, str], Contrast]  # by condition, arm, against
+
+
+def compared(study: Study, prompts: Prompts, rates: Mapping[str, Mapping[str, float]]) -> Found:
+    """Every contrast in every condition; Holm's adjustment over the secondary ones of the primary condition."""
+    found = {}
+    for condition in study.conditions:
+        for pair in (study.contrast, *study.secondary):
+            found[condition.name, *pair] = contrast(prompts, condition.name, pair, rates[condition.name])
+    keys = [(study.primary, *pair) for pair in study.secondary]
+    for key, p in zip(keys, holm([found[key].p for key in keys]), strict=True):
+        found[key] = replace(found[key], adjusted=p)
+    return found
+
+
+def headlines(
+    study: Study, found: Found, rates: Mapping[str, Mapping[str, float]], runs: Sequence[Row], base: Row
+) -> list[str]:
+    """The result in sentences; docs/study.md repeats the first ones word for word."""
+    said = []
+    for condition in (study.primary, *(other.name for other in study.conditions if other.name != study.primary)):
+        of = found[condition, *study.contrast]
+        right = {arm: _right(runs, condition, arm, rates[condition][arm]) for arm in study.contrast}
+        kind = "Primary" if condition == study.primary else "Other condition"
+        said.append(
+            f"{kind} ({condition}): {', '.join(f'{arm} {value:.2f}%' for arm, value in right.items())} right answers"
+            f" (base {100 * base['test_right']:.2f}%); difference {of.value:+.2f} points, 95% interval over seeds"
+            f" [{of.low:+.2f}, {of.high:+.2f}], p {of.p:.2g}, {of.seeds} seeds: {of.verdict(study.equivalence)}."
+        )
+    decided = [found[study.primary, *pair] for pair in study.secondary]
+    clear = [of for of in decided if of.adjusted is not None and of.adjusted < 0.05]
+    listed = "; ".join(f"{of.arm} against {of.against} {of.value:+.2f} points" for of in clear) or "none"
+    said.append(f"Secondary contrasts in {study.primary} that stand after Holm's adjustment: {listed}.")
+    return said
+
+
+def arms_table(study: Study, runs: Sequence[Row], base: Row, rates: Mapping[str, float], condition: str) -> str:
+    """Each arm at its own best rate."""
+    rows = [["base", "", _share(base["test_right"], 2), "", "", _share(base["ranked"]), "0", "100", "", "", "", ""]]
+    for arm in study.arms:
+        of = {key: _mean(values(runs, key, condition, arm.name, rates[arm.name])) for key in _ARM_KEYS}
+        right = values(runs, "test_right", condition, arm.name, rates[arm.name])
+        gap = 100 * np.mean(right) - _right(runs, condition, "dpo", rates["dpo"])
+        rows.append(
+            [
+                arm.name,
+                f"{rates[arm.name] * arm.rate_factor:g}",
+                f"{100 * np.mean(right):.2f} ± {100 * np.std(right, ddof=1):.2f}",
+                f"{gap:+.2f}",
+                f"{50 + gap / 2:.2f}",
+                *(_share(of[key]) for key in ("ranked", "ranked_where_wrong", "ranked_where_right")),
+                *(_signed(of[key]) for key in ("chosen_shift", "rejected_shift")),
+                _number(of["ratio_to_dpo"], ".3f"),
+                _share(of["turned_share"]),
+            ]
+        )
+    head = [
+        "arm", "rate", "right, % ± sd of seeds", "minus dpo", "win rate against dpo, %", "ranked right, %",
+        "of those wrong before", "of those right before", "chosen, nats", "rejected, nats", "weight over DPO's",
+        "turned, %",
+    ]  # fmt: skip
+    words = (
+        "Right answers: the exact probability of the right answer at temperature 1, mean of the test questions. Win"
+        " rate: expected, by the rule, ties half, of independent answers, which is half the difference above 50%."
+        " Ranked: by likelihood, test pairs; chosen and rejected: displacement from the base on them. The last two are"
+        " means over training."
+    )
+    return f"## Arms at their own best learning rates: {condition}\n\n{words}\n\n{_table(head, rows)}"
+
+
+_ARM_KEYS = (
+    "ranked", "ranked_where_wrong", "ranked_where_right", "chosen_shift", "rejected_shift", "ratio_to_dpo",
+    "turned_share",
+)  # fmt: skip
+
+
+def contrasts_table(study: Study, found: Found) -> str:
+    """All contrasts, with their tests and verdicts; `Holm` over the secondary ones of the primary condition."""
+    rows = []
+    for of in found.values():
+        first = (of.arm, of.against) == study.contrast and of.condition == study.primary
+        rows.append(
+            [
+                of.condition,
+                f"**{of.arm} - {of.against}**" if first else f"{of.arm} - {of.against}",
+                f"{of.value:+.2f}",
+                f"[{of.low:+.2f}, {of.high:+.2f}]",
+                f"[{of.drawn[0]:+.2f}, {of.drawn[1]:+.2f}]",
+                f"{of.p:.2g}",
+                f"{of.flips:.2g}",
+                "" if of.adjusted is None else f"{of.adjusted:.2g}",
+                of.verdict(study.equivalence) if of.condition == study.primary else "(not tested)",
+            ]
+        )
+    head = [
+        "condition", "contrast", "points", "95%, seeds", "95%, seeds and questions", "p", "p, sign flips", "p, Holm",
+        "verdict",
+    ]  # fmt: skip
+    words = f"The primary one is bold; the equivalence margin is {study.equivalence:g} points."
+    return f"## Contrasts\n\n{words}\n\n{_table(head, rows)}"
+
+
+def protocol_table(
+    study: Study, runs: Sequence[Row], prompts: Prompts, rates: Mapping[str, Mapping[str, float]]
+) -> str:
+    """The paper's protocol: one rate, FocalPO's best, for both emphases, and DPO as it was handed down."""
+    rows = []
+    for condition in study.conditions:
+        shared = rates[condition.name][study.contrast[0]]
+        given = {"dpo": study.published_rate, study.contrast[0]: shared, "focal-hard-1": shared}
+        for arm in given:
+            right = _right(runs, condition.name, arm, given[arm])
+            of = None if arm == "dpo" else contrast(prompts, condition.name, (arm, "dpo"), given)
+            gap = ["", ""] if of is None else [f"{of.value:+.2f}", f"[{of.low:+.2f}, {of.high:+.2f}]"]
+            rows.append([condition.name, arm, f"{given[arm]:g}", f"{right:.2f}", *gap])
+    head = ["condition", "arm", "rate", "right, %", "minus dpo", "95%, seeds"]
+    words = "DPO at the rate it was handed down with, FocalPO and hard emphasis at FocalPO's best rate: Figure 1's way."
+    return f"## The paper's own protocol\n\n{words}\n\n{_table(head, rows)}"
+
+
+def pairs_table(study: Study, runs: Sequence[Row], rates: Mapping[str, float], condition: str) -> str:
+    """Training pairs, clean and swapped apart, after training."""
+    kinds = ("clean", "swapped") if study.condition(condition).noise > 0 else ("clean",)
+    rows = []
+    for arm in study.arms:
+        row = [arm.name]
+        for kind in kinds:
+            of = [
+                _mean(values(runs, f"{kind}_{what}", condition, arm.name, rates[arm.name]))
+                for what in ("fitted", *(f"margin_{q}" for q in QUANTILES))
+            ]
+            row += [_share(of[0]), " / ".join(_number(margin, ".2f") for margin in of[1:])]
+        rows.append(row)
+    head = [
+        "arm",
+        *(f"{kind}: {what}" for kind in kinds for what in ("fitted, %", "margin, nats (5, 25, 50, 75, 95%)")),
+    ]
+    words = (
+        "Fitted: the implicit reward ranks the training pair as it is labelled. Margin: the log-ratio of chosen over"
+        " rejected, which beta makes DPO's log-odds."
+    )
+    return f"## Training pairs after training: {condition}\n\n{words}\n\n{_table(head, rows)}"
+
+
+def kinds_table(study: Study, runs: Sequence[Row], rates: Mapping[str, float]) -> str:
+    """Right answers by difficulty in the primary condition."""
+    kinds = [key for key in runs[0] if key.startswith("right ")]
+    rows = [
+        [arm.name, *(_share(_mean(values(runs, kind, study.primary, arm.name, rates[arm.name]))) for kind in kinds)]
+        for arm in study.arms
+    ]
+    head = ["arm", *(kind.removeprefix("right ") for kind in kinds)]
+    return f"## Right answers by difficulty, %: {study.primary}\n\n{_table(head, rows)}"
+
+
+def rates_table(study: Study, runs: Sequence[Row]) -> str:
+    """Every cell: right answers on test questions."""
+    rows = []
+    for arm in study.arms:
+        row = [arm.name]
+        for condition in study.conditions:
+            row += [f"{_right(runs, condition.name, arm.name, rate):.2f}" for rate in study.rates]
+        rows.append(row)
+    head = ["arm", *(f"{condition.name}, {rate:g}" for condition in study.conditions for rate in study.rates)]
+    return f"## Right answers at every learning rate, %\n\n{_table(head, rows)}"
+
+
+def made(study: Study, runs: Sequence[Row], sessions: Sequence[Mapping[str, Any]]) -> str:
+    """How the tables came to be: runs, seeds, times, versions."""
+    cpu = sum(row["cpu_s"] for row in runs)
+    seeds = "; ".join(f"{of.name}: {of.seeds[0]} to {of.seeds[-1]}" for of in study.conditions)
+    lines = [
+        f"{len(runs)} runs by `{COMMAND}`; seeds {seeds}. {cpu / 60:.0f} minutes of processor time in the runs,"
+        f" {cpu / len(runs):.1f} s each.",
+        *(
+            f"- {of['began']}: {of['runs']} runs in {of['minutes']:g} minutes, {of['workers']} workers on {of['cores']}"
+            f" cores (Python {of['python']}, torch {of['torch']}, transformers {of['transformers']})"
+            for of in sessions
+        ),
+    ]
+    return "## How it was made\n\n" + "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _right(runs: Sequence[Row], condition: str, arm: str, rate: float) -> float:
+    """Right answers of a cell on test questions, in percent."""
+    return 100 * float(np.mean(values(runs, "test_right", condition, arm, rate)))
+
+
+def _mean(found: Sequence[float]) -> float | None:
+    return float(np.mean(found)) if found else None
+
+
+def _share(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _signed(value: float | None) -> str:
+    return _number(value, "+.2f")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+if __name__ == "__main__":
+    print(write_page(read_study(HERE / "study.yaml"), HERE / "results"))

@@ -1,0 +1,171 @@
+"""The study: its control does what it says, its statistics agree with known answers, and it runs end to end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lorafocal.errors import InputError
+from lorafocal.objectives import PairLogps, build_objective
+
+STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
+sys.path.insert(0, str(STUDY))  # the study's files import each other by name, as scripts do
+import analysis  # noqa: E402
+import permuted  # noqa: E402
+import task  # noqa: E402
+from design import read_study  # noqa: E402
+
+TINY = """
+base: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, steps: 2}
+pairs: {training: 128, validation: 6, test: 9, probes: 20}
+conditions:
+  noisy: {noise: 0.3, first_seed: 1, seeds: 2}
+primary: noisy
+rates: [1.0e-3]
+published_rate: 1.0e-3
+arms:
+  dpo: {name: dpo, beta: 1.0}
+  focalpo: {name: focalpo, beta: 1.0, gamma: 0.2}
+  focal-hard-1: {name: focal-hard, beta: 1.0, gamma: 1.0}
+  permuted: {name: focalpo-permuted, beta: 1.0, gamma: 0.2}
+  simpo-focal: {name: simpo, beta: 2.0, focal: {form: p_gamma, gamma: 0.05}}
+  omni-dpo: {name: omni-dpo, beta: 2.0}
+contrast: [focalpo, dpo]
+secondary: [[focalpo, permuted], [omni-dpo, dpo]]
+equivalence: 1.0
+"""
+
+
+@pytest.fixture
+def pairs() -> tuple[PairLogps, PairLogps, torch.Tensor]:
+    """Policy, reference and lengths of a step of 32 pairs whose margins are wide."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [3 * torch.randn(32, generator=generator, dtype=torch.float64) - 6 for _ in range(4)]
+    lengths = torch.randint(2, 7, (64,), generator=generator)
+    return PairLogps(sides[0].requires_grad_(), sides[1]), PairLogps(sides[2], sides[3]), lengths
+
+
+def weights_of(name: str, pairs: tuple[PairLogps, PairLogps, torch.Tensor], gamma: float) -> torch.Tensor:
+    """-dL/dmargin of each pair at beta 1."""
+    losses = build_objective(name, beta=1.0, gamma=gamma)(*pairs).losses
+    return -torch.autograd.grad(losses.sum(), pairs[0].chosen)[0]
+
+
+def test_the_control_has_focalpos_weights_on_other_pairs(pairs):
+    policy, reference, lengths = pairs
+    margins = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
+    dpo = torch.sigmoid(-margins).detach()
+    own, dealt = (weights_of(name, pairs, 0.2) / dpo for name in ("focalpo", permuted.NAME))
+    assert torch.allclose(own.sort().values, dealt.sort().values, atol=1e-12)
+    assert not torch.allclose(own, dealt, atol=1e-3)
+    assert torch.allclose(dealt, own[permuted.permutation(lengths)], atol=1e-12)
+
+
+def test_without_the_permutation_the_control_is_focalpo(pairs, monkeypatch):
+    monkeypatch.setattr(permuted, "permutation", lambda lengths: torch.arange(len(lengths) // 2))
+    assert torch.allclose(weights_of("focalpo", pairs, 0.2), weights_of(permuted.NAME, pairs, 0.2), atol=1e-12)
+
+
+def test_the_permutation_is_of_the_step_alone(pairs):
+    lengths = pairs[2]
+    drawn = permuted.permutation(lengths)
+    assert drawn.equal(permuted.permutation(lengths.clone()))
+    assert drawn.sort().values.equal(torch.arange(32))
+    assert not drawn.equal(permuted.permutation(lengths.flip(0)))
+
+
+def test_swaps_are_as_many_as_asked_and_change_nothing_else():
+    clean, noisy = (task.training_rows(600, noise=noise, seed=3) for noise in (0.0, 0.2))
+    assert not any(row["swapped"] for row in clean)
+    assert 0.15 < np.mean([row["swapped"] for row in noisy]) < 0.25
+    for before, after in zip(clean, noisy, strict=True):
+        sides = (after["rejected"], after["chosen"]) if after["swapped"] else (after["chosen"], after["rejected"])
+        assert (before["prompt"], before["chosen"], before["rejected"]) == (after["prompt"], *sides)
+
+
+@pytest.mark.parametrize("freedom", [1, 4, 7, 30])
+def test_students_t_is_scipys(freedom):
+    for t in (0.0, 0.3, 2.1, 9.0):
+        assert analysis.two_sided_p(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-9, abs=1e-15)
+    assert analysis.student_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+
+
+def test_holm_steps_down_and_never_falls():
+    assert analysis.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert analysis.holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_sign_flips_are_exact():
+    assert analysis.sign_flips(np.asarray([1.0, 2.0, 3.0])) == 0.25
+    assert analysis.sign_flips(np.asarray([1.0, -1.0])) == 1.0
+
+
+def test_a_contrast_is_paired_by_seed_and_question():
+    rng = np.random.default_rng(0)
+    easy = rng.random(300)  # what questions have in common, which pairing takes away
+    prompts = {}
+    for seed in range(8):
+        noise = rng.normal(0, 0.001, 300)
+        prompts["c", "one", 0.1, seed] = easy + noise + 0.02
+        prompts["c", "other", 0.1, seed] = easy + 0.3 * seed
+        prompts["c", "one", 0.1, seed] += 0.3 * seed
+    found = analysis.contrast(prompts, "c", ("one", "other"), {"one": 0.1, "other": 0.1})
+    assert found.value == pytest.approx(2.0, abs=0.02)
+    assert found.drawn[0] < found.low < found.value < found.high < found.drawn[1]  # questions differ by more than seeds
+    assert found.p < 1e-6
+    assert found.verdict(1.0) == "better"
+    assert found.verdict(5.0) == "better, and the difference is too small to matter"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("contrast: [focalpo, dpo]", "contrast: [focal, dpo]", "focal"),
+        ("primary: noisy", "primary: quiet", "quiet"),
+        ("seeds: 2", "seeds: 1", "2 seeds or more"),
+        ("equivalence: 1.0", "equivalent: 1.0", "equivalence, equivalent"),
+        ("published_rate: 1.0e-3", "published_rate: 2.0e-3", "none of the rates"),
+    ],
+)
+def test_a_mistake_in_the_file_is_told(tmp_path, old, new, said):
+    file = tmp_path / "study.yaml"
+    file.write_text(TINY.replace(old, new))
+    with pytest.raises(InputError, match=said):
+        read_study(file)
+
+
+def test_the_shipped_study_reads_and_its_arms_can_train():
+    study = read_study(STUDY / "study.yaml")
+    assert all(len(condition.seeds) >= 5 for condition in study.conditions)
+    for arm in study.arms:
+        build_objective(**arm.objective)
+
+
+@pytest.mark.engine
+def test_the_study_runs_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    import run
+
+    file = tmp_path / "study.yaml"
+    file.write_text(TINY)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run.main(file, whole, whole / "results", workers=1)
+    page = (whole / "results" / "study.md").read_text()
+    assert "Primary (noisy): focalpo" in page
+    assert (whole / "results" / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert len((whole / "results" / "runs.csv").read_text().splitlines()) == 13
+    done = sorted((whole / "cells").iterdir())
+    kept = {path.name: path.read_text() for path in done[1:]}
+    done[0].unlink()
+    before = (whole / "results" / "prompts.csv").read_text()
+    run.main(file, whole, parts, workers=1)
+    assert (parts / "prompts.csv").read_text() == before  # a run that is done again comes out the same
+    assert {path.name: path.read_text() for path in done[1:]} == kept
+    file.write_text(TINY.replace("test: 9", "test: 10"))
+    with pytest.raises(InputError, match="another study file"):
+        run.main(file, whole, parts, workers=1)
