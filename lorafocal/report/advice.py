@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafocal.errors import InputError
+from lorafocal.metrics import effective_share
 from lorafocal.objectives import build_objective
 from lorafocal.objectives.pairwise import dpo_weight
 from lorafocal.report.numbers import table_margins
@@ -141,7 +142,7 @@ def _of_run(record: RunRecord, gammas: Sequence[float]) -> RunAdvice:
         beta=beta,
         margin_mean=float(margins.mean()),
         margin_deviation=float(margins.std(correction=0)),
-        dpo_effective_share=effective_share(dpo_weight(margins.clamp(max=_LARGEST))),
+        dpo_effective_share=share_of_weights(dpo_weight(margins.clamp(max=_LARGEST))),
         gammas=tuple(gamma_row(margins, gamma) for gamma in gammas),
     )
 
@@ -149,7 +150,7 @@ def _of_run(record: RunRecord, gammas: Sequence[float]) -> RunAdvice:
 def _last_table(record: RunRecord) -> tuple[PairTable, float]:
     """The last evaluation and the scale of its rewards. Raises InputError where there are no margins per nat."""
     objective = record.objective
-    if objective is not None and (not objective.entry.reference or "beta" not in objective.parameters):
+    if objective is not None and not objective.entry.implicit_rewards:
         raise InputError(
             f"{record.name} was trained by {objective.name}, whose rewards are no log-ratios to a reference: FocalPO's"
             " margins are not known of it. Advise on a run of DPO or FocalPO, a short one will do"
@@ -170,17 +171,17 @@ def gamma_row(margins: Tensor, gamma: float) -> GammaRow:
     return GammaRow(
         gamma=gamma,
         weight_over_dpo=float(focal.mean() / dpo.mean()),
-        effective_share=effective_share(focal),
+        effective_share=share_of_weights(focal),
         turned_share=float((focal < 0).double().mean()),
         correlation=correlation(focal, dpo),
         moved=float((focal / focal.abs().sum() - dpo / dpo.sum()).abs().sum() / 2),
     )
 
 
-def effective_share(weights: Tensor) -> float:
-    """Effective sample size (sum w)^2 / sum w^2 over the number of pairs: 1 where all weigh alike."""
+def share_of_weights(weights: Tensor) -> float:
+    """The effective share of pairs of these weights, (B,)."""
     weights = weights / weights.abs().max()  # squares of tiny ones would be 0
-    return float(weights.sum().square() / weights.square().sum() / len(weights))
+    return effective_share(len(weights), float(weights.sum()), float(weights.square().sum())) or 0.0
 
 
 def correlation(first: Tensor, second: Tensor) -> float | None:

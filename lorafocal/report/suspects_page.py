@@ -16,6 +16,7 @@ h2 label { font-weight: normal; font-size: .9rem; margin-left: .8rem; white-spac
 button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .3rem;
   padding: .15rem .6rem; cursor: pointer; }
 """
+_MOST_MARGINS = 6  # of the states, on the page
 _HOW = (
     "Marked are the confident ones. Keys: j and k to the next and the last pair, x to mark or unmark it, / to look for"
     " words, Escape for all. Marks are kept in the address of the page. The list that you download is for your config:"
@@ -68,7 +69,7 @@ def _article(number: int, suspect: Suspect, found: Suspects) -> str:
     marked = " checked" if suspect.confident else ""
     chosen = _answer("labelled better", suspect.chosen, suspect.chosen_tokens)
     rejected = _answer(
-        "labelled worse, and preferred by the run", suspect.rejected, suspect.rejected_tokens, "preferred"
+        "labelled worse, rewarded more by the run", suspect.rejected, suspect.rejected_tokens, "preferred"
     )
     return (
         f'<article id="p{number}"{attributes}>\n<h2><a href="#p{number}">{number}</a> {escape(suspect.id)}'
@@ -87,8 +88,10 @@ def _answer(title: str, text: str, tokens: int, kind: str = "") -> str:
 
 
 def _numbers(suspect: Suspect, found: Suspects) -> str:
-    by_step = ", ".join(f"{margin:+.3g} at {step}" for step, margin in zip(found.steps, suspect.margins, strict=True))
-    said = [f"suspicion {suspect.suspicion:.3f} nats (p {suspect.p:.3f})", f"margins {by_step}"]
+    margins = [f"{margin:+.3g} at {step}" for step, margin in zip(found.steps, suspect.margins, strict=True)]
+    if len(margins) > _MOST_MARGINS:
+        margins = [*margins[: _MOST_MARGINS // 2], "...", *margins[-_MOST_MARGINS // 2 :]]
+    said = [f"suspicion {suspect.suspicion:.3f} nats (p {suspect.p:.3f})", f"margins {', '.join(margins)}"]
     if suspect.reference_lead is not None:
         side = "chosen" if suspect.reference_lead > 0 else "rejected"
         said.append(f"the reference gives the {side} answer {abs(suspect.reference_lead):.1f} nats more")

@@ -14,7 +14,7 @@ from lorafocal.errors import InputError
 from lorafocal.evaluations import EvaluatedPair
 from lorafocal.objectives.focal import focal_weight, turning_point
 from lorafocal.objectives.pairwise import dpo_weight
-from lorafocal.report.advice import GAMMAS, GammaRow, RunAdvice, advise, correlation, effective_share, gamma_row
+from lorafocal.report.advice import GAMMAS, GammaRow, RunAdvice, advise, correlation, gamma_row, share_of_weights
 from tests.written_run import write_run
 
 BETA = 0.01
@@ -97,8 +97,8 @@ def test_each_number_is_its_definition(gamma: float) -> None:
 
 def test_shares_and_correlations_of_weights_that_are_known() -> None:
     same, one = torch.ones(8, dtype=torch.float64), torch.tensor([3.0, 0, 0, 0], dtype=torch.float64)
-    assert effective_share(same) == 1
-    assert effective_share(one) == pytest.approx(0.25)
+    assert share_of_weights(same) == 1
+    assert share_of_weights(one) == pytest.approx(0.25)
     assert correlation(same, same) is None
     assert correlation(one, 5 - 2 * one) == pytest.approx(-1)
 

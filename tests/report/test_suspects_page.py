@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def test_every_pair_is_there_without_a_script_and_every_text_is_escaped() -> Non
 
 def test_the_confident_ones_are_marked_and_no_reference_is_made_up() -> None:
     assert re.findall(r'type="checkbox"( checked)?>', suspects_page(FOUND)) == [" checked", " checked", "", ""]
+    many = replace(found_of(suspect(1, margins=tuple(map(float, range(-9, 0))))), steps=tuple(range(9)))
+    assert "margins -9 at 0, -8 at 1, -7 at 2, ..., -3 at 6, -2 at 7, -1 at 8;" in suspects_page(many)
     free = suspects_page(found_of(suspect(1, reference_lead=None)))
     assert "the reference" not in free[: free.rindex("<script>")]
 
