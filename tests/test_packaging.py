@@ -83,17 +83,19 @@ def in_the_docs() -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("words", [*command_lines("lorafocal"), *in_the_docs()], ids=" ".join)
-def test_the_verbs_and_options_that_are_shown_exist(words: list[str]) -> None:
+def test_the_verbs_and_options_that_are_shown_exist() -> None:
     from typer.main import get_command
 
     from lorafocal.cli import app
 
-    verb, rest = get_command(app), words[1:]
-    while hasattr(verb, "commands"):
-        verb = verb.commands[rest.pop(0)]
-    options = {option for parameter in verb.params for option in parameter.opts}
-    assert {word for word in rest if word.startswith("--")} <= options
+    tree = get_command(app)
+    for words in [*command_lines("lorafocal"), *in_the_docs()]:
+        verb, rest = tree, words[1:]
+        while hasattr(verb, "commands"):
+            assert rest[0] in verb.commands, words
+            verb = verb.commands[rest.pop(0)]
+        options = {option for parameter in verb.params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= options, words
 
 
 @pytest.mark.parametrize("words", command_lines("make"), ids=" ".join)
