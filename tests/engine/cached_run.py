@@ -1,18 +1,12 @@
-"""A run on a stored reference that its own ranks have computed: started by torchrun, or called alone."""
+"""A run on a stored reference that its own ranks have computed, by each of them or by one process alone."""
 
 from __future__ import annotations
 
-import json
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from lorafocal import launch
 from lorafocal.model.head import causal_lm
-from tests.engine.ragged_run import HANGS_S, HELD_OUT, PAIRS, make
+from tests.engine.ragged_run import HELD_OUT, PAIRS, make
 from tests.tiny import pairs
 
 
@@ -44,10 +38,3 @@ def cached_run(root: Path) -> dict[str, Any]:
         "logs": [line for line in made.state.log_history if "loss" in line or "eval_loss" in line],
         **counts,
     }
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
-    folder = Path(sys.argv[1])
-    (folder / f"rank-{launch.rank()}.json").write_text(json.dumps(cached_run(folder)))
-    launch.shutdown()

@@ -1,23 +1,17 @@
-"""Runs under FSDP2 whose steps are uneven over two processes: started by torchrun, or called alone for one process."""
+"""Runs under FSDP2 whose steps are uneven over two processes: each of them runs all of it."""
 
 from __future__ import annotations
 
-import json
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from lorafocal import launch
 from lorafocal.errors import InputError
 from lorafocal.trainer import FocalPOTrainer
 from tests.engine.compared_runs import CASES, Case, losses, make, masters, run, runs_of, weights
-from tests.engine.ragged_run import HANGS_S
 from tests.tiny import with_a_wide_norm
 
 
@@ -65,13 +59,6 @@ def refusals(root: Path) -> list[str]:
     return [str(error.value) for error in (of_bitsandbytes, brought, twice, wide)]
 
 
-def main(root: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
+def everything(root: Path) -> dict[str, Any]:
     result: dict[str, Any] = {name: run(root, root / name, CASES[name], "fsdp2", held) for name, _ in runs_of("fsdp2")}
-    result |= {"again": started_again(root), "masters": masters(root, "fsdp2"), "refusals": refusals(root)}
-    (root / f"rank-{launch.rank()}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    launch.shutdown()
+    return result | {"again": started_again(root), "masters": masters(root, "fsdp2"), "refusals": refusals(root)}

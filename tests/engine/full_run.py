@@ -1,22 +1,17 @@
-"""Every weight trained, without an adapter, on steps uneven over two processes: by torchrun, or called alone."""
+"""Every weight trained, without an adapter, on steps uneven over two processes: in each of them, or in one alone."""
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from lorafocal import launch
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.trainer import FocalPOTrainer
-from tests.engine.ragged_run import HANGS_S
 from tests.tiny import pairs, tiny_base, trainer
 
 PAIRS, PAIRS_PER_STEP, STEPS = 13, 6, 3  # the last step has one pair: a rank has none, and runs fillers
@@ -74,13 +69,3 @@ def record(folder: Path, **settings: Any) -> dict[str, Any]:
 
 def all_runs(root: Path) -> dict[str, Any]:
     return {name: record(root / name, **settings) for name, settings in RUNS.items()}
-
-
-def main(root: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
-    (root / f"rank-{launch.rank()}.json").write_text(json.dumps(all_runs(root)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    launch.shutdown()

@@ -1,19 +1,16 @@
-"""Runs on quantised bases whose steps are uneven over two processes: started by torchrun, or called alone."""
+"""Runs on quantised bases whose steps are uneven over two processes: in each of them, or in one alone."""
 
 from __future__ import annotations
 
 import json
-import sys
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from lorafocal import launch
 from lorafocal.model.load import load_base
 from lorafocal.publish import sha256
-from tests.engine.ragged_run import HANGS_S, Record
+from tests.engine.ragged_run import Record
 from tests.tiny import lora, pairs, trainer
 
 BASES = ("nf4", "int8")
@@ -46,10 +43,3 @@ def _written(model, file: Path) -> str:  # type: ignore[no-untyped-def]
     """Digest of the base's tensors, its quantisation scales included."""
     save_file({k: v.contiguous().clone() for k, v in model.state_dict().items() if ".lora_" not in k}, file)
     return sha256(file)
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
-    for base in BASES:
-        quantized_run(Path(sys.argv[1]), base)
-    launch.shutdown()

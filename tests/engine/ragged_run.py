@@ -1,19 +1,15 @@
-"""Runs whose steps are uneven over two processes, and what each of them saw: started by torchrun, or called alone."""
+"""Runs whose steps are uneven over two processes, and what each of them saw, or one process alone."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
@@ -191,8 +187,7 @@ def first_and_others(folder: Path) -> list[str]:
     return found
 
 
-def main(root: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
+def everything(root: Path) -> dict[str, Any]:
     result = ragged_run(root / "whole")
     gradients_in_float32(root / "float32")
     result["interrupted"] = {name: interrupted_run(root / name, hear) for name, hear in INTERRUPTIONS.items()}
@@ -200,9 +195,4 @@ def main(root: Path) -> None:
     result["first"] = first_and_others(root)
     result["others"] = other_objectives(root)
     result["refused"] = refused_first_step(root / "refused")
-    (root / f"rank-{launch.rank()}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    launch.shutdown()
+    return result

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import cached_run, launches
+from tests.engine.cached_run import cached_run
+from tests.engine.forked import forked_ranks
 from tests.engine.ragged_run import HELD_OUT, PAIRS
 
 pytestmark = pytest.mark.engine
@@ -20,10 +21,13 @@ TIMED = ("_per_s", "_runtime", "_per_second", "_gib")
 def test_two_processes_share_the_work_and_train_as_one(tmp_path: Path) -> None:
     together, alone = tmp_path / "together", tmp_path / "alone"
     together.mkdir()
-    code, output = launches.run([*launches.TORCHRUN, cached_run.__file__, str(together)])
-    assert code == 0, output
+
+    def work(rank: int) -> None:
+        (together / f"rank-{rank}.json").write_text(json.dumps(cached_run(together)))
+
+    assert forked_ranks(work, tmp_path) == [0, 0]
     ranks = [json.loads((together / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-    one = cached_run.cached_run(alone)
+    one = json.loads(json.dumps(cached_run(alone)))
     assert [rank["world"] for rank in ranks] == [2, 2]
     assert sum(rank["computed"] for rank in ranks) == one["computed"] == 2 * (PAIRS + HELD_OUT)
     assert min(rank["computed"] for rank in ranks) > one["computed"] / 4

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from lorafocal.publish import sha256
 from tests.engine import launches, ragged_run
-from tests.engine.ragged_run import EPOCHS, INTERRUPTIONS, OTHERS, PAIRS, RESUMED, STEPS
+from tests.engine.forked import both
+from tests.engine.ragged_run import EPOCHS, HANGS_S, INTERRUPTIONS, OTHERS, PAIRS, RESUMED, STEPS
 from tests.tiny import relative_difference
 
 pytestmark = pytest.mark.engine
@@ -36,9 +37,8 @@ class Together(launches.Together):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
-    folder = tmp_path_factory.mktemp("together")
-    code, output = launches.run([*launches.TORCHRUN, ragged_run.__file__, str(folder)])
-    return Together(code, output, folder)
+    ended = both(ragged_run.everything, tmp_path_factory.mktemp("together"), waits_s=HANGS_S)
+    return Together(ended.code, ended.output, ended.folder)
 
 
 @pytest.fixture(scope="module")

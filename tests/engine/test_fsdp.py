@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.engine import fsdp_run, launches
+from tests.engine import fsdp_run
 from tests.engine.compared_runs import CASES, run
+from tests.engine.forked import both
 from tests.engine.launches import Together
 from tests.tiny import relative_difference, tiny_base
 
@@ -26,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(root: Path) -> Together:
-    return Together(*launches.run([*launches.TORCHRUN, fsdp_run.__file__, str(root)]), root)
+    return both(fsdp_run.everything, root)
 
 
 @pytest.mark.row("F8")

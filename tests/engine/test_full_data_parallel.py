@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.engine import full_run, launches
-from tests.engine.full_run import RUNS, STEPS
+from tests.engine.forked import forked_ranks
+from tests.engine.full_run import RUNS, STEPS, all_runs
 from tests.tiny import relative_difference
 
 pytestmark = pytest.mark.engine
@@ -21,15 +21,18 @@ EXACT = {name: name != "sft, bf16" for name in RUNS}
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    code, output = launches.run([*launches.TORCHRUN, full_run.__file__, str(folder)])
-    assert code == 0, output
+
+    def work(rank: int) -> None:
+        (folder / f"rank-{rank}.json").write_text(json.dumps(all_runs(folder)))
+
+    assert forked_ranks(work, folder) == [0, 0]
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("alone")
-    return full_run.all_runs(folder), folder
+    return all_runs(folder), folder
 
 
 @pytest.fixture

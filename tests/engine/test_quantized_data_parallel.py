@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lorafocal.objectives.focal import identity_loss
-from tests.engine import launches, quantized_run
-from tests.engine.quantized_run import BASES
+from tests.engine.forked import forked_ranks
+from tests.engine.quantized_run import BASES, quantized_run
 from tests.tiny import relative_difference, tiny_base
 
 pytestmark = pytest.mark.engine
@@ -28,10 +28,14 @@ def test_gradients_on_a_quantised_base_are_those_of_one_process(tmp_path: Path) 
     together, alone = tmp_path / "together", tmp_path / "alone"
     for root in (together, alone):
         tiny_base().save_pretrained(root / "base")
-    code, output = launches.run([*launches.TORCHRUN, quantized_run.__file__, str(together)])
-    assert code == 0, output
+
+    def work(_: int) -> None:
+        for base in BASES:
+            quantized_run(together, base)
+
+    assert forked_ranks(work, tmp_path) == [0, 0]
     for base in BASES:
-        quantized_run.quantized_run(alone, base)
+        quantized_run(alone, base)
         one = seen(alone, base, 0)
         for rank in (0, 1):
             two = seen(together, base, rank)
