@@ -16,7 +16,7 @@ PIP := -m pip --disable-pip-version-check --no-input
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help install quickstart test test-fast test-engine test-gpu test-lowest guards lint types wheel wheel-check bench bench-gpu
+.PHONY: help install quickstart study test test-fast test-engine test-gpu test-lowest guards lint types wheel wheel-check bench bench-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ $(TORCHAO): requirements/torchao.txt | $(STAMP)
 
 quickstart: $(STAMP) ## train, evaluate, merge and check a tiny model; prints a table (minutes)
 	$(BIN)/python examples/01_quickstart.py
+
+study: $(STAMP) ## whether FocalPO's weighting helps: 507 tiny trainings, compared on one page (within an hour)
+	$(BIN)/python examples/study/run.py
 
 test: $(STAMP) $(WHEELS) ## the whole suite, offline
 	$(PYTEST) -n 2
