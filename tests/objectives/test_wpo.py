@@ -43,6 +43,7 @@ def made_up(count: int = 5, vocabulary: int = 11) -> tuple[PairLogps, PairLogps,
     return policy, reference, lengths, torch.stack(collisions), wanted
 
 
+@pytest.mark.row("64")
 def test_the_loss_is_dpos_times_the_geometric_means_of_both_answers() -> None:
     policy, reference, lengths, collisions, weights = made_up()
     found = WPO(policy, reference, lengths, collisions=collisions)

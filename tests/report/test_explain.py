@@ -296,6 +296,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.row("S2")
 @pytest.mark.parametrize("colour", [True, False])
 def test_nothing_in_the_data_reaches_the_terminal_as_a_command(colour: bool) -> None:
     ends = [0.1] * len(HOSTILE)
@@ -309,6 +310,7 @@ def test_nothing_in_the_data_reaches_the_terminal_as_a_command(colour: bool) -> 
     text.encode("utf-8")
 
 
+@pytest.mark.row("S2")
 def test_the_page_holds_nothing_of_the_data_but_text() -> None:
     ends = [0.1] * len(HOSTILE)
     side = answer(*ends, texts=HOSTILE)
