@@ -396,8 +396,7 @@ def test_warmup_is_said_once() -> None:
 def test_evaluation_needs_data() -> None:
     values = changed("data", {"train": "train.jsonl"})
     assert "neither data.eval nor data.held_out" in mistakes(values)
-    values["training"] = {"pairs_per_step": 64}
-    check_config(values)
+    check_config(values | {"training": {"pairs_per_step": 64}})
 
 
 @pytest.mark.row("57")
@@ -412,9 +411,8 @@ def test_a_run_name_is_a_plain_folder_name(name: str) -> None:
 
 
 def test_overrides_apply_in_order_and_make_sections(file: Path) -> None:
-    config = load_config(
-        file, ["packing.tokens=10", "packing.tokens=20", "model.shape={model_type: llama}", "adapter.r=2"]
-    )
+    given = ["packing.tokens=10", "packing.tokens=20", "model.shape={model_type: llama}", "adapter.r=2"]
+    config = load_config(file, given)
     assert config.packing.tokens == 20
     assert config.model.shape == {"model_type": "llama"}
     assert load_config(file, ["model.shape.model_type=llama"]).model.shape == {"model_type": "llama"}

@@ -88,6 +88,7 @@ def test_a_held_out_pair_and_a_list_of_all_are_refused(tmp_path: Path) -> None:
         prepared(train=train, leave_out=everything)
 
 
+@pytest.mark.row("31")
 def test_a_list_by_rows_is_refused_once_a_row_above_has_gone(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", ROWS)
     lines = [line_of(pair) for pair in prepared(train=train)["train"].preferences[10:12]]
