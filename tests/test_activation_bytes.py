@@ -144,9 +144,12 @@ def test_what_is_kept_with_every_layer_computed_again(kernels, dtype):
 
 @pytest.mark.row("37")
 @pytest.mark.parametrize(
-    ("kernels", "tier"), [("fused", "none"), ("fused", "mlp"), ("peft", "none"), ("fused", "full")]
+    ("family", "kernels", "tier"),
+    [
+        *(("llama", kernels, tier) for kernels, tier in (("fused", "mlp"), ("peft", "none"), ("fused", "full"))),
+        *((family, "fused", "none") for family in ("llama", "mistral", "qwen3", "gemma")),
+    ],
 )
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma"])
 def test_middle_sized_shapes(family, kernels, tier):
     check(family, MID, setup(r=16, adapter_kernels=kernels), tier, within=0.01)
 

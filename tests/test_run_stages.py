@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,16 @@ def test_a_continued_run_starts_at_the_identity_and_its_merge_holds_both_stages(
 
 @pytest.mark.row("55")
 def test_a_continued_run_resumes_to_the_same_bits(root: Path, supervised: run.RunSummary, tmp_path: Path) -> None:
-    whole = run.train(continued(root, supervised, "whole"), quiet=True, runs_dir=tmp_path)
-    parts = run.train(continued(root, supervised, "parts"), quiet=True, runs_dir=tmp_path)
-    for later in parts.folder.glob("checkpoint-*"):
+    config = continued(root, supervised, "whole")
+    whole = run.train(config, quiet=True, runs_dir=tmp_path)
+    parts = shutil.copytree(whole.folder, tmp_path / "again" / whole.folder.name)
+    for later in parts.glob("checkpoint-*"):
         if int(later.name.rpartition("-")[2]) > 4:
             for file in later.iterdir():
                 if file.is_file():
                     file.unlink()  # torn: the run goes on from step 4
-    resumed = run.train(continued(root, supervised, "parts"), resume=True, quiet=True, runs_dir=tmp_path)
+    shutil.rmtree(parts / "adapter")
+    resumed = run.train(config, resume=True, quiet=True, runs_dir=tmp_path / "again")
     ours, theirs = adapter_of(resumed.folder), adapter_of(whole.folder)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
