@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from design import Study
@@ -84,13 +85,18 @@ def bootstrap(points: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
 
     A question is drawn for all seeds at once, since all answer the same ones.
     """
-    rng = np.random.default_rng(seed)
-    seeds, questions = points.shape
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-    of_questions = rng.multinomial(questions, np.full(questions, 1 / questions), RESAMPLES) / questions
+    of_seeds, of_questions = _drawn(*points.shape, seed)
     means = np.einsum("rs,sq,rq->r", of_seeds, points, of_questions, optimize=True)
     low, high = np.quantile(means, (LEVEL / 2, 1 - LEVEL / 2))
     return float(low), float(high)
+
+
+@cache
+def _drawn(seeds: int, questions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How much each seed and each question counts in every resample, rows of shares."""
+    rng = np.random.default_rng(seed)
+    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    return of_seeds, rng.multinomial(questions, np.full(questions, 1 / questions), RESAMPLES) / questions
 
 
 def sign_flips(means: np.ndarray) -> float:
