@@ -119,7 +119,7 @@ def trains_in_bf16(values: Values) -> bool:
 _REFERENCE = (
     "the reference is the same base with its adapter off, computed in each step: the same numbers, no second model"
 )
-_LOSS = "only loss_type sigmoid has counterparts here (objective focalpo or dpo), and this changes its value"
+_LOSS = "only loss_type sigmoid is translated (to objective focalpo or dpo), and this changes its value"
 _ONLY_OF = "{} alone reads it, which is refused"
 _PADDING = "packs hold no padding, and the padded layout pads with any token: results do not change"
 _REENTRANT = "checkpointing is not re-entrant here (frozen embeddings would cut the gradient); say use_reentrant False"
@@ -129,14 +129,15 @@ FATES: dict[str, Fate] = {
     # the objective
     "beta": _translated(lambda given: {"beta": given.values["beta"]}),
     "loss_type": _refused(
-        "only sigmoid, DPO's loss, has counterparts here: objective focalpo or dpo. Supervised fine-tuning is objective"
-        " sft; what TRL has other trainers for (ORPO, SimPO in CPO, KTO) is objective orpo, simpo or kto",
+        "only sigmoid, DPO's loss, is translated, to objective focalpo or dpo. Stated by hand, robust is objective"
+        " robust-dpo, sigmoid_norm dpo-norm, and sft sft; what TRL has other trainers for (ORPO, KTO, CPO, SimPO,"
+        " AlphaPO) is orpo, kto, cpo, simpo or alphapo",
         "sigmoid", ["sigmoid"],
     ),
     "loss_weights": _refused(_LOSS, None, [1.0]),
-    "label_smoothing": _refused("it belongs to losses that are refused (robust, exo_pair); leave it at 0", 0.0),
+    "label_smoothing": _refused("it belongs to losses that are refused (exo_pair; robust: objective robust-dpo)", 0.0),
     "ld_alpha": _refused(_LOSS, None, 1.0),
-    "use_weighting": _refused(_LOSS, False),
+    "use_weighting": _refused(f"{_LOSS}; its weighted loss is objective wpo", False),
     "f_divergence_type": _refused(f"{_LOSS}; use reverse_kl", "reverse_kl"),
     "f_alpha_divergence_coef": _no_effect(_ONLY_OF.format("f_divergence_type alpha_divergence")),
     "discopop_tau": _no_effect(_ONLY_OF.format("loss_type discopop")),
