@@ -108,6 +108,9 @@ def _explanation(
     subject: Subject, compared: Subject | None, objective: Objective | None, found: FoundPair
 ) -> Explanation:
     pair, tokenizer = found.pair, subject.tokenizer
+    history = (
+        tuple(_history(subject, pair.id)) if found.of_the_run else ()
+    )  # a damaged table is told before weights load
     scored = _scored(subject, pair, with_base=compared is None)
     policy, reference = scored if compared is None else (*scored, *_scored(compared, pair, with_base=False))
     ends = subject.ends
@@ -127,7 +130,7 @@ def _explanation(
         rejected=rejected,
         shared_start=_shared_start(*ids),
         weighing=None if objective is None else weighing(objective, pair, chosen, rejected, policy.collisions),
-        history=tuple(_history(subject, pair.id)) if found.of_the_run else (),
+        history=history,
         notes=(*found.notes, *_notes(objective)),
     )
 
