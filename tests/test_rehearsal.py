@@ -327,19 +327,14 @@ def test_an_adapter_of_a_base_held_otherwise_is_not_continued_here_either(tmp_pa
 
 # --- architectures, bases, references, objectives, adapters -------------------------------------------------
 
-FAMILIES: dict[str, dict[str, Any]] = {
+FAMILIES: dict[str, dict[str, Any]] = {  # what differs in a run; tests/model/test_shrunk.py has more of them
     "llama tied": LLAMA | {"tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": 4096},
-    "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 8},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 8},
-    "gemma2": {"model_type": "gemma2"},
     "gemma3": {"model_type": "gemma3_text"},
     "phi3": {"model_type": "phi3", "sliding_window": 2047},
     "gpt2": {"model_type": "gpt2"},
-    "mixtral": {"model_type": "mixtral"},
-    "qwen3_moe": {"model_type": "qwen3_moe"},
-    "olmo2": {"model_type": "olmo2"},
-    "cohere2": {"model_type": "cohere2"},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 16},
     "gpt_oss": {"model_type": "gpt_oss"},
 }
 
@@ -351,7 +346,7 @@ def test_families_rehearse_from_their_shape(family: str) -> None:
     assert result.scored == 4
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "nf4-double", "fp4", "fp4-double", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4-double", "fp4", "int8"])
 def test_quantised_bases_rehearse(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[str | None] = []
     honest = run.load_base
@@ -400,14 +395,17 @@ def test_objectives_rehearse(objective: dict[str, Any], reference: dict[str, Any
 @pytest.mark.parametrize(
     "adapter",
     [
-        {"use_rslora": True, "use_dora": True},
+        {
+            "use_rslora": True,
+            "use_dora": True,
+            "modules_to_save": ["lm_head"],
+            "trainable_tokens": ["<|tool|>", 128_011],
+        },
         {"init": "pissa_niter_2", "r": 64},
         {"init": "olora"},
         {"init": "eva"},
         {"init": "orthogonal", "r": 64},
         {"init": "gaussian", "rank_pattern": {"layers.6.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}},
-        {"modules_to_save": ["lm_head"]},
-        {"trainable_tokens": ["<|tool|>", 128_011]},
     ],
     ids=str,
 )
