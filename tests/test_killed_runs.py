@@ -40,7 +40,7 @@ Prepare = Callable[[], None]
 SEEN = "seen.jsonl"  # beside the run folder: which pairs each process trained on at which step
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.engine  # processes that are killed, one after the other
 
 
 # --- running and killing ------------------------------------------------------------------------------------
@@ -265,7 +265,6 @@ def test_killed_at_every_point_and_resumed_it_ends_with_the_same_bits(
     assert outcome(tmp_path / "runs") == unbroken
 
 
-@pytest.mark.engine
 @pytest.mark.row("55", "57")
 def test_a_real_process_killed_from_outside_resumes_in_another(root: Path, unbroken: Outcome, tmp_path: Path) -> None:
     command = ["train", str(root / "toy.yaml"), "--runs", str(tmp_path / "runs")]
