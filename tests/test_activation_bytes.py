@@ -33,6 +33,8 @@ from lorafocal.ops.attention_kernels import Kernel, KernelChoice
 from lorafocal.policy import prepare_policy, sequence_logps
 from tests.tiny import lora
 
+pytestmark = pytest.mark.slow
+
 AT = Lengths(60, 70, 50)  # longer than what attends in one call a pair
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

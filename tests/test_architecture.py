@@ -144,6 +144,7 @@ def test_no_import_cycles() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
+@pytest.mark.slow
 def test_every_module_imports() -> None:
     for module in sorted(set(MODULES) - {"lorafocal.__main__"}):
         importlib.import_module(module)
@@ -163,6 +164,7 @@ READERS = (  # of answers and of what was said of them: seconds, where torch and
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [DOORS, READERS])
 def test_these_open_without_the_heavy_libraries(modules: str) -> None:
     code = f"import sys, {modules}; print(*sys.modules)"

@@ -20,6 +20,8 @@ from tests.model.families import text_policy
 from tests.saved_run import other_tokenizer, save_base
 from tests.tiny import SIZES, lora, pairs, tiny_base, tiny_policy, trainer
 
+pytestmark = pytest.mark.slow
+
 PAIR = pairs(1)[0]
 
 

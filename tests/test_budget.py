@@ -20,6 +20,8 @@ from lorafocal.ops.shapes import Shape
 from tests.model.families import text_policy
 from tests.tiny import lora, pairs, tiny_base, tiny_policy, trainer
 
+pytestmark = pytest.mark.slow
+
 DATA = pairs(12)
 LONGEST = max(pair.shared_length for pair in DATA)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

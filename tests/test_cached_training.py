@@ -21,6 +21,8 @@ from lorafocal.store import ReferenceStore, Score, answers_of
 from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import disturb, lora, pairs, relative_difference, tiny_base, tiny_policy, trainer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 TRAIN, HELD_OUT = pairs(12), pairs(4, seed=2)
 ROUNDED = 2.0**-24  # relative: fp32

@@ -23,6 +23,8 @@ from lorafocal.store import ReferenceStore, answers_of
 from tests.killing import moments
 from tests.tiny import disturb, lora, pairs, tiny_base, tiny_policy
 
+pytestmark = pytest.mark.slow
+
 WORDS = {"layout": "packed", "attention": "sdpa", "kernels": "torch"}
 FP32 = 2.0**-24  # what rounding to fp32 changes at most, relative
 

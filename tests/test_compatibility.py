@@ -39,6 +39,8 @@ from tests import compatibility_table
 from tests.test_config import VALUES, mistakes
 from tests.tiny import lora, pairs, tiny_base, trainer
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLAIN = frozenset({"lora"})
 IDS = torch.tensor([[5, 6, 7, 8]])

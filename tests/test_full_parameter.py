@@ -25,6 +25,8 @@ from tests.model.architecture_table import one_at_a_time
 from tests.model.families import known_families, random_model
 from tests.tiny import adapter_gradients, lora, pairs, relative_difference, tiny_base, trainer, with_a_wide_norm
 
+pytestmark = pytest.mark.slow
+
 DATA = pairs(10)
 # Tied and untied, capped scores, sinks, experts, transposed linear layers, learned positions, an image encoder.
 FAMILIES = {"llama", "llama tied", "gemma2", "gpt2", "gpt_oss", "mixtral", "ernie4_5_moe", "gemma3"}

@@ -20,6 +20,8 @@ from lorafocal.model.quantized import QUANTIZATIONS
 from tests.test_activation_bytes import FAMILIES, TINY
 from tests.tiny import lora
 
+pytestmark = pytest.mark.slow
+
 LLAMA_3_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,

@@ -20,6 +20,8 @@ from tests import tiny
 from tests.engine import launches, out_of_memory_run
 from tests.tiny import pairs, relative_difference, tiny_policy
 
+pytestmark = pytest.mark.slow
+
 DATA = pairs(14)
 TOKENS = 60
 PACKS = 5

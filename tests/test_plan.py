@@ -17,6 +17,8 @@ from lorafocal.memory import Lengths
 from lorafocal.plan import plan
 from tests import plan_table
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 # Adapters of the paper's configs: one objective stands for all.
 CONFIGS = [

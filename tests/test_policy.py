@@ -19,6 +19,8 @@ from lorafocal.reference import DisabledAdapterReference
 from tests.model.families import MUST_TRAIN_PACKED, text_policy
 from tests.tiny import adapter_gradients, pairs, relative_difference, tiny_policy
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["llama", "mistral"]
 OBJECTIVE = build_objective("focalpo", beta=0.5, gamma=0.05)
 

@@ -33,6 +33,8 @@ from lorafocal.probes import LayoutChoice, check_packing, choose_layout
 from tests.model.families import random_model
 from tests.tiny import SIZES, enlarged, lora, tiny_base, tiny_policy
 
+pytestmark = pytest.mark.slow
+
 HEADS = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MAMBA = {"mamba_d_state": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
 

@@ -30,6 +30,8 @@ from lorafocal.run import RunSummary
 from tests.tiny import pairs, trainer
 from tests.toy_run import HELD_OUT, PAIRS, STEPS, all_lines, metric_lines, run_config, write_inputs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

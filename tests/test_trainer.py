@@ -22,6 +22,8 @@ from lorafocal.objectives.focal import identity_loss
 from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import disturb, lora, pairs, relative_difference, tiny_base, tiny_policy, trainer
 
+pytestmark = pytest.mark.slow
+
 
 class Gradients(TrainerCallback):
     """Keeps each step's gradients and the pairs that made it."""

@@ -17,6 +17,8 @@ from tests.saved_run import save_run
 from tests.spoken import PROMPT, QUESTION, both, drawing, generated
 from tests.tiny import enlarged, tiny_base, tiny_policy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.row("6")
 @pytest.mark.parametrize("kind", ["llama", "mistral"])

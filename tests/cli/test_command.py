@@ -19,6 +19,8 @@ from lorafocal.config import load_config
 from lorafocal.errors import InputError
 from tests.command import Report, Summary, call, command, stand_in
 
+pytestmark = pytest.mark.slow
+
 HEAVY = "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules)))"
 
 

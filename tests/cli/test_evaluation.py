@@ -16,6 +16,8 @@ from lorafocal.evaluate.result import Result
 from tests.command import Report, call, stand_in
 from tests.openai_server import Body, Said, serving
 
+pytestmark = pytest.mark.slow
+
 JUDGING = (
     "--judge j --server http://localhost:1/v1 --key-variable K --concurrency 3 --timeout 4 --attempts 2"
     " --per-minute 90 --price 2.5,10 --yes --allow-missing 1"

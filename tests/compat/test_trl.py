@@ -24,6 +24,8 @@ from tests.test_parity_trl import Trace, rows, theirs, trained, word_tokenizer
 from tests.tiny import disturb, lora, relative_difference, tiny_base
 from tests.toy_run import metric_lines, write_inputs
 
+pytestmark = pytest.mark.slow
+
 FIELDS = [spec.name for spec in fields(DPOConfig)]
 OF_KIND = {
     kind: [name for name in FIELDS if (fate := fate_of(name)) and fate.kind == kind]

@@ -14,6 +14,8 @@ from lorafocal.data.truncation import TRUNCATIONS, Limits, check_limits, why_too
 from lorafocal.errors import InputError
 from tests.data.test_tokens import byte_tokenizer, pair
 
+pytestmark = pytest.mark.slow
+
 BOS = 0
 IDS = st.lists(st.integers(1, 9), min_size=1, max_size=30)
 PAIRS = st.builds(

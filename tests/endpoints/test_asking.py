@@ -19,6 +19,8 @@ from lorafocal.endpoints.journal import read_journal
 from lorafocal.errors import InputError
 from tests.openai_server import Said, Server, a_page, cut, malformed, no_choices, serving, slow, status
 
+pytestmark = pytest.mark.slow
+
 NOWHERE = "http://127.0.0.1:9/v1"  # the discard service, which no machine runs today
 
 

@@ -39,6 +39,8 @@ from tests.alpaca_files import (
 )
 from tests.openai_server import Body, Said, cut, malformed, serving, slow, status
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def first_import() -> tuple[Any, Any]:

@@ -33,6 +33,8 @@ from tests.alpaca_files import (
 )
 from tests.openai_server import serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

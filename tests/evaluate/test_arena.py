@@ -19,6 +19,8 @@ from lorafocal.evaluate.arena_verdicts import Verdicts, label_in, read_judgments
 from lorafocal.evaluate.arena_win_rate import battles_resampled, questions_resampled
 from lorafocal.evaluate.result import prompt_sha256, read_result
 
+pytestmark = pytest.mark.slow
+
 MIRROR = {"A>>B": "B>>A", "A>B": "B>A", "A=B": "A=B", "B>A": "A>B", "B>>A": "A>>B", None: None}
 
 Labels = Sequence[tuple[str | None, str | None]]

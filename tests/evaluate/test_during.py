@@ -34,6 +34,8 @@ from tests.evaluate.test_reward import save_causal
 from tests.test_config import VALUES, mistakes
 from tests.toy_run import HELD_OUT, metric_lines, run_config, write_inputs
 
+pytestmark = pytest.mark.slow
+
 ASKED: dict[str, Any] = {"every": 2, "count": 4, "rule": "regex", "pattern": r"9.*9", "max_new_tokens": 6}
 STEPS = 5  # an epoch ends after the third
 EVALUATED = [0, 2, 4, STEPS]

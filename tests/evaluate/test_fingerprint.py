@@ -20,6 +20,8 @@ from lorafocal.recipes import Mark, Released
 from lorafocal.release.merge import merge_adapter
 from tests.saved_run import SavedRun, other_tokenizer, save_run
 
+pytestmark = pytest.mark.slow
+
 
 def quiet(text: str) -> None:
     """Where progress goes."""

@@ -19,6 +19,8 @@ from lorafocal.generation.batches import complete_batch, completion, drawn, plan
 from lorafocal.generation.presets import Sampling
 from lorafocal.generation.speech import Speech
 
+pytestmark = pytest.mark.slow
+
 EOS = 1
 
 

@@ -26,6 +26,8 @@ from lorafocal.release.merge import merge_adapter
 from tests.killing import moments
 from tests.saved_run import SavedRun
 
+pytestmark = pytest.mark.slow
+
 HOW: dict[str, Any] = {"max_new_tokens": 7, "batch_tokens": 90}
 
 

@@ -24,6 +24,8 @@ from lorafocal.model.adapters import (
 from tests.model.families import IMAGE_TEXT, known_families, random_model
 from tests.tiny import disturb, lora, tiny_base, tiny_policy
 
+pytestmark = pytest.mark.slow
+
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 IDS = torch.arange(2, 20)[None]
 

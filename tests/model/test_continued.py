@@ -28,6 +28,8 @@ from lorafocal.tensor_files import tensors_sha256
 from tests.saved_run import SavedRun, held_out_pairs, save_base, save_run
 from tests.tiny import disturb, lora, tiny_base, tiny_policy, trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> SavedRun:

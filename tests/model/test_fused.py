@@ -21,6 +21,8 @@ from lorafocal.model.stand_ins import FusedLinear
 from tests.model.families import MUST_TRAIN_PACKED, text_policy
 from tests.tiny import VOCABULARY, adapter_gradients, disturb, lora, relative_difference, tiny_base, tiny_policy
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(2, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 STARTS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},

@@ -24,6 +24,8 @@ from lorafocal.probes import LayoutChoice, choose_layout
 from tests.model.families import random_model
 from tests.tiny import SIZES, enlarged, pairs, tiny_base
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def saved(tmp_path):

@@ -20,6 +20,8 @@ from lorafocal.model.load import load_base
 from lorafocal.model.quantized import QUANTIZATIONS, bitsandbytes_config, describe, quantization_of, word_of
 from tests.tiny import tiny_base
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(2, 40)[None]
 
 

@@ -22,6 +22,8 @@ from lorafocal.model.save_model import write_papers, write_weights
 from lorafocal.model.shrunk import build, shrunk
 from tests.tiny import lora, tiny_base
 
+pytestmark = pytest.mark.slow
+
 # What transformers holds otherwise than files do (experts as one), ties, has buffers that are saved, or computes wide.
 FAMILIES = ["llama", "mixtral", "deepseek_v3", "gpt2", "gemma2", "phi3", "qwen3_moe"]
 

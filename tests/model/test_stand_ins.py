@@ -20,6 +20,8 @@ from lorafocal.model.load import load_base
 from lorafocal.model.stand_ins import FusedLinear, SharedInput, StandIn
 from tests.tiny import VOCABULARY, adapter_gradients, disturb, lora, relative_difference, tiny_base, tiny_policy
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(2, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 
 

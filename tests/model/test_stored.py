@@ -18,6 +18,8 @@ from lorafocal.model.stored import check_as_stored
 from tests.model.families import random_model
 from tests.tiny import disturb, lora, pairs, tiny_base, trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -14,6 +14,8 @@ from lorafocal.errors import InputError
 from lorafocal.ops import elementwise
 from tests.triton_cases import CASES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCES = {"torch.float32": 2e-6, "torch.float64": 1e-13}
 

@@ -29,6 +29,8 @@ from lorafocal.schema import Model
 from tests.model.backends import stand_in
 from tests.tiny import disturb, lora, pairs, tiny_base, trainer
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = 0.06  # nats a token between two attentions in bf16
 LONGEST = 24
 
