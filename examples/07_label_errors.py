@@ -1,8 +1,9 @@
 """Find pairs that are labelled the wrong way round, leave them out, and train again.
 
 The quickstart's task with a tenth of its pairs swapped: which ones is known here, so that the list can be judged.
-Prints how good the list is, and the right answers of runs with all pairs, without those that the list names, without as
-many drawn at random, and without exactly the swapped ones. Numbers of three seeds are in docs/suspects.md.
+Prints how good the list is, and the right answers and the reward accuracy of runs with all pairs, without those that the
+list names, without as many drawn at random, and without exactly the swapped ones. Numbers of three seeds are in
+docs/suspects.md.
 
     python examples/07_label_errors.py --out label-errors --seeds 0 1 2
 """
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("label-errors"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--pairs", type=int, default=3840)
-    parser.add_argument("--held-out", type=int, default=1000)
+    parser.add_argument("--held-out", type=int, default=2000)
     parser.add_argument("--swapped", type=float, default=0.1, help="share of the pairs that are swapped")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE")
     args = parser.parse_args(arguments)
@@ -54,7 +55,7 @@ def once(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     )
     write_rows(folder / "held_out.jsonl", toy_preferences(args.held_out, seed=20 + seed, held_out=True))
 
-    def right(run: str, leave_out: Sequence[str] = ()) -> float | None:
+    def right(run: str, leave_out: Sequence[str] = ()) -> dict[str, float | None]:
         return trained(args, folder, seed, run, leave_out)
 
     answers = {"all pairs": right("all")}
@@ -66,11 +67,13 @@ def once(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     answers["without as many at random"] = right("without-random", rng.sample(names, len(listed)))
     answers["without the swapped pairs"] = right("without-swapped", sorted(swapped))
     judged = {"confident": judge(listed, swapped), "all": judge(always, swapped)}
-    return {"seed": seed, "lists": judged, "right answers": answers}
+    return {"seed": seed, "lists": judged, "held out": answers}
 
 
-def trained(args: argparse.Namespace, folder: Path, seed: int, run: str, leave_out: Sequence[str]) -> float | None:
-    """The share of right answers after training without some pairs."""
+def trained(
+    args: argparse.Namespace, folder: Path, seed: int, run: str, leave_out: Sequence[str]
+) -> dict[str, float | None]:
+    """Of the held-out prompts and pairs after training without some pairs: answers, sampled, and reward accuracy."""
     overrides = [
         f"name={run}",
         f"model.name={toy_base()}",
@@ -79,7 +82,7 @@ def trained(args: argparse.Namespace, folder: Path, seed: int, run: str, leave_o
         f"training.seed={seed}",
         f"training.data_seed={seed}",
         "training.save_steps=12",
-        f"evaluation={{every: 100000, rule: exact, count: {args.held_out}, max_new_tokens: 8}}",
+        f"evaluation={{every: 100000, rule: exact, count: {args.held_out}, max_new_tokens: 8, temperature: 1.0}}",
         *args.overrides,
     ]
     if leave_out:
@@ -87,7 +90,8 @@ def trained(args: argparse.Namespace, folder: Path, seed: int, run: str, leave_o
         names.write_text("".join(f"{name}\n" for name in leave_out))
         overrides.append(f"data.leave_out={names}")
     train(load_config(CONFIG, overrides), quiet=True, runs_dir=folder, callbacks=callbacks)
-    return last(right_answers(read_run(folder / run, run)))
+    record = read_run(folder / run, run)
+    return {"right": last(right_answers(record)), "reward accuracy": last(record.series("eval_rewards/accuracies"))}
 
 
 def labelled(row: dict[str, Any], name: str, swap: bool) -> dict[str, Any]:
