@@ -35,7 +35,7 @@ LOSS_ROSE = 0.01  # share of the held-out loss at its best
 WIDE_GAP = 0.1  # share of the held-out loss
 MOVED_WRONG = 0.6  # reward accuracy, of pairs that the reference ranks wrong, that looks like a success
 FEW_MENDED = 0.1  # share of these pairs that the policy ranks right
-FEW_CARRY = 0.5  # effective share of the pairs below which few of them lead the gradient
+FEW_CARRY = 0.25  # effective share of the pairs below which few of them lead the gradient
 GOES_WITH_LENGTH = 0.5  # correlation of margin and length difference
 A_FEW_PAIRS = 20  # below it a share of pairs says little
 
