@@ -1,8 +1,8 @@
 """Find pairs that are labelled the wrong way round, leave them out, and train again.
 
 The quickstart's task with a tenth of its pairs swapped: which ones is known here, so that the list can be judged.
-Prints how good the list is, and the right answers and the reward accuracy of runs with all pairs, without those that the
-list names, without as many drawn at random, and without exactly the swapped ones. Numbers of three seeds are in
+Prints how good the list is, and the right answers and the reward accuracy of runs with all pairs, without those of the
+list, without as many drawn at random, and without exactly the swapped ones. Numbers of three seeds are in
 docs/suspects.md.
 
     python examples/07_label_errors.py --out label-errors --seeds 0 1 2

@@ -125,3 +125,17 @@ def test_several_runs_are_advised_on_one_by_one(tmp_path: Path) -> None:
     assert [run.run for run in found.runs] == ["one", "two"]
     assert [row.gamma for row in found.runs[0].gammas] == [0.05, 0.2]
     assert found.table().count("held-out pairs after step 10") == 2
+
+
+def test_the_documented_table_is_what_is_computed() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "advice.md").read_text(encoding="utf-8")
+    lines = [line for line in page.replace("*", "").splitlines() if line.startswith(("| 0.", "| 1 "))]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [float(row[0]) for row in rows] == list(GAMMAS)
+    for gamma, weight, effective, turned, linked, moved in rows:
+        found = gamma_row(normal(0.3, 0.6), float(gamma))
+        assert f"{found.weight_over_dpo:.3f}" == weight
+        assert f"{found.effective_share:.1%}" == effective
+        assert found.turned_share == pytest.approx(float(turned.rstrip("%")) / 100, abs=6e-4)
+        assert found.correlation == pytest.approx(float(linked), abs=10 ** -len(linked.partition(".")[2]))
+        assert f"{found.moved:.1%}" == moved
