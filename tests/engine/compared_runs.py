@@ -18,7 +18,7 @@ from lorafocal.model.load import load_base
 from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import lora, pairs, tiny_base, trainer
 
-PAIRS, HELD_OUT, STEPS, FEW = 17, 5, 10, 4  # a step has eight pairs; every third has one, so that a rank has none
+PAIRS, HELD_OUT, STEPS, FEW = 17, 5, 6, 4  # a step has eight pairs; every third has one, so that a rank has none
 ZERO = ("zero1", "zero2", "zero3")
 
 
@@ -66,11 +66,11 @@ CASES = {
         {"zero2": {"offload": "optimizer"}, "zero3": {"offload": "all"}, "fsdp2": {"offload": "all"}},
         settings={"objective": "sft", "recompute": "full", "max_steps": FEW},
     ),
-    "lora, live": Case(plainly(*ZERO, "fsdp2"), settings={"eval_strategy": "epoch"}, peft_config=lora),
+    "lora, live": Case(plainly("zero2", "zero3", "fsdp2"), settings={"eval_strategy": "epoch"}, peft_config=lora),
     "dora and head, frozen copy": Case(
         plainly("zero3", "fsdp2"), settings={"reference": "frozen_copy", "max_steps": FEW}, peft_config=_dora
     ),
-    "lora on nf4": Case(plainly("zero2", "zero3", "fsdp2"), quantized("nf4"), {"max_steps": FEW}, lora),
+    "lora on nf4": Case(plainly("zero3", "fsdp2"), quantized("nf4"), {"max_steps": FEW}, lora),
     "lora on int8": Case(plainly("zero2", "fsdp2"), quantized("int8"), {"max_steps": FEW}, lora),
     # ZeRO holds adapters in bf16 beside fp32 masters, FSDP2 in fp32 as one process does.
     "lora on bf16": Case(plainly("zero3", "fsdp2"), _bf16, {"max_steps": FEW}, lora, bound=2e-2),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,20 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from lorafocal.compatibility import Cell, verdict
+from lorafocal.engines import zero
 from lorafocal.engines.zero_parts import set_entries
 from lorafocal.errors import InputError
 from tests.engine import launches, zero_run
 from tests.engine.compared_runs import CASES, ZERO, run, runs_of
+from tests.engine.forked import both, forked_ranks
+from tests.engine.ragged_run import HANGS_S
 from tests.engine.zero_run import KILLED_IN
 from tests.tiny import relative_difference, tiny_base, trainer
 
 pytestmark = pytest.mark.engine
 
 Ranks = list[dict[str, Any]]
-
-
-def start(what: str, root: Path) -> tuple[int, str]:
-    return launches.run([*launches.TORCHRUN, zero_run.__file__, what, str(root)])
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(root: Path) -> Ranks:
-    code, output = start("everything", root)
-    assert code == 0, output
-    return [json.loads(file.read_text()) for file in sorted(root.glob("rank-*.json"))]
+    return both(zero_run.everything, root, waits_s=4 * HANGS_S).ranks
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +120,15 @@ def test_what_zero_3_cannot_split_is_refused(together: Ranks) -> None:
 
 
 @pytest.mark.row("55")
-def test_a_killed_rank_ends_the_launch_by_name_and_the_resumed_run_is_the_whole_one(root: Path) -> None:
-    code, output = start("killed", root)
+def test_a_killed_rank_ends_the_launch_by_name_and_the_resumed_run_is_the_whole_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, output = launches.run([*launches.TORCHRUN, zero_run.__file__, str(root)])
     assert code != 0
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*SIGKILL", output)
     assert (root / f"killed/checkpoint-{KILLED_IN - 1}").is_dir()
-    code, output = start("resumed", root)
-    assert code == 0, output
+    monkeypatch.setattr(zero, "PERSISTENT_ENTRIES", 0)
+    assert forked_ranks(lambda _: zero_run.resumed(root), root) == [0, 0]
     ours, theirs = (load_file(root / f"{name}.safetensors") for name in ("killed", "whole"))
     assert relative_difference(ours, theirs) < 1e-6
 
