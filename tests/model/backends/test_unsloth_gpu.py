@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorafocal.data.toy import toy_tokenizer
+from tests.model.backends import one_run
 from tests.tiny import relative_difference
 
 # bf16 keeps 8 bits, and the two round in other places: what a wrong mask, rotation or scale does is far beyond these.
@@ -31,21 +35,33 @@ SIZES = {
 }
 
 
-def run(backend: str, base: Path, folder: Path) -> tuple[dict, dict]:
-    """What `one_run` prints, and the tensors that it leaves."""
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.model.backends.one_run", backend, str(base), str(folder)]
+def elsewhere(*words: str) -> str:
+    """What `one_run` prints in a process of its own."""
+    command = [sys.executable, "-m", "tests.model.backends.one_run", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[3])
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1]), load_file(folder / "tensors.safetensors")
+    return done.stdout
 
 
-def compare(first: str, second: str, folder: Path, **sizes: int) -> None:
+def here(backend: str, base: str, folder: str) -> str:
+    with redirect_stdout(StringIO()) as said:
+        one_run.main(backend, base, Path(folder))
+    return said.getvalue()
+
+
+def run(backend: str, base: Path, folder: Path, asked: Callable[..., str]) -> tuple[dict, dict]:
+    """What `one_run` prints, and the tensors that it leaves."""
+    folder.mkdir()
+    said = asked(backend, str(base), str(folder))
+    return json.loads(said.splitlines()[-1]), load_file(folder / "tensors.safetensors")
+
+
+def compare(first: str, second: str, folder: Path, *, second_by: Callable[..., str] = elsewhere, **sizes: int) -> None:
     """Log-probs with the adapter on and off, gradients and the losses of a short run agree; speeds are printed."""
     base = folder / "base"
     AutoModelForCausalLM.from_config(LlamaConfig(**(SIZES | sizes))).bfloat16().save_pretrained(base)
     toy_tokenizer().save_pretrained(base)
-    ours, theirs = (run(backend, base, folder / f"{n}-{backend}") for n, backend in enumerate((first, second)))
+    ours, theirs = run(first, base, folder / "0", elsewhere), run(second, base, folder / "1", second_by)
     print(f"\n{first}: {ours[0]}\n{second}: {theirs[0]}")
     for name in ("on", "off"):
         apart = (ours[1].pop(name) - theirs[1].pop(name)).abs()
@@ -64,4 +80,6 @@ if find_spec("unsloth"):  # its environment is another than the tested one, wher
 
 @pytest.mark.engine
 def test_the_comparison_finds_our_own_run_equal_to_itself(tmp_path):
-    compare("transformers", "transformers", tmp_path, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    """In a process of its own, and in this one."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    compare("transformers", "transformers", tmp_path, second_by=here, **sizes)
