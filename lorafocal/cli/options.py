@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,8 +80,9 @@ def no_loading_bars() -> None:
 
 
 def print_report(report: Any, as_json: bool) -> None:
-    """A report as its table, or as one JSON object."""
-    typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else report.table())
+    """A report as its table, or as one JSON object: in ASCII on a terminal, which texts of data could write codes to."""
+    ascii_only = sys.stdout.isatty()
+    typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=ascii_only) if as_json else report.table())
 
 
 def finish(result: Result, out: Path | None, as_json: bool) -> None:

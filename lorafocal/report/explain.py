@@ -189,6 +189,7 @@ def weighing(
         rejected_reward=_number(losses.rejected_rewards),
         log_odds=_number(log_odds),
         weight=None if log_odds is None else objective.weights(log_odds, *losses.constants).item(),
+        turned=log_odds is not None and bool(objective.turned(log_odds).item()),
     )
 
 

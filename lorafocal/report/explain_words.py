@@ -46,7 +46,9 @@ def _weight(explanation: Explanation) -> Iterator[str]:
     weighing = explanation.weighing
     if weighing is None or weighing.weight is None or weighing.ratio_to_dpo is None:
         return
-    if weighing.turned:
+    if weighing.turned and weighing.weight == 0:
+        yield "The objective's factor would turn its gradient round; the guard takes that away: it moves nothing."
+    elif weighing.turned:
         yield (
             "Its gradient is turned round: the objective's factor falls faster than the loss grows, and a step lowers"
             " the margin of this pair further."

@@ -57,7 +57,8 @@ class Weighing:
     """What the objective makes of the pair by itself.
 
     Rewards are its own: beta times the log-ratio where it has a reference. `log_odds` are those of the chosen answer
-    being preferred, `weight` is -dL/dlog_odds; None where the objective has no such form.
+    being preferred, `weight` is -dL/dlog_odds; None where the objective has no such form. `turned`: the objective's
+    factor turns the gradient round, which a guard then takes away.
     """
 
     loss: float | None  # None where it depends on the other pairs of a step
@@ -65,6 +66,7 @@ class Weighing:
     rejected_reward: float | None
     log_odds: float | None
     weight: float | None
+    turned: bool = False
 
     @property
     def margin(self) -> float | None:
@@ -86,11 +88,6 @@ class Weighing:
     def ratio_to_dpo(self) -> float | None:
         dpo = self.dpo_weight
         return None if self.weight is None or not dpo else self.weight / dpo
-
-    @property
-    def turned(self) -> bool:
-        """Whether a step lowers the margin of this pair further."""
-        return self.weight is not None and self.weight < 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +129,7 @@ class Explanation:
             found[side] |= {name: getattr(answer, name) for name in ("policy", "reference", "logratio")}
             found[side]["tokens"] = [asdict(token) | {"logratio": token.logratio} for token in answer.tokens]
         if self.weighing is not None:
-            derived = ("margin", "p", "dpo_weight", "ratio_to_dpo", "turned")
+            derived = ("margin", "p", "dpo_weight", "ratio_to_dpo")
             found["weighing"] |= {name: getattr(self.weighing, name) for name in derived}
         return found
 

@@ -347,7 +347,7 @@ def sentences(chosen: Answer, rejected: Answer, **more: Any) -> str:
 
 
 def weighed(log_odds: float, weight: float) -> Weighing:
-    return Weighing(0.7, log_odds, 0.0, log_odds, weight)
+    return Weighing(0.7, log_odds, 0.0, log_odds, weight, turned=weight <= 0)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +357,7 @@ def weighed(log_odds: float, weight: float) -> Weighing:
         (lambda: sentences(answer(-3.0), answer(-5.0)), "became less likely, by 3 nats; the rejected one fell", "flip"),
         (lambda: sentences(answer(1.0), answer(2.0), weighing=weighed(-1.0, 0.7)), "Ranked wrong", "turned round"),
         (lambda: sentences(answer(1.0), answer(2.0), weighing=weighed(-30.0, -0.1)), "is turned round", "A step moves"),
+        (lambda: sentences(answer(1.0), answer(2.0), weighing=weighed(-30.0, 0.0)), "the guard takes", "A step moves"),
         (lambda: sentences(answer(1.0), answer(0.2), weighing=weighed(0.0, 0.466)), "moves it by 0.932", "wrong"),
         (lambda: sentences(answer(-1.0, 0.0), answer(0.5, 0.5, 0.0)), "A flip: the chosen answer was", "Mended"),
         (lambda: sentences(answer(*[0.1] * 30), answer(*[0.4] * 5)), "Length decides", "flip"),
