@@ -80,7 +80,7 @@ def no_loading_bars() -> None:
 
 
 def print_report(report: Any, as_json: bool) -> None:
-    """A report as its table, or as one JSON object: in ASCII on a terminal, which texts of data could write codes to."""
+    """A report as its table, or as one JSON object; on a terminal in ASCII: texts of data could write codes to it."""
     ascii_only = sys.stdout.isatty()
     typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=ascii_only) if as_json else report.table())
 
