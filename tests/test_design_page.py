@@ -43,7 +43,7 @@ def test_an_objective_is_added_checked_and_trained(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     names = run_blocks("objective")
     assert names["run"].state.global_step == 2
-    assert names["run"].objective.name == "hinge"
+    assert names["run"].objective.name == "dpop"
 
 
 def test_a_data_form_is_added_and_reads_rows() -> None:
@@ -61,6 +61,6 @@ def test_the_floors_on_the_page_are_the_real_ones() -> None:
 
 def test_files_the_page_names_exist() -> None:
     root = Path(__file__).resolve().parents[1]
-    named = set(re.findall(r"`((?:lorafocal/|tests/)?[\w/]+\.py)`", PAGE)) - {"lorafocal/objectives/hinge.py"}
+    named = set(re.findall(r"`((?:lorafocal/|tests/)?[\w/]+\.py)`", PAGE)) - {"lorafocal/objectives/dpop.py"}
     missing = [n for n in named if not (root / n).exists() and not (root / "lorafocal" / n).exists()]
     assert not missing
