@@ -1,27 +1,23 @@
-"""Every full-parameter recipe rehearsed in one launch: started by torchrun with a folder for the findings."""
+"""Full-parameter recipes rehearsed under ZeRO-3, one after the other, by every process of a launch."""
 
 from __future__ import annotations
 
 import gc
-import json
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from lorafocal import launch
 from lorafocal.config import load_config
 from lorafocal.rehearsal import rehearse
 
 PAPER = Path(__file__).resolve().parents[2] / "configs/paper"
 
 
-def main(out: Path, names: list[str]) -> None:
+def rehearsed(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What each rehearsal said and made; nothing but for rank 0."""
+    said = {}
     for name in names:
         found = rehearse(load_config(PAPER / f"{name}.yaml", ["engine.kind=zero3"]), quiet=True)
         gc.collect()
         if found is not None:
-            (out / f"{name}.json").write_text(json.dumps({"said": str(found), "made": found.made}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
-    launch.shutdown()
+            said[name] = {"said": str(found), "made": found.made}
+    return said

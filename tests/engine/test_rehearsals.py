@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine import launches, paper_rehearsals
+from tests.engine import launches
+from tests.engine.forked import both
+from tests.engine.paper_rehearsals import PAPER, rehearsed
 
 pytestmark = pytest.mark.engine
 
 README = (launches.REPOSITORY / "README.md").read_text(encoding="utf-8")
 (COMMAND,) = re.findall(r"^lorafocal train (configs/paper/\S+ --tiny .+?) +#", README, re.MULTILINE)
-RECIPES = sorted({path.stem for path in paper_rehearsals.PAPER.glob("*.yaml")} - {"released", "results"})
+RECIPES = sorted({path.stem for path in PAPER.glob("*.yaml")} - {"released", "results"})
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each rehearsal said, all of them in one launch of two processes."""
-    out = tmp_path_factory.mktemp("found")
-    code, output = launches.run([*launches.TORCHRUN, paper_rehearsals.__file__, str(out), *RECIPES])
-    assert code == 0, output
-    return {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+    """What each rehearsal said, all of them in two processes."""
+    first, other = both(lambda _: rehearsed(RECIPES), tmp_path_factory.mktemp("found"), waits_s=60).ranks
+    assert other == {}
+    return first
 
 
 def test_every_recipe_of_all_parameters_trains_saves_and_loads(found: dict[str, dict[str, Any]]) -> None:
