@@ -52,7 +52,7 @@ study: $(STAMP) ## whether FocalPO's weighting helps: 507 tiny trainings, compar
 	$(BIN)/python examples/study/run.py
 
 test: $(STAMP) $(WHEELS) ## the whole suite, offline
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist worksteal
 
 test-fast: $(STAMP) $(WHEELS) ## the working loop: all but slow tests
 	$(PYTEST) -n 2 -m "not slow and not engine and not gpu"
@@ -65,6 +65,7 @@ test-gpu: $(STAMP) ## tests that need a CUDA device
 
 test-lowest: .venv-lowest/.installed ## the suite on the oldest versions the bounds allow
 	.venv-lowest/bin/python -m pytest -q -n 2 -m "not engine and not gpu and not newest"
+	.venv-lowest/bin/python -m pytest -q -m "not gpu and not newest" tests/test_killed_runs.py
 
 .venv-lowest/.installed: pyproject.toml requirements/torch.txt requirements/lowest.txt
 	$(PYTHON) -m venv .venv-lowest
