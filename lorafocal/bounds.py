@@ -37,9 +37,7 @@ def check_gamma(gamma: float) -> str | None:
     Raises `InputError` where gamma is negative or not finite, and from 1/ln 2 = 1.4427 on.
     """
     if not _is_number(gamma) or gamma < 0:
-        raise InputError(
-            f"gamma is {gamma!r}; it must be a finite number, 0 (this is DPO) or more; the paper uses 0.05"
-        )
+        raise InputError(f"gamma is {gamma!r}; it must be a finite number, 0 (no factor) or more; the paper uses 0.05")
     if gamma >= GAMMA_LIMIT:
         raise InputError(
             f"gamma is {gamma!r}; from 1/ln 2 = {GAMMA_LIMIT:.4f} on the first step, taken at margin 0, "

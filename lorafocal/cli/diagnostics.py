@@ -17,10 +17,34 @@ from lorafocal.cli.options import (
     numbers,
     print_report,
 )
+from lorafocal.errors import InputError
+
+
+def page_place(path: Path | None) -> Path | None:
+    """A web page to be written: its name says so, and so no data are replaced by it."""
+    if path is not None and path.suffix != ".html":
+        raise InputError(f"--out {path}: the page is one .html file; name it so")
+    return folder_made(path)
+
+
+def list_place(path: Path | None) -> Path | None:
+    """A list to be written, in the place of nothing but a list that was written so."""
+    folder_made(path)
+    if path is not None and path.is_file() and path.stat().st_size:
+        from lorafocal.data.leave_out import read_list
+
+        try:
+            replaced = all(named.digest is not None for named in read_list(path))
+        except InputError:
+            replaced = False
+        if not replaced:
+            raise InputError(f"--write would replace what it did not write: {path}; choose another name or remove it")
+    return path
+
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 PageOption = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Write the web page here.", callback=folder_made)
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the web page here.", callback=page_place)
 ]
 
 
@@ -70,7 +94,7 @@ def suspects(
     write: Annotated[
         Path | None,
         typer.Option(
-            "--write", metavar="FILE", help="Write the confident ones here, for data.leave_out.", callback=folder_made
+            "--write", metavar="FILE", help="Write the confident ones here, for data.leave_out.", callback=list_place
         ),
     ] = None,
     as_json: JsonOption = False,

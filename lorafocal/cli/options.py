@@ -33,7 +33,7 @@ def folder_made(path: Path | None) -> Path | None:
     """A file to be written, whose folder is made before anything is computed or paid for it."""
     if path is not None:
         if path.is_dir():
-            raise InputError(f"--out {path} is a folder: name a file in it")
+            raise InputError(f"{path} is a folder: name a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

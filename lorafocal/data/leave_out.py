@@ -19,6 +19,7 @@ from lorafocal.errors import InputError
 
 REASON = "in_leave_out"
 _DIGITS = 16  # of the digest, hexadecimal
+_SHOWN = 120  # characters of a line in a message: any file may be given for a list
 
 
 class Named(NamedTuple):
@@ -85,14 +86,15 @@ def bad_row(pair: Preference, path: Path) -> BadRow:
 
 def _checked(named: Named, path: Path, pairs: Mapping[str, Preference], kept_back: Collection[str]) -> str:
     """The id of the one pair that a line names."""
-    place = f"data.leave_out: {path}, line {named.line}: {printable(named.id)!r}"
+    shown = named.id if len(named.id) <= _SHOWN else f"{named.id[:_SHOWN]}..."
+    place = f"data.leave_out: {path}, line {named.line}: {printable(shown)!r}"
     pair = pairs.get(named.id)
     if pair is None and named.id in kept_back:
         raise InputError(f"{place} is a held-out pair, which nothing is trained on; remove the line")
     if pair is None:
         raise InputError(
             f"{place} names no training pair (a row that is left out for another reason is none); remove the line, or"
-            f" correct it: {nearest(named.id, pairs)}"
+            f" correct it: {nearest(shown, pairs)}"
         )
     if named.digest not in (None, digest(pair)):
         raise InputError(

@@ -163,10 +163,11 @@ def check_columns(found: Mapping[str, None], source: str, reading: Reading) -> N
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Which names are known, the nearest first."""
-    known = list(known)
+    """Which names are known, the nearest first; of many their number."""
+    known = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, known, n=3)
-    return printable((f"did you mean {' or '.join(near)}? " if near else "") + f"known: {', '.join(known[:20])}")
+    more = f" and {len(known) - 20:,} more" if len(known) > 20 else ""
+    return printable((f"did you mean {' or '.join(near)}? " if near else "") + f"known: {', '.join(known[:20])}{more}")
 
 
 # ---- one row

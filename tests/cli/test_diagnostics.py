@@ -45,3 +45,25 @@ def test_suspects_passes_everything_on(
     assert given == {"base": "b", "reference": "r", "limit": 7, **places}
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("a table\n", "so far\n")
+
+
+def test_what_explain_and_suspects_write_replaces_no_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, written = Path("rows.jsonl"), Path("list.txt")
+    rows.write_text('{"prompt": "p"}\n')
+    written.write_text("rows.jsonl:1\t0123456789abcdef\n")
+    stand_in(monkeypatch, "report.explain", "explain", Report())
+    calls = stand_in(monkeypatch, "evaluate.suspects", "find_suspects", Report())
+    for asked, message in [
+        ("explain runs/a --pair p --out rows.jsonl", "--out rows.jsonl: the page is one .html file"),
+        ("suspects runs/a --out rows.jsonl", "--out rows.jsonl: the page is one .html file"),
+        ("suspects runs/a --write rows.jsonl", "--write would replace what it did not write: rows.jsonl"),
+        ("suspects runs/a --write .", ". is a folder: name a file in it"),
+    ]:
+        assert call(monkeypatch, *asked.split()) == 2
+        assert message in capsys.readouterr().err
+    assert not calls
+    assert rows.read_text() == '{"prompt": "p"}\n'
+    assert call(monkeypatch, "suspects", "runs/a", "--write", "list.txt") == 0  # its own list again

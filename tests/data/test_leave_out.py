@@ -70,6 +70,8 @@ def test_of_weighted_sources_all_copies_go_and_the_drawn_ones_stay_the_same(tmp_
         ("a.jsonl:2#2", r"line 2: .* names no training pair"),
         ("a.jsonl:2\t0123456789abcdef", r"line 2: 'a\.jsonl:2' is another pair now .*a\.jsonl, row 2"),
         ("\x1b[31m", r"line 2: '\\\\x1b\[31m' names no"),
+        pytest.param("a" * 100_000, r"line 2: 'a{120}\.\.\.' names no", id="a long line"),
+        ("b", r"known: a\.jsonl:1, .*, a\.jsonl:20 and 40 more$"),
     ],
 )
 def test_an_id_that_names_no_training_pair_is_refused_by_its_line(tmp_path: Path, line: str, message: str) -> None:
