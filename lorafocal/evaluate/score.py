@@ -306,7 +306,7 @@ def _objective_of_margins(subject: Subject) -> Objective | None:
         objective = objective_from(lineage.objective)
     except InputError:  # an objective of somebody's own, or of another version
         return None
-    return objective if objective.entry.odds_are_margin and objective.entry.constants is None else None
+    return objective if objective.entry.of_margin else None
 
 
 def row_settings(subject: Subject) -> Mapping[str, Any]:

@@ -95,9 +95,9 @@ class Entry:
         return self.odds is not None and self.link == LOGISTIC
 
     @property
-    def odds_are_margin(self) -> bool:
-        """Whether the log-odds are the margin of the implicit rewards itself, as in DPO."""
-        return self.odds == IMPLICIT
+    def of_margin(self) -> bool:
+        """Whether the log-odds are the margin of the implicit rewards, as in DPO, and alone tell a pair's weight."""
+        return self.odds == IMPLICIT and self.constants is None
 
     @property
     def of_logps(self) -> bool:

@@ -20,19 +20,18 @@ _KEYS = ("form", "gamma")
 
 
 class Form(NamedTuple):
-    """A kind of factor: its function, `file.function` of this room, which gamma it takes, and what it does."""
+    """A kind of factor: its function, `file.function` of this room, and which gamma it takes."""
 
     function: str
     check: Callable[[float], str | None]
-    help: str
     turns: bool = False  # it can turn a pair's gradient round
 
 
 FORMS: dict[str, Form] = {
-    "p_gamma": Form("focal.p_gamma", bounds.check_gamma, "p^gamma, differentiated (FocalPO, Eq. 4)", turns=True),
-    "eq3": Form("focal.eq3", bounds.check_gamma_of_eq3, "(1-p)^-gamma (Eq. 3 of the paper)"),
-    "hard": Form("focal.hard", bounds.check_hard_gamma, "(1-p)^gamma (the focal loss of detection)"),
-    "detached": Form("focal.detached", bounds.check_detached_gamma, "p^gamma as a constant weight (not the paper's)"),
+    "p_gamma": Form("focal.p_gamma", bounds.check_gamma, turns=True),  # FocalPO's
+    "eq3": Form("focal.eq3", bounds.check_gamma_of_eq3),
+    "hard": Form("focal.hard", bounds.check_hard_gamma),
+    "detached": Form("focal.detached", bounds.check_detached_gamma),
 }
 
 
@@ -65,8 +64,16 @@ def misfits(name: str, entry: Entry, focal: Mapping[str, Any] | None, guard: str
         yield "guard", f"{name} has {what}, which turns no gradient round: nothing to clip; leave the key out"
 
 
+def record_of(
+    name: str, parameters: Mapping[str, float], focal: Mapping[str, Any] | None, guard: str | None
+) -> dict[str, Any]:
+    """An objective as manifests, lineage and configs have it: the keys `focal` and `guard` only where they are set."""
+    given = {"focal": focal, "guard": guard}
+    return {"name": name, **parameters, **{key: value for key, value in given.items() if value is not None}}
+
+
 def in_words(objective: Mapping[str, Any]) -> str:
-    """A record of `Objective.as_dict` as a person reads it: simpo (beta 2, gamma_beta_ratio 0.5, p_gamma 0.05)."""
+    """A `record_of` an objective as a person reads it: simpo (beta 2, gamma_beta_ratio 0.5, p_gamma 0.05)."""
     words = [f"{key} {value:g}" for key, value in objective.items() if isinstance(value, (int, float))]
     if focal := objective.get("focal"):
         words.append(f"{focal['form']} {focal['gamma']}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafocal.errors import InputError
 from lorafocal.objectives import PARAMETERS, Entry, Function, entry_of, python_name
-from lorafocal.objectives.factor import FORMS, Factor, factor_of, misfits
+from lorafocal.objectives.factor import FORMS, Factor, factor_of, misfits, record_of
 from lorafocal.objectives.pairwise import Odds, PairLogps, PairLosses, PairScores
 from lorafocal.objectives.preference import PreferenceTerm
 
@@ -23,16 +23,16 @@ from lorafocal.objectives.preference import PreferenceTerm
 class Objective:
     """A chosen objective with its parameters bound.
 
-    `focal` is the factor put around it, None for one that has its own; `factor` is the one there is, if any.
+    `factor` is the focal factor, if any: its own, or one put around it. `preference` is the loss of log-odds, None
+    without a Bradley-Terry form.
     """
 
     name: str
     entry: Entry
     parameters: Mapping[str, float]
-    focal: Factor | None
-    guard: str | None
     factor: Factor | None
-    preference: PreferenceTerm | None  # of log-odds; None without a Bradley-Terry form
+    guard: str | None
+    preference: PreferenceTerm | None
     loss: Callable[..., PairLosses]
     statistics: Callable[[PairLogps, PairLogps], Tensor] | None
 
@@ -82,11 +82,14 @@ class Objective:
             raise ValueError(f"{self.name} has no Bradley-Terry form, and so no weights of log-odds")
         return self.preference
 
+    @property
+    def focal(self) -> Factor | None:
+        """The factor that was put around it; None for one of its own."""
+        return None if self.entry.factor is not None else self.factor
+
     def as_dict(self) -> dict[str, Any]:
-        """The record of manifests, lineage and configs: name, parameters, and factor and guard where there are any."""
-        focal = {} if self.focal is None else {"focal": self.focal._asdict()}
-        guard = {} if self.guard is None else {"guard": self.guard}
-        return {"name": self.name, **self.parameters, **focal, **guard}
+        """Its record in manifests and lineage, which `objective_from` reads."""
+        return record_of(self.name, self.parameters, self.focal and self.focal._asdict(), self.guard)
 
 
 def build_objective(
@@ -108,11 +111,10 @@ def build_objective(
     if wrong := [f"objective.{key}: {why}" for key, why in misfits(name, entry, focal, guard)]:
         raise InputError("\n".join(wrong))
     factor = factor_of(entry, values, focal)
-    around = None if focal is None else factor
     preference = _preference(entry, values, factor, guard) if entry.bradley_terry else None
-    loss = _whole(entry, values) if preference is None else _composed(entry, values, preference)
+    loss = _asking(entry.loss, values) if preference is None else _composed(entry, values, preference)
     statistics = None if entry.statistics is None else _function(entry.statistics)
-    return Objective(name, entry, values, around, guard, factor, preference, loss, statistics)
+    return Objective(name, entry, values, factor, guard, preference, loss, statistics)
 
 
 def objective_from(record: Mapping[str, Any]) -> Objective:
@@ -143,10 +145,6 @@ def _composed(entry: Entry, values: Mapping[str, float], preference: PreferenceT
         return odds.with_losses(losses if beside is None else losses + beside(policy, **inputs), constants)
 
     return loss
-
-
-def _whole(entry: Entry, values: Mapping[str, float]) -> Callable[..., PairLosses]:
-    return _asking(entry.loss, values)
 
 
 def _asking(place: Function | None, values: Mapping[str, float]) -> Any:

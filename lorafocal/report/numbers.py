@@ -300,7 +300,7 @@ def _part(table: PairTable, mask: Tensor, initially_right: bool, beta: float | N
 def own_weights(record: RunRecord) -> Objective | None:
     """The run's objective where its gradient weights are known from margins alone, and are not DPO's."""
     own = record.objective
-    if own is None or not own.entry.odds_are_margin or own.entry.constants is not None:
+    if own is None or not own.entry.of_margin:
         return None
     plain = own.entry.logistic and (own.factor is None or own.factor.gamma == 0)
     return None if plain else own

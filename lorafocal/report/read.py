@@ -61,14 +61,14 @@ class RunRecord:
     @property
     def beta(self) -> float | None:
         """The scale of the implicit rewards; None where it is unknown, or the objective has others or none."""
-        known = self.objective is not None and self.objective.entry.implicit_rewards
-        return self.objective.parameters.get("beta") if self.objective and known else None
+        own = self.objective
+        return own.parameters.get("beta") if own is not None and own.entry.implicit_rewards else None
 
     @property
     def turning_point(self) -> float:
         """The margin below which a step lowers the margin; -inf where none is known of."""
-        known = self.objective is not None and self.objective.entry.odds_are_margin
-        return self.objective.turning_point if self.objective and known else -math.inf
+        own = self.objective
+        return own.turning_point if own is not None and own.entry.of_margin else -math.inf
 
     def series(self, key: str) -> Series:
         """Every logged value of `key`; of several at one step the last."""

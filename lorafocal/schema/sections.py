@@ -12,7 +12,7 @@ from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import offload_refusal
 from lorafocal.errors import InputError
 from lorafocal.objectives import OBJECTIVES, PARAMETERS, Entry
-from lorafocal.objectives.factor import DEFAULT_FORM, FORMS, GUARDS, misfits
+from lorafocal.objectives.factor import DEFAULT_FORM, FORMS, GUARDS, misfits, record_of
 from lorafocal.schema.mistakes import Section, default_of, mistake, mistakes
 from lorafocal.values import (
     Architecture,
@@ -219,10 +219,7 @@ class Objective(_Keys):
 
     @model_serializer(mode="plain")
     def _as_recorded(self) -> dict[str, Any]:
-        """As `lorafocal.objectives.Objective.as_dict`, which builds the objective again."""
-        focal = {} if self.focal is None else {"focal": self.focal.model_dump()}
-        guard = {} if self.guard is None else {"guard": self.guard}
-        return {"name": self.name, **self.parameters, **focal, **guard}
+        return record_of(self.name, self.parameters, self.focal and self.focal.model_dump(), self.guard)
 
 
 class Reference(Section):
