@@ -36,6 +36,8 @@ LIBRARIES = (
     "lorafocal", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "safetensors",
     "tokenizers", "datasets", "triton",
 )  # fmt: skip
+MANIFEST_FILE = "manifest.json"
+PARTS = {"train": "training", "eval": "held-out"}  # of the data, in words
 EXACT = "exact"  # a run that does nothing otherwise than its recipe
 NO_DEVIATION = frozenset(
     {
@@ -157,14 +159,32 @@ def _part(part: Part) -> dict[str, Any]:
         "sources": [asdict(source) for source in part.sources],
         "pairs": len(part.tokens.pairs),
         "left_out": {drop.reason: drop.count for drop in part.drops},
-        "tokens_sha256": tokens_sha256(part.tokens.pairs),
+        "tokens_sha256": _tokens_sha256(part.tokens.pairs),
         "scores_sha256": _sha256([[p.score_chosen, p.score_rejected] for p in part.tokens.pairs]),
     }
 
 
-def tokens_sha256(pairs: Sequence[TokenizedPair]) -> str:
-    """The digest of the token ids of pairs, in their order."""
+def _tokens_sha256(pairs: Sequence[TokenizedPair]) -> str:
     return _sha256([[pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in pairs])
+
+
+def read_manifest(run: Path) -> Mapping[str, Any]:
+    """What a run says of itself; nothing where that cannot be read."""
+    try:
+        manifest = json.loads((run / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def notes_of_changes(run: Path, part: str, pairs: Sequence[TokenizedPair]) -> tuple[str, ...]:
+    """A sentence where `pairs`, prepared again, are others than those of the `part` that the run recorded."""
+    try:
+        recorded = read_manifest(run)["data"][part]["tokens_sha256"]
+    except (KeyError, TypeError):
+        return ()
+    note = f"The {PARTS[part]} data are not those that the run was trained with: they have changed since."
+    return (note,) * (recorded != _tokens_sha256(pairs))
 
 
 def _sha256(value: Any) -> str:

@@ -25,7 +25,7 @@ from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.manifest import assembled, assembled_lines, manifest_of
+from lorafocal.manifest import MANIFEST_FILE, assembled, assembled_lines, manifest_of
 from lorafocal.model import backends
 from lorafocal.model.adapters import trainable_token_ids
 from lorafocal.model.continued import continue_adapter
@@ -39,7 +39,7 @@ from lorafocal.schema import Adapter
 from lorafocal.together import all_or_none, of_all_ranks
 from lorafocal.trainer import FocalPOTrainer
 
-CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
+CONFIG_FILE = "config.yaml"
 ADAPTER_DIR, MODEL_DIR = "adapter", "model"  # what a run makes, by adapters or at full parameters
 SWEEP_FILE = "sweep.json"  # a folder of runs that belong together, no run's own
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +21,10 @@ from lorafocal.data.sources import Preference
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import compared_with, pair_logps, prepared, row_settings
-from lorafocal.evaluate.suspicion import Suspect, Suspects, first, suspect
+from lorafocal.evaluate.suspicion import Suspect, Suspects, suspect
 from lorafocal.generation.subject import ADAPTER_DIR, MODEL_DIR, Subject, find_subject
 from lorafocal.lineage import lineage_of
-from lorafocal.manifest import tokens_sha256
+from lorafocal.manifest import notes_of_changes
 from lorafocal.model.saved import CONFIG_FILE as ADAPTER_CONFIG
 from lorafocal.model.saved import exchange_adapter
 from lorafocal.objectives import Objective, PairLogps
@@ -36,9 +34,8 @@ from lorafocal.policy import sequence_logps
 from lorafocal.publish import check_folder_of, why_incomplete, write_atomically
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.report.suspects_page import suspects_page
+from lorafocal.run import CONFIG_FILE
 from lorafocal.schema import Config
-
-CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
 
 
 def find_suspects(
@@ -187,8 +184,7 @@ def _rows(run: Path, config: Config, subject: Subject) -> _Data:
     """The training pairs as they were prepared for the run, copies of a weighted source once."""
     check_sources(config.data)
     part = prepare_data(config.data, subject.tokenizer, scored=config.objective.entry.scores)["train"]
-    changed = _recorded(run) not in (None, tokens_sha256(part.tokens.pairs))
-    notes = ("The training data are not those that the run was trained with: they have changed since.",) * changed
+    notes = notes_of_changes(run, "train", part.tokens.pairs)
     first_copies = {digest(row): row for row in reversed(part.preferences)}
     rows = {row.id: row for row in first_copies.values()}
     pairs = [pair for pair in part.tokens.pairs if pair.id in rows]
@@ -202,15 +198,6 @@ def _rows_of_file(path: Path, subject: Subject) -> _Data:
     rows = {row.id: row for row in loaded.rows}
     notes = (f"{loaded.left_out} rows of {path.name} give no pair and were left out.",) * bool(loaded.left_out)
     return _Data(path.name, loaded.pairs, [rows[pair.id] for pair in loaded.pairs], notes)
-
-
-def _recorded(run: Path) -> str | None:
-    """The digest of the training tokens in the manifest; None where it cannot be read."""
-    try:
-        manifest: Mapping[str, Any] = json.loads((run / MANIFEST_FILE).read_bytes())
-        return str(manifest["data"]["train"]["tokens_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 # ---- the scores
@@ -290,7 +277,7 @@ def _suspects(data: _Data, margins: Tensor, leads: Tensor | None, limit: int | N
                 chosen=text_of(data.rows[n].chosen),
                 rejected=text_of(data.rows[n].rejected),
             )
-            for n in first(wrong, limit)
+            for n in wrong[:limit]
         ),
         notes=data.notes,
     )

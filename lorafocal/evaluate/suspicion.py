@@ -8,14 +8,14 @@ Huang et al. 2019) or tracked margins (AUM, Pleiss et al. 2020, arXiv:2001.10528
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+
+from lorafocal.objectives.pairwise import dpo_loss
 
 TABLE_ROWS = 20
 _WIDTH = 60  # characters of a prompt in the table
@@ -37,7 +37,7 @@ def suspect(margins: Tensor) -> Suspicion:
     confident learning (Northcutt et al. 2021, arXiv:1911.00068), which moves with the width of the margins, and so with
     beta. On average over all pairs p must be above 1/2, or no pair is confident.
     """
-    nats = -logsigmoid(margins.double()).mean(0)
+    nats = dpo_loss(margins.double()).mean(0)
     share = torch.exp(-nats)
     always_wrong = (margins < 0).all(0)
     confident = always_wrong & (share <= 1 - share.mean()) & (share.mean() > 0.5)
@@ -150,16 +150,11 @@ def _row(suspect: Suspect) -> str:
     side = "-" if lead is None else "chosen" if lead > 0 else "rejected"
     tokens = f"{suspect.chosen_tokens}/{suspect.rejected_tokens}"
     mark = "*" if suspect.confident else " "
-    text = " ".join(shown(f"{suspect.id}: {suspect.prompt}").split())
+    text = " ".join(_shown(f"{suspect.id}: {suspect.prompt}").split())
     text = text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
     return f"{suspect.suspicion:>8.3f}{mark} {suspect.p:>6.3f} {side:>9} {tokens:>11}  {text}"
 
 
-def shown(text: str) -> str:
+def _shown(text: str) -> str:
     """A text of the data for a terminal: what is not printable becomes a blank."""
     return "".join(c if c.isprintable() else " " for c in text)
-
-
-def first(order: Sequence[int], limit: int | None) -> Sequence[int]:
-    """At most `limit` of them; all for None."""
-    return order if limit is None else order[:limit]

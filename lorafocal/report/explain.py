@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +17,15 @@ from lorafocal.evaluate.score import compared_with, is_its_own_reference, prepar
 from lorafocal.evaluations import evaluation_files, read_evaluation
 from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.lineage import lineage_of
+from lorafocal.manifest import read_manifest
 from lorafocal.model.adapters import AdapterSwitch
 from lorafocal.model.saved import SavedAdapter, run_of
 from lorafocal.objectives import Objective, PairLogps, objective_from
+from lorafocal.objectives.pairwise import dpo_weight, rewards
 from lorafocal.policy import token_logps
 from lorafocal.publish import check_folder_of, write_atomically
 from lorafocal.report.explanation import Answer, Explanation, Token, Weighing
-from lorafocal.report.find_pair import FoundPair, find_pair, manifest_of
+from lorafocal.report.find_pair import FoundPair, find_pair
 from lorafocal.report.token_texts import token_texts
 
 OWN_BASE = "its own base, the adapter off"
@@ -89,7 +92,7 @@ def _started_bare(saved: SavedAdapter) -> bool:
         return False
     if saved.lineage.reference is None:
         return True
-    run = manifest_of(run_of(saved.folder))
+    run = read_manifest(run_of(saved.folder))
     return saved.lineage.reference == "cached" and "reference_model" in run and run["reference_model"] is None
 
 
@@ -108,9 +111,7 @@ def _explanation(
     subject: Subject, compared: Subject | None, objective: Objective | None, found: FoundPair
 ) -> Explanation:
     pair, tokenizer = found.pair, subject.tokenizer
-    history = (
-        tuple(_history(subject, pair.id)) if found.of_the_run else ()
-    )  # a damaged table is told before weights load
+    history = tuple(_history(subject, pair.id)) if found.of_the_run else ()  # first: a damaged table is told at once
     scored = _scored(subject, pair, with_base=compared is None)
     policy, reference = scored if compared is None else (*scored, *_scored(compared, pair, with_base=False))
     ends = subject.ends
@@ -173,23 +174,25 @@ def weighing(
 
     `collisions` (2,) are the policy's, log sum_v pi_v^2 summed over each answer's tokens.
     """
-    if objective.entry.statistics is not None:
-        beta = objective.parameters["beta"]
-        return Weighing(None, beta * chosen.logratio, beta * rejected.logratio, None, None)
     policy, reference = (
         PairLogps(*(torch.tensor([getattr(side, name)], dtype=torch.float64) for side in (chosen, rejected)))
         for name in ("policy", "reference")
     )
+    if objective.entry.statistics is not None:
+        chosen_reward, rejected_reward = rewards(policy, reference, beta=objective.parameters["beta"])
+        return Weighing(None, chosen_reward.item(), rejected_reward.item())
     lengths = torch.tensor([len(chosen.tokens), len(rejected.tokens)])
     losses = objective(policy, reference, lengths, scores=scores_of([pair]), collisions=collisions)
-    log_odds = losses.log_odds
-    return Weighing(
-        loss=losses.losses.item(),
-        chosen_reward=_number(losses.chosen_rewards),
-        rejected_reward=_number(losses.rejected_rewards),
-        log_odds=_number(log_odds),
-        weight=None if log_odds is None else objective.weights(log_odds, *losses.constants).item(),
-        turned=log_odds is not None and bool(objective.turned(log_odds).item()),
+    own = Weighing(losses.losses.item(), _number(losses.chosen_rewards), _number(losses.rejected_rewards))
+    if (log_odds := losses.log_odds) is None:
+        return own
+    return replace(
+        own,
+        log_odds=log_odds.item(),
+        p=torch.sigmoid(log_odds).item(),
+        weight=objective.weights(log_odds, *losses.constants).item(),
+        dpo_weight=dpo_weight(log_odds).item(),
+        turned=bool(objective.turned(log_odds).item()),
     )
 
 
@@ -202,8 +205,8 @@ def _notes(objective: Objective | None) -> Iterator[str]:
         yield f"{objective.name} has no probability of a pair's ranking, and so no weight to compare with DPO's."
 
 
-def _number(values: Tensor | None) -> float | None:
-    return None if values is None or not len(values) else values.item()
+def _number(values: Tensor) -> float | None:
+    return values.item() if len(values) else None
 
 
 def _shared_start(chosen: Sequence[int], rejected: Sequence[int]) -> int:

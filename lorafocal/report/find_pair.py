@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +14,9 @@ from lorafocal.data.sources import nearest
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.generation.subject import Subject
-from lorafocal.manifest import tokens_sha256
+from lorafocal.manifest import PARTS, notes_of_changes
 from lorafocal.model.saved import run_of
-
-CONFIG_FILE, MANIFEST_FILE = "config.yaml", "manifest.json"
-PARTS = {"train": "training", "eval": "held-out"}
+from lorafocal.run import CONFIG_FILE
 
 
 class FoundPair(NamedTuple):
@@ -86,18 +83,6 @@ def _of_config(run: Path, subject: Subject, *, scored: bool) -> Iterator[_Pairs]
             f"the pair is not among those that {run.name} keeps, and its data cannot be read again ({error}). Name the"
             " file of rows by --pairs FILE"
         ) from error
-    recorded = manifest_of(run).get("data") or {}
     for name, part in data.items():
         pairs = part.tokens.pairs
-        changed = recorded.get(name, {}).get("tokens_sha256") not in (None, tokens_sha256(pairs))
-        note = f"The {PARTS[name]} data are not those that the run was trained with: they have changed since."
-        yield _Pairs(pairs, f"{PARTS[name]} pairs of {run.name}", (note,) * changed)
-
-
-def manifest_of(run: Path) -> Mapping[str, Any]:
-    """What the run says of itself; nothing where that cannot be read."""
-    try:
-        manifest = json.loads((run / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
+        yield _Pairs(pairs, f"{PARTS[name]} pairs of {run.name}", notes_of_changes(run, name, pairs))
