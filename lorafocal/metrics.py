@@ -29,7 +29,6 @@ WEIGHT_KEYS = (
     "focal/turned_share",  # pairs past a turning point, where the factor makes a step lower the log-odds
     "weights_squared",
 )
-_LIMIT = 500.0  # from these log-odds on DPO's weight would soon be 0, and no ratio to it a number
 _ROUNDING = 1e-9  # a variance below this share of the mean square is what rounding leaves of none
 
 
@@ -102,10 +101,15 @@ def weight_columns(objective: Objective, log_odds: Tensor, *constants: Tensor) -
 
     `constants` are those of `PairLosses`.
     """
-    bounded = log_odds.double().clamp(max=_LIMIT)
-    weight = objective.weights(bounded, *constants)
-    columns = weight, weight / dpo_weight(bounded), objective.turned(bounded), weight.square()
+    near = bounded(log_odds)
+    weight = objective.weights(near, *constants)
+    columns = weight, weight / dpo_weight(near), objective.turned(near), weight.square()
     return dict(zip(WEIGHT_KEYS, columns, strict=True))
+
+
+def bounded(log_odds: Tensor) -> Tensor:
+    """Log-odds in float64, at most 500: soon after DPO's weight would be 0, and no ratio to it a number."""
+    return log_odds.double().clamp(max=500.0)
 
 
 def pair_values(
@@ -115,8 +119,9 @@ def pair_values(
 
     Nothing is made up for answers or a reference that the objective does not look at.
     """
-    columns = [losses.losses, policy.chosen]
-    if objective.entry.rejected:
+    if not objective.entry.rejected:
+        columns = [losses.losses, policy.chosen]
+    else:
         rewards = losses.chosen_rewards, losses.rejected_rewards
         columns = [losses.losses, *answer_columns(policy, reference, rewards, lengths).values()]
     if losses.log_odds is not None:

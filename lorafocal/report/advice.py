@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafocal.errors import InputError
-from lorafocal.metrics import effective_share
+from lorafocal.metrics import bounded, effective_share
 from lorafocal.objectives import build_objective
 from lorafocal.objectives.pairwise import dpo_weight
 from lorafocal.report.numbers import table_margins
@@ -25,7 +25,6 @@ GAMMAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 PAPER = 0.05  # the paper's gamma
 DIFFERS = 0.05  # from this share of moved weight on we say that FocalPO is not DPO; a convention
 MANY_TURNED = 0.001  # from this share of turned pairs on training warns
-_LARGEST = 500.0  # of margins: there both weights are nothing beside others, and further on they would be 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class GammaRow:
     gamma: float
     weight_over_dpo: float  # mean weight over DPO's mean weight
     effective_share: float  # (sum w)^2 / sum w^2, over the pairs
-    turned_share: float  # pairs past the turning point, whose weight is negative
+    turned_share: float  # pairs past the turning point, whose margin a step lowers
     correlation: float | None  # Pearson's, with DPO's weights; None where either does not vary
     moved: float  # total variation between both, each summing to 1 in absolute value
 
@@ -142,7 +141,7 @@ def _of_run(record: RunRecord, gammas: Sequence[float]) -> RunAdvice:
         beta=beta,
         margin_mean=float(margins.mean()),
         margin_deviation=float(margins.std(correction=0)),
-        dpo_effective_share=share_of_weights(dpo_weight(margins.clamp(max=_LARGEST))),
+        dpo_effective_share=share_of_weights(dpo_weight(bounded(margins))),
         gammas=tuple(gamma_row(margins, gamma) for gamma in gammas),
     )
 
@@ -165,14 +164,14 @@ def _last_table(record: RunRecord) -> tuple[PairTable, float]:
 
 def gamma_row(margins: Tensor, gamma: float) -> GammaRow:
     """FocalPO's weights beside DPO's on `margins`, (B,)."""
-    margins = margins.double().clamp(max=_LARGEST)
-    dpo = dpo_weight(margins)
-    focal = build_objective("focalpo", beta=1.0, gamma=gamma).weights(margins)
+    margins = bounded(margins)
+    objective = build_objective("focalpo", beta=1.0, gamma=gamma)
+    dpo, focal = dpo_weight(margins), objective.weights(margins)
     return GammaRow(
         gamma=gamma,
         weight_over_dpo=float(focal.mean() / dpo.mean()),
         effective_share=share_of_weights(focal),
-        turned_share=float((focal < 0).double().mean()),
+        turned_share=float(objective.turned(margins).double().mean()),
         correlation=correlation(focal, dpo),
         moved=float((focal / focal.abs().sum() - dpo / dpo.sum()).abs().sum() / 2),
     )

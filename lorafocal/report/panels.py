@@ -11,7 +11,7 @@ from lorafocal.report.read import RunRecord, Series
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One quantity over steps. `kind` is line, dashed, dots (held out) or diamonds; `key` names it in the panel."""
+    """One quantity over steps. `kind` is line, dashed, dots or rings (held out), or diamonds; `key` names it there."""
 
     values: Callable[[RunRecord], Series]
     kind: str = "line"

@@ -95,6 +95,10 @@ def test_each_number_is_its_definition(gamma: float) -> None:
     assert 0 <= row.moved <= 1
 
 
+def test_pairs_are_turned_where_no_float_holds_their_weight() -> None:
+    assert gamma_row(torch.tensor([-2000.0, 1.0, 2.0]), 0.5).turned_share == pytest.approx(1 / 3)
+
+
 def test_shares_and_correlations_of_weights_that_are_known() -> None:
     same, one = torch.ones(8, dtype=torch.float64), torch.tensor([3.0, 0, 0, 0], dtype=torch.float64)
     assert share_of_weights(same) == 1
