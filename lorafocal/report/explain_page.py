@@ -7,9 +7,8 @@ from html import escape
 
 from lorafocal.data.places import printable
 from lorafocal.report import html
-from lorafocal.report.explain_text import weights
-from lorafocal.report.explain_words import findings, largest
-from lorafocal.report.explanation import Explanation, Token, full_colour, parts, signed
+from lorafocal.report.explain_words import findings, in_lines, largest, places, weights
+from lorafocal.report.explanation import Explanation, Token, full_colour, signed
 
 LARGEST = 10  # tokens listed of each answer
 WIDTH, HEIGHT, EDGE = 640, 220, 40  # of the picture, in its own units
@@ -94,7 +93,7 @@ def _legend(full: float) -> str:
 
 
 def _answers(explanation: Explanation, full: float) -> Iterator[str]:
-    prompt = f'<div class="tokens" dir="auto">{escape(_lines("".join(explanation.prompt)))}</div>'
+    prompt = f'<div class="tokens" dir="auto">{escape(in_lines("".join(explanation.prompt)))}</div>'
     yield html.folded(f"The prompt, {len(explanation.prompt)} tokens, which are not scored", prompt)
     for name, answer in (("Chosen", explanation.chosen), ("Rejected", explanation.rejected)):
         spans = "".join(_span(place, token, full) for place, token in enumerate(answer.tokens, start=1))
@@ -110,12 +109,7 @@ def _span(place: int, token: Token, full: float) -> str:
     share = min(abs(token.logratio) / full, 1.0)
     mark = f' class="{kind}" style="--s:{share:.2f}"' if share >= 0.05 else ""
     title = f"{place}: log-ratio {token.logratio:+.4f}; log π {token.policy:.4f}, reference {token.reference:.4f}"
-    return f'<span{mark} title="{title}">{escape(_lines(token.text))}</span>'
-
-
-def _lines(text: str) -> str:
-    """A text in its lines, everything else that is not printable spelled out."""
-    return "\n".join(map(printable, text.split("\n")))
+    return f'<span{mark} title="{title}">{escape(in_lines(token.text))}</span>'
 
 
 # ---- where it sits
@@ -165,18 +159,8 @@ def _summed(values: Sequence[float]) -> list[float]:
 
 
 def _parts(explanation: Explanation) -> str:
-    rows = [
-        (
-            part.name,
-            str(part.chosen_tokens),
-            signed(part.chosen),
-            str(part.rejected_tokens),
-            signed(part.rejected),
-            signed(part.chosen - part.rejected),
-        )
-        for part in parts(explanation)
-    ]
-    return html.table(["stretch, nats", "tokens", "chosen", "tokens", "rejected", "difference"], rows)
+    head = ["stretch, nats", "tokens", "chosen", "tokens", "rejected", "difference"]
+    return html.table(head, places(explanation))
 
 
 def _history(explanation: Explanation) -> str:

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafocal.data.places import printable
-from lorafocal.report.explain_words import findings, largest
-from lorafocal.report.explanation import Answer, Explanation, Gap, Token, folded, full_colour, parts, signed
+from lorafocal.report.explain_words import findings, in_lines, largest, places, weights
+from lorafocal.report.explanation import Answer, Explanation, Gap, Token, folded, full_colour, signed
 
 ROWS, COLOURED, BLOCK = 40, 600, 25  # tokens shown of an answer: as rows, in colour and then in blocks of so many
 PROMPT = 2000  # characters
@@ -97,28 +97,12 @@ def numbers(explanation: Explanation) -> Table:
     return table
 
 
-def weights(explanation: Explanation) -> list[tuple[str, str]]:
-    """The pair's p, loss and weights, as far as the objective has them."""
-    weighing = explanation.weighing
-    if weighing is None:
-        return []
-    named = [
-        ("log-odds", weighing.log_odds, "+.4f"),
-        ("p, chosen preferred", weighing.p, ".4g"),
-        ("loss", weighing.loss, ".4g"),
-        ("weight under DPO", weighing.dpo_weight, ".4g"),
-        ("weight under the objective", weighing.weight, ".4g"),
-        ("ratio to DPO", weighing.ratio_to_dpo, ".4g"),
-    ]
-    return [(name, format(value, form)) for name, value, form in named if value is not None]
-
-
 # ---- tokens
 
 
 def shortened(text: str) -> str:
     """A prompt as it stands, its control characters spelled out and the middle of a long one left out."""
-    text = _lines(text)
+    text = in_lines(text)
     return text if len(text) <= PROMPT else f"{text[: PROMPT // 2]} [...] {text[-PROMPT // 2 :]}"
 
 
@@ -130,7 +114,7 @@ def coloured(answer: Answer, full: float) -> Text:
             text.append(f" [{piece.tokens} tokens, {piece.logratio:+.2f} nats] ", style="dim")
         else:
             token = answer.tokens[piece]
-            text.append(_lines(token.text), style=_style(token, full))
+            text.append(in_lines(token.text), style=_style(token, full))
     return text
 
 
@@ -170,11 +154,6 @@ def spelled(token: Token) -> Text:
     return Text(f"|{printable(token.text)}|")
 
 
-def _lines(text: str) -> str:
-    """A text in its lines, with everything else that a terminal would act upon spelled out."""
-    return "\n".join(map(printable, text.split("\n")))
-
-
 def _style(token: Token, full: float) -> str:
     share = abs(token.logratio) / full
     scale = _MORE if token.logratio > 0 else _LESS
@@ -205,15 +184,8 @@ def _movers(explanation: Explanation, full: float) -> Table:
 
 def _places(explanation: Explanation) -> Table:
     table = _table("", "tokens", "chosen", "tokens", "rejected", "difference")
-    for part in parts(explanation):
-        table.add_row(
-            part.name,
-            str(part.chosen_tokens),
-            signed(part.chosen),
-            str(part.rejected_tokens),
-            signed(part.rejected),
-            signed(part.chosen - part.rejected),
-        )
+    for row in places(explanation):
+        table.add_row(*row)
     for name, place in (("its first token", 0), ("its last token", -1)):
         ends = [answer.tokens[place].logratio for answer in (explanation.chosen, explanation.rejected)]
         table.add_row(name, "1", signed(ends[0]), "1", signed(ends[1]), signed(ends[0] - ends[1]))

@@ -1,10 +1,14 @@
-"""What one pair's numbers say, in plain words; each sentence only where it says something."""
+"""What one pair's numbers say, in sentences and in rows that a terminal and a page share.
+
+Each sentence and number only where it says something.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorafocal.report.explanation import Answer, Explanation, Token, half_of_movement, parts
+from lorafocal.data.places import printable
+from lorafocal.report.explanation import Answer, Explanation, Token, half_of_movement, parts, signed
 
 FEW = 0.1  # share of an answer's tokens; half of its movement in fewer is worth a word
 LONG = 10  # tokens from which on a share of an answer means something
@@ -95,6 +99,42 @@ def largest(answer: Answer, count: int) -> list[tuple[int, Token]]:
     """The tokens that moved most, with their places."""
     ranked = sorted(enumerate(answer.tokens), key=lambda placed: -abs(placed[1].logratio))
     return ranked[:count]
+
+
+def weights(explanation: Explanation) -> list[tuple[str, str]]:
+    """The pair's p, loss and weights, as far as the objective has them."""
+    weighing = explanation.weighing
+    if weighing is None:
+        return []
+    named = [
+        ("log-odds", weighing.log_odds, "+.4f"),
+        ("p, chosen preferred", weighing.p, ".4g"),
+        ("loss", weighing.loss, ".4g"),
+        ("weight under DPO", weighing.dpo_weight, ".4g"),
+        ("weight under the objective", weighing.weight, ".4g"),
+        ("ratio to DPO", weighing.ratio_to_dpo, ".4g"),
+    ]
+    return [(name, format(value, form)) for name, value, form in named if value is not None]
+
+
+def places(explanation: Explanation) -> list[tuple[str, ...]]:
+    """The stretches of both answers: tokens and log-ratio of each, and the difference, nats."""
+    return [
+        (
+            part.name,
+            str(part.chosen_tokens),
+            signed(part.chosen),
+            str(part.rejected_tokens),
+            signed(part.rejected),
+            signed(part.chosen - part.rejected),
+        )
+        for part in parts(explanation)
+    ]
+
+
+def in_lines(text: str) -> str:
+    """A text of the data in its lines, everything else that is not printable spelled out."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _preferred(difference: float) -> str:

@@ -57,15 +57,17 @@ class Weighing:
     """What the objective makes of the pair by itself.
 
     Rewards are its own: beta times the log-ratio where it has a reference. `log_odds` are those of the chosen answer
-    being preferred, `weight` is -dL/dlog_odds; None where the objective has no such form. `turned`: the objective's
-    factor turns the gradient round, which a guard then takes away.
+    being preferred, with probability `p`; `weight` is -dL/dlog_odds, and `dpo_weight` DPO's at the same log-odds; None
+    where the objective has no such form. `turned`: its factor turns the gradient round, which a guard then takes away.
     """
 
     loss: float | None  # None where it depends on the other pairs of a step
     chosen_reward: float | None
     rejected_reward: float | None
-    log_odds: float | None
-    weight: float | None
+    log_odds: float | None = None
+    p: float | None = None
+    weight: float | None = None
+    dpo_weight: float | None = None
     turned: bool = False
 
     @property
@@ -75,19 +77,8 @@ class Weighing:
         return self.chosen_reward - self.rejected_reward
 
     @property
-    def p(self) -> float | None:
-        """The probability that the chosen answer is preferred."""
-        return None if self.log_odds is None else _sigmoid(self.log_odds)
-
-    @property
-    def dpo_weight(self) -> float | None:
-        """What DPO's weight would be at the same log-odds: 1 - p."""
-        return None if self.log_odds is None else _sigmoid(-self.log_odds)
-
-    @property
     def ratio_to_dpo(self) -> float | None:
-        dpo = self.dpo_weight
-        return None if self.weight is None or not dpo else self.weight / dpo
+        return None if self.weight is None or not self.dpo_weight else self.weight / self.dpo_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +120,7 @@ class Explanation:
             found[side] |= {name: getattr(answer, name) for name in ("policy", "reference", "logratio")}
             found[side]["tokens"] = [asdict(token) | {"logratio": token.logratio} for token in answer.tokens]
         if self.weighing is not None:
-            derived = ("margin", "p", "dpo_weight", "ratio_to_dpo")
+            derived = ("margin", "ratio_to_dpo")
             found["weighing"] |= {name: getattr(self.weighing, name) for name in derived}
         return found
 
@@ -241,8 +232,3 @@ def _split(values: Sequence[float]) -> list[Sequence[float]]:
 def signed(value: float) -> str:
     """A number of nats or rewards with its sign; what rounds to 0 has none."""
     return f"{value:+.4f}" if abs(value) >= 5e-5 else "0.0000"
-
-
-def _sigmoid(value: float) -> float:
-    small = math.exp(-abs(value))
-    return (1.0 if value >= 0 else small) / (1 + small)

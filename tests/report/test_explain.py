@@ -347,7 +347,8 @@ def sentences(chosen: Answer, rejected: Answer, **more: Any) -> str:
 
 
 def weighed(log_odds: float, weight: float) -> Weighing:
-    return Weighing(0.7, log_odds, 0.0, log_odds, weight, turned=weight <= 0)
+    p = 1 / (1 + math.exp(-log_odds))
+    return Weighing(0.7, log_odds, 0.0, log_odds, p, weight, dpo_weight=1 - p, turned=weight <= 0)
 
 
 @pytest.mark.parametrize(
