@@ -279,7 +279,7 @@ class FocalPOTrainer(Trainer):
         probed = reference is not None and self.state.global_step == 0 and self.args.identity_probe
         start = self.compared.without_noise(model, pack, policy) if probed else policy
         if is_filler(pack):
-            return losses.losses.sum() * 0.0
+            return policy.chosen.sum().to(losses.losses) * 0.0  # its loss need not be finite: it is made up
         self.health.see_pack(losses.losses, pack.pair_ids, self.state.global_step)
         if probed and reference is not None:
             noise = 0.0 if self.stored is None else self.stored.noise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafocal.objectives.pairwise import PairLogps, average_logps, dpo_loss
+from lorafocal.objectives.pairwise import PairLogps, average_logps, dpo_loss, widen
 
 
 def weighted(log_odds: Tensor, weights: Tensor) -> Tensor:
@@ -22,4 +22,4 @@ def constants(policy: PairLogps, *, lengths: Tensor, collisions: Tensor) -> tupl
     """
     chosen, rejected = collisions.split(len(policy.chosen))
     aligned = average_logps(PairLogps(policy.chosen - chosen, policy.rejected - rejected), lengths)
-    return (torch.exp(aligned.chosen + aligned.rejected),)
+    return (torch.exp(aligned.chosen + aligned.rejected).to(widen(policy.chosen)),)  # collisions are float64

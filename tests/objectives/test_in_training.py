@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lorafocal import comparison
+from lorafocal.comparison import FILLER, StepTotals
 from lorafocal.data.packing import PairCollator, check_scores, scores_of
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
@@ -87,6 +88,15 @@ def test_without_a_reference_none_is_built_and_no_table_of_pairs_is_left(tmp_pat
     evaluated = next(entry for entry in run.state.log_history if "eval_loss" in entry)
     assert {f"eval_{key}" for key in always_logged(name)} <= evaluated.keys()
     assert evaluation_files(tmp_path) == {}
+
+
+def test_a_filler_moves_nothing_even_where_its_own_loss_is_no_number(tmp_path):
+    run = trainer(tmp_path, pairs(4), objective="alphapo", beta=1.0, alpha=50.0)  # exp(50 * nats) of one unlikely token
+    [pack] = run.data_collator([FILLER]).packs
+    step = StepTotals(pairs=1, statistics=None)
+    assert run.compared(run.model, pack, step).losses.losses.isnan().all()
+    run._pack_loss(run.model, pack, step).backward()
+    assert all((parameter.grad == 0).all() for parameter in run.trained.values())
 
 
 def test_a_judge_s_scores_of_the_answers_are_asked_for(tmp_path):

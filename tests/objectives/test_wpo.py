@@ -66,6 +66,14 @@ def test_no_gradient_goes_through_the_weights() -> None:
     )
 
 
+def test_losses_have_the_width_of_the_log_probs_though_collisions_are_float64() -> None:
+    policy, reference, lengths, collisions, weights = made_up()
+    narrow = [PairLogps(*(side.float() for side in logps)) for logps in (policy, reference)]
+    found = WPO(*narrow, lengths, collisions=collisions)
+    assert found.losses.dtype == DPO(*narrow).losses.dtype == torch.float32  # ranks gather them: one width
+    assert found.constants[0].tolist() == pytest.approx(weights, rel=1e-5)
+
+
 @pytest.mark.parametrize("certain", [True, False])
 def test_a_policy_that_is_certain_or_knows_nothing_weighs_its_own_answers_as_dpo(certain: bool) -> None:
     of_token = 0.0 if certain else -math.log(50)
