@@ -229,8 +229,8 @@ def _proofs() -> str:
     lines = [
         f"- {axes} and {', '.join(PROVED_WITH_LORA)} with lora, packed: loss and gradients of a step equal"
         " those of PEFT's own forward, one sequence at a time, in float64, as far as rounding allows; training starts"
-        " at the identity loss and leaves the base's bytes alone (`tests/test_compatible_cells.py`). Padded, too: all of"
-        " float32, and on each base lora with the adapter switched off and dora against a frozen copy.",
+        " at the identity loss and leaves the base's bytes alone (`tests/test_compatible_cells.py`). Padded, too: all"
+        " of float32, and on each base lora with the adapter switched off and dora against a frozen copy.",
         "- Whole modules, tokens, patterns and several at once: `tests/model/test_variants.py`. Starts:"
         " `tests/model/test_starts.py`, `tests/test_starts_in_training.py`. Quantised bases:"
         " `tests/model/test_quantized.py`.",
