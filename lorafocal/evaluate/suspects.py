@@ -107,6 +107,8 @@ def _check_places(out: Path | None, write: Path | None, limit: int | None) -> No
         raise InputError(f"limit is {limit}; it is a number of pairs, 1 or more")
     if out is not None and out.suffix != ".html":
         raise InputError(f"{out}: the page of suspects is one .html file; name it so by --out")
+    if out is not None and write is not None and out.resolve() == write.resolve():
+        raise InputError(f"{out} cannot be both the page and the list: give --out and --write two names")
     for path in (out, write):
         if path is not None:
             check_folder_of(path)

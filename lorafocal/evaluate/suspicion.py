@@ -109,7 +109,9 @@ class Suspects:
         if self.page is not None:
             lines.append(f"page     {self.page}")
         if self.written is not None:
-            lines.append(f"written  {self.written}: {len(self.to_leave_out)} ids, for data.leave_out={self.written}")
+            count = len(self.to_leave_out)
+            use = f"for data.leave_out={self.written}" if count else "nothing to leave out"
+            lines.append(f"written  {self.written}: {count} ids, {use}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

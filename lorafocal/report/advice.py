@@ -151,8 +151,8 @@ def _last_table(record: RunRecord) -> tuple[PairTable, float]:
     objective = record.objective
     if objective is not None and not objective.entry.implicit_rewards:
         raise InputError(
-            f"{record.name} was trained by {objective.name}, whose rewards are no log-ratios to a reference: FocalPO's"
-            " margins are not known of it. Advise on a run of DPO or FocalPO, a short one will do"
+            f"{record.name} was trained by {objective.name}, whose rewards are not beta times the log-ratios of whole"
+            " answers: FocalPO's margins are not known of it. Advise on a run of DPO or FocalPO, a short one will do"
         )
     if not record.tables or record.beta is None:
         raise InputError(

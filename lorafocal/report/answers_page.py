@@ -90,7 +90,7 @@ def answers_page(shown: SideBySide) -> str:
     title = f"Answers of {', '.join(shown.models)}"
     notes = html.items(shown.notes)
     keys = html.paragraph(
-        "Keys: j and k to the next and the last prompt, / to look for words, Escape for all.", soft=True
+        "Keys: j and k to the next and the previous prompt, / to look for words, Escape for all.", soft=True
     )
     entries = (_article(number, entry, shown) for number, entry in enumerate(shown.entries, start=1))
     body = [f"<h1>{escape(title)}</h1>", notes, keys, _filters(shown), *entries]

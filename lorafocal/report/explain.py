@@ -190,7 +190,7 @@ def weighing(
         own,
         log_odds=log_odds.item(),
         p=torch.sigmoid(log_odds).item(),
-        weight=objective.weights(log_odds, *losses.constants).item(),
+        weight=objective.weights(log_odds, *losses.constants).item() + 0.0,  # never -0
         dpo_weight=dpo_weight(log_odds).item(),
         turned=bool(objective.turned(log_odds).item()),
     )

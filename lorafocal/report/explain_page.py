@@ -11,7 +11,7 @@ from lorafocal.report.explain_words import findings, in_lines, largest, places, 
 from lorafocal.report.explanation import Explanation, Token, full_colour, signed
 
 LARGEST = 10  # tokens listed of each answer
-WIDTH, HEIGHT, EDGE = 640, 220, 40  # of the picture, in its own units
+WIDTH, HEIGHT, EDGE = 640, 220, 64  # of the picture, in its own units
 _STYLE = """
 :root { --more: light-dark(#3b82f6, #3b82f6); --less: light-dark(#f97316, #d9660a);
   --chosen: light-dark(#1d4ed8, #7aa7ff); --rejected: light-dark(#b45309, #f0a35e); }

@@ -17,6 +17,7 @@ ROWS, COLOURED, BLOCK = 40, 600, 25  # tokens shown of an answer: as rows, in co
 PROMPT = 2000  # characters
 LARGEST = 5  # tokens listed below the coloured text
 BAR = 8  # signs of a full bar
+NARROWEST = 76  # columns; a narrower terminal breaks lines itself, and no number loses digits
 # Blue for likelier, orange for less likely: told apart with every common colour blindness. Of xterm's 256 colours.
 _MORE = ("color(153)", "color(111)", "color(69)", "color(27)")
 _LESS = ("color(223)", "color(215)", "color(208)", "color(166)")
@@ -29,7 +30,7 @@ def explain_text(explanation: Explanation, *, colour: bool, width: int | None = 
         force_terminal=colour,
         color_system="256" if colour else None,
         no_color=not colour,
-        width=max(width or 100, 40),
+        width=max(width or 100, NARROWEST),
         legacy_windows=False,
         highlight=False,
     )

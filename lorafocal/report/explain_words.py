@@ -31,8 +31,12 @@ def _sides(explanation: Explanation) -> dict[str, Answer]:
 def _ranking(explanation: Explanation) -> Iterator[str]:
     weighing = explanation.weighing
     if weighing is not None and weighing.p is not None and weighing.log_odds is not None:
-        how = "right" if weighing.log_odds > 0 else "wrong" if weighing.log_odds < 0 else "neither way"
-        yield f"Ranked {how}: the chosen answer is preferred with p = {weighing.p:.3g}."
+        margin = weighing.log_odds if weighing.margin is None else weighing.margin
+        how = "right" if margin > 0 else "wrong" if margin < 0 else "neither way"
+        if margin * weighing.log_odds < 0:
+            yield f"Ranked {how} by a margin of {margin:+.3g}, but target, scores or lengths make p = {weighing.p:.3g}."
+        else:
+            yield f"Ranked {how}: the chosen answer is preferred with p = {weighing.p:.3g}."
     before = explanation.chosen.reference - explanation.rejected.reference
     after = explanation.chosen.policy - explanation.rejected.policy
     if 0 in (before, after):
@@ -51,7 +55,7 @@ def _weight(explanation: Explanation) -> Iterator[str]:
     if weighing is None or weighing.weight is None or weighing.ratio_to_dpo is None:
         return
     if weighing.turned and weighing.weight == 0:
-        yield "The objective's factor would turn its gradient round; the guard takes that away: it moves nothing."
+        yield "The objective's factor would turn its gradient round; the guard takes that away: no ranking moves."
     elif weighing.turned:
         yield (
             "Its gradient is turned round: the objective's factor falls faster than the loss grows, and a step lowers"

@@ -45,7 +45,7 @@ def find_pair(
     not keep with its held-out pairs. Raises InputError where there is no such pair, or there are two.
     """
     places = [_of_file(pairs, subject, settings)] if pairs is not None else _of_run(subject, scored=scored)
-    seen: list[str] = []
+    seen: dict[str, None] = {}  # a held-out pair stands in the run and in its data
     for read in places:
         found = [pair for pair in read.pairs if pair.id == pair_id]
         if len(found) > 1:
@@ -54,8 +54,11 @@ def find_pair(
             )
         if found:
             return FoundPair(found[0], read.place, pairs is None, read.notes)
-        seen += [pair.id for pair in read.pairs]
-    raise InputError(f"there is no pair {printable(pair_id)!r} among {len(seen)} pairs; {nearest(pair_id, seen)}")
+        seen |= dict.fromkeys(pair.id for pair in read.pairs)
+    elsewhere = "" if pairs is not None else "; one that the run left out is found in its file by --pairs FILE"
+    raise InputError(
+        f"there is no pair {printable(pair_id)!r} among {len(seen)} pairs{elsewhere}; {nearest(pair_id, seen)}"
+    )
 
 
 def _of_file(path: Path, subject: Subject, settings: Mapping[str, Any]) -> _Pairs:

@@ -207,7 +207,7 @@ def _read_tables(folder: Path, notes: list[str]) -> list[PairTable]:
     if not tables:
         notes.append(
             "No evaluation left a table of its pairs: there is no histogram of margins, and there are no flips."
-            " Held-out pairs (data.eval or data.held_out) bring both."
+            " Held-out pairs (data.eval or data.held_out) bring both, under an objective with a reference."
         )
     return tables
 

@@ -18,9 +18,9 @@ button { font: inherit; color: inherit; background: var(--card); border: 1px sol
 """
 _MOST_MARGINS = 6  # of the states, on the page
 _HOW = (
-    "Marked are the confident ones. Keys: j and k to the next and the last pair, x to mark or unmark it, / to look for"
-    " words, Escape for all. Marks are kept in the address of the page. The list that you download is for your config:"
-    " data.leave_out: leave_out.txt"
+    "Marked are the confident ones. Keys: j and k to the next and the previous pair, x to mark or unmark it, / to look"
+    " for words, Escape for all. Marks are kept in the address of the page. The list that you download is for your"
+    " config: data.leave_out: leave_out.txt"
 )
 
 

@@ -121,6 +121,7 @@ def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(root: Path, 
         ({"pairs": root / "toy" / HELD_OUT_FILE}, "holds token ids; .* give preference rows"),
         ({"out": tmp_path / "page.htm"}, "one .html file"),
         ({"write": tmp_path / "no" / "list.txt"}, "does not exist. Make it first"),
+        ({"out": tmp_path / "page.html", "write": tmp_path / "page.html"}, "cannot be both the page and the list"),
         ({"limit": 0}, "limit is 0"),
     ]
     for given, message in refusals:

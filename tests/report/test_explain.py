@@ -25,6 +25,7 @@ from lorafocal.evaluations import EvaluatedPair, evaluation_file, write_evaluati
 from lorafocal.objectives import build_objective
 from lorafocal.report import explain as explain_file
 from lorafocal.report.explain import explain
+from lorafocal.report.explain_page import EDGE
 from lorafocal.report.explain_words import findings
 from lorafocal.report.explanation import (
     Answer,
@@ -173,6 +174,8 @@ def test_parts_and_folded_tokens_add_up_to_the_whole() -> None:
 
 def test_the_page_draws_the_sums(explained: Explanation) -> None:
     page = explained.html()
+    signs = max(len(text) for text in re.findall(r'text-anchor="end">([^<]+)</text>', page) if "token" not in text)
+    assert 6 * signs < EDGE  # of the labels at the left none is cut
     [chosen, rejected] = re.findall(r'<path class="[cr]" d="M([^"]+)"', page)
     assert [len(line.split(" L")) for line in (chosen, rejected)] == [
         1 + len(side.tokens) for side in (explained.chosen, explained.rejected)
@@ -191,7 +194,7 @@ def test_pairs_are_found_where_they_are(run: SavedRun, tmp_path: Path, monkeypat
     write_held_out(tmp_path / "other.jsonl", [replace(run.pairs[5], id="mine")])
     given: Any = explain(run.adapter, "mine", pairs=tmp_path / "other.jsonl")
     assert (given.pair.chosen_ids, given.of_the_run) == (run.pairs[5].chosen_ids, False)
-    with pytest.raises(InputError, match=r"no pair 'train-40' among 21 pairs; did you mean train-"):
+    with pytest.raises(InputError, match=r"no pair 'train-40' among 21 pairs; .* --pairs FILE; did you mean train-"):
         explain(run.folder, "train-40")
     write_held_out(tmp_path / "other.jsonl", [run.pairs[0], run.pairs[0]])
     with pytest.raises(InputError, match=r"2 pairs of other.jsonl are called"):
@@ -261,6 +264,7 @@ def test_without_colours_there_is_no_escape_and_each_token_is_a_row(explained: E
             assert f"{token.policy:.4f}" in text
             assert f"|{token.text}|" in text
     assert max(map(len, explained.text(colour=False, width=80).split("\n"))) <= 80
+    assert "\u2026" not in explained.text(colour=False, width=40)  # a narrow terminal costs no digits and no token
     assert f"{explained.weighing.p:.4g}" in text
 
 
@@ -351,12 +355,18 @@ def weighed(log_odds: float, weight: float) -> Weighing:
     return Weighing(0.7, log_odds, 0.0, log_odds, p, weight, dpo_weight=1 - p, turned=weight <= 0)
 
 
+def short_of_its_target() -> Weighing:
+    """SimPO's, where the chosen answer is rewarded more, by less than the target margin."""
+    return Weighing(0.92, -0.2, -0.7, -0.5, 0.38, 0.62, dpo_weight=0.62)
+
+
 @pytest.mark.parametrize(
     ("build", "told", "otherwise"),
     [
         (lambda: sentences(answer(0.0), answer(0.0)), "agree on every token", "less likely"),
         (lambda: sentences(answer(-3.0), answer(-5.0)), "became less likely, by 3 nats; the rejected one fell", "flip"),
         (lambda: sentences(answer(1.0), answer(2.0), weighing=weighed(-1.0, 0.7)), "Ranked wrong", "turned round"),
+        (lambda: sentences(answer(2.0), answer(1.0), weighing=short_of_its_target()), "Ranked right by", "wrong"),
         (lambda: sentences(answer(1.0), answer(2.0), weighing=weighed(-30.0, -0.1)), "is turned round", "A step moves"),
         (lambda: sentences(answer(1.0), answer(2.0), weighing=weighed(-30.0, 0.0)), "the guard takes", "A step moves"),
         (lambda: sentences(answer(1.0), answer(0.2), weighing=weighed(0.0, 0.466)), "moves it by 0.932", "wrong"),
@@ -407,3 +417,9 @@ def test_an_answer_cut_within_a_character_shows_that() -> None:
     ids = tokenizer("ab\U0001f600")["input_ids"][:-2]
     assert token_texts(tokenizer, ids)[:3] == ("a", "b", "")
     assert "\ufffd" in token_texts(tokenizer, ids)[-1]
+
+
+def test_a_weight_that_the_guard_took_away_is_zero_without_a_sign(run: SavedRun) -> None:
+    made = build_objective("focalpo", beta=1.0, gamma=1.0, guard="clip")
+    found = explain_file.weighing(made, run.pairs[0], answer(-3.0), answer(3.0), torch.zeros(2))
+    assert str(found.weight) == "0.0"
