@@ -235,7 +235,7 @@ def few_pairs_lead(record: RunRecord) -> Remark | None:
         f"By their weight in the gradient the pairs count for {share:.0%} of their number (effective share).",
         "Most pairs hardly weigh any more, being ranked right with a wide margin, or wrong with one if the objective"
         " spends little there: a few pairs, mislabelled ones among them, lead the training.",
-        "Look at the pairs with the lowest margins in the last file of evaluations/. A smaller objective.beta or fewer"
+        "Look at the pairs with the lowest margins: lorafocal suspects lists them. A smaller objective.beta or fewer"
         " epochs spread the weight.",
     )
 
