@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafocal.cli.options import BaseOption, JsonOption, ReferenceOption, no_loading_bars, numbers, print_report
+from lorafocal.cli.options import (
+    BaseOption,
+    JsonOption,
+    ReferenceOption,
+    folder_made,
+    no_loading_bars,
+    numbers,
+    print_report,
+)
 from lorafocal.errors import InputError
 from lorafocal.publish import check_free
 
@@ -116,7 +124,8 @@ def score(
         bool, typer.Option("--ches", help="Also how alike both answers' hidden states are, which displacement follows.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.", callback=folder_made),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
