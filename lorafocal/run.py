@@ -129,8 +129,13 @@ def train(
         _write_run_files(folder, config, manifest, data)
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.watching():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with stop.watching():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except InputError:
+        if launch.is_main() and not resume and trainer.state.global_step == 0:
+            (folder / MANIFEST_FILE).unlink()  # the first step was refused: the name is free for what is put right
+        raise
     state, made = trainer.state, ADAPTER_DIR if config.adapter is not None else MODEL_DIR
     if stop.received is not None and state.global_step < state.max_steps:
         return RunSummary(folder, state.global_step, state.max_steps, {}, made, int(stop.received))

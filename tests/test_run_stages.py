@@ -136,3 +136,16 @@ def test_what_a_run_builds_on_must_be_there(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\./nowhere: there is no such folder"):
         run.train(config, quiet=True, runs_dir=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_refused_first_step_leaves_the_name_free_for_the_way_out_that_it_names(root: Path, tmp_path: Path) -> None:
+    objective = {"name": "simpo", "beta": 10.0, "focal": {"gamma": 1.0}}
+    short = run_config(root, training__num_train_epochs=None, training__max_steps=1)
+    turned = changed(short, objective=objective, reference=None)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"objective\.guard: clip"):
+            run.train(turned, quiet=True, runs_dir=tmp_path)
+    clipped = changed(turned, objective=objective | {"guard": "clip"})
+    assert run.train(clipped, quiet=True, runs_dir=tmp_path).steps == 1
+    with pytest.raises(InputError, match="already holds a run"):
+        run.train(clipped, quiet=True, runs_dir=tmp_path)
