@@ -14,6 +14,7 @@ from table import Prompts, Row
 
 RESAMPLES = 10_000
 LEVEL = 0.05
+_LEGENDRE = np.polynomial.legendre.leggauss(64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +71,27 @@ def contrast(
     seeds = sorted(sides[0].keys() & sides[1].keys())
     points = 100 * np.stack([sides[0][one] - sides[1][one] for one in seeds])  # (seeds, questions)
     means = points.mean(axis=1)
-    error = float(means.std(ddof=1)) / math.sqrt(len(means))
-    spread = student_quantile(1 - LEVEL / 2, len(means) - 1) * error
-    value = float(means.mean())
-    p = two_sided_p(value / error, len(means) - 1) if error > 0 else float(value == 0)
+    value, low, high = student_interval(means)
     return Contrast(
-        condition, *pair, (rates[pair[0]], rates[pair[1]]), len(seeds), value, value - spread, value + spread,
-        bootstrap(points, seed=seed), p, sign_flips(means),
+        condition, *pair, (rates[pair[0]], rates[pair[1]]), len(seeds), value, low, high,
+        bootstrap(points, seed=seed), paired_p(means), sign_flips(means),
     )  # fmt: skip
+
+
+def student_interval(means: np.ndarray) -> tuple[float, float, float]:
+    """The mean of the seeds' values with its 95% interval."""
+    value, spread = float(means.mean()), student_quantile(1 - LEVEL / 2, len(means) - 1) * _error(means)
+    return value, value - spread, value + spread
+
+
+def paired_p(means: np.ndarray) -> float:
+    """The two-sided p of the t-test that the seeds' differences have mean 0."""
+    error = _error(means)
+    return two_sided_p(float(means.mean()) / error, len(means) - 1) if error > 0 else float(means.mean() == 0)
+
+
+def _error(means: np.ndarray) -> float:
+    return float(means.std(ddof=1)) / math.sqrt(len(means))
 
 
 def bootstrap(points: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
@@ -86,7 +100,7 @@ def bootstrap(points: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     A question is drawn for all seeds at once, since all answer the same ones.
     """
     of_seeds, of_questions = _drawn(*points.shape, seed)
-    means = np.einsum("rs,sq,rq->r", of_seeds, points, of_questions, optimize=True)
+    means = ((of_seeds @ points) * of_questions).sum(axis=1)
     low, high = np.quantile(means, (LEVEL / 2, 1 - LEVEL / 2))
     return float(low), float(high)
 
@@ -121,6 +135,7 @@ def two_sided_p(t: float, freedom: int) -> float:
     return tail / _cosines(0.0, freedom)
 
 
+@cache
 def student_quantile(share: float, freedom: int) -> float:
     """The t below which Student's t lies with probability `share` above 1/2, by bisection."""
     low, high = 0.0, 1e6
@@ -132,6 +147,6 @@ def student_quantile(share: float, freedom: int) -> float:
 
 def _cosines(start: float, freedom: int) -> float:
     """The integral of cos^(freedom - 1) from `start` to pi/2, by Gauss and Legendre, exact to rounding."""
-    places, weights = np.polynomial.legendre.leggauss(64)
+    places, weights = _LEGENDRE
     half = (math.pi / 2 - start) / 2
     return float(half * (weights * np.cos(start + half * (places + 1)) ** (freedom - 1)).sum())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from analysis import Contrast, best_rates, contrast, holm, values
+from analysis import LEVEL, Contrast, best_rates, contrast, holm, student_interval, values
 from design import Study, read_study
 from figure import draw
 from table import QUANTILES, Prompts, Row, read_prompts, read_runs
@@ -38,9 +38,11 @@ def write_page(study: Study, results: Path) -> Path:
         *(arms_table(study, runs, base, rates[name], name) for name in rates),
         contrasts_table(study, found),
         protocol_table(study, runs, prompts, rates),
+        answers_table(study, runs, read_runs(results / "answers.csv"), rates[study.primary]),
         *(pairs_table(study, runs, rates[name], name) for name in rates),
         kinds_table(study, runs, rates[study.primary]),
         rates_table(study, runs),
+        *(same_rate_table(study, runs, name) for name in rates),
         made(study, runs, sessions),
     ]
     page = results / "study.md"
@@ -71,17 +73,28 @@ def headlines(
     for condition in (study.primary, *(other.name for other in study.conditions if other.name != study.primary)):
         of = found[condition, *study.contrast]
         right = {arm: _right(runs, condition, arm, rates[condition][arm]) for arm in study.contrast}
-        kind = "Primary" if condition == study.primary else "Other condition"
+        kind, tested = "Other condition", "not tested"
+        if condition == study.primary:
+            kind, tested = "Primary", f"p {of.p:.2g}: {of.verdict(study.equivalence)}"
         said.append(
             f"{kind} ({condition}): {', '.join(f'{arm} {value:.2f}%' for arm, value in right.items())} right answers"
-            f" (base {100 * base['test_right']:.2f}%); difference {of.value:+.2f} points, 95% interval over seeds"
-            f" [{of.low:+.2f}, {of.high:+.2f}], p {of.p:.2g}, {of.seeds} seeds: {of.verdict(study.equivalence)}."
+            f" (base {100 * base['test_right']:.2f}%); difference {of.value:+.2f} points, 95% interval over {of.seeds}"
+            f" seeds [{of.low:+.2f}, {of.high:+.2f}], {tested}."
         )
-    decided = [found[study.primary, *pair] for pair in study.secondary]
-    clear = [of for of in decided if of.adjusted is not None and of.adjusted < 0.05]
-    listed = "; ".join(f"{of.arm} against {of.against} {of.value:+.2f} points" for of in clear) or "none"
-    said.append(f"Secondary contrasts in {study.primary} that stand after Holm's adjustment: {listed}.")
+    secondary = [found[study.primary, *pair] for pair in study.secondary]
+    stand = [of for of in secondary if of.adjusted is not None and of.adjusted < LEVEL]
+    said.append(f"Secondary contrasts in {study.primary} that stand after Holm's adjustment: {_listed(stand)}.")
+    said.append(f"Those that do not: {_listed([of for of in secondary if of not in stand])}.")
+    for other in (condition.name for condition in study.conditions if condition.name != study.primary):
+        of = [found[other, *pair] for pair in study.secondary]
+        clear = [one for one in of if one.low > 0 or one.high < 0]
+        said.append(f"Secondary contrasts in {other}, not tested, whose 95% interval leaves out 0: {_listed(clear)}.")
     return said
+
+
+def _listed(contrasts: Sequence[Contrast]) -> str:
+    found = (f"{of.arm} - {of.against} {of.value:+.2f} [{of.low:+.2f}, {of.high:+.2f}]" for of in contrasts)
+    return "; ".join(found) or "none"
 
 
 def arms_table(study: Study, runs: Sequence[Row], base: Row, rates: Mapping[str, float], condition: str) -> str:
@@ -168,6 +181,24 @@ def protocol_table(
     return f"## The paper's own protocol\n\n{words}\n\n{_table(head, rows)}"
 
 
+def answers_table(study: Study, runs: Sequence[Row], answers: Sequence[Row], rates: Mapping[str, float]) -> str:
+    """Answers that were written, beside the probabilities that the study compares."""
+    rows = []
+    for arm in study.contrast:
+        of = {key: _share(_mean([row[key] for row in answers if row["arm"] == arm]), 2) for key in _ANSWER_KEYS}
+        rows.append([arm, f"{_right(runs, study.primary, arm, rates[arm]):.2f}", *of.values()])
+    head = ["arm", "exact, %", "sampled, %", "wins, sampled, %", "greedy, %", "wins, greedy, %"]
+    words = (
+        f"One answer a test question and seed of {study.primary}, by `lorafocal.generation` and the rule, at"
+        f" temperature 1 and greedy. Wins: over {study.contrast[1]}'s of the same seed, drawn with the same random"
+        " numbers, ties half. Exact is what sampled answers have in expectation."
+    )
+    return f"## Answers that were written\n\n{words}\n\n{_table(head, rows)}"
+
+
+_ANSWER_KEYS = ("sampled_right", "sampled_wins", "greedy_right", "greedy_wins")
+
+
 def pairs_table(study: Study, runs: Sequence[Row], rates: Mapping[str, float], condition: str) -> str:
     """Training pairs, clean and swapped apart, after training."""
     kinds = ("clean", "swapped") if study.condition(condition).noise > 0 else ("clean",)
@@ -213,6 +244,26 @@ def rates_table(study: Study, runs: Sequence[Row]) -> str:
         rows.append(row)
     head = ["arm", *(f"{condition.name}, {rate:g}" for condition in study.conditions for rate in study.rates)]
     return f"## Right answers at every learning rate, %\n\n{_table(head, rows)}"
+
+
+def same_rate_table(study: Study, runs: Sequence[Row], condition: str) -> str:
+    """Every arm minus DPO at one and the same rate: not preregistered, and free of the choice of rates."""
+    rows = []
+    for arm in study.arms:
+        if arm.name != "dpo":
+            found = [_gap_at(runs, condition, arm.name, rate) for rate in study.rates]
+            rows.append([arm.name, *(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" for value, low, high in found)])
+    words = (
+        "Not preregistered: points of right answers, Student's 95% interval over seeds; no choice of rates is in it."
+        " dpo-scaled is at its factor of the rate."
+    )
+    head = ["arm", *(f"at {rate:g}" for rate in study.rates)]
+    return f"## Minus DPO at the same learning rate: {condition}\n\n{words}\n\n{_table(head, rows)}"
+
+
+def _gap_at(runs: Sequence[Row], condition: str, arm: str, rate: float) -> tuple[float, float, float]:
+    ours, theirs = (np.asarray(values(runs, "test_right", condition, name, rate)) for name in (arm, "dpo"))
+    return student_interval(100 * (ours - theirs))
 
 
 def made(study: Study, runs: Sequence[Row], sessions: Sequence[Mapping[str, Any]]) -> str:

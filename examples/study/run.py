@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: matrices this sma
 import torch
 import transformers
 from analysis import best_rates
+from answers import answer, answer_rows, compared_cells
 from cell import Place, prepare_held_out, prepare_training, run_cell
 from design import Study, read_study
 from page import write_page
@@ -55,8 +56,13 @@ def main(file: Path, out: Path, results: Path, workers: int) -> None:
         drawn = [(condition, seed) for condition in study.conditions for seed in condition.seeds]
         finish(pool, (pool.submit(prepare_training, place, study.pairs, *one) for one in drawn), "training pairs")
         finish(pool, (pool.submit(run_cell, cell, place, study.pairs) for cell in left), "runs")
+        rates = collect(study, place, results)
+        asked = compared_cells(study, rates)
+        written = [pool.submit(answer, cell, place, study.pairs) for cell in asked]
+        finish(pool, written, "answers")
+    write_csv(results / "answers.csv", answer_rows(study, asked, [one.result() for one in written]))
     note_session(out, started, len(left), workers)
-    collect(study, place, results)
+    write_atomically(results / "sessions.json", (out / "sessions.json").read_bytes())
     print(f"the page is {write_page(study, results)}")
 
 
@@ -94,7 +100,7 @@ def quiet_worker() -> None:
     disable_progress_bar()
 
 
-def finish(pool: Executor, tasks: Iterable[Future[None]], what: str) -> None:
+def finish(pool: Executor, tasks: Iterable[Future[Any]], what: str) -> None:
     """Wait for all of them, saying how far it is; the first one that fails stops the rest, and is raised."""
     waiting, started = list(tasks), time.monotonic()
     try:
@@ -125,8 +131,8 @@ def note_session(out: Path, started: float, runs: int, workers: int) -> None:
     write_atomically(out / "sessions.json", json.dumps([*json.loads(earlier), line], indent=1))
 
 
-def collect(study: Study, place: Place, results: Path) -> None:
-    """From the runs' files, the tables: `prompts.csv` has the rates that are compared."""
+def collect(study: Study, place: Place, results: Path) -> dict[str, float]:
+    """From the runs' files, the tables; `prompts.csv` has the rates that are compared. The primary condition's best."""
     validation, held_out = study.pairs.validation, read_json(place.held_out() / "base.json")
     found, rows = {}, []
     for cell in study.cells():
@@ -143,7 +149,7 @@ def collect(study: Study, place: Place, results: Path) -> None:
         for rate in {chosen, study.published_rate, best_rates(rows, study, condition.name)[study.contrast[0]]}
     }
     write_prompts(results / "prompts.csv", {key: of for key, of in found.items() if key[:3] in compared})
-    write_atomically(results / "sessions.json", (place.out / "sessions.json").read_bytes())
+    return best_rates(rows, study, study.primary)
 
 
 def parsed() -> argparse.Namespace:

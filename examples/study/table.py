@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def run_row(
     the share of right sampled answers is in expectation, without the noise of sampling.
     """
     held_out, probes = bases
-    kinds = [kind_of(row) for row in held_out_rows(len(held_out["chosen"]))]
+    kinds = _held_out_kinds(len(held_out["chosen"]))
     right = np.exp(result["held_out"]["chosen"])
     row: Row = {
         "condition": cell.condition.name,
@@ -55,6 +56,11 @@ def run_row(
         of_kind = np.asarray([found == kind for found in kinds[validation:]])
         row[f"right {kind}"] = right[validation:][of_kind].mean() if of_kind.any() else None
     return row | {"cpu_s": result["cpu_s"], "wall_s": result["wall_s"]}
+
+
+@cache
+def _held_out_kinds(count: int) -> list[str]:
+    return [kind_of(row) for row in held_out_rows(count)]
 
 
 def base_row(held_out: Sides, validation: int) -> Row:

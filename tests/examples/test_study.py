@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -151,6 +152,20 @@ def test_the_shipped_study_reads_and_its_arms_can_train():
         build_objective(**arm.objective)
 
 
+@pytest.mark.slow
+def test_the_page_and_the_docs_say_what_the_tables_give(tmp_path):
+    """Numbers are never typed: the page is written again from the committed tables, and the docs quote it."""
+    import page
+
+    shutil.copytree(STUDY / "results", tmp_path / "results")
+    written = page.write_page(read_study(STUDY / "study.yaml"), tmp_path / "results").read_text()
+    assert written == (STUDY / "results" / "study.md").read_text()
+    said = written.split("## What came out\n\n")[1].split("\n\n![")[0].split("\n\n")
+    docs = (STUDY.parents[1] / "docs" / "study.md").read_text()
+    assert len(said) == 5
+    assert [line for line in said if f"> {line}\n" not in docs] == []
+
+
 @pytest.mark.engine
 def test_the_study_runs_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -164,6 +179,7 @@ def test_the_study_runs_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert "Primary (noisy): focalpo" in page
     assert (whole / "results" / "study.png").read_bytes().startswith(b"\x89PNG")
     assert len((whole / "results" / "runs.csv").read_text().splitlines()) == 13
+    assert len((whole / "results" / "answers.csv").read_text().splitlines()) == 5
     done = sorted((whole / "cells").iterdir())
     kept = {path.name: path.read_text() for path in done[1:]}
     done[0].unlink()
