@@ -42,7 +42,7 @@ def write_page(study: Study, results: Path) -> Path:
         *(pairs_table(study, runs, rates[name], name) for name in rates),
         kinds_table(study, runs, rates[study.primary]),
         rates_table(study, runs),
-        *(same_rate_table(study, runs, name) for name in rates),
+        *(same_rate_table(study, [*runs, *_added(results)], name) for name in rates),
         made(study, runs, sessions),
     ]
     page = results / "study.md"
@@ -86,8 +86,8 @@ def headlines(
     said.append(f"Secondary contrasts in {study.primary} that stand after Holm's adjustment: {_listed(stand)}.")
     said.append(f"Those that do not: {_listed([of for of in secondary if of not in stand])}.")
     for other in (condition.name for condition in study.conditions if condition.name != study.primary):
-        of = [found[other, *pair] for pair in study.secondary]
-        clear = [one for one in of if one.low > 0 or one.high < 0]
+        shown = [found[other, *pair] for pair in study.secondary]
+        clear = [one for one in shown if one.low > 0 or one.high < 0]
         said.append(f"Secondary contrasts in {other}, not tested, whose 95% interval leaves out 0: {_listed(clear)}.")
     return said
 
@@ -247,18 +247,25 @@ def rates_table(study: Study, runs: Sequence[Row]) -> str:
 
 
 def same_rate_table(study: Study, runs: Sequence[Row], condition: str) -> str:
-    """Every arm minus DPO at one and the same rate: not preregistered, and free of the choice of rates."""
-    rows = []
+    """Every arm minus DPO at one and the same rate, where also a rate that was added afterwards."""
+    grid, rows = sorted({row["grid_rate"] for row in runs}), []
     for arm in study.arms:
         if arm.name != "dpo":
-            found = [_gap_at(runs, condition, arm.name, rate) for rate in study.rates]
+            found = [_gap_at(runs, condition, arm.name, rate) for rate in grid]
             rows.append([arm.name, *(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" for value, low, high in found)])
+    rows.append(["right answers of dpo, %", *(f"{_right(runs, condition, 'dpo', rate):.2f}" for rate in grid)])
     words = (
         "Not preregistered: points of right answers, Student's 95% interval over seeds; no choice of rates is in it."
-        " dpo-scaled is at its factor of the rate."
+        " dpo-scaled, at its factor of the rate, shows whether a slower DPO would be better there or worse."
     )
-    head = ["arm", *(f"at {rate:g}" for rate in study.rates)]
+    head = ["arm", *(f"at {rate:g}" + (", added" if rate not in study.rates else "") for rate in grid)]
     return f"## Minus DPO at the same learning rate: {condition}\n\n{words}\n\n{_table(head, rows)}"
+
+
+def _added(results: Path) -> list[Row]:
+    """Runs at a rate beyond the grid that was tried afterwards (lower.yaml), where there are any."""
+    added = results / "lower" / "runs.csv"
+    return read_runs(added) if added.exists() else []
 
 
 def _gap_at(runs: Sequence[Row], condition: str, arm: str, rate: float) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -163,6 +164,7 @@ def parsed() -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = parsed()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the workers end, too
     try:
         main(given.study, given.out, given.results, given.workers)
     except InputError as error:
