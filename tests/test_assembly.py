@@ -105,9 +105,9 @@ def test_a_reference_that_reads_token_ids_otherwise_is_refused(tmp_path):
 def test_the_chosen_elementwise_functions_fold_the_logits_of_policy_and_reference(tmp_path, monkeypatch, layout):
     folded: list[int] = []
 
-    def fold(logits, labels, dtype, transform):
+    def fold(logits, *rest):
         folded.append(len(logits))
-        return TORCH.head_fold_(logits, labels, dtype, transform)
+        return TORCH.head_fold_(logits, *rest)
 
     monkeypatch.setattr(assembly, "load", lambda name: replace(TORCH, name=name, head_fold_=fold))
     data = pairs(6)

@@ -124,11 +124,11 @@ class Watched(FocalPOTrainer):
         self.packs: list[tuple[str, ...]] = []
         self.compared.objective = replace(self.objective, loss=self._note(self.objective.loss))
 
-    def _note(self, loss: Callable[[PairLogps, PairLogps], PairLosses]) -> Callable[..., PairLosses]:
-        def noted(policy: PairLogps, reference: PairLogps) -> PairLosses:
+    def _note(self, loss: Callable[..., PairLosses]) -> Callable[..., PairLosses]:
+        def noted(policy: PairLogps, *, reference: PairLogps, **others: Any) -> PairLosses:
             both = torch.stack([torch.stack(policy), torch.stack(reference)]).detach()
             self.scored.update(zip(self.packs[-1], both.unbind(-1), strict=True))
-            return loss(policy, reference)
+            return loss(policy, reference=reference, **others)
 
         return noted
 

@@ -45,10 +45,11 @@ def permutation(lengths: Tensor) -> Tensor:
     return torch.randperm(len(lengths) // 2, generator=generator)
 
 
-OBJECTIVES[NAME] = Entry(
+ENTRY = Entry(
     {"beta": BETA, "gamma": OBJECTIVES["focalpo"].parameters["gamma"]},
     odds="pairwise.implicit",
     link=weighted,
     constants=permuted_ratios,
     lengths=True,
 )
+OBJECTIVES[NAME] = ENTRY

@@ -134,7 +134,7 @@ def test_refusals(run: SavedRun, merged: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(InputError, match="every margin of base is 0: it is its own reference"):
         fingerprint(run, run.base, released_reference=str(run.base))
     write_held_out(tmp_path / "few.jsonl", run.pairs[:9])
-    monkeypatch.setattr("lorafocal.evaluate.score._logps", lambda *_: pytest.fail("computed for nothing"))
+    monkeypatch.setattr("lorafocal.evaluate.score._measured", lambda *_, **__: pytest.fail("computed for nothing"))
     with pytest.raises(InputError, match=r"gives 9 pairs; a correlation needs 10"):
         evaluate_fingerprint(run.folder, released=str(run.folder), pairs=tmp_path / "few.jsonl", say=quiet)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import pytest
 import torch
 
 from lorafocal.errors import InputError
-from lorafocal.objectives import PairLogps, build_objective
+from lorafocal.objectives import OBJECTIVES, PairLogps, build_objective
 
 STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
 sys.path.insert(0, str(STUDY))  # the study's files import each other by name, as scripts do
 import analysis  # noqa: E402
 import permuted  # noqa: E402
+
+del OBJECTIVES[permuted.NAME]  # other tests of this process go over the registry
 import task  # noqa: E402
 from design import read_study  # noqa: E402
 
@@ -40,6 +44,11 @@ contrast: [focalpo, dpo]
 secondary: [[focalpo, permuted], [omni-dpo, dpo]]
 equivalence: 1.0
 """
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OBJECTIVES, permuted.NAME, permuted.ENTRY)
 
 
 @pytest.fixture
@@ -166,15 +175,18 @@ def test_the_page_and_the_docs_say_what_the_tables_give(tmp_path):
     assert [line for line in said if f"> {line}\n" not in docs] == []
 
 
-@pytest.mark.engine
-def test_the_study_runs_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    import run
+def ran(*arguments: str | Path, cache: Path) -> None:
+    """The command, in a process of its own: a config takes the study's objective where it is registered first."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    subprocess.run([sys.executable, STUDY / "run.py", "--workers", "1", *arguments], check=True, env=environment)
 
+
+@pytest.mark.engine
+def test_the_study_runs_and_goes_on_where_it_was_stopped(tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(TINY)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run.main(file, whole, whole / "results", workers=1)
+    ran("--study", file, "--out", whole, "--results", whole / "results", cache=tmp_path / "cache")
     page = (whole / "results" / "study.md").read_text()
     assert "Primary (noisy): focalpo" in page
     assert (whole / "results" / "study.png").read_bytes().startswith(b"\x89PNG")
@@ -184,9 +196,17 @@ def test_the_study_runs_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     kept = {path.name: path.read_text() for path in done[1:]}
     done[0].unlink()
     before = (whole / "results" / "prompts.csv").read_text()
-    run.main(file, whole, parts, workers=1)
+    ran("--study", file, "--out", whole, "--results", parts, cache=tmp_path / "cache")
     assert (parts / "prompts.csv").read_text() == before  # a run that is done again comes out the same
     assert {path.name: path.read_text() for path in done[1:]} == kept
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path):
+    from run import take_up
+
+    file = tmp_path / "study.yaml"
+    file.write_text(TINY)
+    take_up(read_study(file), tmp_path / "out")
     file.write_text(TINY.replace("test: 9", "test: 10"))
     with pytest.raises(InputError, match="another study file"):
-        run.main(file, whole, parts, workers=1)
+        take_up(read_study(file), tmp_path / "out")
