@@ -1,17 +1,24 @@
-"""Counts what a process holds in the middle of full-parameter training, engine after engine."""
+"""Counts what a process holds in the middle of full-parameter training, engine after engine: started by torchrun."""
 
 from __future__ import annotations
 
 import gc
+import json
+import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from lorafocal import launch
 from lorafocal.engines import zero
 from lorafocal.trainer import FocalPOTrainer
+from tests.engine.ragged_run import HANGS_S
 from tests.test_activation_bytes import MID
 from tests.tiny import pairs, trainer
 
@@ -49,6 +56,13 @@ def count(folder: Path, engine: str) -> int:
     return seen[-1]
 
 
-def everything(root: Path) -> dict[str, int]:
+def everything(root: Path) -> None:
     zero.BUCKET_ENTRIES, zero.PERSISTENT_ENTRIES = BUCKET_ENTRIES, 0
-    return {engine: count(root / engine, engine) for engine in ENGINES}
+    found: dict[str, Any] = {engine: count(root / engine, engine) for engine in ENGINES}
+    (root / f"rank-{launch.rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_S))
+    everything(Path(sys.argv[1]))
+    launch.shutdown()

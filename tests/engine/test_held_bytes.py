@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from transformers import CONFIG_MAPPING
 
 from lorafocal import memory
 from lorafocal.memory import Setup, Shape
-from tests.engine import held_run
-from tests.engine.forked import both
+from tests.engine import held_run, launches
 from tests.test_activation_bytes import MID
 
 pytestmark = pytest.mark.engine
@@ -16,7 +17,10 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
-    return both(held_run.everything, tmp_path_factory.mktemp("held")).ranks
+    root = tmp_path_factory.mktemp("held")
+    code, output = launches.run([*launches.TORCHRUN, held_run.__file__, str(root)])
+    assert code == 0, output
+    return [json.loads(file.read_text()) for file in sorted(root.glob("rank-*.json"))]
 
 
 @pytest.mark.row("37")
