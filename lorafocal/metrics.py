@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorafocal.evaluations import EvaluatedPair
 from lorafocal.objectives import Objective
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, dpo_weight
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import PairLosses, dpo_weight
 from lorafocal.tensor_files import check_keys
 
 PAIRS = "num_pairs"

@@ -19,7 +19,7 @@ from lorafocal.data.packing import Pack
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm, install_head, scoring
 from lorafocal.model.master import arithmetic_of
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 
 
@@ -119,18 +119,19 @@ def _forward_parameters(forward: Callable[..., object]) -> Mapping[str, inspect.
 
 def sequence_logps(model: nn.Module, pack: Pack) -> PairLogps:
     """Summed log-probability of each completion of a pack's B pairs, (B,) and (B,), in nats."""
-    return PairLogps(*_sums(token_logps(model, pack), pack).split(pack.num_pairs))
+    return of_pairs(sums_of(token_logps(model, pack), pack), pack)
 
 
-def colliding_logps(model: nn.Module, pack: Pack) -> tuple[PairLogps, Tensor]:
-    """`sequence_logps`, and log sum_v pi_v^2 summed over each completion's tokens, (2B,) detached, in nats."""
-    collisions = torch.empty(len(pack.index.labels), dtype=torch.float64, device=pack.input_ids.device)
-    of_tokens = token_logps(model, pack, collisions)
-    return PairLogps(*_sums(of_tokens, pack).split(pack.num_pairs)), _sums(collisions, pack)
+def of_pairs(sums: Tensor, pack: Pack) -> PairLogps:
+    """The pairs' own among sums over all of a pack's completions, (2B + M,)."""
+    return PairLogps(sums[: pack.num_pairs], sums[pack.num_pairs : 2 * pack.num_pairs])
 
 
-def _sums(of_tokens: Tensor, pack: Pack) -> Tensor:
-    """(N,) over completion tokens to (2B,) over completions; in float32 a thousand tokens would lose some 1e-3 nats."""
+def sums_of(of_tokens: Tensor, pack: Pack) -> Tensor:
+    """(N,) over completion tokens to (2B + M,) over completions, M of them further answers.
+
+    In float32 a thousand tokens would lose some 1e-3 nats.
+    """
     sums = torch.segment_reduce(of_tokens.double(), "sum", lengths=pack.index.lengths, unsafe=True)
     return sums.to(of_tokens.dtype)
 

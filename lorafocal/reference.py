@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from lorafocal.data.packing import Pack
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import FROZEN_COPY, AdapterSwitch
-from lorafocal.objectives.pairwise import PairLogps
-from lorafocal.policy import sequence_logps
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.policy import of_pairs, sums_of, token_logps
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,23 @@ REFERENCES = {
 }
 
 
-class Reference(Protocol):
-    """Answers packs with the log-probs of a policy that never changes."""
+class Reference(ABC):
+    """Answers packs with the log-probs of another policy than the one in training."""
+
+    @abstractmethod
+    def token_logps(self, pack: Pack) -> Tensor:
+        """Log-probs of a pack's N completion tokens, (N,), in nats, without gradients."""
+
+    def sums(self, pack: Pack) -> Tensor:
+        """The same summed over each of its 2B + M completions, (2B + M,)."""
+        return sums_of(self.token_logps(pack), pack)
 
     def logps(self, pack: Pack) -> PairLogps:
-        """Log-probs of a pack's B pairs, (B,) each, in nats, without gradients."""
+        """The same of its B pairs, (B,) each."""
+        return of_pairs(self.sums(pack), pack)
 
 
-class DisabledAdapterReference:
+class DisabledAdapterReference(Reference):
     """The base itself: the same weights with the adapters switched off, in the same pack, by the same kernels."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,12 +72,12 @@ class DisabledAdapterReference:
         self._switch = AdapterSwitch(model)
 
     @torch.no_grad()
-    def logps(self, pack: Pack) -> PairLogps:
+    def token_logps(self, pack: Pack) -> Tensor:
         with self._switch.off():
-            return sequence_logps(self.model, pack)
+            return token_logps(self.model, pack)
 
 
-class FrozenCopyReference:
+class FrozenCopyReference(Reference):
     """A frozen copy of the adapter as it was at the start, on the same base: for an adapter that is continued."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,33 +86,42 @@ class FrozenCopyReference:
         self._switch = AdapterSwitch(model)
 
     @torch.no_grad()
-    def logps(self, pack: Pack) -> PairLogps:
+    def token_logps(self, pack: Pack) -> Tensor:
         with self._switch.to(FROZEN_COPY):
-            return sequence_logps(self.model, pack)
+            return token_logps(self.model, pack)
 
 
-class SeparateModelReference:
+class SeparateModelReference(Reference):
     """A second model, prepared for the policy's layout: twice the memory, and the only kind that can be any model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @torch.no_grad()
-    def logps(self, pack: Pack) -> PairLogps:
-        return sequence_logps(self.model, pack)
+    def token_logps(self, pack: Pack) -> Tensor:
+        return token_logps(self.model, pack)
 
 
-class CachedReference:
+class CachedReference(Reference):
     """Log-probs that were looked up in a store before training began: no model, no forward."""
 
-    def logps(self, pack: Pack) -> PairLogps:
+    def sums(self, pack: Pack) -> Tensor:
         """Raises InputError for a pack of pairs that were not looked up: there is no default."""
-        if pack.reference is None:
+        return torch.cat(self._stored(pack.reference, pack))
+
+    def token_logps(self, pack: Pack) -> Tensor:
+        """Raises InputError likewise: of tokens, a store has log-probs where it was asked for them."""
+        found: Tensor = self._stored(pack.reference_tokens, pack)
+        return found
+
+    @staticmethod
+    def _stored(found: Any, pack: Pack) -> Any:
+        if found is None:
             raise InputError(
                 f"pair {pack.pair_ids[0]!r} comes without its reference log-probs: look its pairs up in the reference"
                 " store first (`store.look_up(pairs)`), or use a live reference"
             )
-        return pack.reference
+        return found
 
 
 def build_reference(kind: str | None, model: nn.Module, ref_model: nn.Module | None = None) -> Reference:

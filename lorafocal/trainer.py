@@ -45,7 +45,7 @@ from lorafocal.budget import Retry
 from lorafocal.caching import CacheReport, cache_reference
 from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
 from lorafocal.checkpoint import load_state
-from lorafocal.comparison import FILLER, Comparison, StepTotals, is_filler
+from lorafocal.comparison import FILLER, Comparison, Part, is_filler
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import build_engine
@@ -157,7 +157,8 @@ class FocalPOTrainer(Trainer):
             self.add_callback(ProgressLine())
         self.metrics = PairMetrics(sum_keys(self.objective))
         self.pairs_seen = 0
-        self.compared = Comparison(self.objective, args.reference, self.ref_model, noisy=args.allow_dropout)
+        drawn: dict[str, Any] = {"noisy": args.allow_dropout, "seed": args.seed}
+        self.compared = Comparison(self.objective, args.reference, self.ref_model, **drawn)
 
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
         return self.data[name].pairs if name in self.data else None
@@ -255,6 +256,7 @@ class FocalPOTrainer(Trainer):
         if self.state.global_step == 0 and self.objective.turns:  # the metrics are the first step's so far
             check_first_step(self.objective, self.metrics.means(self.args.device)["focal/turned_share"])
         self.engine.step()
+        self.compared.state = self._left
         self.pairs_seen += step_pairs
         return loss
 
@@ -263,19 +265,21 @@ class FocalPOTrainer(Trainer):
         if self.args.allow_dropout:
             set_seed(self.args.seed + self.state.global_step)  # so that a resumed run draws the same noise
         packs, step_pairs = self._in_step(batch)
-        step = self.compared.totals(model, packs, step_pairs)
+        step = self.compared.step(model, packs, step_pairs, self.state.global_step)
         total = torch.zeros((), device=self.args.device)
-        for number, pack in enumerate(packs):
+        for number, part in enumerate(step.parts):
             last = number == len(packs) - 1
             with self.engine.pack(model, last=last):
-                loss = self._pack_loss(model, pack, step)
+                loss = self._part_loss(model, part, step.pairs)
                 self.engine.backward(loss, last=last)
             total = total + loss.detach()  # not in place: a float64 model keeps a float64 loss
+        self._left = step.state
         return total * self.args.world_size, step_pairs  # transformers logs the mean over ranks
 
-    def _pack_loss(self, model: nn.Module, pack: Pack, step: StepTotals) -> Tensor:
+    def _part_loss(self, model: nn.Module, part: Part, step_pairs: int) -> Tensor:
         """This pack's share of the step's mean loss."""
-        losses, policy, reference = self.compared(model, pack, step)
+        pack = part.pack
+        losses, policy, reference = self.compared(model, part)
         probed = reference is not None and self.state.global_step == 0 and self.args.identity_probe
         start = self.compared.without_noise(model, pack, policy) if probed else policy
         if is_filler(pack):
@@ -285,7 +289,7 @@ class FocalPOTrainer(Trainer):
             noise = 0.0 if self.stored is None else self.stored.noise
             check_identity(start, reference, pack.pair_ids, kind=str(self.args.reference), tolerance=noise)
         self.metrics.add(pair_values(self.objective, losses, policy, reference, pack.index.lengths))
-        return mean_loss(losses.losses, step.pairs)
+        return mean_loss(losses.losses, step_pairs)
 
     def _in_step(self, batch: StepBatch) -> tuple[tuple[Pack, ...], int]:
         """Packs of this rank, filled up to the longest rank's, and the pairs of the step over all ranks."""
@@ -320,9 +324,9 @@ class FocalPOTrainer(Trainer):
         def seen(batch: StepBatch) -> PairMetrics:
             sums = copy(metrics)
             packs, num_pairs = self._in_step(batch)
-            step = self.compared.totals(model, packs, num_pairs)
-            for pack in packs:
-                losses, policy, reference = self.compared(model, pack, step)
+            for part in self.compared.step(model, packs, num_pairs).parts:
+                losses, policy, reference = self.compared(model, part)
+                pack = part.pack
                 if is_filler(pack):
                     continue
                 sums.add(pair_values(self.objective, losses, policy, reference, pack.index.lengths))
@@ -361,6 +365,7 @@ class FocalPOTrainer(Trainer):
         found = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir), writes=self.args.should_save)
         self.metrics.reset()  # on every rank: what an earlier call left is not of this one
         self.pairs_seen = 0
+        self.compared.state = {}
         self.engine.begin(self)
         self.trained |= {name: p for name, p in self.model.named_parameters() if name in self.trained}
         if self.ref_model is not None:
@@ -396,7 +401,12 @@ class FocalPOTrainer(Trainer):
             self.state,
             made=self.made,
             keep=self.args.save_total_limit,
-            extra={"metrics": sums, "pairs_seen": self.pairs_seen, "reference": self.reference_identity},
+            extra={
+                "metrics": sums,
+                "pairs_seen": self.pairs_seen,
+                "reference": self.reference_identity,
+                "objective": {name: value.tolist() for name, value in self.compared.state.items()},
+            },
             **self._training(),
         )
 
@@ -407,11 +417,13 @@ class FocalPOTrainer(Trainer):
         """Weights, the optimiser's state and the schedule as they were at the checkpoint."""
         self.made.check_same(checkpoint)
         extra = load_state(checkpoint, **self._training())
-        check_keys(extra, ("metrics", "pairs_seen", "reference"), "state.json")
+        check_keys(extra, ("metrics", "pairs_seen", "reference", "objective"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
         if self.is_world_process_zero():
             self.metrics.load(extra["metrics"])
         self.pairs_seen = extra["pairs_seen"]
+        left = {name: torch.tensor(value, dtype=torch.float64) for name, value in extra["objective"].items()}
+        self.compared.state = {name: value.to(self.args.device) for name, value in left.items()}
 
     def _training(self) -> dict[str, Any]:
         """What a step changes, and who holds it."""

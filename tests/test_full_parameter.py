@@ -17,7 +17,7 @@ from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.model.master import arithmetic_of, check_one_width, hold_masters, train_in_full
 from lorafocal.objectives import build_objective
 from lorafocal.objectives.focal import identity_loss
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 from lorafocal.policy import prepare_policy, token_logps
 from lorafocal.probes import choose_layout
 from lorafocal.trainer import FocalPOTrainer

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorafocal.objectives import BETA, OBJECTIVES, Entry
 from lorafocal.objectives.focal import focal_ratio_to_dpo
-from lorafocal.objectives.pairwise import PairLogps, dpo_loss, implicit
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import dpo_loss, implicit
 
 NAME = "focalpo-permuted"
 

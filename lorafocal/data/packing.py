@@ -9,14 +9,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
-from lorafocal.objectives.pairwise import PairLogps, PairScores
+from lorafocal.objectives.inputs import PairLogps, PairScores
 from lorafocal.ops.attention import PairSpan, Segments
 
 
@@ -24,14 +24,22 @@ from lorafocal.ops.attention import PairSpan, Segments
 class CompletionIndex:
     """Which row predicts which token of which sequence; N completion tokens, B pairs.
 
-    Sequences 0..B-1 are the chosen answers, B..2B-1 the rejected ones (TRL's order), and `sequence` never falls, so
-    sums over sequences are sums over neighbouring rows.
+    Sequences 0..B-1 are the chosen answers, B..2B-1 the rejected ones (TRL's order), then come M further ones, if any;
+    `sequence` never falls, so sums over sequences are sums over neighbouring rows.
     """
 
     positions: Tensor  # (N,) int64: rows of the flattened hidden states
     labels: Tensor  # (N,) int64: token ids
-    sequence: Tensor  # (N,) int64 in [0, 2B)
-    lengths: Tensor  # (2B,) int64: completion tokens of each sequence
+    sequence: Tensor  # (N,) int64 in [0, 2B + M)
+    lengths: Tensor  # (2B + M,) int64: completion tokens of each sequence
+
+
+class PackedOthers(NamedTuple):
+    """The M further answers of a pack, whose sequences come behind those of its pairs."""
+
+    pair: Tensor  # (M,) int64: whose prompt each answers, never falling
+    scores: Tensor | None  # (M,) float64, a judge's
+    reference: Tensor | None  # (M,) float64: summed log-probs in nats, as they were looked up
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,11 @@ class Pack:
     segments: Segments | None = None
     attention_mask: Tensor | None = None
     reference: PairLogps | None = None
+    reference_tokens: Tensor | None = None  # (N,) float64, where they were looked up
     scores: PairScores | None = None
+    others: PackedOthers | None = None
+    groups: Tensor | None = None  # (B,) int64: places in the collator's `groups`
+    embeddings: Tensor | None = None  # (B, E) float64, of the prompts
 
     @property
     def num_pairs(self) -> int:
@@ -66,6 +78,9 @@ class Pack:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else move(tensor)
+
         index = self.index
         return replace(
             self,
@@ -73,9 +88,13 @@ class Pack:
             position_ids=move(self.position_ids),
             index=CompletionIndex(*map(move, (index.positions, index.labels, index.sequence, index.lengths))),
             segments=self.segments and self.segments.to(device, non_blocking=non_blocking),
-            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            attention_mask=moved(self.attention_mask),
             reference=self.reference and PairLogps(*map(move, self.reference)),
+            reference_tokens=moved(self.reference_tokens),
             scores=self.scores and PairScores(*map(move, self.scores)),
+            others=self.others and PackedOthers(*map(moved, self.others)),  # type: ignore[arg-type]  # pair is there
+            groups=moved(self.groups),
+            embeddings=moved(self.embeddings),
         )
 
 

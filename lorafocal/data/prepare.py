@@ -144,7 +144,7 @@ def check_sources(section: Data) -> None:
                 raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 
-def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: bool = False) -> dict[str, Part]:
+def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: str | None = None) -> dict[str, Part]:
     """`train`, and `eval` where the section names held-out pairs or asks for some of the training pairs.
 
     Pairs of all sources are cleaned together; held-out pairs are taken before sources are weighted, and training pairs
@@ -167,7 +167,7 @@ def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: b
     return {name: _tokenized(section, part, tokenizer) for name, part in rows.items()}
 
 
-def _read(sources: Sequence[Source], on_bad_row: OnBadRow, *, scored: bool) -> _Rows:
+def _read(sources: Sequence[Source], on_bad_row: OnBadRow, *, scored: str | None) -> _Rows:
     read = [
         read_source(
             source.path,

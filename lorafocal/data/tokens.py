@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.encoding import TO_GENERATE, Encoder, Reading, Side, SideIds
@@ -45,10 +46,21 @@ REMEDIES = {
 
 
 @dataclass(frozen=True, slots=True)
+class OtherAnswer:
+    """A further answer that goes with a pair: to its prompt, or to a longer one, such as the question why."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    score: float | None = None
+    reference: float | None = None  # its summed log-prob in nats, where it was looked up
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizedPair:
     """Token ids of one pair; P, C and R tokens, each at least one. Scores are a judge's, where the data has them.
 
-    `reference` are the reference's summed log-probs of chosen and rejected in nats, where they were looked up.
+    `reference` are the reference's summed log-probs of chosen and rejected in nats, where they were looked up, and
+    `reference_tokens` those of their tokens. `embedding` is the prompt's, `group` whatever its rows are told apart by.
     """
 
     id: str
@@ -58,6 +70,10 @@ class TokenizedPair:
     score_chosen: float | None = None
     score_rejected: float | None = None
     reference: tuple[float, float] | None = None
+    reference_tokens: tuple[Tensor, Tensor] | None = None  # (C,) and (R,)
+    others: tuple[OtherAnswer, ...] = ()
+    group: str | None = None
+    embedding: tuple[float, ...] | None = None
 
     @property
     def shared_length(self) -> int:

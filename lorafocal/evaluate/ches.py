@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorafocal.data.packing import CompletionIndex, Pack
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import plain_modules
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 from lorafocal.policy import sequence_logps
 
 

@@ -27,7 +27,8 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens
 from lorafocal.model.saved import CONFIG_FILE, MAX_LENGTH, reward_scale, tokenization_of
 from lorafocal.objectives import Objective, objective_from
-from lorafocal.objectives.pairwise import PairLogps, rewards
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import rewards
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
 from lorafocal.publish import check_folder_of, write_atomically

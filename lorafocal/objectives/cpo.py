@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorafocal.objectives.pairwise import Odds, PairLogps, widen
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import Odds, widen
 from lorafocal.objectives.sft import sft
 
 

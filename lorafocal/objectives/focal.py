@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, dpo_loss, implicit
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import PairLosses, dpo_loss, implicit
 
 
 def p_gamma(losses: Tensor, log_odds: Tensor, *, gamma: float) -> Tensor:

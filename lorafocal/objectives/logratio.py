@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorafocal.objectives.pairwise import Odds, PairLogps, average_logps, implicit, rewards, widen
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import Odds, average_logps, implicit, rewards, widen
 
 
 def h_dpo(policy: PairLogps, reference: PairLogps, *, beta: float, alpha: float) -> Odds:

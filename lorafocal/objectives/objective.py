@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from lorafocal.errors import InputError
-from lorafocal.objectives import PARAMETERS, Entry, Function, entry_of, python_name
+from lorafocal.objectives import PARAMETERS, entry_of, python_name
+from lorafocal.objectives.entry import Entry, Function
 from lorafocal.objectives.factor import FORMS, Factor, factor_of, misfits, record_of
-from lorafocal.objectives.pairwise import Odds, PairLogps, PairLosses, PairScores
+from lorafocal.objectives.inputs import PairInputs, PairLogps
+from lorafocal.objectives.pairwise import Odds, PairLosses
 from lorafocal.objectives.preference import PreferenceTerm
 
 
@@ -34,7 +36,7 @@ class Objective:
     guard: str | None
     preference: PreferenceTerm | None
     loss: Callable[..., PairLosses]
-    statistics: Callable[[PairLogps, PairLogps], Tensor] | None
+    token_weights: Callable[..., Tensor] | None
 
     def __call__(
         self,
@@ -42,17 +44,18 @@ class Objective:
         reference: PairLogps | None = None,
         lengths: Tensor | None = None,
         *,
-        scores: PairScores | None = None,
-        statistics: Tensor | None = None,
-        collisions: Tensor | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        **beside: Any,
     ) -> PairLosses:
-        """Per-pair losses and rewards; what the objective does not need may be left out.
+        """Losses and rewards of B pairs; what the objective does not need may be left out.
 
-        `lengths` (2B,) are completion tokens, chosen first; `statistics` (K,) means over all pairs of the step;
-        `collisions` (2B,) each answer's sum of log sum_v pi_v^2 under the policy, nats.
+        The keywords are those of `PairInputs`; `state` is what the step before left, empty before the first.
         """
-        inputs = {"reference": reference, "lengths": lengths, "scores": scores, "statistics": statistics}
-        return self.loss(policy, **inputs, collisions=collisions)
+        return self.of(PairInputs(policy=policy, reference=reference, lengths=lengths, **beside), state)
+
+    def of(self, inputs: PairInputs, state: Mapping[str, Tensor] | None = None) -> PairLosses:
+        """The same of `inputs` as they are."""
+        return self.loss(inputs.policy, **inputs.asked(), state=state or {})
 
     def weights(self, log_odds: Tensor, *constants: Tensor) -> Tensor:
         """How much pairs of these log-odds, (B,), weigh in the gradient: -dL/dlog_odds, (B,), float64, detached.
@@ -113,8 +116,8 @@ def build_objective(
     factor = factor_of(entry, values, focal)
     preference = _preference(entry, values, factor, guard) if entry.bradley_terry else None
     loss = _asking(entry.loss, values) if preference is None else _composed(entry, values, preference)
-    statistics = None if entry.statistics is None else _function(entry.statistics)
-    return Objective(name, entry, values, factor, guard, preference, loss, statistics)
+    weights = _asking(entry.token_weights, values)
+    return Objective(name, entry, values, factor, guard, preference, loss, weights)
 
 
 def objective_from(record: Mapping[str, Any]) -> Objective:
@@ -153,7 +156,7 @@ def _asking(place: Function | None, values: Mapping[str, float]) -> Any:
         return None
     function = _bound(place, values)
     names = signature(function).parameters
-    return lambda policy, **inputs: function(policy, **{key: inputs[key] for key in inputs.keys() & names})
+    return lambda first, **inputs: function(first, **{key: inputs[key] for key in inputs.keys() & names})
 
 
 def _bound(place: Function, values: Mapping[str, float]) -> Callable[..., Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafocal.objectives.pairwise import Odds, PairLogps, PairScores, implicit, widen
+from lorafocal.objectives.inputs import PairLogps, PairScores
+from lorafocal.objectives.pairwise import Odds, implicit, widen
 
 
 def odpo(policy: PairLogps, reference: PairLogps, *, scores: PairScores, beta: float, alpha: float) -> Odds:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lorafocal.objectives.pairwise import PairLogps, PairScores, average_logps, dpo_loss, widen
+from lorafocal.objectives.inputs import PairLogps, PairScores
+from lorafocal.objectives.pairwise import average_logps, dpo_loss, widen
 
 
 def weighted(log_odds: Tensor, quality: Tensor, shift: Tensor, *, gamma: float) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, average_logps
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import PairLosses, average_logps
 
 
 def orpo(policy: PairLogps, *, lengths: Tensor, lambda_: float) -> PairLosses:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-class PairLogps(NamedTuple):
-    """Summed completion log-probabilities of B pairs under one model, in nats."""
-
-    chosen: Tensor  # (B,)
-    rejected: Tensor  # (B,)
-
-
-class PairScores(NamedTuple):
-    """A judge's scores of B pairs' answers, on the judge's own scale; higher is better."""
-
-    chosen: Tensor  # (B,)
-    rejected: Tensor  # (B,)
+from lorafocal.objectives.inputs import PairLogps
 
 
 class PairLosses(NamedTuple):
@@ -31,6 +20,7 @@ class PairLosses(NamedTuple):
     rejected_rewards: Tensor  # (B,)
     log_odds: Tensor | None = None  # (B,) detached: of chosen being preferred; None without a Bradley-Terry form
     constants: tuple[Tensor, ...] = ()  # (B,) each, detached: what weights of log-odds depend on beside these
+    state: Mapping[str, Tensor] | None = None  # what the step leaves to the next, where an objective has a state
 
     @property
     def margins(self) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorafocal.objectives.pairwise import PairLogps, PairLosses, widen
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import PairLosses, widen
 
 
 def sft(policy: PairLogps, *, lengths: Tensor) -> PairLosses:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafocal.objectives.pairwise import Odds, PairLogps, average_logps
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import Odds, average_logps
 
 
 def simpo(policy: PairLogps, *, lengths: Tensor, beta: float, gamma_beta_ratio: float) -> Odds:

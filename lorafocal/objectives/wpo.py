@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafocal.objectives.pairwise import PairLogps, average_logps, dpo_loss, widen
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import average_logps, dpo_loss, widen
 
 
 def weighted(log_odds: Tensor, weights: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
         shared=config.packing.layout != "padded",
         tokens=tokens if isinstance(tokens, int) else None,
         tiers=memory.TIERS if tier == "auto" else (tier,),
-        first_passes=int(objective.statistics is not None),
+        first_passes=int(objective.whole_step),
         assumed=tuple(assumed),
     )
 

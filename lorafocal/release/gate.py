@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 
 # At most a tenth of what was learned may be lost, as 90% of a layer's delta must survive its cast (row 43).
 MAX_DRIFT = 0.1

@@ -21,7 +21,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length
 from lorafocal.model.saved import SavedAdapter, cast_parameters
 from lorafocal.model.trained_modules import is_tied
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
 from lorafocal.reference import DisabledAdapterReference

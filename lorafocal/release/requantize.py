@@ -26,7 +26,7 @@ from lorafocal.lineage import Lineage
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import local_device
 from lorafocal.model.quantized import MOSTLY, QUANTIZATIONS, bitsandbytes_config, inner_weights
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 from lorafocal.release import verify
 from lorafocal.release.gate import GateEvidence, GateReport, compare
 from lorafocal.release.merge import MergeReport

@@ -56,7 +56,7 @@ def explain(
     if compared is None:
         _check_starts_at_its_base(subject)
     objective = _objective(subject)
-    scored = objective is not None and objective.entry.scores
+    scored = None if objective is None else objective.entry.scores
     found = find_pair(pair_id, subject, pairs, row_settings(subject), scored=scored)
     if scored:
         check_scores([found.pair], found.place)
@@ -178,7 +178,7 @@ def weighing(
         PairLogps(*(torch.tensor([getattr(side, name)], dtype=torch.float64) for side in (chosen, rejected)))
         for name in ("policy", "reference")
     )
-    if objective.entry.statistics is not None:
+    if objective.entry.whole_step:
         chosen_reward, rejected_reward = rewards(policy, reference, beta=objective.parameters["beta"])
         return Weighing(None, chosen_reward.item(), rejected_reward.item())
     lengths = torch.tensor([len(chosen.tokens), len(rejected.tokens)])
@@ -199,7 +199,7 @@ def weighing(
 def _notes(objective: Objective | None) -> Iterator[str]:
     if objective is None:
         yield "What it was trained by is not known (there is no lorafocal.json that says so): no rewards, no weights."
-    elif objective.entry.statistics is not None:
+    elif objective.entry.whole_step:
         yield f"The loss of {objective.name} depends on the other pairs of a step: one alone has none, and no weight."
     elif not objective.entry.bradley_terry:
         yield f"{objective.name} has no probability of a pair's ranking, and so no weight to compare with DPO's."

@@ -37,7 +37,7 @@ class _Pairs(NamedTuple):
 
 
 def find_pair(
-    pair_id: str, subject: Subject, pairs: Path | None, settings: Mapping[str, Any], *, scored: bool = False
+    pair_id: str, subject: Subject, pairs: Path | None, settings: Mapping[str, Any], *, scored: str | None = None
 ) -> FoundPair:
     """The pair called `pair_id` in the file `pairs`, else among those of the run that left `subject`.
 
@@ -65,7 +65,7 @@ def _of_file(path: Path, subject: Subject, settings: Mapping[str, Any]) -> _Pair
     return _Pairs(load_pairs(path, subject.tokenizer, **settings).pairs, f"pairs of {path.name}")
 
 
-def _of_run(subject: Subject, *, scored: bool) -> Iterator[_Pairs]:
+def _of_run(subject: Subject, *, scored: str | None) -> Iterator[_Pairs]:
     """The pairs that a run keeps, then those that its config names, read again only where they are needed."""
     run = None if subject.folder is None else run_of(subject.folder)
     if run is None or not any((run / file).is_file() for file in (HELD_OUT_FILE, CONFIG_FILE)):
@@ -75,7 +75,7 @@ def _of_run(subject: Subject, *, scored: bool) -> Iterator[_Pairs]:
     yield from _of_config(run, subject, scored=scored)
 
 
-def _of_config(run: Path, subject: Subject, *, scored: bool) -> Iterator[_Pairs]:
+def _of_config(run: Path, subject: Subject, *, scored: str | None) -> Iterator[_Pairs]:
     """The training and held-out pairs of a run, prepared as when it was trained."""
     try:
         section = load_config(run / CONFIG_FILE).data

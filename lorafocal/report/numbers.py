@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lorafocal.metrics import answer_columns, ranks_right, summary
 from lorafocal.objectives import Objective
-from lorafocal.objectives.pairwise import PairLogps, dpo_weight, rewards
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import dpo_weight, rewards
 from lorafocal.recipes import leaves
 from lorafocal.report.read import PairTable, RunRecord, Series
 

@@ -16,7 +16,7 @@ from lorafocal.errors import InputError
 from lorafocal.evaluations import FOLDER, EvaluatedPair, evaluation_files, read_evaluation
 from lorafocal.lineage import lineage_of
 from lorafocal.objectives import Objective, objective_from
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 
 METRICS_FILE, MANIFEST_FILE, ADAPTER_DIR, MODEL_DIR = "metrics.jsonl", "manifest.json", "adapter", "model"
 SWEEP_PAGE = "sweep.html"

@@ -17,7 +17,8 @@ from torch import Tensor
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, read_evaluation
 from lorafocal.objectives import objective_from
-from lorafocal.objectives.pairwise import PairLogps, rewards
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import rewards
 
 LOSS, ACCURACY, MARGIN = "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"
 DISPLACEMENT = "displacement"  # of chosen answers: policy minus reference, nats a completion

@@ -24,7 +24,7 @@ from lorafocal.evaluate.score import PairScore, ScoreReport, pair_logps, pair_sc
 from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.model.quantized import dequantized_weight, quantization_of
 from lorafocal.model.saved import cast_parameters, open_adapter, read_adapter
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.merge import merge_adapter

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorafocal import comparison
-from lorafocal.comparison import FILLER, StepTotals
+from lorafocal.comparison import FILLER, Part
 from lorafocal.data.packing import PairCollator, check_scores, scores_of
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError

@@ -10,7 +10,7 @@ import torch
 
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
-from lorafocal.objectives.pairwise import PairLogps
+from lorafocal.objectives.inputs import PairLogps
 from lorafocal.release.gate import FLOAT32_NOISE, MAX_DRIFT, GateFailure, GateReport, check, compare, gate_table
 from lorafocal.release.merge import merge_adapter
 from tests.saved_run import save_run

@@ -12,7 +12,8 @@ import torch
 
 from lorafocal.objectives import build_objective
 from lorafocal.objectives.focal import focal_weight
-from lorafocal.objectives.pairwise import PairLogps, dpo_weight
+from lorafocal.objectives.inputs import PairLogps
+from lorafocal.objectives.pairwise import dpo_weight
 from lorafocal.report.numbers import (
     at_the_end,
     displacement,

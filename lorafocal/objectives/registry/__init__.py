@@ -1,0 +1,12 @@
+"""The one list of objectives, family by family. Imports no torch, so that configs can ask it."""
+
+from __future__ import annotations
+
+from lorafocal.objectives.entry import Entry
+from lorafocal.objectives.registry.averages import AVERAGES
+from lorafocal.objectives.registry.judged import JUDGED
+from lorafocal.objectives.registry.pairs import PAIRS
+from lorafocal.objectives.registry.steps import STEPS
+from lorafocal.objectives.registry.tokens import TOKENS
+
+OBJECTIVES: dict[str, Entry] = {**PAIRS, **AVERAGES, **JUDGED, **TOKENS, **STEPS}
