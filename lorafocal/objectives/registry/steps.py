@@ -9,8 +9,16 @@ STEPS: dict[str, Entry] = {
     "kto": Entry(
         {
             "beta": BETA,
-            "desirable_weight": Parameter(1.0, bounds.check_desirable_weight, "weight of chosen answers"),
-            "undesirable_weight": Parameter(1.0, bounds.check_undesirable_weight, "weight of rejected answers"),
+            "desirable_weight": Parameter(
+                1.0,
+                bounds.above_zero("desirable_weight", "1 weighs both kinds of answers alike"),
+                "weight of chosen answers",
+            ),
+            "undesirable_weight": Parameter(
+                1.0,
+                bounds.above_zero("undesirable_weight", "1 weighs both kinds of answers alike"),
+                "weight of rejected answers",
+            ),
         },
         loss="kto.kto",
         whole_step=True,
