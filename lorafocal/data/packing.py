@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.turns import Turns, scored, scored_turns
 from lorafocal.errors import InputError
 from lorafocal.objectives.inputs import PairLogps, PairScores
 from lorafocal.ops.attention import PairSpan, Segments
@@ -22,7 +23,7 @@ from lorafocal.ops.attention import PairSpan, Segments
 
 @dataclass(frozen=True, slots=True)
 class CompletionIndex:
-    """Which row predicts which token of which sequence; N completion tokens, B pairs.
+    """Which row predicts which token of which sequence; N completion tokens that are scored, B pairs.
 
     Sequences 0..B-1 are the chosen answers, B..2B-1 the rejected ones (TRL's order), then come M further ones, if any;
     `sequence` never falls, so sums over sequences are sums over neighbouring rows.
@@ -31,7 +32,7 @@ class CompletionIndex:
     positions: Tensor  # (N,) int64: rows of the flattened hidden states
     labels: Tensor  # (N,) int64: token ids
     sequence: Tensor  # (N,) int64 in [0, 2B + M)
-    lengths: Tensor  # (2B + M,) int64: completion tokens of each sequence
+    lengths: Tensor  # (2B + M,) int64: scored completion tokens of each sequence
 
 
 class PackedOthers(NamedTuple):
@@ -62,6 +63,7 @@ class Pack:
     others: PackedOthers | None = None
     groups: Tensor | None = None  # (B,) int64: places in the collator's `groups`
     embeddings: Tensor | None = None  # (B, E) float64, of the prompts
+    turns: Tensor | None = None  # (N,) int64: of the assistant, from 0; where some completion has several
 
     @property
     def num_pairs(self) -> int:
@@ -95,6 +97,7 @@ class Pack:
             others=self.others and PackedOthers(*map(moved, self.others)),  # type: ignore[arg-type]  # pair is there
             groups=moved(self.groups),
             embeddings=moved(self.embeddings),
+            turns=moved(self.turns),
         )
 
 
@@ -129,12 +132,14 @@ def share_prefixes(pairs: Sequence[TokenizedPair]) -> Pack:
         chosen_rows.append([*range(last_of_prompt, last_of_prompt + chosen)])
         rejected_rows.append([last_of_prompt, *range(span.answers, span.stop - 1)][:rejected])
         spans.append(span)
+    index = _index(chosen_rows + rejected_rows, pairs)
     return Pack(
         torch.tensor([input_ids]),
         torch.tensor([position_ids]),
-        _index(chosen_rows + rejected_rows, pairs),
+        index,
         tuple(pair.id for pair in pairs),
         segments=Segments.of(tuple(spans)),
+        turns=turns_of(pairs, index),
     )
 
 
@@ -153,12 +158,14 @@ def pad_sequences(pairs: Sequence[TokenizedPair], *, pad_token_id: int = 0) -> P
         if completion:
             sequences.append([*pair.prompt_ids, *completion])
     columns = torch.arange(width)
+    index = _index(rows, pairs)
     return Pack(
         torch.tensor([ids + [pad_token_id] * (width - len(ids)) for ids in sequences]),
         columns.expand(len(sequences), width).contiguous(),
-        _index(rows, pairs),
+        index,
         tuple(pair.id for pair in pairs),
         attention_mask=(columns < torch.tensor([[len(ids)] for ids in sequences])).long(),
+        turns=turns_of(pairs, index),
     )
 
 
@@ -217,8 +224,10 @@ def check_scores(pairs: Sequence[TokenizedPair], name: str) -> None:
 
 
 def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionIndex:
-    labels = [token for pair in pairs for token in pair.chosen_ids]
-    labels += [token for pair in pairs for token in pair.rejected_ids]
+    """`rows` are those that predict each token of each sequence; tokens that are not scored are left out."""
+    sides = _sides(pairs)
+    rows = [[*scored(row, turns)] for row, (_, turns) in zip(rows, sides, strict=True)]
+    labels = [token for ids, turns in sides for token in scored(ids, turns)]
     lengths = torch.tensor([len(row) for row in rows])
     return CompletionIndex(
         torch.tensor([position for row in rows for position in row]),
@@ -226,6 +235,20 @@ def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionI
         torch.arange(len(rows)).repeat_interleave(lengths),
         lengths,
     )
+
+
+def _sides(pairs: Sequence[TokenizedPair]) -> list[tuple[list[int], Turns]]:
+    """Chosen, then rejected completions, and the turns of their tokens."""
+    chosen = [(pair.chosen_ids, pair.chosen_turns) for pair in pairs]
+    return chosen + [(pair.rejected_ids, pair.rejected_turns) for pair in pairs]
+
+
+def turns_of(pairs: Sequence[TokenizedPair], index: CompletionIndex) -> Tensor | None:
+    """The turn of each scored token, (N,); those of further answers are of turn 0. None where nothing has several."""
+    if not any(pair.several_turns for pair in pairs):
+        return None
+    turns = [turn for side in _sides(pairs) for turn in scored_turns(*side)]
+    return torch.tensor(turns + [0] * (len(index.labels) - len(turns)))
 
 
 def fill_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -283,7 +306,7 @@ class PairCollator:
             )
 
     def __call__(self, pairs: Iterable[TokenizedPair]) -> StepBatch:
-        pairs = list(pairs) if self.rejected else [replace(pair, rejected_ids=[]) for pair in pairs]
+        pairs = list(pairs) if self.rejected else list(map(_without_rejected, pairs))
         together = [[pairs[i] for i in members] for members in self._bins(pairs)]
         return StepBatch(tuple(map(self._pack, together)), tuple(pairs))
 
@@ -307,6 +330,10 @@ class PairCollator:
         else:
             pack = fill_up(share_prefixes(pairs), self.bucket)
         return replace(pack, reference=looked_up(pairs), scores=scores_of(pairs))
+
+
+def _without_rejected(pair: TokenizedPair) -> TokenizedPair:
+    return replace(pair, rejected_ids=[], rejected_turns=None)
 
 
 def _padded_bins(lengths: Sequence[int], budget: int, *, rows: int) -> list[list[int]]:

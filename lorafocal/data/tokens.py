@@ -21,6 +21,7 @@ from lorafocal.data.messages import contents
 from lorafocal.data.sources import Preference
 from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation
 from lorafocal.data.truncation import TRUNCATIONS, Limits, check_limits, why_too_long
+from lorafocal.data.turns import Turns, scored_count
 from lorafocal.errors import InputError
 
 CHUNK = 1000  # pairs tokenised at a time: a whole data set of tokenizer outputs would not fit in memory
@@ -60,7 +61,9 @@ class TokenizedPair:
     """Token ids of one pair; P, C and R tokens, each at least one. Scores are a judge's, where the data has them.
 
     `reference` are the reference's summed log-probs of chosen and rejected in nats, where they were looked up, and
-    `reference_tokens` those of their tokens. `embedding` is the prompt's, `group` whatever its rows are told apart by.
+    `reference_tokens` those of their scored tokens. `embedding` is the prompt's, `group` whatever its rows are told
+    apart by. `chosen_turns` and `rejected_turns` say of a completion of several turns which of its tokens are scored
+    (`data/turns.py`), and are None where there is one.
     """
 
     id: str
@@ -74,6 +77,8 @@ class TokenizedPair:
     others: tuple[OtherAnswer, ...] = ()
     group: str | None = None
     embedding: tuple[float, ...] | None = None
+    chosen_turns: Turns = None  # C turns, or CONTEXT
+    rejected_turns: Turns = None  # R
 
     @property
     def shared_length(self) -> int:
@@ -84,6 +89,16 @@ class TokenizedPair:
     def longest(self) -> int:
         """Tokens of the longer of the two sequences: P + max(C, R)."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
+    def several_turns(self) -> bool:
+        """Whether a completion has more than one turn of the assistant's."""
+        return self.chosen_turns is not None or self.rejected_turns is not None
+
+    @property
+    def scored_tokens(self) -> tuple[int, int]:
+        """Tokens that are scored of the chosen and of the rejected completion."""
+        return scored_count(self.chosen_ids, self.chosen_turns), scored_count(self.rejected_ids, self.rejected_turns)
 
 
 @dataclass(slots=True)

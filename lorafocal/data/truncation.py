@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lorafocal.data.turns import cut
 from lorafocal.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,10 +67,21 @@ def recipe(pair: TokenizedPair, limits: Limits) -> TokenizedPair | None:
 
 
 def _with_answers_of(pair: TokenizedPair, length: int) -> TokenizedPair:
-    """The pair with the first `length` tokens of both answers; itself if none is longer."""
+    """The pair with the first `length` tokens of both answers; itself if none is longer.
+
+    Of several turns the last may lose its end, as the one turn does; what a user said behind the last is taken away.
+    """
     if max(len(pair.chosen_ids), len(pair.rejected_ids)) <= length:
         return pair
-    return replace(pair, chosen_ids=pair.chosen_ids[:length], rejected_ids=pair.rejected_ids[:length])
+    chosen_ids, chosen_turns = cut(pair.chosen_ids, pair.chosen_turns, length)
+    rejected_ids, rejected_turns = cut(pair.rejected_ids, pair.rejected_turns, length)
+    return replace(
+        pair,
+        chosen_ids=chosen_ids,
+        rejected_ids=rejected_ids,
+        chosen_turns=chosen_turns,
+        rejected_turns=rejected_turns,
+    )
 
 
 Truncation = Callable[["TokenizedPair", Limits], "TokenizedPair | None"]
