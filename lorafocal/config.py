@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lorafocal.errors import InputError
-from lorafocal.objectives import python_name
+from lorafocal.objectives import python_name, unknown
 from lorafocal.schema import WORDED, Adapter, Config, Reference, Source
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml, parse_yaml
@@ -254,6 +254,8 @@ def _describe(details: ErrorDetails) -> Iterable[str]:
         yield f"{key}: found {found!r} ({type(found).__name__}); it must be true or false"
     elif details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         yield f"{key}: found {found!r}; it must be a mapping of keys{usual}"
+    elif key == "objective.name":
+        yield f"{key}: {unknown(found)}"
     else:
         allowed = re.sub(r"^(Input|String) should ", "it must ", message)
         yield f"{key}: found {found!r} ({type(found).__name__}); {allowed}"

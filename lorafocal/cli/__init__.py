@@ -23,7 +23,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_TRAINING = (training.train, training.check, training.plan, training.cache_reference, training.sweep)
+_TRAINING = (
+    training.train,
+    training.check,
+    training.plan,
+    training.cache_reference,
+    training.sweep,
+    training.objectives,
+)
 _RESULTS = (results.report, results.curves, results.score, results.chat, results.merge, results.export, results.push)
 _DIAGNOSTICS = (diagnostics.explain, diagnostics.suspects, diagnostics.advise)
 _EVALUATIONS = (

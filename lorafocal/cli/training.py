@@ -174,6 +174,16 @@ def cache_reference(
     launch.meet()
 
 
+def objectives(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them; all if absent.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the objectives: parameters with their defaults; of one also its paper, what it needs, and a config."""
+    from lorafocal.objectives.listing import described
+
+    print_report(described(name), as_json)
+
+
 def sweep(
     config: Annotated[Path, typer.Argument(help="The YAML file that the runs have in common.")],
     overrides: OverridesArgument = None,

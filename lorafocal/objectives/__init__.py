@@ -6,6 +6,7 @@ The config's section, the fields of `FocalPOConfig` and what is refused follow.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BETA", "OBJECTIVES", "PARAMETERS", "Entry", "Objective", "Odds", "OtherAnswers", "PairInputs", "PairLogps",
     "PairLosses", "PairScores", "Parameter",
-    "build_objective", "dpo", "entry_of", "focalpo", "mean_loss", "objective_from", "python_name",
+    "build_objective", "dpo", "entry_of", "focalpo", "mean_loss", "objective_from", "python_name", "unknown",
 ]  # fmt: skip
 
 _HOME = {
@@ -63,8 +64,15 @@ def python_name(parameter: str) -> str:
     return f"{parameter}_" if iskeyword(parameter) else parameter
 
 
+def unknown(name: object) -> str:
+    """What is said of a name that no objective has."""
+    near = get_close_matches(str(name), OBJECTIVES, 3, 0.4)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{name!r} is not known; {meant}`lorafocal objectives` lists all {len(OBJECTIVES)}"
+
+
 def entry_of(name: str) -> Entry:
     """What the registry says of `name`. Raises InputError for an unknown one."""
     if name not in OBJECTIVES:
-        raise InputError(f"objective: {name!r} is not known; choose one of {', '.join(sorted(OBJECTIVES))}")
+        raise InputError(f"objective: {unknown(name)}")
     return OBJECTIVES[name]

@@ -51,8 +51,8 @@ def factor_of(entry: Entry, parameters: Mapping[str, float], focal: Mapping[str,
 
 def misfits(name: str, entry: Entry, focal: Mapping[str, Any] | None, guard: str | None) -> Iterator[tuple[str, str]]:
     """What is wrong with `focal` and `guard` for the objective `name`: each key with the reason and the way out."""
-    if focal is not None and (refusal := _takes_none(name, entry)):
-        yield "focal", refusal
+    if focal is not None and (why := refusal(name, entry)):
+        yield "focal", why
         return
     if focal is not None:
         yield from _misfits_of_focal(name, entry, focal)
@@ -82,7 +82,7 @@ def in_words(objective: Mapping[str, Any]) -> str:
     return f"{objective['name']} ({', '.join(words)})" if words else str(objective["name"])
 
 
-def _takes_none(name: str, entry: Entry) -> str | None:
+def refusal(name: str, entry: Entry) -> str | None:
     """Why no factor goes around this objective."""
     if entry.factor is not None:
         return f"{name} has a factor of its own: set its objective.gamma, or put the factor around dpo; remove this key"
