@@ -10,7 +10,12 @@ import yaml
 from lorafocal.config import load_config
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted({*FOLDER.rglob("*.yaml")} - {*(FOLDER / "paper").rglob("*.yaml")})  # those: test_recipes.py
+BASE = FOLDER / "objectives" / "base.yaml"
+METHODS = sorted(
+    {path for room in ("objectives", "references", "steps") for path in (FOLDER / room).glob("*.yaml")} - {BASE}
+)
+OF_THE_PAPER = {*(FOLDER / "paper").rglob("*.yaml")}  # test_recipes.py
+CONFIGS = sorted({*FOLDER.rglob("*.yaml")} - OF_THE_PAPER - {*METHODS, BASE})
 # Parameters of the published checkpoints.
 PARAMETERS = {"llama3-8b": 8_030_261_248, "mistral-7b": 7_241_732_096, "qwen3-8b": 8_190_735_360}
 BIG = [f"{kind}/{model}.yaml" for kind in ("lora", "qlora") for model in PARAMETERS]
@@ -36,12 +41,23 @@ def test_configs_are_shipped() -> None:
     assert {name_of(path) for path in CONFIGS} == {"quickstart.yaml", *BIG}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+@pytest.mark.parametrize("path", CONFIGS + METHODS, ids=name_of)
 def test_it_loads_without_a_warning(path: Path) -> None:
     assert load_config(path).warnings() == []
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+@pytest.mark.parametrize("path", METHODS, ids=name_of)
+def test_a_method_is_what_the_base_of_its_folder_lacks(path: Path) -> None:
+    """One comment says what it is, and it changes nothing that would make two of them incomparable."""
+    text = path.read_text()
+    assert text.startswith("# ")
+    said = yaml.safe_load(text)
+    assert said["extends"] in ("base.yaml", "../objectives/base.yaml")
+    assert said["name"] == path.stem
+    assert said.keys() <= {"extends", "name", "data", "objective", "reference", "stages"}
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, BASE], ids=name_of)
 def test_each_key_has_a_comment(path: Path) -> None:
     text = path.read_text()
     lines = text.splitlines()
