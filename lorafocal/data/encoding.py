@@ -3,6 +3,8 @@
 The seam. Prompt ids are those of the prompt alone, as in generation. A completion is the rest of the joint
 tokenisation where that begins with the prompt ids, and is tokenised alone where a merge crosses the seam;
 such pairs are counted. No merge crosses a special token, so both are compared from the prompt's last one on.
+Of a completion of several turns each piece is the answer to all before it, so that a turn's ids are those that
+generation would give it.
 """
 
 from __future__ import annotations
@@ -10,16 +12,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lorafocal.data.dialogues import DialogueTexts, Pieces, dialogue_texts, has_several_turns
 from lorafocal.data.sources import Preference
-from lorafocal.data.templates import Fault, PairTexts, Renderer, preference_texts
+from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation, preference_texts
+from lorafocal.data.turns import CONTEXT, Turns, as_told
 from lorafocal.errors import InputError
 
 Ids = list[int]
 Side = tuple[str, str]  # prompt and answer
+Texts = PairTexts | DialogueTexts | Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ class Reading:
     `sides` leaves out what it cannot split; `ends` makes prompt, chosen and rejected ids of two sides.
     """
 
-    texts: Callable[[Sequence[Preference], Encoder], list[PairTexts | Fault]]
+    texts: Callable[[Sequence[Preference], Encoder], list[Texts]]
     sides: Callable[[Iterable[Side], Encoder], dict[Side, SideIds]]
     ends: Callable[[PairTexts, SideIds, SideIds, Encoder], tuple[Ids, Ids, Ids] | Fault]
 
@@ -98,8 +104,13 @@ class Reading:
 # ---- as generation sees them
 
 
-def texts_to_generate(preferences: Sequence[Preference], encoder: Encoder) -> list[PairTexts | Fault]:
-    return preference_texts(preferences, encoder.renderer, encoder.bos)
+def texts_to_generate(preferences: Sequence[Preference], encoder: Encoder) -> list[Texts]:
+    several = [has_several_turns(preference) for preference in preferences]
+    one_turn = [preference for preference, has in zip(preferences, several, strict=True) if not has]
+    answers = iter(preference_texts(one_turn, encoder.renderer, encoder.bos))
+    chats = [preference for preference in preferences if has_several_turns(preference) and is_conversation(preference)]
+    dialogues = iter(dialogue_texts(chats, encoder.renderer))
+    return [next(dialogues if has else answers) for has in several]
 
 
 def encode_sides(sides: Iterable[Side], encoder: Encoder) -> dict[Side, SideIds]:
@@ -120,6 +131,41 @@ def ends_of_texts(texts: PairTexts, chosen: SideIds, rejected: SideIds, encoder:
     after = texts.ids_after if chosen.completion_ids and rejected.completion_ids else ()
     answers = [[*side.completion_ids, *after] for side in (chosen, rejected)]
     return [*texts.ids_before, *chosen.prompt_ids], answers[0], answers[1]
+
+
+def sides_of(texts: Texts, encoder: Encoder) -> list[Side]:
+    """What is to be encoded: each answer with its prompt, each piece of a dialogue with the end of what it follows."""
+    if isinstance(texts, Fault):
+        return []
+    if isinstance(texts, PairTexts):
+        return [(texts.prompt, answer) for answer in texts.answers]
+    return [side for pieces in texts.completions for side in sides_of_pieces(texts.prompt, pieces, encoder)]
+
+
+def sides_of_pieces(prompt: str, pieces: Pieces, encoder: Encoder) -> list[Side]:
+    """The first piece with the whole prompt, each other with the text from the last special token before it on."""
+    sides, before = [(prompt, pieces[0])], prompt
+    for last, piece in pairwise(pieces):
+        before = encoder.tail_of(before + last)
+        sides.append((before, piece))
+    return sides
+
+
+def dialogue_ids(
+    prompt: str, pieces: Pieces, ids: Mapping[Side, SideIds], encoder: Encoder
+) -> tuple[SideIds, Turns] | Fault:
+    """One completion, with the turn of each token; a fault if it has more control tokens than the template wrote."""
+    completion: Ids = []
+    turns: list[int] = []
+    sides = sides_of_pieces(prompt, pieces, encoder)
+    for place, side in enumerate(sides):
+        found = ids[side].completion_ids
+        if encoder.forges(side[1], found):
+            return Fault("control_tokens")
+        completion += found
+        turns += [CONTEXT if place % 2 else place // 2] * len(found)
+    merged = any(ids[side].merged for side in sides)
+    return SideIds(ids[sides[0]].prompt_ids, completion, merged), as_told(turns)
 
 
 TO_GENERATE = Reading(texts_to_generate, encode_sides, ends_of_texts)

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lorafocal.data.encoding import Encoder, Ids, Reading, Seam, Side, SideIds, seams
+from lorafocal.data.dialogues import has_several_turns
+from lorafocal.data.encoding import Encoder, Ids, Reading, Seam, Side, SideIds, Texts, seams
 from lorafocal.data.sources import Preference
 from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation, left_out, one_eos, template_text
 from lorafocal.errors import InputError
@@ -26,8 +27,13 @@ from lorafocal.errors import InputError
 # ---- texts
 
 
-def texts_apart(preferences: Sequence[Preference], encoder: Encoder) -> list[PairTexts | Fault]:
+def texts_apart(preferences: Sequence[Preference], encoder: Encoder) -> list[Texts]:
     """Plain text as it is; of a conversation the prompt and each answer, rendered one by one."""
+    if several := next(filter(has_several_turns, preferences), None):
+        raise InputError(
+            f"{several.place or several.id}: truncation: recipe makes ids as its era did, which knew answers of one "
+            "message, and this one has several turns; use another truncation, or leave such rows out"
+        )
     chats = [preference for preference in preferences if is_conversation(preference)]
     rendered = iter(conversations_apart(chats, encoder.renderer))
     return [

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorafocal.data.messages import Messages, check_answer, check_prompt, kind, read_messages, read_text
+from lorafocal.data.messages import Messages, check_answer, check_prompt, check_turns, kind, read_messages, read_text
 from lorafocal.data.places import Place, RowFault
 from lorafocal.errors import InputError
 
@@ -62,6 +62,10 @@ class Row:
     def answer(self, key: str) -> Messages:
         """One message of the assistant, in a list or by itself."""
         return check_answer(self.messages(key), self.place.at(key))
+
+    def turns(self, key: str) -> Messages:
+        """One turn of the assistant's or several, with what others say in between."""
+        return check_turns(self.messages(key), self.place.at(key))
 
     def inside(self, key: str) -> Row:
         """An object inside the row."""
@@ -164,13 +168,29 @@ def missing_key(row: Row, form: Form) -> RowFault:
 
 
 def repeats_its_prompt(values: Mapping[str, Any]) -> bool:
-    return all(isinstance(values[key], list) and len(values[key]) > 1 for key in ("chosen", "rejected"))
+    sides = [values[key] for key in ("chosen", "rejected")]
+    return all(isinstance(side, list) and len(side) > 1 for side in sides) and not all(
+        map(goes_on, sides, [values] * 2)
+    )
+
+
+def goes_on(side: list[Any], values: Mapping[str, Any]) -> bool:
+    """Whether messages begin with the assistant's and not with the given prompt's: several turns that follow it."""
+    prompt, first = values["prompt"], side[0]
+    speaker = (first.get("role") or first.get("from")) if isinstance(first, Mapping) else None
+    return speaker in ("assistant", "gpt") and isinstance(prompt, list) and prompt[:1] != side[:1]
 
 
 @form("ultrafeedback", "prompt", "chosen", "rejected", looks=repeats_its_prompt)
 def ultrafeedback(row: Row) -> Sides:
     """UltraFeedback-binarized: a prompt, and whole conversations that repeat it."""
-    prompt, chosen, rejected = implicit_messages(row)
+    sides = implicit_messages(row)
+    check_repeated(row, sides[0])
+    return sides
+
+
+def check_repeated(row: Row, prompt: Messages) -> None:
+    """The `prompt` of a row is what its conversations begin with."""
     given = row.values["prompt"]
     if isinstance(given, str):
         repeated = given.strip() in (message["content"].strip() for message in prompt if message["role"] == "user")
@@ -182,15 +202,14 @@ def ultrafeedback(row: Row) -> Sides:
             "not what chosen and rejected begin with, so one of the two is wrong; correct it, or leave prompt out by "
             "form: implicit",
         )
-    return prompt, chosen, rejected
 
 
 @form("explicit", "prompt", "chosen", "rejected")
 def explicit(row: Row) -> Sides:
-    """TRL's preference form with its own prompt: three strings or three lists of messages."""
+    """TRL's preference form with its own prompt: three strings, or three lists of messages, of one turn or several."""
     if row.kinds("prompt", "chosen", "rejected") == {"a string"}:
         return row.text("prompt"), row.text("chosen"), row.text("rejected")
-    return row.prompt("prompt"), row.answer("chosen"), row.answer("rejected")
+    return row.prompt("prompt"), row.turns("chosen"), row.turns("rejected")
 
 
 @form("single_turn", "prompt", "chosen", "rejected", looks=lambda values: False)
@@ -238,7 +257,7 @@ def transcript(row: Row, key: str) -> Messages:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
-NO_PROMPTS = re.compile(r"\w*id|source|dataset|system|tools|.*(chosen|rejected|score|rating|model).*", re.IGNORECASE)
+NO_PROMPTS = re.compile(r"\w*id|source|dataset|system|tools|others|rationale|group|.*(chosen|rejected|score|rating|model|embedding).*", re.IGNORECASE)
 
 
 def other_prompts(values: Mapping[str, Any]) -> list[str]:
@@ -267,6 +286,25 @@ def implicit(row: Row) -> Sides:
     if not shared:
         raise nothing_shared(row.place)
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+@form("whole_conversations", "chosen", "rejected", looks=lambda values: False)
+def whole_conversations(row: Row) -> Sides:
+    """Two conversations that part after a shared beginning and go on for several turns. Only where it is stated.
+
+    The prompt is what they share, up to a turn of the assistant's; a `prompt` column must say the same.
+    """
+    chosen, rejected = row.messages("chosen"), row.messages("rejected")
+    shared = shared_length(chosen, rejected)
+    while shared and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1  # they part in what a user says: the turn before is the first of both
+    if not shared:
+        raise nothing_shared(row.place)
+    prompt = check_prompt(chosen[:shared], row.place.at("chosen"))
+    if row.values.get("prompt") is not None:
+        check_repeated(row, prompt)
+    places = row.place.at("chosen"), row.place.at("rejected")
+    return prompt, *(check_turns(side, place, shared) for side, place in zip((chosen, rejected), places, strict=True))
 
 
 def implicit_messages(row: Row) -> Conversations:

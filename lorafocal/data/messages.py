@@ -24,6 +24,13 @@ def contents(side: str | Messages) -> list[str]:
     return [side] if isinstance(side, str) else [message["content"] for message in side]
 
 
+def said_in(side: str | Messages) -> list[str]:
+    """What a completion says: of several messages the assistant's."""
+    if isinstance(side, str):
+        return [side]
+    return [message["content"] for message in side if message["role"] == "assistant" or len(side) == 1]
+
+
 def read_text(text: Any, place: Place) -> str:
     """A string that UTF-8 can spell: a JSON escape may give half a surrogate pair, which no tokenizer reads."""
     if not isinstance(text, str):
@@ -110,8 +117,9 @@ def check_answer(messages: Messages, place: Place) -> Messages:
     if len(messages) > 1:
         raise place.fault(
             "long_answer",
-            f"{len(messages)} messages; an answer is one assistant message: move the earlier ones, which both answers "
-            "share, into prompt",
+            f"{len(messages)} messages; an answer is one assistant message here: move the earlier ones, which both "
+            "answers share, into prompt; where several turns were judged together, give them behind a prompt in form: "
+            "explicit, or whole in form: whole_conversations",
         )
     if messages[0]["role"] != "assistant":
         raise place.fault(
@@ -120,6 +128,31 @@ def check_answer(messages: Messages, place: Place) -> Messages:
     if not messages[0]["content"]:
         raise place.fault("empty_completion", "empty; remove the row or give the answer a text")
     return messages
+
+
+def check_turns(messages: Messages, place: Place, start: int = 0) -> Messages:
+    """The completion from message `start` on, one turn or several: the assistant begins, ends, and speaks in turn."""
+    if len(messages) - start == 1:
+        return check_answer(messages[start:], place)
+    for position in (start, len(messages) - 1):
+        if (role := messages[position]["role"]) != "assistant":
+            raise place.at(f"[{position}]").fault(
+                "not_an_answer",
+                f"its role is {role}; what was judged begins and ends with a message of the assistant's: move what "
+                "comes before into prompt, and leave out what comes behind",
+            )
+    for position, message in enumerate(messages[start:], start):
+        if message["role"] != "assistant":
+            continue
+        if position > start and messages[position - 1]["role"] == "assistant":
+            raise place.at(f"[{position}]").fault(
+                "no_turn", "two messages of the assistant's in a row; join them, or put in what was said between"
+            )
+        if not message["content"]:
+            raise place.at(f"[{position}].content").fault(
+                "empty_completion", "empty; remove the row or give the turn a text"
+            )
+    return messages[start:]
 
 
 def kind(value: Any) -> str:

@@ -8,16 +8,17 @@ to end a turn or to forge one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorafocal.data.encoding import TO_GENERATE, Encoder, Reading, Side, SideIds
+from lorafocal.data.dialogues import DialogueTexts
+from lorafocal.data.encoding import TO_GENERATE, Encoder, Reading, Side, SideIds, dialogue_ids, sides_of
 from lorafocal.data.era import AS_IN_ITS_ERA
-from lorafocal.data.messages import contents
+from lorafocal.data.messages import contents, said_in
 from lorafocal.data.sources import Preference
 from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation
 from lorafocal.data.truncation import TRUNCATIONS, Limits, check_limits, why_too_long
@@ -34,6 +35,9 @@ REMEDIES = {
     "template_refuses": "the chat template refuses these conversations: change their roles or their order",
     "text_left_out": "the chat template leaves out text of these conversations: change the roles of their "
     "messages, or use a chat template that writes them",
+    "turn_rewritten": "the chat template writes a turn otherwise once the conversation goes on (without its reasoning, "
+    "or its end), so that later turns would follow what was never generated: use a chat template that keeps turns as "
+    "they were written, or give these rows as one answer each",
     "empty_prompt": "their prompts have no tokens: give them text",
     "empty_completion": "one of their answers is blank: remove these rows",
     "identical_completions": "both answers have the same tokens (after truncation, if they were cut), which "
@@ -82,13 +86,16 @@ class TokenizedPair:
 
     @property
     def shared_length(self) -> int:
-        """Tokens of the row `[prompt | chosen | rejected]`: P + C + R."""
-        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        """Tokens of the row `[prompt | chosen | rejected]`, P + C + R, and of those of further answers by twos."""
+        own = len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        rows = ((two[0].prompt_ids, *(other.completion_ids for other in two)) for two in by_twos(self.others))
+        return own + sum(len(part) for row in rows for part in row)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer of the two sequences: P + max(C, R)."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        """Tokens of its longest sequence: P + max(C, R), or of a further answer with its prompt."""
+        own = len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        return max([own, *(len(other.prompt_ids) + len(other.completion_ids) for other in self.others)])
 
     @property
     def several_turns(self) -> bool:
@@ -99,6 +106,17 @@ class TokenizedPair:
     def scored_tokens(self) -> tuple[int, int]:
         """Tokens that are scored of the chosen and of the rejected completion."""
         return scored_count(self.chosen_ids, self.chosen_turns), scored_count(self.rejected_ids, self.rejected_turns)
+
+
+def by_twos(others: Sequence[OtherAnswer]) -> Iterator[Sequence[OtherAnswer]]:
+    """Neighbours to the same prompt together, two at most, in their order: they share a row of a pack."""
+    start = 0
+    while start < len(others):
+        two = others[start : start + 2]
+        if two[0].prompt_ids != two[-1].prompt_ids:
+            two = two[:1]
+        yield two
+        start += len(two)
 
 
 @dataclass(slots=True)
@@ -199,7 +217,7 @@ def text_fault(preference: Preference, renderer: Renderer) -> Fault | None:
             return Fault("control_tokens", repr(found.group()))
         if not text.isascii() and _half_surrogate(text):
             return Fault("undecodable_text")
-    if any(not "".join(side).strip() for side in sides[1:]):
+    if any(not said.strip() for side in (preference.chosen, preference.rejected) for said in said_in(side)):
         return Fault("empty_completion")
     return None
 
@@ -234,10 +252,13 @@ def tokenize_chunk(
     sound = [preference for preference, fault in zip(preferences, faults, strict=True) if fault is None]
     rendered = iter(reading.texts(sound, encoder))
     texts = [next(rendered) if fault is None else fault for fault in faults]
-    sides = [(text.prompt, answer) for text in texts if isinstance(text, PairTexts) for answer in text.answers]
-    ids = reading.sides(sides, encoder)
+    ids = reading.sides([side for text in texts for side in sides_of(text, encoder)], encoder)
     return [
-        text if isinstance(text, Fault) else tokenized_pair(preference, text, ids, encoder, reading)
+        text
+        if isinstance(text, Fault)
+        else tokenized_dialogue(preference, text, ids, encoder)
+        if isinstance(text, DialogueTexts)
+        else tokenized_pair(preference, text, ids, encoder, reading)
         for preference, text in zip(preferences, texts, strict=True)
     ]
 
@@ -261,6 +282,30 @@ def tokenized_pair(
         return ended
     check_one_bos(ended[0], preference.place or preference.id, encoder.tokenizer)
     pair = TokenizedPair(preference.id, *ended, preference.score_chosen, preference.score_rejected)
+    return pair, chosen.merged or rejected.merged
+
+
+def tokenized_dialogue(
+    preference: Preference, text: DialogueTexts, ids: Mapping[Side, SideIds], encoder: Encoder
+) -> Fault | tuple[TokenizedPair, bool]:
+    """The pair of a preference with completions of several turns."""
+    found = [dialogue_ids(text.prompt, pieces, ids, encoder) for pieces in text.completions]
+    if fault := next((side for side in found if isinstance(side, Fault)), None):
+        return fault
+    (chosen, chosen_turns), (rejected, rejected_turns) = found  # type: ignore[misc]
+    if encoder.forges(text.prompt, chosen.prompt_ids):
+        return Fault("control_tokens")
+    check_one_bos(chosen.prompt_ids, preference.place or preference.id, encoder.tokenizer)
+    pair = TokenizedPair(
+        preference.id,
+        chosen.prompt_ids,
+        chosen.completion_ids,
+        rejected.completion_ids,
+        preference.score_chosen,
+        preference.score_rejected,
+        chosen_turns=chosen_turns,
+        rejected_turns=rejected_turns,
+    )
     return pair, chosen.merged or rejected.merged
 
 

@@ -52,7 +52,5 @@ def is_sound(ids: Sequence[int], turns: Turns) -> bool:
         return True
     if len(turns) != len(ids) or not ids or turns[0] != 0 or turns[-1] == CONTEXT:
         return False
-    order = scored_turns(ids, turns)
-    return CONTEXT <= min(turns) and all(
-        after - before in (0, 1) for before, after in zip(order, order[1:], strict=False)
-    )
+    steps = [after - before for before, after in pairwise(scored_turns(ids, turns))]
+    return min(turns) >= CONTEXT and {0, 1}.issuperset(steps)
