@@ -99,7 +99,7 @@ def token_logps_plain(
     transform: LogitTransform = LogitTransform(),
 ) -> Tensor:
     """Log-probability of each label in nats, (N,), fp32 or wider: the definition."""
-    return _all_logps(hidden, weight, bias, transform).gather(-1, labels[:, None]).squeeze(-1)
+    return all_logps(hidden, weight, bias, transform).gather(-1, labels[:, None]).squeeze(-1)
 
 
 def token_collisions_plain(
@@ -109,10 +109,11 @@ def token_collisions_plain(
     transform: LogitTransform = LogitTransform(),
 ) -> Tensor:
     """log sum_v softmax_v^2 of each row in nats, (N,), fp32 or wider: the definition."""
-    return torch.logsumexp(2 * _all_logps(hidden, weight, bias, transform), dim=-1)
+    return torch.logsumexp(2 * all_logps(hidden, weight, bias, transform), dim=-1)
 
 
-def _all_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+def all_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """Log-probs of the whole vocabulary, (N, V): for definitions alone."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = linear(hidden.to(wide), rounded_as(weight, hidden).to(wide), None if bias is None else bias.to(wide))
     return log_softmax(transform(logits), dim=-1)
@@ -174,10 +175,10 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, transform, rows, fold, collisions):  # type: ignore[no-untyped-def]
-        head = _Head.of(hidden, weight, bias, transform, fold)
+        head = Head.of(hidden, weight, bias, transform, fold)
         logps = torch.empty(hidden.shape[0], dtype=head.wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for at in _chunks(hidden, rows):
+        for at in chunks(hidden, rows):
             beside = None if collisions is None else collisions[at]
             logps[at], to_hidden = head.score(hidden[at], labels[at], beside, differentiated=gradient is not None)
             if gradient is not None and to_hidden is not None:
@@ -207,16 +208,16 @@ class _TrainedHeadLogps(torch.autograd.Function):
     @first_order
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         hidden, weight, labels, bias = ctx.saved_tensors
-        head = _Head.of(hidden, weight, bias, ctx.transform, ctx.fold)
+        head = Head.of(hidden, weight, bias, ctx.transform, ctx.fold)
         to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=head.wide)
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=head.wide)
-        for at in _chunks(hidden, ctx.rows):
+        for at in chunks(hidden, ctx.rows):
             to_hidden[at] = head.differentiate(hidden[at], labels[at], upstream[at, None], to_weight, to_bias)
         to_narrow_bias = None if to_bias is None else to_bias.to(bias.dtype)
         return to_hidden, to_weight.to(weight.dtype), None, to_narrow_bias, None, None, None, None
 
 
-def _chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
+def chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
     """Slices of at most `rows` rows, as even as they can be: a last chunk of few rows would be a slow product."""
     total = hidden.shape[0]
     size = -(-total // max(1, -(-total // rows)))
@@ -224,7 +225,7 @@ def _chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class Head:
     """The head as it is multiplied by, one chunk of rows at a time; what a chunk needs dies with the call."""
 
     weight: Tensor  # (V, D), wide where this device cannot multiply narrow matrices into a wide result
@@ -235,8 +236,14 @@ class _Head:
 
     @classmethod
     def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, fold: HeadFold
-    ) -> _Head:
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        fold: HeadFold = head_fold_,
+    ) -> Head:
+        """The head for rows like `hidden`."""
         wide, weight = torch.promote_types(hidden.dtype, torch.float32), rounded_as(weight, hidden)
         return cls(weight if _multiplies_into_wide(weight) else weight.to(wide), bias, transform, fold, wide)
 
@@ -255,16 +262,24 @@ class _Head:
         _, error, factor = self._folded(hidden, labels, self.weight.dtype, None)
         assert error is not None  # a dtype was asked for
         scale = factor * upstream
-        _add_product_(to_weight, error.T, hidden * scale)
+        add_product_(to_weight, error.T, hidden * scale)
         if to_bias is not None:
-            _add_product_(to_bias[:, None], error.T, scale)
+            add_product_(to_bias[:, None], error.T, scale)
         return self._product(error, self.weight) * scale
 
     def _folded(self, hidden: Tensor, labels: Tensor, dtype: torch.dtype | None, collisions: Tensor | None) -> Fold:
+        return self.fold(self.logits(hidden), labels, dtype, self.transform, collisions)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) in `wide`, before the transform."""
         logits = self._product(hidden, self.weight.T)
         if self.bias is not None:
             logits += self.bias
-        return self.fold(logits, labels, dtype, self.transform, collisions)
+        return logits
+
+    def to_rows(self, error: Tensor) -> Tensor:
+        """Gradient towards hidden rows, (n, D), from one towards the logits but for the transform's scale, (n, V)."""
+        return self._product(error.to(self.weight.dtype), self.weight) * self.transform.scale
 
     def _product(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """rows @ matrix, accumulated and returned in `wide`."""
@@ -278,7 +293,7 @@ def _multiplies_into_wide(weight: Tensor) -> bool:
     return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, accumulated in total's dtype, without a second tensor of its size."""
     if _multiplies_into_wide(left):
         torch.addmm(total, left, right.to(left.dtype), out_dtype=total.dtype, out=total)
@@ -286,9 +301,14 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right.to(left.dtype))
 
 
+OfRows = Callable[[Tensor, Tensor, Tensor, Tensor | None, LogitTransform], Tensor]
+"""(N, ...) of hidden rows (N, D), the head's weight (V, D), labels (N,), bias (V,) or None, and its transform."""
+
+
 class LogProbHead(nn.Linear):
     """An output head that, given labels, returns per-token log-probs instead of logits, and fills in `collisions`.
 
+    Where there is one, `by` says what it returns of these rows instead.
     Made from a model's own `nn.Linear` by exchanging its class, so weights, ties and saved files stay as they are,
     and engines that hook modules (DDP, ZeRO, FSDP) see an ordinary call. Without labels it is the plain head.
     """
@@ -297,6 +317,7 @@ class LogProbHead(nn.Linear):
     labels: Tensor | None
     rows: Tensor | None
     collisions: Tensor | None = None  # (N,)
+    by: OfRows | None = None
     fold: HeadFold = staticmethod(head_fold_)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -309,6 +330,8 @@ class LogProbHead(nn.Linear):
         if torch.is_autocast_enabled(hidden.device.type) and self.weight.dtype == torch.float32:  # masters: bf16 rows
             flat = flat.to(torch.get_autocast_dtype(hidden.device.type))
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 sums would be off by 0.04 nats a token
+            if self.by is not None:
+                return self.by(flat, self.weight, self.labels, self.bias, self.transform)[None]
             asked: dict[str, Any] = {"fold": self.fold, "collisions": self.collisions}
             return token_logps(flat, self.weight, self.labels, self.bias, self.transform, **asked)[None]
 
