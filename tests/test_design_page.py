@@ -43,7 +43,7 @@ def test_an_objective_is_added_checked_and_trained(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     names = run_blocks("objective")
     assert names["run"].state.global_step == 2
-    assert names["run"].objective.name == "dpop"
+    assert names["run"].objective.name == "target-dpo"
 
 
 def test_a_data_form_is_added_and_reads_rows() -> None:
