@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from lorafocal.data.packing import Pack
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.objectives import Objective, OtherAnswers, PairInputs, PairLogps, PairLosses
-from lorafocal.objectives.inputs import mapped
+from lorafocal.objectives.tokens import TokenInputs
 from lorafocal.policy import evaluating, of_pairs, sequence_logps, sums_of, token_logps
-from lorafocal.reference import Reference, build_reference
-from lorafocal.whole_step import Share, shared_out
+from lorafocal.reference import Reference, build_guide, build_reference
+from lorafocal.whole_step import Share, no_share, shared_out
 
 # Keeps a rank with fewer packs in step; its weight is 0.
-FILLER = TokenizedPair("\0filler", [0], [0], [0], reference=(0.0, 0.0))
+FILLER = TokenizedPair(
+    "\0filler", [0], [0], [0], reference=(0.0, 0.0), reference_tokens=(torch.zeros(1), torch.zeros(1))
+)
 
 
 def is_filler(pack: Pack) -> bool:
@@ -31,6 +33,7 @@ class Part(NamedTuple):
 
     pack: Pack
     share: Share | None = None
+    place: int = 0  # among this rank's packs of the step
 
 
 class Step(NamedTuple):
@@ -66,11 +69,20 @@ class Comparison:
     """
 
     def __init__(
-        self, objective: Objective, kind: str | None, ref_model: nn.Module | None, *, noisy: bool, seed: int = 0
+        self,
+        objective: Objective,
+        kind: str | None,
+        ref_model: nn.Module | None,
+        *,
+        noisy: bool,
+        seed: int = 0,
+        num_groups: int | None = None,
     ) -> None:
         self.objective, self.kind, self.ref_model, self.noisy, self.seed = objective, kind, ref_model, noisy, seed
+        self.num_groups = num_groups
         self.state: Mapping[str, Tensor] = {}
         self._number = 0
+        self._guided: tuple[nn.Module, Reference] | None = None
         self._built: tuple[nn.Module, nn.Module | None, Reference] | None = None
 
     @torch.no_grad()
@@ -82,17 +94,25 @@ class Comparison:
         self._number = number
         if not self.objective.entry.whole_step:
             return Step(tuple(map(Part, packs)), pairs, self.state)
-        seen = [self.seen(model, pack).inputs for pack in packs]
+        seen = []
+        for place, pack in enumerate(packs):
+            self._settle_noise(place)
+            seen.append(self.seen(model, pack).inputs)
         real = [inputs for inputs, pack in zip(seen, packs, strict=True) if not is_filler(pack)]
-        shares, state = shared_out(self.objective, real or [_none_of(seen[0])], self.state)
+        device = packs[0].input_ids.device  # a rank without pairs has a filler
+        shares, state = shared_out(self.objective, real, self.state, device, self.num_groups)
         found = iter(shares)
-        parts = [Part(pack, None if is_filler(pack) else next(found)) for pack in packs]
+        parts = [
+            Part(pack, no_share(inputs) if is_filler(pack) else next(found), place)
+            for place, (inputs, pack) in enumerate(zip(seen, packs, strict=True))
+        ]
         return Step(tuple(parts), pairs, state)
 
     def __call__(self, model: nn.Module, part: Part) -> Compared:
         """The losses of a pack's pairs, and what they are made of."""
-        pack, share = part
-        if share is not None:
+        pack, share = part.pack, part.share
+        if share is not None:  # of a filler too: every rank calls the models equally often
+            self._settle_noise(part.place)
             sums = sums_of(token_logps(model, pack), pack)
             policy = of_pairs(sums, pack)
             return Compared(share.losses_of(policy, sums[2 * pack.num_pairs :]), policy, share.inputs.reference)
@@ -105,34 +125,59 @@ class Comparison:
     def seen(self, model: nn.Module, pack: Pack) -> Seen:
         """What the objective asks for of a pack: under the policy `model`, as it is called in training, and beside it.
 
-        Where it weighs tokens, the log-probs that it is told are sums of weighted ones, under both models.
+        Where it weighs tokens, the log-probs that it is told are sums of weighted ones, under all models.
         """
         entry, index = self.objective.entry, pack.index
-        reference = self._reference(model, pack)
+        reference, guide = self._reference(model, pack), self._guide(model, pack)
         collisions = _room(pack) if entry.collisions else None
         tokens = token_logps(model, pack, collisions)
-        sums = told = sums_of(tokens, pack)
+        draws = self._draws(pack) if entry.draws else None
         before = None if reference is None else reference.to(tokens.dtype)  # stored ones are wider
-        weighs = self.objective.token_weights
-        sums_before = told_before = before if before is None or weighs is None else sums_of(before, pack)
-        if weighs is not None:
-            weights = weighs(
-                tokens.detach(), reference_tokens=before, sequence=index.sequence, lengths=index.lengths, pack=pack
+        sums = told = sums_of(tokens, pack)
+        sums_before = told_before = before
+        told_guide = None if guide is None else sums_of(guide, pack)
+        if self.objective.token_weights is not None:
+            weights = self._weights(pack, tokens, before, guide, draws)
+            told, told_before, told_guide = (
+                None if of_tokens is None else sums_of(of_tokens * weights, pack)
+                for of_tokens in (tokens, before, guide)
             )
-            told = sums_of(tokens * weights, pack)
-            told_before = None if before is None else sums_of(before * weights, pack)
+            sums_before = None if before is None else sums_of(before, pack)
         inputs = PairInputs(
             policy=of_pairs(told, pack),
             reference=None if told_before is None else of_pairs(told_before, pack),
+            guide=None if told_guide is None else of_pairs(told_guide, pack),
             lengths=index.lengths[: 2 * pack.num_pairs],
             scores=pack.scores,
             collisions=None if collisions is None else sums_of(collisions, pack)[: 2 * pack.num_pairs],
             others=_others(pack, told, told_before) if entry.others else None,
             groups=pack.groups if entry.groups else None,
+            num_groups=self.num_groups if entry.groups else None,
             embeddings=pack.embeddings if entry.embeddings else None,
-            draws=self._draws(pack) if entry.draws else None,
+            draws=draws,
         )
         return Seen(inputs, of_pairs(sums, pack), None if sums_before is None else of_pairs(sums_before, pack))
+
+    def _settle_noise(self, place: int) -> None:
+        """Both passes of a step over its pack `place` meet the same dropout."""
+        if self.noisy:
+            torch.manual_seed(random.Random(f"lorafocal noise {self.seed} {self._number} {place}").getrandbits(63))
+
+    def _weights(
+        self, pack: Pack, tokens: Tensor, reference: Tensor | None, guide: Tensor | None, draws: Tensor | None
+    ) -> Tensor:
+        """What the objective weighs each completion token with, (N,), as wide as `tokens`."""
+        asked = TokenInputs(
+            sequence=pack.index.sequence,
+            lengths=pack.index.lengths,
+            reference_tokens=reference,
+            guide_tokens=guide,
+            differs=pack.differs,
+            turns=pack.turns,
+            draws=draws,
+        )
+        weights: Tensor = self.objective.token_weights(tokens.detach(), **asked.asked())  # type: ignore[misc]
+        return weights.detach().to(tokens)
 
     def _draws(self, pack: Pack) -> Tensor:
         """A random number a pair, (B,) float64, by seed, step and the pair's id."""
@@ -146,6 +191,15 @@ class Comparison:
         with evaluating(model) if self.noisy else nullcontext():
             reference = self._reference_of(model)
             return reference.token_logps(pack) if self.objective.token_weights else reference.sums(pack)
+
+    def _guide(self, model: nn.Module, pack: Pack) -> Tensor | None:
+        """The guide's log-probs of tokens, (N,), where the objective asks for one."""
+        if not self.objective.entry.guide:
+            return None
+        if self._guided is None or self._guided[0] is not model:
+            self._guided = model, build_guide(model)
+        with evaluating(model) if self.noisy else nullcontext():
+            return self._guided[1].token_logps(pack)
 
     def without_noise(self, model: nn.Module, pack: Pack, policy: PairLogps) -> PairLogps:
         """What the identity probe looks at: `policy`, or a pass without dropout."""
@@ -172,8 +226,3 @@ def _others(pack: Pack, sums: Tensor, reference: Tensor | None) -> OtherAnswers 
     behind = slice(2 * pack.num_pairs, None)
     before = None if reference is None else reference[behind]
     return OtherAnswers(sums[behind], before, pack.others.pair, pack.index.lengths[behind], pack.others.scores)
-
-
-def _none_of(inputs: PairInputs) -> PairInputs:
-    """No pairs, of the same kind: what a rank without any brings to a step."""
-    return mapped(inputs, lambda tensor: tensor[:0])

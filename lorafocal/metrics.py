@@ -97,13 +97,16 @@ def _length_columns(margin: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     }
 
 
-def weight_columns(objective: Objective, log_odds: Tensor, *constants: Tensor) -> dict[str, Tensor]:
+def weight_columns(
+    objective: Objective, log_odds: Tensor, *constants: Tensor, scale: Tensor | None = None
+) -> dict[str, Tensor]:
     """What is added up of the weights that the objective gives B pairs of these log-odds, (B,), by WEIGHT_KEYS.
 
-    `constants` are those of `PairLosses`.
+    `constants` and `scale` are those of `PairLosses`.
     """
     near = bounded(log_odds)
     weight = objective.weights(near, *constants)
+    weight = weight if scale is None else weight * scale.double()
     columns = weight, weight / dpo_weight(near), objective.turned(near), weight.square()
     return dict(zip(WEIGHT_KEYS, columns, strict=True))
 
@@ -126,7 +129,7 @@ def pair_values(
         rewards = losses.chosen_rewards, losses.rejected_rewards
         columns = [losses.losses, *answer_columns(policy, reference, rewards, lengths).values()]
     if losses.log_odds is not None:
-        columns += weight_columns(objective, losses.log_odds, *losses.constants).values()
+        columns += weight_columns(objective, losses.log_odds, *losses.constants, scale=losses.scale).values()
     return torch.stack([column.detach().double() for column in columns], dim=1)
 
 

@@ -158,6 +158,7 @@ class FocalPOTrainer(Trainer):
         self.metrics = PairMetrics(sum_keys(self.objective))
         self.pairs_seen = 0
         drawn: dict[str, Any] = {"noisy": args.allow_dropout, "seed": args.seed}
+        drawn["num_groups"] = len(self.data_collator.groups)
         self.compared = Comparison(self.objective, args.reference, self.ref_model, **drawn)
 
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
@@ -171,7 +172,8 @@ class FocalPOTrainer(Trainer):
     def cache_reference(self, *, per_token: bool = False, say: Callable[[str], None] = logger.info) -> CacheReport:
         """Compute and store the reference's log-probs of all pairs, as far as the store lacks them.
 
-        Raises InputError where the reference is not "cached".
+        Those of single tokens with `per_token`, and where the objective weighs tokens. Raises InputError where the
+        reference is not "cached".
         """
         if self.stored is None:
             raise InputError(f'the reference is {self.args.reference}: nothing is stored; set `reference="cached"`')
@@ -179,6 +181,7 @@ class FocalPOTrainer(Trainer):
             raise InputError("the reference model was let go once its log-probs were looked up: build a new trainer")
         rank, world, collator = self.args.process_index, self.args.world_size, self.data_collator
         scored, store, pairs = self.stored.model, self.stored.store, self._all_pairs()
+        per_token = per_token or self.stored.per_token
         return cache_reference(
             scored, pairs, store, collator=collator, per_token=per_token, say=say, rank=rank, world=world
         )
@@ -199,10 +202,11 @@ class FocalPOTrainer(Trainer):
             del self._scorers[1:]
 
     def get_train_dataloader(self) -> DataLoader:
-        """Whole steps of pairs in an order of their own each epoch."""
+        """Whole steps of pairs, in an order of their own each epoch or, where `keep_order` says so, in that of the data."""
         if self.train_dataset is None:
             raise InputError("train_dataset is missing: there is nothing to train on")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        seed = None if self.args.keep_order else seed
         loader = step_loader(self.train_dataset, self.data_collator, self.args, seed=seed)
         self.sampler = loader.batch_sampler
         return loader
@@ -417,6 +421,7 @@ class FocalPOTrainer(Trainer):
         """Weights, the optimiser's state and the schedule as they were at the checkpoint."""
         self.made.check_same(checkpoint)
         extra = load_state(checkpoint, **self._training())
+        extra.setdefault("objective", {})  # before objectives had a state, checkpoints had none
         check_keys(extra, ("metrics", "pairs_seen", "reference", "objective"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
         if self.is_world_process_zero():

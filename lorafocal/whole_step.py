@@ -7,14 +7,15 @@ towards each of them are what the second pass, pack by pack, is differentiated w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lorafocal.gathered import of_all_ranks
 from lorafocal.objectives import Objective, PairInputs, PairLogps, PairLosses
-from lorafocal.objectives.inputs import joined, mapped
+from lorafocal.objectives.inputs import joined
 
 
 class Share(NamedTuple):
@@ -23,99 +24,70 @@ class Share(NamedTuple):
     inputs: PairInputs
     losses: PairLosses
     slopes: PairLogps  # (B,) each: of the step's summed loss towards the policy's log-probs
-    slopes_of_others: Tensor | None  # (M,)
+    slopes_of_others: Tensor | None = None  # (M,)
 
-    def losses_of(self, policy: PairLogps, others: Tensor | None) -> PairLosses:
+    def losses_of(self, policy: PairLogps, others: Tensor | None = None) -> PairLosses:
         """These losses, differentiable towards the same log-probs of a second pass: (B,) each, and (M,)."""
         moves = sum(slope.to(side) * (side - side.detach()) for side, slope in zip(policy, self.slopes, strict=True))
-        losses = self.losses.losses + moves
-        if others is not None and self.slopes_of_others is not None and len(others):
-            extra = (self.slopes_of_others.to(others) * (others - others.detach())).sum()
-            losses = torch.cat((losses[:1] + extra, losses[1:]))  # whose pair it is makes no difference to the sum
+        losses = self.losses.losses.to(policy.chosen) + moves
+        if others is not None and self.inputs.others is not None and self.slopes_of_others is not None:
+            moves_of_others = self.slopes_of_others.to(others) * (others - others.detach())
+            losses = losses.index_add(0, self.inputs.others.pair, moves_of_others)
         return self.losses._replace(losses=losses)
 
 
-def shared_out(
-    objective: Objective, packs: Sequence[PairInputs], state: Mapping[str, Tensor]
-) -> tuple[list[Share], Mapping[str, Tensor]]:
-    """A share for each of this rank's packs, and the state that the step leaves; every rank must call.
+def no_share(inputs: PairInputs) -> Share:
+    """Of a pack that is no part of the step."""
+    nothing = torch.zeros_like(inputs.policy.chosen)
+    return Share(inputs, PairLosses(nothing, nothing, nothing), PairLogps(nothing, nothing))
 
-    A rank without pairs gives one part of none.
+
+def shared_out(
+    objective: Objective,
+    packs: Sequence[PairInputs],
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    num_groups: int | None = None,
+) -> tuple[list[Share], Mapping[str, Tensor]]:
+    """Collective: a share for each of this rank's packs, and the state that the step leaves; a rank may have none.
+
+    The objective is computed on every rank, of the same numbers in the same order: in float64.
     """
-    ours = joined([_detached(pack) for pack in packs])
-    whole = mapped(ours, rows_of_all_ranks)
-    if ours.others is not None:
-        before = sum(counts_of_all_ranks(len(ours.policy.chosen))[: _rank()])
-        moved = rows_of_all_ranks(ours.others.pair + before)
-        whole = _replaced(whole, others=whole.others._replace(pair=moved))  # type: ignore[union-attr]
-    leaves = PairLogps(*(side.clone().requires_grad_() for side in whole.policy))
-    others = None if whole.others is None else whole.others.logps.clone().requires_grad_()
-    asked = _replaced(whole, policy=leaves)
+    step = of_all_ranks(joined(packs) if packs else None, num_groups, device)
+    leaves, others = PairLogps(*map(_leaf, step.inputs.policy)), step.inputs.others
+    towards = [*leaves]
     if others is not None:
-        asked = _replaced(asked, others=whole.others._replace(logps=others))  # type: ignore[union-attr]
+        others = others._replace(logps=_leaf(others.logps))
+        towards.append(others.logps)
     with torch.enable_grad():
-        losses = objective.of(asked, state)
-        towards = [*leaves, *([] if others is None else [others])]
+        losses = objective.of(replace(step.inputs, policy=leaves, others=others), state)
         found = torch.autograd.grad(losses.losses.sum(), towards, allow_unused=True)
     slopes = [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(towards, found, strict=True)]
-    return _shares(packs, losses, slopes), losses.state or {}
-
-
-def _shares(packs: Sequence[PairInputs], losses: PairLosses, slopes: Sequence[Tensor]) -> list[Share]:
-    """This rank's part of the step, pack by pack."""
-    pairs = [len(pack.policy.chosen) for pack in packs]
-    answers = [0 if pack.others is None else len(pack.others.logps) for pack in packs]
-    first = sum(counts_of_all_ranks(sum(pairs))[: _rank()])
-    first_other = sum(counts_of_all_ranks(sum(answers))[: _rank()]) if len(slopes) > 2 else 0
+    first, first_answer = step.first_pair, step.first_answer
     shares = []
-    for pack, count, others in zip(packs, pairs, answers, strict=True):
-        own, of_others = slice(first, first + count), slice(first_other, first_other + others)
-        shares.append(
-            Share(
-                pack,
-                PairLosses(
-                    losses.losses[own].detach(),
-                    losses.chosen_rewards[own],
-                    losses.rejected_rewards[own],
-                    None if losses.log_odds is None else losses.log_odds[own],
-                    tuple(constant[own] for constant in losses.constants),
-                ),
-                PairLogps(slopes[0][own], slopes[1][own]),
-                slopes[2][of_others] if len(slopes) > 2 else None,
-            )
-        )
-        first, first_other = first + count, first_other + others
-    return shares
+    for pack in packs:
+        pairs = slice(first, first := first + len(pack.policy.chosen))
+        answers = slice(first_answer, first_answer := first_answer + _answers(pack))
+        of_others = slopes[2][answers] if len(slopes) > 2 else None
+        shares.append(Share(pack, _part(losses, pairs), PairLogps(slopes[0][pairs], slopes[1][pairs]), of_others))
+    return shares, {name: value.detach() for name, value in (losses.state or {}).items()}
 
 
-def _detached(inputs: PairInputs) -> PairInputs:
-    return mapped(inputs, Tensor.detach)
+def _leaf(logps: Tensor) -> Tensor:
+    return logps.detach().clone().requires_grad_()
 
 
-def _replaced(inputs: PairInputs, **changes: object) -> PairInputs:
-    return PairInputs(policy=changes.pop("policy", inputs.policy), **{**inputs.asked(), **changes})  # type: ignore[arg-type]
+def _answers(pack: PairInputs) -> int:
+    return 0 if pack.others is None else len(pack.others.logps)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def counts_of_all_ranks(count: int) -> list[int]:
-    """Collective: each rank's count, by rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [count]
-    found: list[int | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, count)
-    return [number or 0 for number in found]
-
-
-def rows_of_all_ranks(rows: Tensor) -> Tensor:
-    """Collective: the rows of all ranks, (n, ...) each of its own n, behind one another by rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    counts = counts_of_all_ranks(len(rows))
-    slots = rows.new_zeros((max(counts), *rows.shape[1:]))
-    slots[: len(rows)] = rows
-    gathered = [torch.empty_like(slots) for _ in counts]
-    dist.all_gather(gathered, slots)
-    return torch.cat([slot[:count] for slot, count in zip(gathered, counts, strict=True)])
+def _part(losses: PairLosses, pairs: slice) -> PairLosses:
+    """What is said of some of the pairs, detached."""
+    return PairLosses(
+        losses.losses[pairs].detach(),
+        losses.chosen_rewards[pairs],
+        losses.rejected_rewards[pairs],
+        None if losses.log_odds is None else losses.log_odds[pairs],
+        tuple(constant[pairs] for constant in losses.constants),
+        scale=None if losses.scale is None else losses.scale[pairs],
+    )

@@ -40,11 +40,14 @@ class Entry:
 
     `odds(policy, ...)` is an `Odds`, and a pair's loss is `factor(link(log_odds, *constants)) + beside`:
     `link` (B,), `constants(policy, ...)` a tuple of (B,) that take no gradient, as weights of its own, the `factor` one
-    of `factor.FORMS` with the parameter gamma, `beside(policy, ...)` (B,). `loss(policy, ...)` is a `PairLosses`.
+    of `factor.FORMS` with the parameter gamma, `beside(policy, ...)` (B,). `over(losses, ...)` makes of a step's such
+    losses, (B,), others with the same mean as the step's loss, (B,), and the state, or None: an `Over`.
+    `loss(policy, ...)` is a `PairLosses`.
     With `whole_step` it sees all pairs of the step, over packs and ranks, at once, and its loss is their mean; else a
     pair's loss is its own, whoever shares its pack.
-    `token_weights(policy_tokens, ...)` weigh completion tokens, (N,), none differentiated: policy and reference are
-    then sums of weighted log-probs.
+    `token_weights(policy_tokens, ...)` weigh the N completion tokens of a pack's pairs, (N,): of their log-probs under
+    the policy, detached, and by keyword what it names of `tokens.TokenInputs`. Policy, reference and guide are then
+    sums of weighted log-probs, of which rewards are told; metrics and tables of log-probs have the plain ones.
     """
 
     parameters: Mapping[str, Parameter]
@@ -53,6 +56,7 @@ class Entry:
     constants: Function | None = None
     factor: str | None = None
     beside: Function | None = None
+    over: Function | None = None
     loss: Function | None = None
     reference: bool = True  # log-probs of a reference policy
     rejected: bool = True  # log-probs of the rejected answers, and so rewards or margins
@@ -62,6 +66,7 @@ class Entry:
     collisions: bool = False  # log sum_v pi_v^2 of the policy, summed over each answer's tokens, (2B,)
     divergences: bool = False  # KL(reference || policy), summed over each answer's tokens, (2B,), differentiable
     token_weights: Function | None = None
+    differs: bool = False  # which tokens a pair's other answer does not have
     guide: bool = False  # log-probs of one more model, `reference.guide`
     others: str | None = None  # further answers to the prompt, as one of OTHERS has them
     groups: bool = False  # which group a pair is of
@@ -83,7 +88,7 @@ class Entry:
     @property
     def of_margin(self) -> bool:
         """Whether the log-odds are the margin of the implicit rewards, as in DPO, and alone tell a pair's weight."""
-        return self.odds == IMPLICIT and self.constants is None
+        return self.odds == IMPLICIT and self.constants is None and self.over is None and self.token_weights is None
 
     @property
     def of_logps(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -49,7 +49,8 @@ class PairInputs:
     divergences: Tensor | None = None  # (2B,) sums over tokens of KL(reference || policy), nats, differentiable
     guide: PairLogps | None = None  # under one more model
     others: OtherAnswers | None = None
-    groups: Tensor | None = None  # (B,) int64
+    groups: Tensor | None = None  # (B,) int64 in [0, num_groups)
+    num_groups: int | None = None  # of all pairs of the run
     embeddings: Tensor | None = None  # (B, E) of the prompts
     draws: Tensor | None = None  # (B,) float64 in [0, 1): by seed, step and pair
 
@@ -58,8 +59,8 @@ class PairInputs:
         return {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name != "policy"}
 
 
-_OF_BOTH = ("lengths", "collisions", "divergences")  # (2B,)
-_OF_PAIRS = ("groups", "embeddings", "draws")  # (B, ...)
+OF_BOTH = ("lengths", "collisions", "divergences")  # (2B,)
+OF_PAIRS = ("groups", "embeddings", "draws")  # (B, ...)
 
 
 def joined(parts: Sequence[PairInputs]) -> PairInputs:
@@ -67,37 +68,23 @@ def joined(parts: Sequence[PairInputs]) -> PairInputs:
 
     def column(name: str) -> Any:
         values = [getattr(part, name) for part in parts]
-        if values[0] is None:
-            return None
         if name == "others":
             return _joined_others(values, [len(part.policy.chosen) for part in parts])
-        if name in _OF_BOTH:
+        if values[0] is None or name == "num_groups":
+            return values[0]
+        if name in OF_BOTH:
             chosen, rejected = zip(*(value.chunk(2) for value in values), strict=True)
             return torch.cat((*chosen, *rejected))
-        if name in _OF_PAIRS:
+        if name in OF_PAIRS:
             return torch.cat(values)
         return type(values[0])(*map(torch.cat, zip(*values, strict=True)))
 
     return PairInputs(**{spec.name: column(spec.name) for spec in fields(PairInputs)})
 
 
-def _joined_others(parts: Sequence[OtherAnswers], pairs: Sequence[int]) -> OtherAnswers:
-    moved = [part._replace(pair=part.pair + sum(pairs[:n])) for n, part in enumerate(parts)]
+def _joined_others(parts: Sequence[OtherAnswers | None], pairs: Sequence[int]) -> OtherAnswers | None:
+    """Of packs of so many pairs each; one may have no further answers."""
+    moved = [part._replace(pair=part.pair + sum(pairs[:n])) for n, part in enumerate(parts) if part is not None]
     columns = zip(*moved, strict=True)
-    return OtherAnswers(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
-
-
-def mapped(inputs: PairInputs, change: Callable[[Tensor], Tensor]) -> PairInputs:
-    """Every tensor changed: (B, ...) ones, (M,) ones, and each half of (2B,) ones alone."""
-
-    def column(name: str) -> Any:
-        value = getattr(inputs, name)
-        if value is None:
-            return None
-        if name in _OF_BOTH:
-            return torch.cat([change(half) for half in value.chunk(2)])
-        if name in _OF_PAIRS:
-            return change(value)
-        return type(value)(*(None if tensor is None else change(tensor) for tensor in value))
-
-    return PairInputs(**{spec.name: column(spec.name) for spec in fields(PairInputs)})
+    joint = [None if column[0] is None else torch.cat(column) for column in columns]
+    return OtherAnswers(*joint) if joint else None  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorafocal.errors import InputError
@@ -17,7 +18,7 @@ from lorafocal.objectives import PARAMETERS, entry_of, python_name
 from lorafocal.objectives.entry import Entry, Function
 from lorafocal.objectives.factor import FORMS, Factor, factor_of, misfits, record_of
 from lorafocal.objectives.inputs import PairInputs, PairLogps
-from lorafocal.objectives.pairwise import Odds, PairLosses
+from lorafocal.objectives.pairwise import Odds, Over, PairLosses
 from lorafocal.objectives.preference import PreferenceTerm
 
 
@@ -138,16 +139,27 @@ def _preference(entry: Entry, values: Mapping[str, float], factor: Factor | None
 
 def _composed(entry: Entry, values: Mapping[str, float], preference: PreferenceTerm) -> Callable[..., PairLosses]:
     """The loss of a Bradley-Terry objective: its preference term and what stands beside it."""
-    odds_of = _asking(entry.odds, values)
+    odds_of, over = _asking(entry.odds, values), _asking(entry.over, values)
     constants_of, beside = _asking(entry.constants, values), _asking(entry.beside, values)
 
     def loss(policy: PairLogps, **inputs: Any) -> PairLosses:
         odds: Odds = odds_of(policy, **inputs)
         constants = () if constants_of is None else tuple(c.detach() for c in constants_of(policy, **inputs))
         losses = preference(odds.log_odds, *constants)
-        return odds.with_losses(losses if beside is None else losses + beside(policy, **inputs), constants)
+        made = odds.with_losses(losses if beside is None else losses + beside(policy, **inputs), constants)
+        return made if over is None else _over(made, partial(over, policy=policy, **inputs))
 
     return loss
+
+
+def _over(made: PairLosses, over: Callable[..., Over]) -> PairLosses:
+    """What the step makes of its pairs' own losses: a pair's slope is its own times the step's towards it."""
+    with torch.enable_grad():
+        own = made.losses.detach().requires_grad_()
+        found = over(own)
+        [scale] = torch.autograd.grad(found.losses.sum(), own)
+    moves = scale * (made.losses - made.losses.detach())
+    return made._replace(losses=found.losses.detach() + moves, scale=scale, state=found.state or made.state)
 
 
 def _asking(place: Function | None, values: Mapping[str, float]) -> Any:

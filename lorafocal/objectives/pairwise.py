@@ -21,6 +21,7 @@ class PairLosses(NamedTuple):
     log_odds: Tensor | None = None  # (B,) detached: of chosen being preferred; None without a Bradley-Terry form
     constants: tuple[Tensor, ...] = ()  # (B,) each, detached: what weights of log-odds depend on beside these
     state: Mapping[str, Tensor] | None = None  # what the step leaves to the next, where an objective has a state
+    scale: Tensor | None = None  # (B,) detached: slope of the step's summed loss towards a pair's own; None is 1
 
     @property
     def margins(self) -> Tensor:
@@ -34,11 +35,19 @@ class Odds(NamedTuple):
     log_odds: Tensor  # (B,) differentiable
     chosen_rewards: Tensor  # (B,)
     rejected_rewards: Tensor  # (B,)
+    state: Mapping[str, Tensor] | None = None  # as `PairLosses` has it
 
     def with_losses(self, losses: Tensor, constants: tuple[Tensor, ...] = ()) -> PairLosses:
         """These pairs with their losses, (B,)."""
         chosen, rejected = self.chosen_rewards.detach(), self.rejected_rewards.detach()
-        return PairLosses(losses, chosen, rejected, self.log_odds.detach(), constants)
+        return PairLosses(losses, chosen, rejected, self.log_odds.detach(), constants, self.state)
+
+
+class Over(NamedTuple):
+    """What an objective makes of a step's losses, each of them B pairs' own."""
+
+    losses: Tensor  # (B,) their mean is the step's loss
+    state: Mapping[str, Tensor] | None = None  # as `PairLosses` has it
 
 
 def rewards(policy: PairLogps, reference: PairLogps, *, beta: float) -> tuple[Tensor, Tensor]:
