@@ -89,7 +89,9 @@ def refusal(name: str, entry: Entry) -> str | None:
     if not entry.bradley_terry:
         return f"{name} has no Bradley-Terry form: it gives no probability p to build a factor of; remove this key"
     if entry.constants is not None:
-        return f"{name} weighs pairs in its own way, and a factor would undo or double that; remove this key"
+        return (
+            f"{name} has weights or targets of its own for pairs, which a factor would undo or double; remove this key"
+        )
     return None
 
 
@@ -101,8 +103,8 @@ def _misfits_of_focal(name: str, entry: Entry, focal: Mapping[str, Any]) -> Iter
         yield "focal.form", f"{form!r} is not known; choose one of {', '.join(FORMS)}"
         return
     if form == "eq3" and not entry.logistic:
-        why = f"eq3 does not go with {name}, whose loss of a well ranked pair does not fall to 0 as (1-p)^-gamma grows"
-        yield "focal.form", f"{why}: their product diverges; use p_gamma"
+        why = f"eq3 does not go with {name}, whose loss is another than -log p: where it does not fall as fast as"
+        yield "focal.form", f"{why} (1-p)^-gamma grows, their product diverges; use p_gamma"
     if focal.get("gamma") is None:
         yield "focal.gamma", "missing; it has no default around another loss (the paper uses 0.05; 0 is no factor)"
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import relu
 
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.objectives.pairwise import Odds, average_logps, implicit, rewards, widen
@@ -47,3 +48,33 @@ def dpo_norm(policy: PairLogps, reference: PairLogps, *, lengths: Tensor, beta: 
     Source: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124.
     """
     return implicit(average_logps(policy, lengths), average_logps(reference, lengths), beta=beta)
+
+
+def dpo_gamma(policy: PairLogps, reference: PairLogps, *, beta: float, reference_strength: float) -> Odds:
+    """DPO^gamma: a reward is beta * (log pi - gamma * log pi_ref); gamma, here `reference_strength`, 1 is DPO.
+
+    H-DPO of other parameters: its alpha is 1 / gamma, its beta gamma * beta.
+    Source: Chen et al. 2024, arXiv:2405.19534, Eq. 4.
+    """
+    weakened = PairLogps(*(reference_strength * widen(side) for side in reference))
+    return implicit(policy, weakened, beta=beta)
+
+
+def flex_dpo(policy: PairLogps, reference: PairLogps, *, beta: float, beta_rejected: float) -> Odds:
+    """Flex-DPO: a beta for chosen answers and one for rejected ones; DPO-Shift with the factor beta_rejected / beta.
+
+    Source: Yan et al. 2024, arXiv:2406.07327.
+    """
+    chosen, rejected = rewards(policy, reference, beta=1.0)
+    chosen, rejected = beta * chosen, beta_rejected * rejected
+    return Odds(chosen - rejected, chosen, rejected)
+
+
+def dpop(policy: PairLogps, reference: PairLogps, *, beta: float, lambda_: float) -> Odds:
+    """DPO-Positive: margin - lambda * max(0, -chosen reward); lambda = 0 is DPO.
+
+    A chosen answer that became less likely than under the reference costs the pair its lead.
+    Source: Pal et al. 2024, arXiv:2402.13228: the penalty is inside beta.
+    """
+    odds = implicit(policy, reference, beta=beta)
+    return odds._replace(log_odds=odds.log_odds - lambda_ * relu(-odds.chosen_rewards))

@@ -33,6 +33,19 @@ AVERAGES: dict[str, Entry] = {
         implicit_rewards=False,
         lengths=True,
     ),
+    "repo": Entry(
+        {
+            "target_margin": Parameter(
+                0.5,
+                bounds.at_least_zero("target_margin", "published runs have 0.4 to 0.6"),
+                "difference of mean log-probs from which a pair teaches nothing, nats a token; 0.4 to 0.6",
+            )
+        },
+        loss="hinge.repo",
+        reference=False,
+        implicit_rewards=False,
+        lengths=True,
+    ),
     "alphapo": Entry(
         {
             "beta": Parameter(2.5, bounds.check_beta, "scale of the shaped rewards", stated=True),

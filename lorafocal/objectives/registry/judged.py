@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from lorafocal import bounds
-from lorafocal.objectives.entry import BETA, Entry, Parameter
+from lorafocal.objectives.entry import BETA, IMPLICIT, Entry, Parameter
+from lorafocal.objectives.registry.pairs import SPPO_BETA
+
+REWARD_AWARE_BETA = Parameter(0.2, bounds.check_beta, "scale of the rewards, per nat; its code has 0.2", stated=True)
+ETA = Parameter(
+    1.0,
+    bounds.above_zero("eta", "its code has 1; this is on the judge's scale"),
+    "log-odds that a point of score gap is worth",
+)
+
+
+def _reward_aware(link: str) -> Entry:
+    parameters = {"beta": REWARD_AWARE_BETA, "eta": ETA}
+    return Entry(parameters, odds=IMPLICIT, link=link, constants="targets.score_gap", scores="ties")
+
 
 JUDGED: dict[str, Entry] = {
     "odpo": Entry(
@@ -17,6 +31,25 @@ JUDGED: dict[str, Entry] = {
         },
         odds="odpo.odpo",
         scores="gap",
+    ),
+    "mappo": Entry({"beta": BETA}, odds="mappo.mappo", implicit_rewards=False, scores="unit"),
+    "sppo": Entry({"beta": SPPO_BETA}, loss="sppo.sppo", scores="unit"),
+    "reward-aware-squared": _reward_aware("targets.squared"),
+    "reward-aware-backward": _reward_aware("targets.to_policy"),
+    "reward-aware-forward": _reward_aware("targets.from_policy"),
+    "todo": Entry(
+        {
+            "beta": Parameter(0.01, bounds.check_beta, "scale of the rewards, per nat; published: 0.01", stated=True),
+            "alpha": Parameter(
+                0.5,
+                bounds.above_zero("alpha", "at 0 there are no ties; the paper has 0.5"),
+                "half the width of ties, in log-odds",
+            ),
+        },
+        odds="todo.todo",
+        link="todo.ternary",
+        constants="todo.ties",
+        scores="ties",
     ),
     "omni-dpo": Entry(
         {
