@@ -22,6 +22,7 @@ from lorafocal import launch
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
+from lorafocal.model.adapters import stands_beside
 from lorafocal.model.head import causal_lm
 from lorafocal.model.quantized import quantization_of
 from lorafocal.policy import compute_dtype, evaluating, token_logps
@@ -74,7 +75,7 @@ def fingerprint(policy: nn.Module) -> str:
     tensors = {
         _own_name(name): tensor
         for name, tensor in policy.state_dict().items()
-        if isinstance(tensor, Tensor) and not name.startswith(idle)
+        if isinstance(tensor, Tensor) and not name.startswith(idle) and not any(map(stands_beside, name.split(".")))
     }
     names = sorted(tensors)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
@@ -88,6 +89,8 @@ def _low_rank(policy: nn.Module) -> tuple[tuple[str, ...], list[str]]:
     idle, scalings = [], []
     for name, layer in policy.named_modules():
         for adapter in layer.lora_B if isinstance(layer, LoraLayer) else ():
+            if stands_beside(adapter):
+                continue
             if any(parameter.any() for parameter in layer.lora_B[adapter].parameters()):
                 scalings.append(f"{_own_name(name)} scaling {adapter} {layer.scaling[adapter]}")
             else:
@@ -165,7 +168,7 @@ def cache_reference(
     log-prob that is not a finite number, and for an altered or foreign part.
     """
     start = said = time.monotonic()
-    prompts = dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs)
+    prompts = dict.fromkeys(tuple(answer.prompt_ids) for answer in answers_of(pairs))
     share = {*list(prompts)[rank::world]}
     mine = [answer for answer in store.missing(pairs, per_token=per_token) if tuple(answer.prompt_ids) in share]
     rows, done = _rows(mine), 0
@@ -208,9 +211,9 @@ def score(model: nn.Module, rows: Sequence[tuple[Answer, ...]], collator: PairCo
 
 def _as_pair(number: int, row: tuple[Answer, ...]) -> TokenizedPair:
     first, *second = row
-    return TokenizedPair(
-        str(number), first.prompt_ids, first.completion_ids, second[0].completion_ids if second else []
-    )
+    rejected, turns = (second[0].completion_ids, second[0].turns) if second else ([], None)
+    ids = (first.prompt_ids, first.completion_ids, rejected)
+    return TokenizedPair(str(number), *ids, chosen_turns=first.turns, rejected_turns=turns)
 
 
 # ---- spot checks
@@ -248,22 +251,27 @@ def spot_check(
 ) -> SpotCheck:
     """Compare what was looked up for `count` random pairs with live passes of the reference.
 
-    The noise is measured on these pairs: all together, each alone, and each answer alone. `model` is the policy before
-    its first step, or the separate reference, on its device. Raises InputError where the store is further away.
+    The noise is measured on these pairs: all together, each alone, and each answer alone; log-probs of tokens that were
+    looked up are compared one by one. `model` is the policy before its first step, or the separate reference, on its
+    device. Raises InputError where the store is further away.
     """
     chosen = random.Random(seed).sample(pairs, min(count, len(pairs)))
+    per_token = any(pair.reference_tokens is not None for pair in chosen)
+    if per_token:  # which are never those of further answers
+        chosen = [replace(pair, others=()) for pair in chosen]
     answers = list(answers_of(chosen))
-    stored = torch.tensor([logps for pair in chosen for logps in pair.reference or ()], dtype=torch.float64)
-    if len(stored) != len(answers):
+    stored = _looked_up(chosen)
+    if len(stored) < len(answers):
         raise InputError(f"pairs were not looked up in the reference store before they are checked: {COMMAND}")
-    rows = list(zip(answers[::2], answers[1::2], strict=True))
+    rows = _rows(answers)
+    collator = replace(collator, others=False, differs=False, groups=(), embedding=0)
     alone = replace(collator, tokens_per_pack=1)
     passes = (
         score(model, rows, collator),
         score(model, rows, alone),
         score(model, [(answer,) for answer in answers], alone),
     )
-    live = torch.stack([_sums(of_pass, answers) for of_pass in passes])
+    live = torch.stack([_scored(of_pass, answers, per_token=per_token) for of_pass in passes])
     noise = float((live.amax(0) - live.amin(0)).max())
     tolerance = _tolerance(model, noise, live, longest=max(len(answer.completion_ids) for answer in answers))
     gaps = (stored - live[0]).abs()
@@ -271,8 +279,9 @@ def spot_check(
     dtype = str(compute_dtype(model)).removeprefix("torch.")
     found = SpotCheck(len(chosen), len(pairs), float(gaps[worst]), noise, tolerance, dtype)
     if not gaps[worst] <= tolerance:
+        whose = answers[worst].name if worst < len(answers) else "a token of a checked pair"
         raise InputError(
-            f"the stored log-prob of {answers[worst].name} is {float(stored[worst]):.6g} nats, a live pass gives"
+            f"the stored log-prob of {whose} is {float(stored[worst]):.6g} nats, a live pass gives"
             f" {float(live[0, worst]):.6g}: more than noise (of {noise:.3g} nats; {tolerance:.3g} are allowed). The"
             f" store was computed otherwise than it says: remove its folder and run {COMMAND}"
         )
@@ -289,7 +298,22 @@ def _tolerance(model: nn.Module, noise: float, live: Tensor, *, longest: int) ->
     return SLACK * max(noise, torch.finfo(rounding).eps * longest**0.5) + STORED_ROUNDING * float(live.abs().max())
 
 
-def _sums(scores: Sequence[Score], answers: Sequence[Answer]) -> Tensor:
-    """In the order of `answers`, in which one may occur twice, (n,) float64."""
-    by_key = {one.answer.key: one.logps for one in scores}
-    return torch.tensor([by_key[answer.key] for answer in answers], dtype=torch.float64)
+def _looked_up(pairs: Sequence[TokenizedPair]) -> Tensor:
+    """What pairs carry of all their answers, and of both answers' tokens where they have these, float64."""
+    sums = [
+        logps
+        for pair in pairs
+        for logps in (*(pair.reference or ()), *(other.reference for other in pair.others))
+        if logps is not None
+    ]
+    tokens = [side.double() for pair in pairs for side in pair.reference_tokens or ()]
+    return torch.cat([torch.tensor(sums, dtype=torch.float64), *tokens])
+
+
+def _scored(scores: Sequence[Score], answers: Sequence[Answer], *, per_token: bool) -> Tensor:
+    """The same of a live pass: in the order of `answers`, in which one may occur twice."""
+    by_key = {one.answer.key: one for one in scores}
+    found = [by_key[answer.key] for answer in answers]
+    sums = torch.tensor([one.logps for one in found], dtype=torch.float64)
+    tokens = [one.token_logps.double() for one in found if per_token and one.token_logps is not None]
+    return torch.cat([sums, *tokens])

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.turns import CONTEXT, Turns
 from lorafocal.errors import InputError
 from lorafocal.publish import write_atomically
 
@@ -69,9 +71,10 @@ def _short(value: object) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
-def sequence_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
-    """sha256 over the prompt's and the completion's token ids, and where one ends."""
-    ids = np.array([len(prompt_ids), *prompt_ids, *completion_ids], "<i8")
+def sequence_key(prompt_ids: Sequence[int], completion_ids: Sequence[int], turns: Turns = None) -> bytes:
+    """sha256 over the prompt's and the completion's token ids, where one ends, and which are not scored, if any."""
+    context = [] if turns is None else [CONTEXT, *(place for place, turn in enumerate(turns) if turn == CONTEXT)]
+    ids = np.array([len(prompt_ids), *prompt_ids, *completion_ids, *context], "<i8")
     return hashlib.sha256(ids.tobytes()).digest()
 
 
@@ -83,14 +86,20 @@ class Answer:
     prompt_ids: list[int]
     completion_ids: list[int]
     name: str
+    turns: Turns = None  # which of its tokens are scored, `data/turns.py`
 
 
 def answers_of(pairs: Iterable[TokenizedPair]) -> Iterator[Answer]:
-    """Both answers of each pair, the chosen one first."""
+    """Both answers of each pair, the chosen one first, then its further ones."""
     for pair in pairs:
-        for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
-            key = sequence_key(pair.prompt_ids, ids)
-            yield Answer(key, pair.prompt_ids, ids, f"the {side} answer of pair {pair.id!r}")
+        sides = (("chosen", pair.chosen_ids, pair.chosen_turns), ("rejected", pair.rejected_ids, pair.rejected_turns))
+        for side, ids, turns in sides:
+            key = sequence_key(pair.prompt_ids, ids, turns)
+            yield Answer(key, pair.prompt_ids, ids, f"the {side} answer of pair {pair.id!r}", turns)
+        for number, other in enumerate(pair.others, start=1):
+            key = sequence_key(other.prompt_ids, other.completion_ids)
+            name = f"further answer {number} of pair {pair.id!r}"
+            yield Answer(key, other.prompt_ids, other.completion_ids, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,30 +187,37 @@ class ReferenceStore:
         wanted = {answer.key: answer for answer in answers_of(pairs)}
         return [answer for key, answer in wanted.items() if key not in there]
 
-    def look_up(self, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-        """The pairs with their `reference`: log-probs of the chosen and the rejected answer in nats.
+    def look_up(self, pairs: Sequence[TokenizedPair], *, per_token: bool = False) -> list[TokenizedPair]:
+        """The pairs with their `reference`: log-probs of all their answers in nats, and with `per_token` of the tokens.
 
         Raises InputError naming what is missing, altered or foreign.
         """
-        return [
-            replace(pair, reference=of) for pair, of in zip(pairs, self._of_pairs(pairs, self._sums()), strict=True)
-        ]
+        found = [_with_reference(*each) for each in zip(pairs, self._of_pairs(pairs, self._sums()), strict=True)]
+        if not per_token:
+            return found
+        tokens = self.token_logps(pairs)
+        return [replace(pair, reference_tokens=of) for pair, of in zip(found, tokens, strict=True)]
 
     def token_logps(self, pairs: Sequence[TokenizedPair]) -> list[tuple[Tensor, Tensor]]:
         """Of each pair the log-probs of the chosen answer's tokens, (C,), and of the rejected one's, (R,), in nats.
 
         Raises InputError as `look_up` does.
         """
-        return self._of_pairs(pairs, self._tokens())
+        alone = [replace(pair, others=()) for pair in pairs]
+        found = self._of_pairs(alone, self._tokens(), "reference log-probs of tokens")
+        return [(chosen, rejected) for chosen, rejected in found]
 
-    def _of_pairs(self, pairs: Sequence[TokenizedPair], there: Mapping[bytes, Any]) -> list[tuple[Any, Any]]:
+    def _of_pairs(
+        self, pairs: Sequence[TokenizedPair], there: Mapping[bytes, Any], what: str = "reference log-probs"
+    ) -> list[tuple[Any, ...]]:
+        """Of each pair what is there for its chosen, its rejected and its further answers."""
         answers = list(answers_of(pairs))
         if absent := [answer for answer in answers if answer.key not in there]:
-            raise InputError(self._why_absent(absent, len(answers)))
-        found = [there[answer.key] for answer in answers]
-        return list(zip(found[::2], found[1::2], strict=True))
+            raise InputError(self._why_absent(absent, len(answers), what))
+        found = (there[answer.key] for answer in answers)
+        return [tuple(islice(found, 2 + len(pair.others))) for pair in pairs]
 
-    def _why_absent(self, absent: Sequence[Answer], asked: int) -> str:
+    def _why_absent(self, absent: Sequence[Answer], asked: int, what: str) -> str:
         others = [
             (folder.name, self.context.differences(context))
             for folder, context in self._others()
@@ -210,7 +226,7 @@ class ReferenceStore:
         nearest, differ = min(others, key=lambda other: len(other[1]), default=("", []))
         elsewhere = f" ({nearest} holds it, but {'; '.join(differ)})" if others else ""
         return (
-            f"reference store {self.folder.parent}: {len(absent)} of {asked} reference log-probs are missing, first"
+            f"reference store {self.folder.parent}: {len(absent)} of {asked} {what} are missing, first"
             f" that of {absent[0].name}{elsewhere}. Compute them before training: {COMMAND}"
         )
 
@@ -247,6 +263,11 @@ class ReferenceStore:
             f"{self.folder}: a part was computed in another context ({what}): it was moved here by hand. Remove the"
             f" folder, and run {COMMAND}"
         )
+
+
+def _with_reference(pair: TokenizedPair, found: Sequence[float]) -> TokenizedPair:
+    others = (replace(other, reference=of) for other, of in zip(pair.others, found[2:], strict=True))
+    return replace(pair, reference=(found[0], found[1]), others=tuple(others))
 
 
 # ---- parts

@@ -92,7 +92,7 @@ def test_the_tokens_own_log_probs_are_kept_on_demand(tmp_path):
     store = filled(tmp_path, of)
     assert store.missing(of) == []
     assert len(store.missing(of, per_token=True)) == 10
-    with pytest.raises(InputError, match="10 of 10 reference log-probs are missing"):
+    with pytest.raises(InputError, match="10 of 10 reference log-probs of tokens are missing"):
         store.token_logps(of)
     store.write(scores(of, tokens=True))
     assert store.missing(of, per_token=True) == []
