@@ -10,16 +10,13 @@ from torch.nn.functional import logsigmoid
 
 from lorafocal.errors import InputError
 from lorafocal.objectives import OBJECTIVES, build_objective, objective_from
-from lorafocal.objectives.factor import FORMS, in_words
+from lorafocal.objectives.factor import FORMS, in_words, refusal
 from lorafocal.objectives.focal import focal_weight, turning_point
 from tests.objectives.logps import LENGTHS, SCORES, made_up
 
-WRAPPED = [
-    name
-    for name, entry in OBJECTIVES.items()
-    if entry.bradley_terry and entry.factor is None and entry.constants is None
-]
+WRAPPED = [name for name, entry in OBJECTIVES.items() if refusal(name, entry) is None and not entry.whole_step]
 SMOOTHED = ("cdpo", "robust-dpo")
+TARGETED = ("reward-aware-squared", "reward-aware-backward", "reward-aware-forward")
 FAR = torch.cat((torch.linspace(-1e4, 1e4, 2001), torch.linspace(-200, 200, 4001)))
 NEAR = torch.linspace(-60, 30, 1801, dtype=torch.float64)
 
@@ -40,14 +37,29 @@ def slope(losses_of, log_odds: torch.Tensor) -> torch.Tensor:
 
 
 def fits(name: str, form: str) -> bool:
-    return not (form == "eq3" and name in SMOOTHED)
+    return form != "eq3" or OBJECTIVES[name].logistic
 
 
 def test_every_loss_with_a_bradley_terry_form_takes_a_factor():
-    assert set(WRAPPED) == {
+    assert set(WRAPPED) >= {
         *("dpo", "cdpo", "robust-dpo", "h-dpo", "dpo-shift", "odpo", "simpo", "alphapo", "length-dpo", "dpo-norm"),
-        "cpo",
+        *(
+            "cpo",
+            "irpo",
+            "regularised-rpo",
+            "anchored-dpo",
+            "dpo-gamma",
+            "flex-dpo",
+            "dpop",
+            "exo",
+            "discopop",
+            "mappo",
+        ),
+        *("f-dpo-forward-kl", "f-dpo-js", "f-dpo-alpha"),
     }
+    for name, entry in OBJECTIVES.items():
+        takes_none = entry.factor is not None or entry.constants is not None or not entry.bradley_terry
+        assert (refusal(name, entry) is not None) >= takes_none
 
 
 @pytest.mark.row("64")
@@ -196,9 +208,16 @@ def test_a_record_that_this_version_cannot_honour_is_refused():
 
 REFUSED = [
     *[(name, {"gamma": 0.1}, None, f"{name} has a factor of its own") for name in OBJECTIVES if "focal" in name],
-    *[(name, {"gamma": 0.1}, None, f"{name} has no Bradley-Terry form") for name in ("sft", "kto", "orpo")],
-    *[(name, {"gamma": 0.1}, None, f"{name} weighs pairs in its own way") for name in ("omni-dpo", "wpo")],
-    *[(name, {"form": "eq3", "gamma": 0.1}, None, f"eq3 does not go with {name}") for name in SMOOTHED],
+    *[(name, {"gamma": 0.1}, None, f"{name} has no Bradley-Terry form") for name in ("sft", "kto", "orpo", "repo")],
+    *[
+        (name, {"gamma": 0.1}, None, f"{name} has no Bradley-Terry form")
+        for name in ("ipo", "ipo-sum", "hinge", "sppo")
+    ],
+    *[
+        (name, {"gamma": 0.1}, None, f"{name} has weights or targets")
+        for name in ("omni-dpo", "wpo", "todo", *TARGETED)
+    ],
+    *[(name, {"form": "eq3", "gamma": 0.1}, None, f"eq3 does not go with {name}") for name in (*SMOOTHED, "exo")],
     ("dpo", {}, None, "focal.gamma: missing"),
     ("dpo", {"form": "eq3", "gamma": 1.01}, None, "gamma is 1.01"),
     ("dpo", {"gamma": 1.5}, None, r"1\.4427"),
