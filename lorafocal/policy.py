@@ -19,8 +19,11 @@ from lorafocal.data.packing import Pack
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm, install_head, scoring
 from lorafocal.model.master import arithmetic_of
+from lorafocal.model.trained_modules import plain_modules
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
+from lorafocal.ops.divergences import ComparedTokens, ReferenceRows, RowKeeper, against
+from lorafocal.ops.logps import OfRows
 
 
 def prepare_policy(model: nn.Module, *, layout: str = "packed") -> None:
@@ -69,16 +72,42 @@ def token_logps(model: nn.Module, pack: Pack, collisions: Tensor | None = None) 
 
     `collisions`, (N,), is overwritten with log sum_v pi_v^2 of each, which is never differentiated.
     """
+    return _scored(model, pack, collisions=collisions).reshape(-1)
+
+
+def compared_tokens(model: nn.Module, pack: Pack, reference: ReferenceRows) -> ComparedTokens:
+    """The same, with KL(reference || policy) at each of these tokens and the reference's log-probs, (N,) each."""
+    scored = _scored(model, pack, by=against(reference))
+    return ComparedTokens(*scored.reshape(-1, 3).unbind(-1))
+
+
+@torch.no_grad()
+def reference_rows(model: nn.Module, pack: Pack, *, other: bool = False) -> ReferenceRows:
+    """What `model` as it is now makes its logits of these tokens of, and its head.
+
+    `other`: it is not the model that they will be compared in, so weights that an engine splits are copied while they
+    are whole.
+    """
+    head = plain_modules(causal_lm(model).get_output_embeddings())
+    split = any(hasattr(weight, "ds_id") or hasattr(weight, "full_tensor") for weight in model.parameters())
+    keeper = RowKeeper(copies=split and (other or len(head) > 1))
+    _scored(model, pack, by=keeper)
+    return keeper.rows
+
+
+def _scored(model: nn.Module, pack: Pack, collisions: Tensor | None = None, by: OfRows | None = None) -> Tensor:
+    """What the head returns of the completion tokens, (1, N, ...)."""
     _check_prepared(model, pack)
     index, device, dtype = pack.index, pack.input_ids.device, compute_dtype(model)
     arguments = _arguments(model, pack)
     rows = None if "logits_to_keep" in arguments else index.positions
     with (
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
-        scoring(model, index.labels, rows, collisions),
+        scoring(model, index.labels, rows, collisions, by),
     ):
         output = model(**arguments)
-    return output.logits.reshape(-1)
+    logits: Tensor = output.logits
+    return logits
 
 
 def _check_prepared(model: nn.Module, pack: Pack) -> None:

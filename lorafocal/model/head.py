@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lorafocal.errors import InputError
 from lorafocal.model.trained_modules import plain_modules
-from lorafocal.ops.logps import LogitTransform, LogProbHead
+from lorafocal.ops.logps import LogitTransform, LogProbHead, OfRows
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -73,15 +73,19 @@ def logit_transform(base: PreTrainedModel) -> LogitTransform:
 
 @contextmanager
 def scoring(
-    model: nn.Module, labels: Tensor, rows: Tensor | None = None, collisions: Tensor | None = None
+    model: nn.Module,
+    labels: Tensor,
+    rows: Tensor | None = None,
+    collisions: Tensor | None = None,
+    by: OfRows | None = None,
 ) -> Iterator[None]:
     """Within, the model's `logits` are (1, N) log-probs of `labels`; `rows` picks hidden rows where the model can't.
 
-    `collisions`, (N,), is filled in beside them.
+    `collisions`, (N,), is filled in beside them. With `by` they are what it makes of the rows, (1, N, ...).
     """
     base = causal_lm(model)
     neutral = [(owner, name, _NEUTRAL[name]) for name, owner in _transforms(base).items()]
-    given = (("labels", labels), ("rows", rows), ("collisions", collisions))
+    given = (("labels", labels), ("rows", rows), ("collisions", collisions), ("by", by))
     asked = [(head, name, value) for head in plain_modules(base.get_output_embeddings()) for name, value in given]
     with ExitStack() as restore:
         for owner, name, value in (*neutral, *asked):

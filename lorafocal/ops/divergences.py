@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from lorafocal.memory import HEAD_CHUNK_ELEMENTS as CHUNK_ELEMENTS
-from lorafocal.ops.logps import Head, LogitTransform, add_product_, all_logps, chunks, first_order
+from lorafocal.ops.logps import Head, LogitTransform, OfRows, add_product_, all_logps, chunks, first_order
 
 _PLAIN = LogitTransform()
 
@@ -44,6 +44,35 @@ class ComparedTokens(NamedTuple):
     logps: Tensor  # (N,) of the labels under the policy
     divergences: Tensor  # (N,) KL(reference || policy)
     reference: Tensor  # (N,) of the labels under the reference
+
+
+class RowKeeper:
+    """Stands in a log-prob head's place (`logps.OfRows`) and keeps what it is called with; the log-probs are zeros."""
+
+    rows: ReferenceRows
+
+    def __init__(self, *, copies: bool) -> None:
+        """`copies`: of the head's weights too, which are there during the call alone."""
+        self.copies = copies
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+    ) -> Tensor:
+        if self.copies:
+            weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
+        self.rows = ReferenceRows(hidden.detach(), weight, bias, transform)
+        return hidden.new_zeros(len(labels))
+
+
+def against(reference: ReferenceRows) -> OfRows:
+    """Stands in a log-prob head's place: (N, 3), the columns of `ComparedTokens`."""
+
+    def compared(
+        hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+    ) -> Tensor:
+        return torch.stack(compare_tokens(hidden, weight, labels, reference, bias, transform), dim=-1)
+
+    return compared
 
 
 def token_divergences_plain(

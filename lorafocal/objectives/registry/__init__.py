@@ -8,5 +8,6 @@ from lorafocal.objectives.registry.judged import JUDGED
 from lorafocal.objectives.registry.pairs import PAIRS
 from lorafocal.objectives.registry.steps import STEPS
 from lorafocal.objectives.registry.tokens import TOKENS
+from lorafocal.objectives.registry.vocabulary import VOCABULARY
 
-OBJECTIVES: dict[str, Entry] = {**PAIRS, **AVERAGES, **JUDGED, **TOKENS, **STEPS}
+OBJECTIVES: dict[str, Entry] = {**PAIRS, **AVERAGES, **JUDGED, **TOKENS, **VOCABULARY, **STEPS}
