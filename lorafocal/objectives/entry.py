@@ -96,5 +96,19 @@ class Entry:
         more = (self.lengths, self.scores, self.collisions, self.divergences, self.token_weights, self.guide)
         return not any((*more, self.others, self.whole_step))
 
+    @property
+    def beyond_rows(self) -> str | None:
+        """What a pair's loss takes beside its row and its answers' log-probs and collisions, in words."""
+        found = {
+            "the other pairs of a step": self.whole_step,
+            "weights of single tokens": self.token_weights,
+            "divergences over the vocabulary": self.divergences,
+            "a guide": self.guide,
+            "further answers": self.others,
+            "embeddings of the prompts": self.embeddings,
+            "random numbers": self.draws,
+        }
+        return next((words for words, needed in found.items() if needed), None)
+
 
 BETA = Parameter(0.1, bounds.check_beta, "scale of the rewards, per nat; the paper trains with 0.01", stated=True)
