@@ -14,9 +14,15 @@ from lorafocal.objectives.factor import FORMS, in_words, refusal
 from lorafocal.objectives.focal import focal_weight, turning_point
 from tests.objectives.logps import LENGTHS, SCORES, made_up
 
-WRAPPED = [name for name, entry in OBJECTIVES.items() if refusal(name, entry) is None and not entry.whole_step]
+OWN_INPUTS = "whole_step", "divergences", "others"  # whose tests stand with their families
+WRAPPED = [
+    name
+    for name, entry in OBJECTIVES.items()
+    if refusal(name, entry) is None and not any(getattr(entry, each) for each in OWN_INPUTS)
+]
 SMOOTHED = ("cdpo", "robust-dpo")
-TARGETED = ("reward-aware-squared", "reward-aware-backward", "reward-aware-forward")
+WITHOUT_ODDS = ("sft", "kto", "orpo", "repo", "ipo", "ipo-sum", "hinge", "sppo", "sppo-hard")
+WEIGHTED = ("omni-dpo", "wpo", "todo", "reward-aware-squared", "reward-aware-backward", "reward-aware-forward")
 FAR = torch.cat((torch.linspace(-1e4, 1e4, 2001), torch.linspace(-200, 200, 4001)))
 NEAR = torch.linspace(-60, 30, 1801, dtype=torch.float64)
 
@@ -43,23 +49,12 @@ def fits(name: str, form: str) -> bool:
 def test_every_loss_with_a_bradley_terry_form_takes_a_factor():
     assert set(WRAPPED) >= {
         *("dpo", "cdpo", "robust-dpo", "h-dpo", "dpo-shift", "odpo", "simpo", "alphapo", "length-dpo", "dpo-norm"),
-        *(
-            "cpo",
-            "irpo",
-            "regularised-rpo",
-            "anchored-dpo",
-            "dpo-gamma",
-            "flex-dpo",
-            "dpop",
-            "exo",
-            "discopop",
-            "mappo",
-        ),
-        *("f-dpo-forward-kl", "f-dpo-js", "f-dpo-alpha"),
+        *("cpo", "irpo", "regularised-rpo", "anchored-dpo", "dpo-gamma", "flex-dpo", "dpop", "exo", "discopop"),
+        *("mappo", "f-dpo-forward-kl", "f-dpo-js", "f-dpo-alpha"),
     }
     for name, entry in OBJECTIVES.items():
-        takes_none = entry.factor is not None or entry.constants is not None or not entry.bradley_terry
-        assert (refusal(name, entry) is not None) >= takes_none
+        if entry.factor is not None or entry.constants is not None or not entry.bradley_terry:
+            assert refusal(name, entry)
 
 
 @pytest.mark.row("64")
@@ -208,15 +203,8 @@ def test_a_record_that_this_version_cannot_honour_is_refused():
 
 REFUSED = [
     *[(name, {"gamma": 0.1}, None, f"{name} has a factor of its own") for name in OBJECTIVES if "focal" in name],
-    *[(name, {"gamma": 0.1}, None, f"{name} has no Bradley-Terry form") for name in ("sft", "kto", "orpo", "repo")],
-    *[
-        (name, {"gamma": 0.1}, None, f"{name} has no Bradley-Terry form")
-        for name in ("ipo", "ipo-sum", "hinge", "sppo")
-    ],
-    *[
-        (name, {"gamma": 0.1}, None, f"{name} has weights or targets")
-        for name in ("omni-dpo", "wpo", "todo", *TARGETED)
-    ],
+    *[(name, {"gamma": 0.1}, None, f"{name} has no Bradley-Terry form") for name in WITHOUT_ODDS],
+    *[(name, {"gamma": 0.1}, None, f"{name} has weights or targets of its own") for name in WEIGHTED],
     *[(name, {"form": "eq3", "gamma": 0.1}, None, f"eq3 does not go with {name}") for name in (*SMOOTHED, "exo")],
     ("dpo", {}, None, "focal.gamma: missing"),
     ("dpo", {"form": "eq3", "gamma": 1.01}, None, "gamma is 1.01"),
