@@ -30,6 +30,7 @@ from lorafocal.model.quantized import LoadedBase
 from lorafocal.model.saved import WEIGHTS_FILE
 from lorafocal.publish import sha256
 from lorafocal.resume import MAY_CHANGE
+from lorafocal.schema import Reference
 from lorafocal.trainer import FocalPOTrainer
 
 LIBRARIES = (
@@ -64,6 +65,7 @@ def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mappin
         "reference_model": base_fingerprint(reference.model, revision=reference.revision)
         if reference is not None and reference.model is not None
         else None,
+        "reference_adapters": None if reference is None else _adapters_of(reference),
         "start_from": {"sha256": sha256(Path(start) / WEIGHTS_FILE)} if start is not None else None,
         "chat_template_sha256": _sha256(tokenizer.chat_template or ""),
         "data": {name: _part(part) for name, part in data.items()},
@@ -79,6 +81,14 @@ def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mappin
         "machine": {"gpus": torch.cuda.device_count(), "cuda": torch.version.cuda, "cpu_cores": os.cpu_count()},
         "may_change_on_resume": MAY_CHANGE,
     }
+
+
+def _adapters_of(reference: Reference) -> dict[str, str] | None:
+    """Digests of the finished adapters that a reference is made of, and the guide's; None without any."""
+    strategy = reference.strategy
+    places = {str(number): folder for number, folder in enumerate(strategy.folders, 1)}
+    places |= {"guide": strategy.guide} if strategy.guide is not None else {}
+    return {name: sha256(Path(folder) / WEIGHTS_FILE) for name, folder in places.items()} or None
 
 
 def against_recipe(config: Config) -> dict[str, Any] | None:
@@ -159,13 +169,27 @@ def _part(part: Part) -> dict[str, Any]:
         "sources": [asdict(source) for source in part.sources],
         "pairs": len(part.tokens.pairs),
         "left_out": {drop.reason: drop.count for drop in part.drops},
+        **({"steps": [asdict(step) for step in part.steps]} if part.steps else {}),
         "tokens_sha256": _tokens_sha256(part.tokens.pairs),
         "scores_sha256": _sha256([[p.score_chosen, p.score_rejected] for p in part.tokens.pairs]),
     }
 
 
 def _tokens_sha256(pairs: Sequence[TokenizedPair]) -> str:
-    return _sha256([[pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in pairs])
+    return _sha256(
+        [[pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, *_turns(pair), *_beside(pair)] for pair in pairs]
+    )
+
+
+def _turns(pair: TokenizedPair) -> list[Any]:
+    return [pair.chosen_turns, pair.rejected_turns] if pair.several_turns else []
+
+
+def _beside(pair: TokenizedPair) -> list[Any]:
+    """What a pair has beside its own tokens and scores: nothing, for most."""
+    others = [[other.prompt_ids, other.completion_ids, other.score] for other in pair.others]
+    beside = {"others": others, "group": pair.group, "embedding": pair.embedding}
+    return [{name: value for name, value in beside.items() if value}] if any(beside.values()) else []
 
 
 def read_manifest(run: Path) -> Mapping[str, Any]:

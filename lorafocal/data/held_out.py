@@ -14,17 +14,23 @@ from transformers import PreTrainedTokenizerBase
 from lorafocal.data.sources import Preference, read_preferences
 from lorafocal.data.templates import is_conversation
 from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
+from lorafocal.data.turns import is_sound
 from lorafocal.errors import InputError
 
 HELD_OUT_FILE = "held_out.jsonl"
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
+_TURNS = ("chosen_turns", "rejected_turns")  # of completions of several turns alone
 
 
 def write_held_out(path: Path, pairs: Iterable[TokenizedPair]) -> None:
-    """One JSON object a line: `{"id", "prompt_ids", "chosen_ids", "rejected_ids"}`."""
+    """One JSON object a line: `{"id", "prompt_ids", "chosen_ids", "rejected_ids"}`, with turns where there are several.
+
+    `chosen_turns` and `rejected_turns` are those of a `TokenizedPair`.
+    """
     with path.open("w", encoding="utf-8") as file:
         for pair in pairs:
             record = {"id": pair.id} | {side: list(getattr(pair, side)) for side in _SIDES}
+            record |= {side: turns for side in _TURNS if (turns := getattr(pair, side)) is not None}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -106,4 +112,12 @@ def _pair(record: object, where: str) -> TokenizedPair:
         ids = record.get(side)
         if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
             raise InputError(f"{where}: {side} must be a list of at least one token id.")
-    return TokenizedPair(record["id"], *(record[side] for side in _SIDES))
+    turns = {side: record[side] for side in _TURNS if record.get(side) is not None}
+    for side, told in turns.items():
+        known = isinstance(told, list) and all(type(turn) is int for turn in told)
+        if not known or not is_sound(record[side.replace("turns", "ids")], told):
+            raise InputError(
+                f"{where}: {side} must give each token its turn: 0 first, then numbers that rise by one at most, -1"
+                " between turns for what is not scored."
+            )
+    return TokenizedPair(record["id"], *(record[side] for side in _SIDES), **turns)

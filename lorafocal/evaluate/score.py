@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorafocal.bounds import check_beta
 from lorafocal.data.held_out import load_pairs
+from lorafocal.data.leave_out import digest
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
@@ -37,6 +38,7 @@ from lorafocal.reference import DisabledAdapterReference
 PACKS = PairCollator()
 _WIDEST = len("rewards/accuracies_where_wrong")
 _CHES = ("ches", "ches_normalised")
+_IF_KNOWN = (*_CHES, "digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class PairScore:
     rejected_reward: float | None = None
     ches: float | None = None
     ches_normalised: float | None = None
+    digest: str | None = None  # of the pair's texts, where rows were scored: data.steps joins by it
 
     @property
     def margin(self) -> float | None:
@@ -63,9 +66,9 @@ class PairScore:
         return self.chosen_reward - self.rejected_reward
 
     def as_dict(self) -> dict[str, Any]:
-        """The columns of a table; those of CHES only where it was measured."""
+        """The columns of a table; CHES and digest only where they are known."""
         columns = {**asdict(self), "margin": self.margin}
-        return {name: value for name, value in columns.items() if value is not None or name not in _CHES}
+        return {name: value for name, value in columns.items() if value is not None or name not in _IF_KNOWN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +191,8 @@ def pair_scores(
     return [
         PairScore(
             id=pair.id,
-            chosen_tokens=len(pair.chosen_ids),
-            rejected_tokens=len(pair.rejected_ids),
+            chosen_tokens=pair.scored_tokens[0],
+            rejected_tokens=pair.scored_tokens[1],
             **{name: values[row] for name, values in columns.items()},
         )
         for row, pair in enumerate(pairs)
@@ -255,7 +258,11 @@ def score_pairs(
     measured = _measured(subject, loaded.pairs, ches=ches)
     against = measured.own if compared is None else _measured(compared, loaded.pairs).policy
     beta = _trained_beta(subject) if beta is None else beta
-    scores = pair_scores(loaded.pairs, measured.policy, against, beta, measured.ches)
+    digests = {row.id: digest(row) for row in loaded.rows}
+    scores = [
+        replace(score, digest=digests.get(score.id))
+        for score in pair_scores(loaded.pairs, measured.policy, against, beta, measured.ches)
+    ]
     report = ScoreReport(subject.name, beta, scores, loaded.left_out, _objective_of_margins(subject))
     return ScoredPairs(report, loaded.pairs, subject)
 
@@ -285,7 +292,7 @@ def compared_with(subject: Subject, reference: str, *, base: str | None = None) 
 def is_its_own_reference(subject: Subject) -> bool:
     """Whether it is an adapter that was trained against its base, or whose training is not known."""
     saved = subject.saved
-    return saved is not None and (saved.lineage is None or saved.lineage.reference == "disabled_adapter")
+    return saved is not None and (saved.lineage is None or saved.lineage.reference_kind == "disabled_adapter")
 
 
 def _is_adapter(target: str) -> bool:

@@ -15,6 +15,7 @@ from peft.tuners.lora import initialize_lora_eva_weights
 from torch import Tensor
 
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.turns import scored
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import widen_adapters
 from lorafocal.model.dora import reset_magnitudes
@@ -79,7 +80,7 @@ def _batches(pairs: Sequence[TokenizedPair], tokens: int, *, seed: int) -> list[
 
 
 def _answer_tokens(pairs: Sequence[TokenizedPair]) -> int:
-    return sum(len(pair.chosen_ids) for pair in pairs)
+    return sum(pair.scored_tokens[0] for pair in pairs)
 
 
 def _padded(pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
@@ -94,7 +95,8 @@ def _padded(pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
         prompt, stop = len(pair.prompt_ids), len(pair.prompt_ids) + len(pair.chosen_ids)
         batch["input_ids"][row, :stop] = torch.tensor([*pair.prompt_ids, *pair.chosen_ids])
         batch["attention_mask"][row, :stop] = 1
-        batch["labels"][row, prompt:stop] = batch["input_ids"][row, prompt:stop]
+        rows = [*scored(range(prompt, stop), pair.chosen_turns)]
+        batch["labels"][row, rows] = batch["input_ids"][row, rows]
     return batch
 
 

@@ -155,7 +155,7 @@ def compare(
     drift is measured against the effect it threatens. The last term is float32 rounding, so that an adapter
     that learned nothing can be merged exactly and passes.
     """
-    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    tokens = sum(sum(pair.scored_tokens) for pair in pairs)
     drift = _sequences(merged) - _sequences(live)
     live_margin, merged_margin = _margins(live, reference), _margins(merged, reference)
     margin_drift = (merged_margin - live_margin).abs()

@@ -162,8 +162,8 @@ def _measured(model: PreTrainedModel, merge: MergeReport, form: str) -> GateRepo
     """Log-probs as whoever loads the folder gets them; bitsandbytes says at each layer that int8 rounds its inputs."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     evidence: GateEvidence = merge.evidence
-    chosen = [verify.logp(model, list(pair.prompt_ids), list(pair.chosen_ids)) for pair in evidence.pairs]
-    rejected = [verify.logp(model, list(pair.prompt_ids), list(pair.rejected_ids)) for pair in evidence.pairs]
+    chosen = [verify.logp(model, [*p.prompt_ids], [*p.chosen_ids], p.chosen_turns) for p in evidence.pairs]
+    rejected = [verify.logp(model, [*p.prompt_ids], [*p.rejected_ids], p.rejected_turns) for p in evidence.pairs]
     report = compare(
         evidence.pairs,
         live=evidence.live,

@@ -98,7 +98,8 @@ def run_gate(folder: Path, dtype: str | None) -> int:
     if not 0 < gate["max_drift"] < 1:
         raise Refused(f"gate.json allows a drift of {gate['max_drift']} of the learned effect, which is no gate")
     model = load(folder / "merged", *place(folder, gate, dtype))
-    found = [logp(model, row["prompt_ids"], row[answer]) for row in rows for answer in ("chosen_ids", "rejected_ids")]
+    sides = [(row, side) for row in rows for side in ("chosen", "rejected")]
+    found = [logp(model, row["prompt_ids"], row[f"{side}_ids"], row.get(f"{side}_turns")) for row, side in sides]
 
     learned, drift = rms(differences(live, reference)), rms(differences(found, live))
     limit = gate["max_drift"] * learned + NOISE * rms(live)
@@ -172,14 +173,16 @@ def door(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
 
 
-def logp(model: Any, prompt: list[int], completion: list[int]) -> float:
-    """The summed log-prob of the completion's tokens after the prompt, in nats."""
+def logp(model: Any, prompt: list[int], completion: list[int], turns: list[int] | None = None) -> float:
+    """The summed log-prob of the completion's tokens after the prompt, in nats; not of those whose turn is -1."""
     import torch
 
     ids = torch.tensor([prompt + completion], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    return -float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
+    wanted = ids[0, len(prompt) :]
+    wanted = wanted.masked_fill(torch.tensor(turns or [0] * len(wanted), device=model.device) < 0, -100)
+    return -float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
 
 
 def rms(values: Sequence[float]) -> float:

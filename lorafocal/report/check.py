@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -19,6 +20,7 @@ from lorafocal.data.packing import fill_bins
 from lorafocal.data.places import printable
 from lorafocal.data.prepare import Drop, Part, SourceSummary, check_sources, prepare_data, template_notes
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.turns import CONTEXT, Turns
 from lorafocal.memory import MAX_TOKENS
 from lorafocal.model.load import load_tokenizer
 
@@ -71,6 +73,8 @@ class ShownPair:
     prompt: tuple[str, ...]
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
+    chosen_context: tuple[int, ...] = ()  # places of what is read and not scored, between several turns
+    rejected_context: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,7 @@ def check_data(config: Config) -> CheckReport:
     """Read and tokenise as `train` would, and report. Raises InputError as `train` would."""
     check_sources(config.data)
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    data = prepare_data(config.data, tokenizer, scored=config.objective.entry.scores)
+    data = prepare_data(config.data, tokenizer, objective=config.objective.entry)
     parts = tuple(check_part(name, part, config) for name, part in data.items())
     notes = [note for part in parts for note in part_notes(part)]
     notes += template_notes(data, config.data, tokenizer)
@@ -155,7 +159,7 @@ def quantiles(lengths: Sequence[int]) -> dict[str, float]:
 
 def length_bias(pairs: Sequence[TokenizedPair]) -> LengthBias:
     """Whether the chosen answers are simply the longer ones."""
-    differences = [len(pair.chosen_ids) - len(pair.rejected_ids) for pair in pairs]
+    differences = [chosen - rejected for chosen, rejected in (pair.scored_tokens for pair in pairs)]
     return LengthBias(
         sum(difference > 0 for difference in differences) / len(pairs),
         sum(difference == 0 for difference in differences) / len(pairs),
@@ -221,7 +225,19 @@ def shown_pair(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBas
                 waiting = []
         return (*shown, tokenizer.decode(waiting)) if waiting else tuple(shown)
 
-    return ShownPair(pair.id, texts(pair.prompt_ids), texts(pair.chosen_ids), texts(pair.rejected_ids))
+    def told(ids: Sequence[int], turns: Turns) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Texts run by run, and the places of those that are not scored."""
+        shown: list[str] = []
+        context: list[int] = []
+        for turn, run in groupby(zip(ids, turns or [0] * len(ids), strict=True), key=lambda token: token[1]):
+            new = texts([token for token, _ in run])
+            context += range(len(shown), len(shown) + len(new)) if turn == CONTEXT else ()
+            shown += new
+        return tuple(shown), tuple(context)
+
+    chosen, chosen_context = told(pair.chosen_ids, pair.chosen_turns)
+    rejected, rejected_context = told(pair.rejected_ids, pair.rejected_turns)
+    return ShownPair(pair.id, texts(pair.prompt_ids), chosen, rejected, chosen_context, rejected_context)
 
 
 # ---- as text
@@ -257,10 +273,17 @@ def pair_text(pair: ShownPair) -> str:
         [
             f"one pair as the model reads it ({pair.id}); the tokens between ⟦ and ⟧ are scored",
             "prompt    " + shortened("".join(pair.prompt)),
-            "chosen    ⟦" + shortened("".join(pair.chosen)) + "⟧",
-            "rejected  ⟦" + shortened("".join(pair.rejected)) + "⟧",
+            "chosen    " + bracketed(pair.chosen, pair.chosen_context),
+            "rejected  " + bracketed(pair.rejected, pair.rejected_context),
         ]
     )
+
+
+def bracketed(tokens: Sequence[str], context: Sequence[int]) -> str:
+    """A completion with marks around what is scored of it."""
+    runs = groupby(enumerate(tokens), key=lambda token: token[0] in context)
+    texts = [(unscored, shortened("".join(text for _, text in run))) for unscored, run in runs]
+    return "".join(text if unscored else f"⟦{text}⟧" for unscored, text in texts)
 
 
 def shortened(text: str, limit: int = 600) -> str:

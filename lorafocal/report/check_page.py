@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from html import escape
 from pathlib import Path
 
@@ -89,8 +89,11 @@ def pair_section(pair: ShownPair) -> str:
     """One pair as the model reads it, the scored tokens marked one by one."""
     prompt = shown("".join(pair.prompt))
     answers = [
-        f'<div class="pair">{prompt}{marked(tokens, kind)}</div>'
-        for tokens, kind in ((pair.chosen, "scored"), (pair.rejected, "scored rejected"))
+        f'<div class="pair">{prompt}{marked(tokens, kind, context)}</div>'
+        for tokens, kind, context in (
+            (pair.chosen, "scored", pair.chosen_context),
+            (pair.rejected, "scored rejected", pair.rejected_context),
+        )
     ]
     return html.section(
         "One pair as the model reads it",
@@ -102,9 +105,12 @@ def pair_section(pair: ShownPair) -> str:
     )
 
 
-def marked(tokens: Iterable[str], kind: str) -> str:
-    """Each token in a mark of its own."""
-    return "".join(f'<span class="{kind}">{shown(token)}</span>' for token in tokens)
+def marked(tokens: Iterable[str], kind: str, context: Container[int] = ()) -> str:
+    """Each token in a mark of its own, but those at the places of `context`."""
+    return "".join(
+        shown(token) if place in context else f'<span class="{kind}">{shown(token)}</span>'
+        for place, token in enumerate(tokens)
+    )
 
 
 def shown(token: str) -> str:

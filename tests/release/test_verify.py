@@ -228,6 +228,6 @@ def test_papers_that_no_export_writes_fail_in_one_line(bundle: Path, capsys: pyt
 
 def test_it_is_short_enough_to_be_read_and_imports_nothing_of_ours() -> None:
     source = Path(verify.__file__).read_text()
-    assert len(source.splitlines()) <= 215
+    assert len(source.splitlines()) <= 218
     assert "import lorafocal" not in source
     assert "from lorafocal" not in source
