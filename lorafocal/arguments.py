@@ -16,13 +16,20 @@ from lorafocal.compatibility import offload_refusal
 from lorafocal.data.packing import LAYOUTS
 from lorafocal.errors import InputError
 from lorafocal.memory import TIERS
-from lorafocal.objectives import OBJECTIVES, PARAMETERS, Objective, build_objective, entry_of, python_name
+from lorafocal.objectives import OBJECTIVES, PARAMETERS, Entry, Objective, build_objective, entry_of, python_name
 from lorafocal.objectives.factor import FORMS
 from lorafocal.optimizers import check_device
 from lorafocal.reference import REFERENCES
+from lorafocal.references.strategy import KEYS, Strategy, misfits, refusals, strategy_of, with_defaults
 from lorafocal.training_fields import check_training_fields, classify, forced_values
 
-_OF_THE_OBJECTIVE = (*map(python_name, PARAMETERS), "reference", "identity_probe", "reference_store")
+# Fields of the reference's strategy, by what a config calls them in its section `reference`.
+_OF_THE_STRATEGY = {
+    "reference": "kind",
+    **{f"reference_{key}": key for key in (*KEYS, "guide")},
+}
+_OF_THE_REFERENCE = (*_OF_THE_STRATEGY, "identity_probe", "reference_store")
+_OF_THE_OBJECTIVE = (*map(python_name, PARAMETERS), *_OF_THE_REFERENCE)
 
 # Words that people bring along from TRL's DPOConfig and DPOTrainer.
 _CONFIG_WORDS_OF_TRL = {
@@ -74,11 +81,11 @@ class FocalPOConfig(_Parameters):
 
     objective (`lorafocal.objectives.OBJECTIVES`: "focalpo", "dpo", ..., "sft" on the chosen answers) and its
     parameters, as beta and gamma (`lambda` is `lambda_` here); focal, a factor around it, and guard; pairs_per_step,
-    the one batch size, over all processes; max_length, truncation and what else tokenises rows (pairs that are
-    tokenised already are taken as they are); layout, tokens_per_pack and recompute, which change memory and speed and
-    never the result, like the kernels (adapter_kernels, elementwise_kernels, compile_layers); engine and offload,
-    which say how processes share a model; reference, reference_store and identity_probe; allow_dropout;
-    loraplus_lr_ratio.
+    the one batch size, over all processes; keep_order; max_length, truncation and what else tokenises rows (pairs that
+    are tokenised already are taken as they are); layout, tokens_per_pack and recompute, which change memory and speed
+    and never the result, like the kernels (adapter_kernels, elementwise_kernels, compile_layers); engine and offload,
+    which say how processes share a model; reference, what belongs to its kind (reference_adapter and further ones,
+    `lorafocal.references.strategy`), reference_store and identity_probe; allow_dropout; loraplus_lr_ratio.
 
     Parameters, reference and identity_probe are None where the objective has none of them, and get the defaults of the
     objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
@@ -94,6 +101,7 @@ class FocalPOConfig(_Parameters):
         default=None, metadata={"help": "clip: no gradient for pairs that a focal factor would push the wrong way"}
     )
     pairs_per_step: int = field(default=64, metadata={"help": "pairs of one optimiser step, over all processes"})
+    keep_order: bool = field(default=False, metadata={"help": "train in the data's order in every epoch, unshuffled"})
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and one completion"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; for truncation=recipe alone"})
     truncation: str = field(
@@ -119,7 +127,29 @@ class FocalPOConfig(_Parameters):
     elementwise_kernels: str = field(default="torch", metadata={"help": "torch, or triton on a GPU"})
     compile_layers: bool = field(default=False, metadata={"help": "torch.compile of the decoder layers"})
     reference: str | None = field(
-        default=None, metadata={"help": "disabled_adapter (the default), frozen_copy, separate_model or cached"}
+        default=None, metadata={"help": f"one of {', '.join(REFERENCES)}; None: disabled_adapter"}
+    )
+    reference_adapter: str | None = field(
+        default=None, metadata={"help": "folder of a finished adapter on the same base, for reference=adapter"}
+    )
+    reference_every: int | None = field(
+        default=None, metadata={"help": "optimiser steps between two moves of reference=moving (512)"}
+    )
+    reference_mixing: float | None = field(
+        default=None, metadata={"help": "the policy's share of a reference=moving that has moved; 1 (a copy)"}
+    )
+    reference_members: list[str] | None = field(
+        default=None, metadata={"help": "of reference=several: base, or folders of adapters; the first is the main one"}
+    )
+    reference_combine: str | None = field(default=None, metadata={"help": "harmonic (MRPO) or geometric (INPO)"})
+    reference_weights: Any = field(
+        default=None, metadata={"help": "of reference=several: a number each, or adaptive (harmonic's default)"}
+    )
+    reference_clip: float | None = field(
+        default=None, metadata={"help": "share by which others may differ from the first member (harmonic; 0.1)"}
+    )
+    reference_guide: str | None = field(
+        default=None, metadata={"help": "folder of one more adapter, for objectives that ask for its log-probs"}
     )
     reference_store: str | None = field(
         default=None, metadata={"help": "folder of stored reference log-probs (references), for reference=cached"}
@@ -209,7 +239,7 @@ class FocalPOConfig(_Parameters):
         entry = entry_of(self.objective)
         has = {*map(python_name, entry.parameters)}
         if entry.reference:
-            has |= {"reference", "identity_probe", "reference_store"}
+            has |= {*_OF_THE_REFERENCE}
         stray = [name for name in _OF_THE_OBJECTIVE if name not in has and getattr(self, name) is not None]
         if stray:
             raise InputError(f"{self.objective} has no {' and no '.join(stray)}, which would be ignored: leave it out")
@@ -219,6 +249,7 @@ class FocalPOConfig(_Parameters):
             self.reference = self.reference or "disabled_adapter"
             if self.reference not in REFERENCES:
                 raise InputError(f"reference is {self.reference!r}; choose one of {', '.join(REFERENCES)}")
+            self._settle_strategy(entry)
             if self.identity_probe is None:
                 self.identity_probe = REFERENCES[self.reference].starts_as_policy
             if self.reference_store is not None and self.reference != "cached":
@@ -227,6 +258,20 @@ class FocalPOConfig(_Parameters):
                 )
             if self.reference == "cached":
                 self.reference_store = self.reference_store or "references"
+
+    def _settle_strategy(self, entry: Entry) -> None:
+        """Defaults of the reference's kind; refuse what belongs to another, and what the objective has no room for."""
+        values = with_defaults({key: getattr(self, name) for name, key in _OF_THE_STRATEGY.items()})
+        names = {key: name for name, key in _OF_THE_STRATEGY.items()}
+        if wrong := [f"{names[key]}: {why}" for key, why in (*misfits(values), *refusals(values, entry))]:
+            raise InputError("\n  ".join(["FocalPOConfig:", *wrong]))
+        for name, key in _OF_THE_STRATEGY.items():
+            setattr(self, name, values[key])
+
+    @property
+    def strategy(self) -> Strategy:
+        """What the policy is compared with, and by which guide."""
+        return strategy_of({key: getattr(self, name) for name, key in _OF_THE_STRATEGY.items()})
 
     def _given(self) -> dict[str, Any]:
         """Inherited fields away from their default: what somebody chose."""

@@ -18,7 +18,9 @@ from pydantic_core import ErrorDetails
 
 from lorafocal.errors import InputError
 from lorafocal.objectives import python_name, unknown
+from lorafocal.references.strategy import KEYS
 from lorafocal.schema import WORDED, Adapter, Config, Reference, Source
+from lorafocal.schema.steps import keeps_order
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml, parse_yaml
 
@@ -164,6 +166,7 @@ def training_arguments(config: Config) -> dict[str, Any]:
         "focal": objective.focal and objective.focal.model_dump(),
         "guard": objective.guard,
         "reference": reference and reference.kind,
+        **({} if reference is None else _strategy(reference)),
         "reference_store": reference.store if reference is not None and reference.kind == "cached" else None,
         "identity_probe": reference and _identity_probe(reference),
         "max_length": config.data.max_length,
@@ -180,6 +183,7 @@ def training_arguments(config: Config) -> dict[str, Any]:
         "engine": config.engine and config.engine.kind,
         "offload": config.engine and config.engine.offload,
         "pairs_per_step": training.pairs_per_step,
+        "keep_order": keeps_order(config.data.steps) or None,
         "loraplus_lr_ratio": training.loraplus_lr_ratio,
         "seed": training.seed,
         "data_seed": training.data_seed,
@@ -191,6 +195,11 @@ def training_arguments(config: Config) -> dict[str, Any]:
             training.warmup_ratio
         )  # below 1 it is a share of all steps, in transformers 5.5 and later
     return arguments
+
+
+def _strategy(reference: Reference) -> dict[str, Any]:
+    """What belongs to the reference's kind, and the guide, by the names of `FocalPOConfig`."""
+    return {f"reference_{key}": getattr(reference, key) for key in (*KEYS, "guide")}
 
 
 def _identity_probe(reference: Reference) -> bool | None:

@@ -42,6 +42,7 @@ from lorafocal.trainer import FocalPOTrainer
 CONFIG_FILE = "config.yaml"
 ADAPTER_DIR, MODEL_DIR = "adapter", "model"  # what a run makes, by adapters or at full parameters
 SWEEP_FILE = "sweep.json"  # a folder of runs that belong together, no run's own
+STAGES_FILE = "stages.json"  # the same of stages
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
 
 Callbacks = Callable[[Config, FocalPOTrainer, Mapping[str, Part]], Sequence[TrainerCallback]]
@@ -96,6 +97,8 @@ def train(
     """
     if config.evaluation is not None and callbacks is no_callbacks:
         raise InputError("evaluation: nobody answers; give run.train `callbacks=lorafocal.evaluate.during.callbacks`")
+    if config.stages is not None:
+        raise InputError("stages: one run is one stage; `lorafocal.stages.train_stages` trains one after the other")
     say = _speaker(quiet)
     folder = run_folder(runs_dir, config.name)
     _check_folder(folder, resume)
@@ -147,8 +150,9 @@ def train(
 def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = False) -> CacheReport:
     """Compute and store the reference log-probs that a run of `config` looks up, as far as the store lacks them.
 
-    With `per_token` those of each token too. Nothing is trained, so each process holds the whole model, and one will do
-    whatever the engine. Raises InputError where the config keeps none, or its input is wrong.
+    With `per_token`, and where the objective weighs tokens, those of each token too. Nothing is trained, so each
+    process holds the whole model, and one will do whatever the engine. Raises InputError where the config keeps none,
+    or its input is wrong.
     """
     if not config.objective.entry.reference:
         raise InputError(
@@ -184,7 +188,7 @@ def _tokenized(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTo
         other, revision = config.reference.model, config.reference.revision
         check_same_tokens(tokenizer, load_tokenizer(other, revision, key="reference.model"), other)
     with launch.main_process_first():
-        data = prepare_data(config.data, tokenizer, scored=config.objective.entry.scores)
+        data = prepare_data(config.data, tokenizer, objective=config.objective.entry)
     for name, part in data.items():
         say(f"{name}: {part}")
     for note in template_notes(data, config.data, tokenizer):
@@ -200,6 +204,11 @@ def check_places(config: Config) -> None:
             check_place(config.reference.model)
         except InputError as error:
             raise InputError(f"reference.model: {error}") from error
+    if config.reference is not None:
+        strategy = config.reference.strategy
+        for key, folder in (*(("adapter or members", f) for f in strategy.folders), ("guide", strategy.guide)):
+            if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
+                raise InputError(f"reference.{key}: {folder} holds no adapter_config.json; name a finished adapter")
     start = None if config.adapter is None else config.adapter.start_from
     if start is not None and not (Path(start) / "adapter_config.json").is_file():
         raise InputError(
@@ -238,6 +247,8 @@ def _check_folder(folder: Path, resume: bool) -> None:
             f"{folder} holds a sweep: give another `name`; to go on with one of its runs, train its config.yaml with"
             f" --runs {folder} --resume"
         )
+    if (folder / STAGES_FILE).exists():
+        raise InputError(f"{folder} holds a run of several stages: give another `name`, or say `stages` to go on")
     taken = (folder / MANIFEST_FILE).exists()
     if taken and not resume:
         raise InputError(f"{folder} already holds a run: go on with it by --resume, or give another `name`")

@@ -25,7 +25,7 @@ def shuffled(num_pairs: int, seed: int, epoch: int) -> list[int]:
 class StepSampler(Sampler[list[int]]):
     """One list of indices an optimiser step: this rank's share of the step's pairs, possibly empty.
 
-    The last step of an epoch is short. `seed` None keeps the data's order (evaluation).
+    The last step of an epoch is short. `seed` None keeps the data's order (evaluation, and data that a step ordered).
     """
 
     def __init__(

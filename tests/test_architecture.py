@@ -31,14 +31,14 @@ FLOORS = {
     2: "policy reference comparison probes caching",
     3: "arguments assembly budget callbacks engines trainer saving optimizers sampler checkpoint health interrupt"
     " resume progress manifest run",
-    4: "generation endpoints release evaluate report rehearsal plan sweep chat provenance",
+    4: "generation endpoints release evaluate report rehearsal plan sweep stages chat provenance",
     5: "cli compat __init__ __main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 
 # These answer before the heavy libraries are loaded: `lorafocal --help`, and a config's errors.
 LIGHT_FILES = (
-    "errors config schema/__init__ schema/sections schema/training schema/mistakes values yaml12 training_fields bounds"
+    "errors config schema/__init__ schema/sections schema/training schema/mistakes schema/steps values yaml12 training_fields bounds"
     " compatibility launch memory/__init__ hardware recipes objectives/__init__ __init__"
     " __main__ cli/__init__ cli/options cli/training cli/results cli/evaluation"
     " cli/generation cli/judging cli/servers"

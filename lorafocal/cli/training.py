@@ -85,10 +85,11 @@ def train(
         done = provenance.reproduce(checked, repro, resume=resume, quiet=quiet, runs_dir=runs)
         summary, said = done.summary, str(done)
     else:
-        from lorafocal import run
+        from lorafocal import run, stages
         from lorafocal.evaluate.during import callbacks
 
-        summary = run.train(checked, resume=resume, quiet=quiet, runs_dir=runs, callbacks=callbacks)
+        begin = run.train if checked.stages is None else stages.train_stages
+        summary = begin(checked, resume=resume, quiet=quiet, runs_dir=runs, callbacks=callbacks)
         said = str(summary)
     if launch.is_main():
         typer.echo(said)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorafocal.data.places import OnBadRow
 from lorafocal.data.readers import EXTENSIONS, extension_of
-from lorafocal.data.sources import Preferences, preferences_from_rows, read_preferences
+from lorafocal.data.sources import Pairing, Preferences, preferences_from_rows, read_preferences
 from lorafocal.errors import InputError
 
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
@@ -27,13 +27,14 @@ def read_source(
     revision: str | None = None,
     split: str | None = None,
     on_bad_row: OnBadRow = "error",
+    pairing: Pairing | None = None,
 ) -> Preferences:
     """Preferences of a file, or of a data set of the hub (`owner/name`) at a commit.
 
     What exists, or ends in a known extension, is a file. `revision` (40 hex digits) is needed for the hub, `split`
     (default train) may be given there; with a file both are refused. The rest is as in `read_preferences`.
     """
-    how: dict[str, Any] = {"form": form, "columns": columns, "on_bad_row": on_bad_row}
+    how: dict[str, Any] = {"form": form, "columns": columns, "on_bad_row": on_bad_row, "pairing": pairing}
     if not is_hub_id(source):
         stray = [name for name, value in (("revision", revision), ("split", split)) if value is not None]
         if stray:

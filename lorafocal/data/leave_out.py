@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lorafocal.data.hygiene import key, where
 from lorafocal.data.places import BadRow, printable
 from lorafocal.data.sources import Preference, nearest
+from lorafocal.data.steps.flip import swapped
 from lorafocal.errors import InputError
 
 REASON = "in_leave_out"
@@ -65,15 +66,19 @@ def read_list(path: Path) -> list[Named]:
     return named
 
 
-def named_pairs(path: Path, train: Sequence[Preference], held_out: Iterable[Preference]) -> list[Preference]:
+def named_pairs(
+    path: Path, train: Sequence[Preference], held_out: Iterable[Preference], *, flips: bool = False
+) -> list[Preference]:
     """The training pairs that the list names, in the order of the data.
+
+    Where the run `flips` pairs, a list may have been made of what it was trained on, with the answers exchanged.
 
     Raises InputError naming the line for an id that no training pair has or whose texts are others now, and where no
     pair would be left.
     """
     pairs = {pair.id: pair for pair in train}
     kept_back = {pair.id for pair in held_out} - pairs.keys()
-    ids = {_checked(named, path, pairs, kept_back) for named in read_list(path)}
+    ids = {_checked(named, path, pairs, kept_back, flips) for named in read_list(path)}
     if len(ids) == len(pairs):
         raise InputError(f"data.leave_out: {path} names all {len(pairs)} training pairs; leave some to train on")
     return [pair for pair in train if pair.id in ids]
@@ -84,7 +89,7 @@ def bad_row(pair: Preference, path: Path) -> BadRow:
     return BadRow(where(pair), REASON, f"{path.name} names them (data.leave_out)")
 
 
-def _checked(named: Named, path: Path, pairs: Mapping[str, Preference], kept_back: Collection[str]) -> str:
+def _checked(named: Named, path: Path, pairs: Mapping[str, Preference], kept_back: Collection[str], flips: bool) -> str:
     """The id of the one pair that a line names."""
     shown = named.id if len(named.id) <= _SHOWN else f"{named.id[:_SHOWN]}..."
     place = f"data.leave_out: {path}, line {named.line}: {printable(shown)!r}"
@@ -96,7 +101,7 @@ def _checked(named: Named, path: Path, pairs: Mapping[str, Preference], kept_bac
             f"{place} names no training pair (a row that is left out for another reason is none); remove the line, or"
             f" correct it: {nearest(shown, pairs)}"
         )
-    if named.digest not in (None, digest(pair)):
+    if named.digest not in (None, digest(pair), *([digest(swapped(pair))] if flips else [])):
         raise InputError(
             f"{place} is another pair now than when the list was written (it is {where(pair)}): the rows have changed"
             " since. Make the list again, or give the rows ids of their own"

@@ -12,14 +12,20 @@ from transformers import PreTrainedTokenizerBase
 from lorafocal.data import leave_out
 from lorafocal.data.cache import cached_tokenization, default_folder
 from lorafocal.data.hub import check_revision, is_hub_id, read_source
-from lorafocal.data.hygiene import clean, drop_overlap, drop_unranked
-from lorafocal.data.mixture import join, split_held_out, weigh
+from lorafocal.data.hygiene import clean, drop_overlap, drop_unranked, where
+from lorafocal.data.mixture import grouped_by_source, join, split_held_out, weigh
+from lorafocal.data.needs import check_columns
 from lorafocal.data.places import BadRow, OnBadRow
-from lorafocal.data.sources import Preference, Preferences
+from lorafocal.data.ranked import pairing_of
+from lorafocal.data.sources import Pairing, Preference, Preferences
+from lorafocal.data.steps.apply import apply_steps
+from lorafocal.data.steps.outcome import StepDone
 from lorafocal.data.templates import Renderer, is_conversation
 from lorafocal.data.tokens import EXAMPLES_PER_REASON, REMEDIES, TokenizedData, tokenize_preferences
 from lorafocal.errors import InputError
+from lorafocal.objectives import Entry
 from lorafocal.schema import Data, Source
+from lorafocal.schema.steps import Step
 
 # Left out because `data.truncation` or `data.leave_out` says so, not for being bad.
 ASKED_FOR = ("overlong", "prompt_fills_length", leave_out.REASON)
@@ -57,6 +63,7 @@ class Part:
     preferences: list[Preference]
     bad_rows: list[BadRow]  # left out by reading and cleaning; what tokenising drops is in `tokens`
     tokens: TokenizedData
+    steps: tuple[StepDone, ...] = ()  # what was done to them, of `data.steps`
 
     @property
     def drops(self) -> tuple[Drop, ...]:
@@ -83,6 +90,7 @@ class Part:
         """For the notes of a run: what was read, what is used, what was left out and why."""
         read = "; ".join(f"{source.name} ({source.form}, {source.pairs} read)" for source in self.sources)
         lines = [f"{len(self.tokens.pairs)} pairs, from {read}", *(f"  left out: {drop}" for drop in self.drops)]
+        lines += [f"  step {number}, {step}" for number, step in enumerate(self.steps, start=1)]
         return "\n".join(lines)
 
 
@@ -103,6 +111,7 @@ class _Rows:
     source_of: dict[str, int]
     weights: list[float]
     left_out: frozenset[str] = frozenset()  # ids that a list names: told among the bad rows, gone once weighted
+    steps: tuple[StepDone, ...] = ()
 
 
 def template_notes(parts: Mapping[str, Part], section: Data, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -136,6 +145,12 @@ def check_sources(section: Data) -> None:
     """Look for the files before anything else is loaded: it costs nothing. Raises InputError naming the key."""
     if section.leave_out is not None:
         leave_out.read_list(Path(section.leave_out))
+    for number, step in enumerate(section.steps or ()):
+        scores = getattr(step.settings, "scores", None) if step.flip is None else None
+        if scores is not None and not Path(scores).is_file():
+            raise InputError(
+                f"data.steps.{number}.{step.name}.scores: {scores} is no file; score the training pairs first"
+            )
     for name in ("train", "eval"):
         for source in section.sources(name):
             if is_hub_id(source.path):
@@ -144,16 +159,21 @@ def check_sources(section: Data) -> None:
                 raise InputError(f"data.{name}: {source.path} does not exist; it names a file of preference rows")
 
 
-def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: str | None = None) -> dict[str, Part]:
+def prepare_data(
+    section: Data, tokenizer: PreTrainedTokenizerBase, *, objective: Entry | None = None
+) -> dict[str, Part]:
     """`train`, and `eval` where the section names held-out pairs or asks for some of the training pairs.
 
     Pairs of all sources are cleaned together; held-out pairs are taken before sources are weighted, and training pairs
-    with a held-out prompt go, then those that `leave_out` names: what is held out stays the same. `scored` pairs need a
-    judge's scores, chosen above rejected. Raises InputError for what cannot be read, for a pair without scores, and for
-    any bad row where `on_bad_row: error` says so.
+    with a held-out prompt go, then those that `leave_out` names: what is held out stays the same. Then come the
+    `steps`, of which `pairs` alone concerns held-out rows too. An `objective` gets
+    what it asks for beside a pair, and pairs whose scores it cannot use are left out. Raises InputError for what cannot
+    be read, for a pair without what is asked for, and for any bad row where `on_bad_row: error` says so.
     """
-    train = _read(section.sources("train"), section.on_bad_row, scored=scored)
-    held_out = _read(section.sources("eval"), section.on_bad_row, scored=scored) if section.eval else None
+    check_noise(section, objective)
+    pairing = pairing_of(section.steps)
+    train = _read(section.sources("train"), section.on_bad_row, objective, pairing)
+    held_out = _read(section.sources("eval"), section.on_bad_row, objective, pairing) if section.eval else None
     if section.held_out is not None:
         rest, taken = split_held_out(train.preferences, section.held_out, seed=SEED)
         train = _Rows(train.sources, rest, train.source_of, train.weights)
@@ -162,12 +182,34 @@ def prepare_data(section: Data, tokenizer: PreTrainedTokenizerBase, *, scored: s
         apart = drop_overlap(train.preferences, held_out.preferences, on_bad_row=section.on_bad_row)
         train = _Rows(train.sources, apart, train.source_of, train.weights)
     if section.leave_out is not None:
-        train = _without_named(train, Path(section.leave_out), held_out)
+        flips = any(step.flip is not None for step in section.steps or ())
+        train = _without_named(train, Path(section.leave_out), held_out, flips=flips)
+    if section.steps is not None:
+        train = _after_steps(train, section.steps)
     rows = {"train": train} | ({} if held_out is None else {"eval": held_out})
-    return {name: _tokenized(section, part, tokenizer) for name, part in rows.items()}
+    return {name: _tokenized(section, part, tokenizer, objective) for name, part in rows.items()}
 
 
-def _read(sources: Sequence[Source], on_bad_row: OnBadRow, *, scored: str | None) -> _Rows:
+def check_noise(section: Data, objective: Entry | None) -> None:
+    """An objective of scores cannot use pairs that a flip leaves scored the wrong way round. Raises InputError."""
+    for number, step in enumerate(section.steps or ()):
+        if step.flip is not None and step.flip.scores == "follow" and objective is not None and objective.scores:
+            raise InputError(
+                f"data.steps.{number}.flip.scores: the objective is a loss of both scores, which would still tell the"
+                " right label; say scores: stay, for a judge that is as wrong"
+            )
+
+
+def _after_steps(train: _Rows, steps: Sequence[Step]) -> _Rows:
+    """The training pairs after `data.steps`; those that a list leaves out take no part, and are gone."""
+    left = [pair for pair in train.preferences.pairs if pair.id not in train.left_out]
+    pairs, done = apply_steps(steps, left, read=len({pair.place for pair in left}))
+    return replace(train, preferences=replace(train.preferences, pairs=pairs), left_out=frozenset(), steps=done)
+
+
+def _read(
+    sources: Sequence[Source], on_bad_row: OnBadRow, objective: Entry | None, pairing: Pairing | None = None
+) -> _Rows:
     read = [
         read_source(
             source.path,
@@ -176,6 +218,7 @@ def _read(sources: Sequence[Source], on_bad_row: OnBadRow, *, scored: str | None
             revision=source.revision,
             split=source.split,
             on_bad_row=on_bad_row,
+            pairing=pairing,
         )
         for source in sources
     ]
@@ -185,19 +228,23 @@ def _read(sources: Sequence[Source], on_bad_row: OnBadRow, *, scored: str | None
         for source, one in zip(sources, read, strict=True)
     )
     preferences = clean(joined.preferences, on_bad_row=on_bad_row)
-    if scored:
-        preferences = drop_unranked(preferences, on_bad_row=on_bad_row)
+    if objective is not None and objective.scores:
+        preferences = drop_unranked(preferences, objective.scores, on_bad_row=on_bad_row)
+    if objective is not None and objective.groups:
+        names = [source.path for source in sources]
+        preferences = grouped_by_source(preferences, joined.source_of, names)
     return _Rows(summaries, preferences, dict(joined.source_of), [source.weight for source in sources])
 
 
-def _without_named(train: _Rows, path: Path, held_out: _Rows | None) -> _Rows:
-    named = leave_out.named_pairs(path, train.preferences.pairs, held_out.preferences.pairs if held_out else ())
+def _without_named(train: _Rows, path: Path, held_out: _Rows | None, *, flips: bool) -> _Rows:
+    kept_back = held_out.preferences.pairs if held_out else ()
+    named = leave_out.named_pairs(path, train.preferences.pairs, kept_back, flips=flips)
     told = [*train.preferences.bad_rows, *(leave_out.bad_row(pair, path) for pair in named)]
     preferences = replace(train.preferences, bad_rows=told)
     return replace(train, preferences=preferences, left_out=frozenset(pair.id for pair in named))
 
 
-def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase) -> Part:
+def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase, objective: Entry | None) -> Part:
     weighted = weigh(rows.preferences, rows.source_of, rows.weights, seed=SEED, without=rows.left_out)
     options: dict[str, Any] = {
         "max_length": section.max_length,
@@ -205,11 +252,15 @@ def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase) -
         "truncation": section.truncation,
         "chat_template_kwargs": section.chat_template_kwargs or None,
     }
+    if objective is not None:
+        check_columns(weighted.pairs, where, objective)
+    if objective is not None and objective.others:
+        options["others"] = True
     if section.cache:
         tokens = cached_tokenization(weighted.pairs, tokenizer, folder=default_folder(), **options)
     else:
         tokens = tokenize_preferences(weighted.pairs, tokenizer, **options)
-    part = Part(rows.sources, weighted.pairs, weighted.bad_rows, tokens)
+    part = Part(rows.sources, weighted.pairs, weighted.bad_rows, tokens, rows.steps)
     refused = [drop for drop in part.drops if drop.reason not in ASKED_FOR]
     if section.on_bad_row == "error" and refused:
         raise InputError(f"{refused[0].examples[0]}: {refused[0].remedy}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lorafocal.data.columns import COLUMNS, FurtherAnswer, read_columns, read_score
 from lorafocal.data.forms import FORMS, Form, Row, Side, form_named, read_sides, recognise, refuse_columns, with_system
 from lorafocal.data.messages import Messages, kind, read_text
 from lorafocal.data.places import BadRow, OnBadRow, Place, RowFault, leave_out, nothing_left, printable
@@ -27,9 +28,12 @@ SCORES = (
     ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )
+# Lists of answers to a prompt, of which `data.steps` makes pairs (data/ranked.py), and of what is said of them.
+LISTS = ("answers", "responses", "completions", "all_generated_responses")
+OF_LISTS = ("answers", "scores", "ranking")
 # Several answers of a model with a score each, two of which became the pair, as in llama3-ultrafeedback-armorm.
 JUDGED = ("all_generated_responses", "all_rm_scores")
-OPTIONAL_KEYS = ("id", *SCORES[0], "system")
+OPTIONAL_KEYS = ("id", *SCORES[0], "system", *COLUMNS)
 FIRST_ROWS = 100  # where the columns that a config names must show up
 
 
@@ -37,7 +41,8 @@ FIRST_ROWS = 100  # where the columns that a config names must show up
 class Preference:
     """One judged pair: three strings, or three lists of messages `{"role": ..., "content": ...}`.
 
-    A conversational completion is one assistant message. Scores are a judge's, where the data has them.
+    A conversational completion is one assistant message. Scores are a judge's, where the data has them. `others` are
+    further answers, `embedding` is the prompt's, and `group` whatever pairs are told apart by (`data/columns.py`).
     """
 
     prompt: str | Messages
@@ -47,6 +52,9 @@ class Preference:
     score_chosen: float | None = None
     score_rejected: float | None = None
     place: str = ""  # where it was read: "pairs.jsonl, row 3"
+    others: tuple[FurtherAnswer, ...] = ()
+    group: str | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,9 @@ class Preferences:
     form: str
 
 
+Pairing = Callable[[Row, bool], list[Preference]]
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """How rows are read: the form that was stated (else each row's own), columns of other names, what ends it."""
@@ -65,17 +76,27 @@ class Reading:
     form: Form | None
     columns: Mapping[str, str]  # our key -> the source's
     on_bad_row: OnBadRow
+    pairing: Pairing | None = None  # how a row of several answers becomes pairs, where it does
 
     @classmethod
-    def of(cls, form: str | None, columns: Mapping[str, str] | None, on_bad_row: OnBadRow) -> Reading:
+    def of(
+        cls,
+        form: str | None,
+        columns: Mapping[str, str] | None,
+        on_bad_row: OnBadRow,
+        pairing: Pairing | None = None,
+    ) -> Reading:
         """Raises InputError for a form, a key or a way with bad rows that is not known."""
         known = dict.fromkeys([*(key for known_form in FORMS.values() for key in known_form.keys), *OPTIONAL_KEYS])
+        known |= dict.fromkeys(OF_LISTS)
+        if pairing is not None and form not in (None, "single_turn"):
+            raise InputError(f"form: {form!r} is none of rows that pairs are made of; leave it out, or say single_turn")
         for key in columns or {}:
             if key not in known:
                 raise InputError(f"columns: {key!r} is no key of ours; {nearest(key, known)}")
         if on_bad_row not in ("error", "drop"):
             raise InputError(f"on_bad_row is {on_bad_row!r}; use error or drop")
-        return cls(form_named(form) if form is not None else None, columns or {}, on_bad_row)
+        return cls(form_named(form) if form is not None else None, columns or {}, on_bad_row, pairing)
 
 
 def read_preferences(
@@ -84,6 +105,7 @@ def read_preferences(
     form: str | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
+    pairing: Pairing | None = None,
 ) -> Preferences:
     """Preferences of a .jsonl, .json (one list), .csv or .parquet file; all but the last may end in .gz too.
 
@@ -92,10 +114,10 @@ def read_preferences(
     `"<file name>:<row>"`. `form` names one of `FORMS`, by default each row's own is
     recognised; `columns` maps a key of the form to the file's column. A row that cannot be read is an InputError
     naming file, row and key, or is left out and kept in `bad_rows` under `on_bad_row="drop"`. A file that cannot be
-    read, or gives no pair, is an InputError.
+    read, or gives no pair, is an InputError. `pairing` makes pairs of rows of several answers (data/ranked.py).
     """
     path = Path(path)
-    return collect(read_rows(path), path.name, Reading.of(form, columns, on_bad_row))
+    return collect(read_rows(path), path.name, Reading.of(form, columns, on_bad_row, pairing))
 
 
 def preferences_from_rows(
@@ -105,9 +127,10 @@ def preferences_from_rows(
     form: str | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
+    pairing: Pairing | None = None,
 ) -> Preferences:
     """Preferences of a `datasets.Dataset` or other mappings, such as pandas' records; `source` is the file's name."""
-    return collect(enumerate(map(plain_row, rows), start=1), source, Reading.of(form, columns, on_bad_row))
+    return collect(enumerate(map(plain_row, rows), start=1), source, Reading.of(form, columns, on_bad_row, pairing))
 
 
 def plain_row(row: Any) -> Any:
@@ -132,14 +155,15 @@ def collect(rows: Iterable[NumberedRow], source: str, reading: Reading) -> Prefe
         place = Place(source, number)
         try:
             row = {**columns, **values} if isinstance(values, Mapping) else values  # a line may leave out its nulls
-            preference, form = read_row(row, place, reading)
+            found, form = read_row(row, place, reading)
         except RowFault as fault:
             leave_out(fault, bad_rows, reading.on_bad_row)
         else:
-            if preference.id in ids:
-                preference = replace(preference, id=f"{preference.id}~{number}")
-            ids.add(preference.id)
-            pairs.append(preference)
+            for preference in found:
+                if preference.id in ids:
+                    preference = replace(preference, id=f"{preference.id}~{number}")
+                ids.add(preference.id)
+                pairs.append(preference)
             forms[form] += 1
     if not pairs:
         raise nothing_left(source, bad_rows)
@@ -154,7 +178,7 @@ def check_columns(found: Mapping[str, None], source: str, reading: Reading) -> N
                 f"{source}: columns: {{{ours}: {theirs}}} names a column that none of the first {FIRST_ROWS} rows has; "
                 f"{nearest(theirs, found)}"
             )
-    known = {key for form in FORMS.values() for key in form.keys} | {*reading.columns.values()}
+    known = {key for form in FORMS.values() for key in form.keys} | {*reading.columns.values(), *LISTS}
     if found and not found.keys() & known:
         raise InputError(
             f"{source}: no row has a key of a known form; found {', '.join(map(repr, islice(found, 8)))}. Say which is "
@@ -173,8 +197,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # ---- one row
 
 
-def read_row(values: Any, place: Place, reading: Reading) -> tuple[Preference, str]:
-    """One row, and the name of its form. Raises RowFault."""
+def read_row(values: Any, place: Place, reading: Reading) -> tuple[list[Preference], str]:
+    """The pairs of one row, which are one but where pairs are made of its answers, and its form. Raises RowFault."""
     if isinstance(values, RowFault):
         raise values
     if not isinstance(values, Mapping):
@@ -187,11 +211,26 @@ def read_row(values: Any, place: Place, reading: Reading) -> tuple[Preference, s
     if reading.columns.get("prompt") == "instruction" and row.values.get("input"):
         message = "half of what was asked would be lost; join instruction and input in a column, and name that"
         raise place.at("input").fault("lost_input", message)
+    if reading.pairing is not None:
+        return reading.pairing(row, reading.form is not None), "ranked"
+    refuse_ranked(row, reading)
     form = reading.form or recognise(row)
-    prompt, chosen, rejected = with_system(read_sides(row, form), row)
-    scores = read_scores(row) if named_scores(row) else judged_scores(row, chosen, rejected)
-    preference = Preference(prompt, chosen, rejected, read_id(row), *scores, place=str(place))
-    return preference, form.name
+    sides = with_system(read_sides(row, form), row)
+    scores = read_scores(row) if named_scores(row) else judged_scores(row, *sides[1:])
+    more = read_columns(row, sides)
+    told = {"place": str(place), "others": more.others, "group": more.group, "embedding": more.embedding}
+    preference = Preference(*sides, read_id(row), *scores, **told)  # type: ignore[arg-type]
+    return [preference], form.name
+
+
+def refuse_ranked(row: Row, reading: Reading) -> None:
+    """A row of several answers and no pair gives as many pairs as somebody says."""
+    named = next((name for name in LISTS if isinstance(row.values.get(name), list)), None)
+    if reading.form is None and named and row.values.get("chosen") is None and row.values.get("rejected") is None:
+        raise row.place.at(named).fault(
+            "several_answers",
+            "several answers and no pair; say which pairs to make of them, by data.steps: [{pairs: {of: best_worst}}]",
+        )
 
 
 def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
@@ -229,20 +268,6 @@ def judged_scores(row: Row, chosen: Side, rejected: Side) -> tuple[float | None,
         return [number for score in those if (number := read_score(score, row.place.at(JUDGED[1]))) is not None]
 
     return max(found(chosen), default=None), min(found(rejected), default=None)
-
-
-def read_score(score: Any, place: Place) -> float | None:
-    """A finite number, which CSV spells as text, or None where there is none."""
-    if score is None:
-        return None
-    try:
-        number = math.nan if isinstance(score, bool) or not isinstance(score, int | float | str) else float(score)
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        found = repr(score)[:40] if isinstance(score, str | float | bool) else kind(score)
-        raise place.fault("bad_score", f"expected a finite number, found {found}; correct it or leave the key out")
-    return number
 
 
 def read_id(row: Row) -> str:

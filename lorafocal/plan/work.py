@@ -15,6 +15,7 @@ from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.schema import Adapter
+from lorafocal.schema.steps import pairs_left
 
 TYPICAL = Lengths(200, 305, 305)  # UltraFeedback's means
 TYPICAL_PAIRS, TYPICAL_HELD_OUT = 61_135, 2_000  # binarised UltraFeedback's splits
@@ -59,9 +60,11 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
     if not objective.rejected:
         lengths = replace(lengths, rejected=0)
     trained, held_out = _pairs(config, pairs, assumed)
-    steps_an_epoch = math.ceil(trained / training.pairs_per_step)
+    trained = _after_steps(config, trained, assumed)
+    steps_an_epoch = _steps_an_epoch(config, trained)
     stated_steps = fields.get("max_steps", -1)
-    steps = stated_steps if stated_steps > 0 else math.ceil(fields.get("num_train_epochs", 1) * steps_an_epoch)
+    of_epochs = math.ceil(fields.get("num_train_epochs", 1) * steps_an_epoch)
+    steps = stated_steps * (config.stages or 1) if stated_steps > 0 else of_epochs
     tier, tokens = training.activation_checkpointing, config.packing.tokens
     shape, setup = shape_of(config), setup_of(config, lengths)
     assumed += _not_counted(shape, setup)
@@ -100,6 +103,21 @@ def _pairs(config: Config, stated: int | None, assumed: list[str]) -> tuple[int,
         held_out = TYPICAL_HELD_OUT
         assumed.append(f"evaluation: {held_out:,} held-out pairs; data.eval is not here to be counted")
     return counted, held_out
+
+
+def _after_steps(config: Config, pairs: int, assumed: list[str]) -> int:
+    """What `data.steps` leave of the pairs."""
+    steps = config.data.steps or []
+    if steps and steps[0].pairs is not None:
+        assumed.append("data.steps: one pair a row, and a row of several answers may give more; `lorafocal check` says")
+    return pairs_left(steps, pairs)
+
+
+def _steps_an_epoch(config: Config, pairs: int) -> int:
+    """Optimiser steps of one pass over the pairs, where each of several stages ends with a short one."""
+    stages, pairs_per_step = config.stages or 1, config.training.pairs_per_step
+    sizes = ((number + 1) * pairs // stages - number * pairs // stages for number in range(stages))
+    return sum(math.ceil(size / pairs_per_step) for size in sizes)
 
 
 def _typical(max_length: int, assumed: list[str]) -> Lengths:

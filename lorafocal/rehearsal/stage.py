@@ -220,6 +220,7 @@ def _data(config: Config, folder: Path) -> dict[str, Any]:
         "split": None,
         "held_out": None if data.held_out is None else HELD_OUT_ROWS,
         "leave_out": None,
+        "steps": None,
         "max_length": max(data.max_length, SHORTEST),
         "max_prompt_length": None if data.max_prompt_length is None else max(data.max_prompt_length, SHORTEST // 2),
         "cache": False,

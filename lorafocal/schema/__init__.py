@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lorafocal import recipes
-from lorafocal.compatibility import Cell, adapter_words, verdict
+from lorafocal.compatibility import Cell, adapter_words, guide_refusal, verdict
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.objectives.factor import FORMS
+from lorafocal.references.strategy import refusals
 from lorafocal.schema.mistakes import WORDED, Section, all_at_once, mistakes
 from lorafocal.schema.sections import (
     Adapter,
@@ -43,10 +44,15 @@ _PART_OF_A_CELL = {
 }  # fmt: skip
 
 
+FIRST_REFERENCES = ("disabled_adapter", "frozen_copy", "separate_model", "moving")
+"""Kinds that the first of several stages may have; the later ones have the stage before."""
+
+
 class Config(Section):
     """One training run; without `adapter`, of every parameter of the model.
 
-    `recipe` names the file of configs/paper that it repeats: the manifest lists what it does otherwise.
+    `recipe` names the file of configs/paper that it repeats: the manifest lists what it does otherwise. `stages` trains
+    as many chunks of the data one after the other, each from where the one before ended, which is its reference.
     """
 
     name: RunName
@@ -56,6 +62,7 @@ class Config(Section):
     objective: Objective
     reference: Reference | None = None
     training: Training
+    stages: Annotated[int, Field(ge=2)] | None = None
     packing: Packing = Packing()
     kernels: Kernels = Kernels()
     engine: Engine | None = None
@@ -111,6 +118,11 @@ class Config(Section):
             yield from self._without_generation()
         if self.adapter is None:
             yield from self._without_adapter()
+        if self.stages is not None:
+            yield from self._in_stages()
+        if self.reference is not None:
+            for key, why in self._of_the_reference(self.reference):
+                yield f"reference.{key}", why
         for refusal in verdict(self._cell()).refusals:
             yield _PART_OF_A_CELL[refusal.rule.axis], str(refusal)
         started = self.adapter is not None and self.adapter.start_from is not None
@@ -121,15 +133,43 @@ class Config(Section):
                 " frozen_copy, or merge that adapter first, or set identity_probe: false if the base is meant",
             )
 
+    def _of_the_reference(self, reference: Reference) -> Iterable[tuple[str, str]]:
+        """What the objective or the adapter leaves no room for; (key, why)."""
+        values = reference.model_dump()
+        yield from refusals(values, self.objective.entry)
+        if reference.guide is not None and (why := guide_refusal(self._cell().adapter)):
+            yield "guide", why
+
     def _cell(self) -> Cell:
         """Where the run stands in the table of what goes together, as far as a config says."""
         adapter = None if self.adapter is None else self.adapter.model_dump()
         return Cell(
             base=self.model.quantization or self.model.dtype,
             adapter=adapter_words(adapter),
-            reference="none" if self.reference is None else self.reference.kind,
+            reference="none" if self.reference is None else self.reference.strategy.word,
             engine="one-process" if self.engine is None else self.engine.kind,
         )
+
+    def _in_stages(self) -> Iterable[tuple[str, str]]:
+        """What leaves no room for one stage after the other in one process."""
+        if any(step.chunk is not None for step in self.data.steps or ()):
+            yield "stages", "each stage takes a chunk of the data itself; remove the step chunk, or stages"
+        if self.reference is not None and self.reference.kind not in FIRST_REFERENCES:
+            yield (
+                "stages",
+                "from the second stage on the one before is the reference, and reference.kind"
+                f" {self.reference.kind} is not replaced by that; use {', '.join(FIRST_REFERENCES)}",
+            )
+        if self.reference is not None and self.reference.strategy.guide is not None:
+            yield "stages", "reference.guide is one adapter for all stages, which was not tried; train them one by one"
+        if self.engine is not None and self.engine.kind != "ddp":
+            yield (
+                "stages",
+                f"{self.engine.kind} is set up once a process; train the stages one by one, by data.steps:"
+                " [{chunk: {take: 1, of: 2}}] and adapter.start_from or model.name of the stage before",
+            )
+        if self.model.backend != "transformers":
+            yield "stages", f"{self.model.backend} trains one run a process; train chunks one by one, by data.steps"
 
     def _without_generation(self) -> Iterable[tuple[str, str]]:
         """What leaves no room for answers during training."""

@@ -12,8 +12,12 @@ from lorafocal.bounds import check_dropout
 from lorafocal.compatibility import offload_refusal
 from lorafocal.errors import InputError
 from lorafocal.objectives import OBJECTIVES, PARAMETERS, Entry
-from lorafocal.objectives.factor import DEFAULT_FORM, FORMS, GUARDS, misfits, record_of
+from lorafocal.objectives.factor import DEFAULT_FORM, FORMS, GUARDS, record_of
+from lorafocal.objectives.factor import misfits as misfits_of_factor
+from lorafocal.references.strategy import Strategy, misfits, strategy_of, with_defaults
 from lorafocal.schema.mistakes import Section, default_of, mistake, mistakes
+from lorafocal.schema.steps import Step
+from lorafocal.schema.steps import misfits as step_misfits
 from lorafocal.values import (
     Architecture,
     Dtype,
@@ -112,13 +116,14 @@ class Data(Section):
     """Where preference rows come from, how they are read, and how long a sequence may be.
 
     `form`, `columns`, `revision` and `split` hold for every source that does not say its own. `leave_out` is a file of
-    ids, one a line: training pairs that the run goes without.
+    ids, one a line: training pairs that the run goes without. `steps` are what is then done to the training pairs.
     """
 
     train: Sources
     eval: Sources | None = None
     held_out: HeldOut = None
     leave_out: Place | None = None
+    steps: Annotated[list[Step], Field(min_length=1)] | None = None
     form: str | None = None
     columns: dict[str, str] = {}
     revision: Revision = None
@@ -141,6 +146,8 @@ class Data(Section):
             problems.append(("max_prompt_length", "only truncation: recipe uses it; set that, or remove this key"))
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             problems.append(("max_prompt_length", f"must leave room for an answer below max_length {self.max_length}"))
+        if misfit := step_misfits(self.steps or ()):
+            problems.append(("steps", misfit))
         if problems:
             raise mistakes(problems)
         return self
@@ -215,7 +222,7 @@ class Objective(_Keys):
                     parameter.check(value)
                 except InputError as error:  # of an explicit null too
                     yield key, str(error)
-        yield from misfits(self.name, self.entry, self.focal and self.focal.model_dump(), self.guard)
+        yield from misfits_of_factor(self.name, self.entry, self.focal and self.focal.model_dump(), self.guard)
 
     @model_serializer(mode="plain")
     def _as_recorded(self) -> dict[str, Any]:
@@ -226,19 +233,45 @@ class Reference(Section):
     """What the policy is compared with; no default, because a wrong reference trains without complaint.
 
     `cached`: log-probs that `lorafocal cache-reference` keeps in the folder `store`, of the policy as it starts, or of
-    `model`. `identity_probe` left out means on, except for another model, which may deliberately be another one.
+    `model`. `adapter`: a finished one, of the folder `adapter`. `moving`: every so many steps it becomes `mixing` of the
+    policy. `several`: `members` (base, or folders of adapters) combined. `guide` is the folder of one more adapter, for
+    objectives that ask for it. `identity_probe` left out means on, except for a model that may deliberately be another.
     """
 
-    kind: Literal["disabled_adapter", "frozen_copy", "separate_model", "cached"]
+    kind: Literal["disabled_adapter", "frozen_copy", "separate_model", "cached", "adapter", "moving", "several"]
     store: Place = "references"
     model: Place | None = None
     revision: Revision = None
     identity_probe: bool | None = None
+    adapter: Place | None = None
+    every: int | None = None
+    mixing: float | None = None
+    members: list[Place] | None = None
+    combine: Literal["harmonic", "geometric"] | None = None
+    weights: list[float] | Literal["adaptive"] | None = None
+    clip: float | None = None
+    guide: Place | None = None
 
     @property
     def must_be_the_base(self) -> bool:
         """Whether the run is refused unless it starts at the bare base."""
         return self.kind == "disabled_adapter" and self.identity_probe is not False
+
+    @property
+    def strategy(self) -> Strategy:
+        """The same as a plain value."""
+        return strategy_of(self.model_dump())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, section: Any) -> Any:
+        return with_defaults(section) if isinstance(section, dict) else section
+
+    @model_validator(mode="after")
+    def _settings_fit_kind(self) -> Reference:
+        if problems := list(misfits(self.model_dump())):
+            raise mistakes(problems)
+        return self
 
     @model_validator(mode="after")
     def _model_fits_kind(self) -> Reference:
