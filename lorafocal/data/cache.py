@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,12 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.encoding import Encoder
 from lorafocal.data.sources import Preference
-from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
+from lorafocal.data.tokens import OtherAnswer, TokenizedData, TokenizedPair, tokenize_preferences, with_columns
 from lorafocal.publish import write_atomically
 
 SCHEMA = 2  # raise it when equal inputs come to give other tokens, or an entry another shape
 LIBRARIES = ("lorafocal", "transformers", "tokenizers", "jinja2")
 SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
+OF_OTHERS = ("prompt_ids", "completion_ids")
+TURNS = ("chosen_turns", "rejected_turns")  # in entries with completions of several turns alone
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def cached_tokenization(
     written costs the next run its time, and a warning here.
     """
     preferences = list(preferences)
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(tokenizer, "is_fast", False) or not _told_apart(preferences):
         return tokenize_preferences(preferences, tokenizer, **options)
     key = cache_key(preferences, tokenizer, options)
     data = read_entry(folder, key, preferences)
@@ -62,6 +65,12 @@ def cached_tokenization(
         except OSError as error:
             logger.warning("tokenised data could not be kept in the cache (%s)", error.strerror or error)
     return data
+
+
+def _told_apart(preferences: Sequence[Preference]) -> bool:
+    """Whether groups and embeddings, which are not kept, find their pairs again by id."""
+    beside = any(preference.group is not None or preference.embedding is not None for preference in preferences)
+    return not beside or len({preference.id for preference in preferences}) == len(preferences)
 
 
 # ---- the key
@@ -89,7 +98,9 @@ def cache_key(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerB
     digest.update(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).digest())
     for preference in preferences:
         row = [preference.prompt, preference.chosen, preference.rejected, preference.id]
-        digest.update(_canonical([*row, preference.score_chosen, preference.score_rejected]) + b"\n")
+        further = [[other.answer, other.prompt, other.score] for other in preference.others]
+        read = [further] if options.get("others") else []
+        digest.update(_canonical([*row, preference.score_chosen, preference.score_rejected, *read]) + b"\n")
     return digest.hexdigest()
 
 
@@ -105,11 +116,16 @@ def write_entry(folder: Path, key: str, data: TokenizedData, preferences: Sequen
     """Keeps `data` under `key`. Rows are named by number: their places may be others the next time."""
     folder.mkdir(parents=True, exist_ok=True)
     row_of_place = {preference.place or preference.id: row for row, preference in enumerate(preferences)}
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for side in SIDES:
-        ids = [getattr(pair, side) for pair in data.pairs]
-        tensors[side] = np.array([token for one in ids for token in one], np.int32)
-        tensors[f"{side}.ends"] = np.array(list(accumulate(map(len, ids))), np.int64)
+        tensors |= _joined(side, [getattr(pair, side) for pair in data.pairs])
+    others = [other for pair in data.pairs for other in pair.others]
+    for side in OF_OTHERS if others else ():
+        tensors |= _joined(f"others.{side}", [getattr(other, side) for other in others])
+    for side in TURNS:
+        turns = [getattr(pair, side) for pair in data.pairs]
+        if any(told is not None for told in turns):
+            tensors |= _joined(side, [told or [] for told in turns])
     tokens = save(tensors)
     counts = {
         "key": key,
@@ -121,6 +137,8 @@ def write_entry(folder: Path, key: str, data: TokenizedData, preferences: Sequen
         "seam_merges": data.seam_merges,
         "cut": data.cut,
     }
+    if others:
+        counts["others"] = [[other.score for other in pair.others] for pair in data.pairs]
     entry = {"counts": counts, "sha256": hashlib.sha256(_canonical(counts)).hexdigest()}
     write_atomically(folder / f"{key}.safetensors", tokens)
     write_atomically(folder / f"{key}.json", json.dumps(entry))
@@ -141,8 +159,12 @@ def read_entry(folder: Path, key: str, preferences: Sequence[Preference]) -> Tok
         reason: [preferences[row].place or preferences[row].id for row in rows]
         for reason, rows in counts["examples"].items()
     }
+    pairs = _pairs(tensors, counts["pairs"])
+    if "others" in counts:
+        pairs = _with_others(pairs, tensors, counts["others"])
+    rows = {preference.id: preference for preference in preferences}
     return TokenizedData(
-        pairs=_pairs(tensors, counts["pairs"]),
+        pairs=[with_columns(pair, rows[pair.id]) for pair in pairs],
         examples=examples,
         **{name: counts[name] for name in ("drops", "details", "seam_merges", "cut")},
     )
@@ -161,11 +183,39 @@ def is_whole(entry: Any, tokens: bytes, key: str) -> bool:
 
 
 def _pairs(tensors: Mapping[str, Any], named: Sequence[tuple[str, float | None, float | None]]) -> list[TokenizedPair]:
-    sides = []
-    for side in SIDES:
-        ids = tensors[side].tolist()
-        sides.append([ids[start:end] for start, end in pairwise([0, *tensors[f"{side}.ends"].tolist()])])
+    sides = [_split(tensors, side) for side in SIDES]
+    no_turns: list[list[int]] = [[] for _ in named]
+    told = [_split(tensors, side) if side in tensors else no_turns for side in TURNS]
+    turns = [[one or None for one in side] for side in told]
+    columns: Any = zip(named, zip(*sides, strict=True), zip(*turns, strict=True), strict=True)
     return [
-        TokenizedPair(name, prompt, chosen, rejected, *scores)
-        for (name, *scores), prompt, chosen, rejected in zip(named, *sides, strict=True)
+        TokenizedPair(name, *ids, *scores, **dict(zip(TURNS, of_answers, strict=True)))
+        for (name, *scores), ids, of_answers in columns
     ]
+
+
+def _with_others(
+    pairs: Sequence[TokenizedPair], tensors: Mapping[str, Any], scores: Sequence[Sequence[float | None]]
+) -> list[TokenizedPair]:
+    """The pairs with their further answers, of which `scores` has one each."""
+    ids = zip(*(_split(tensors, f"others.{side}") for side in OF_OTHERS), strict=True)
+    whole = []
+    for pair, own in zip(pairs, scores, strict=True):
+        others = [OtherAnswer(*next(ids), score) for score in own]
+        same = pair.prompt_ids
+        others = [replace(other, prompt_ids=same) if other.prompt_ids == same else other for other in others]
+        whole.append(replace(pair, others=tuple(others)) if others else pair)
+    return whole
+
+
+def _joined(name: str, lists: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Lists of numbers as one, and where each ends."""
+    return {
+        name: np.array([number for one in lists for number in one], np.int32),
+        f"{name}.ends": np.array(list(accumulate(map(len, lists))), np.int64),
+    }
+
+
+def _split(tensors: Mapping[str, Any], side: str) -> list[list[int]]:
+    numbers = tensors[side].tolist()
+    return [numbers[start:end] for start, end in pairwise([0, *tensors[f"{side}.ends"].tolist()])]

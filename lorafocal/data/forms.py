@@ -257,7 +257,10 @@ def transcript(row: Row, key: str) -> Messages:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
-NO_PROMPTS = re.compile(r"\w*id|source|dataset|system|tools|others|rationale|group|.*(chosen|rejected|score|rating|model|embedding).*", re.IGNORECASE)
+NO_PROMPTS = re.compile(
+    r"\w*id|source|dataset|system|tools|others|rationale|group|.*(chosen|rejected|score|rating|model|embedding).*",
+    re.IGNORECASE,
+)
 
 
 def other_prompts(values: Mapping[str, Any]) -> list[str]:

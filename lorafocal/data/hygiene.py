@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lorafocal.data.forms import Side
+from lorafocal.data.needs import misranked, unusable_scores
 from lorafocal.data.places import BadRow, OnBadRow, RowFault, leave_out, nothing_left
 from lorafocal.data.sources import Preference, Preferences
 from lorafocal.errors import InputError
@@ -65,26 +66,18 @@ def drop_contradictions(preferences: Preferences, *, on_bad_row: OnBadRow = "dro
     return sift(preferences, verdict, on_bad_row)
 
 
-def drop_unranked(preferences: Preferences, *, on_bad_row: OnBadRow = "drop") -> Preferences:
-    """Without pairs whose chosen answer is not scored above the rejected one: for objectives of the score gap.
+def drop_unranked(preferences: Preferences, kind: str = "gap", *, on_bad_row: OnBadRow = "drop") -> Preferences:
+    """Without pairs whose scores contradict who was chosen, as far as their `kind`, one of `entry.SCORES`, minds.
 
-    Raises InputError for a pair without scores, which cannot be told from a tie.
+    Raises InputError for a pair without scores, which cannot be told from a tie, and for scores of another scale.
     """
 
     def verdict(pair: Preference) -> Verdict:
-        if pair.score_chosen is None or pair.score_rejected is None:
-            raise InputError(
-                f"{where(pair)}: {'score_rejected' if pair.score_rejected is None else 'score_chosen'} is missing, and"
-                " the objective weighs pairs by how far their scores lie apart; give every row both scores (columns:"
-                " names them where they are called otherwise), or choose an objective without scores"
-            )
-        if pair.score_chosen > pair.score_rejected:
-            return None
-        return (
-            "not_scored_higher",
-            f"chosen is scored {pair.score_chosen:g} and rejected {pair.score_rejected:g}, and the objective needs a"
-            " gap; remove the row",
-        )
+        if unusable := unusable_scores(pair, kind):
+            raise InputError(f"{where(pair)}: {unusable}")
+        if found := misranked(pair, kind):
+            return "not_scored_higher", f"scores {found}; remove the row"
+        return None
 
     return sift(preferences, verdict, on_bad_row)
 

@@ -42,6 +42,17 @@ def join(sources: Sequence[Preferences]) -> Joined:
     return Joined(Preferences(pairs, bad_rows, ", ".join(forms)), source_of)
 
 
+def grouped_by_source(preferences: Preferences, source_of: Mapping[str, int], names: Sequence[str]) -> Preferences:
+    """Each pair with its source's name for its group, where there are several sources and no pair names a group.
+
+    `names` are by position of the source; one of several of a name gets its number, as in `a.jsonl~2`.
+    """
+    if len(names) == 1 or any(pair.group is not None for pair in preferences.pairs):
+        return preferences
+    groups = [f"{name}~{place + 1}" if name in names[:place] else name for place, name in enumerate(names)]
+    return replace(preferences, pairs=[replace(pair, group=groups[source_of[pair.id]]) for pair in preferences.pairs])
+
+
 def unused(name: str, taken: Container[str]) -> str:
     """The name, longer if somebody has it."""
     while name in taken:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.differing import differs_of
+from lorafocal.data.tokens import TokenizedPair, by_twos
 from lorafocal.data.turns import Turns, scored, scored_turns
 from lorafocal.errors import InputError
 from lorafocal.objectives.inputs import PairLogps, PairScores
@@ -64,6 +66,7 @@ class Pack:
     groups: Tensor | None = None  # (B,) int64: places in the collator's `groups`
     embeddings: Tensor | None = None  # (B, E) float64, of the prompts
     turns: Tensor | None = None  # (N,) int64: of the assistant, from 0; where some completion has several
+    differs: Tensor | None = None  # (N,) bool: the pair's other answer does not have it
 
     @property
     def num_pairs(self) -> int:
@@ -98,6 +101,7 @@ class Pack:
             groups=moved(self.groups),
             embeddings=moved(self.embeddings),
             turns=moved(self.turns),
+            differs=moved(self.differs),
         )
 
 
@@ -116,47 +120,68 @@ class StepBatch:
 def share_prefixes(pairs: Sequence[TokenizedPair]) -> Pack:
     """One row `[prompt | chosen | rejected]` a pair, no padding; the rejected answer's positions restart.
 
-    A pair without a rejected answer is the row `[prompt | chosen]`.
+    A pair without a rejected answer is the row `[prompt | chosen]`. Further answers follow their pair by twos, as if
+    they were pairs: `[prompt | other | other]`, an odd one alone.
     """
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    spans: list[PairSpan] = []
+    row = _Row()
     chosen_rows: list[list[int]] = []
     rejected_rows: list[list[int]] = []
+    other_rows: list[list[int]] = []
     for pair in pairs:
-        prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-        span = PairSpan(len(input_ids), prompt, chosen, rejected)
-        input_ids += [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids]
-        position_ids += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
-        last_of_prompt = span.start + prompt - 1  # predicts the first token of both answers
-        chosen_rows.append([*range(last_of_prompt, last_of_prompt + chosen)])
-        rejected_rows.append([last_of_prompt, *range(span.answers, span.stop - 1)][:rejected])
-        spans.append(span)
-    index = _index(chosen_rows + rejected_rows, pairs)
+        chosen, rejected = row.add(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        chosen_rows.append(chosen)
+        rejected_rows.append(rejected)
+        for one, *two in by_twos(pair.others):
+            other_rows += row.add(one.prompt_ids, one.completion_ids, *(other.completion_ids for other in two))
+    index = _index(chosen_rows + rejected_rows + other_rows, pairs)
     return Pack(
-        torch.tensor([input_ids]),
-        torch.tensor([position_ids]),
+        torch.tensor([row.input_ids]),
+        torch.tensor([row.position_ids]),
         index,
         tuple(pair.id for pair in pairs),
-        segments=Segments.of(tuple(spans)),
-        turns=turns_of(pairs, index),
+        segments=Segments.of(tuple(row.spans)),
+        turns=turns_of(pairs),
     )
 
 
+@dataclass(slots=True)
+class _Row:
+    """A packed row in the making."""
+
+    input_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    spans: list[PairSpan] = field(default_factory=list)
+
+    def add(self, prompt_ids: list[int], *answers: list[int]) -> list[list[int]]:
+        """A prompt and one or two answers to it, behind what is there: for each the rows that predict its tokens."""
+        first, second = map(len, (*answers, [])[:2])
+        prompt = len(prompt_ids)
+        span = PairSpan(len(self.input_ids), prompt, first, second)
+        self.input_ids += chain(prompt_ids, *answers)
+        self.position_ids += [*range(prompt + first), *range(prompt, prompt + second)]
+        self.spans.append(span)
+        last_of_prompt = span.start + prompt - 1  # predicts the first token of both answers
+        rows = [[*range(last_of_prompt, last_of_prompt + first)]]
+        rows.append([last_of_prompt, *range(span.answers, span.stop - 1)][:second])
+        return rows[: len(answers)]
+
+
 def pad_sequences(pairs: Sequence[TokenizedPair], *, pad_token_id: int = 0) -> Pack:
-    """The slow twin: 2B right-padded rows, prompts twice; which token pads makes no difference.
+    """The slow twin: 2B right-padded rows, prompts twice, and M of further answers; which token pads is the same.
 
     An answer without tokens gets no row.
     """
-    sides = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    answers = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    answers += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+    answers += [(other.prompt_ids, other.completion_ids) for pair in pairs for other in pair.others]
     width = max(pair.longest for pair in pairs)
     sequences: list[list[int]] = []
     rows: list[list[int]] = []
-    for pair, completion in zip([*pairs, *pairs], sides, strict=True):
-        last_of_prompt = len(sequences) * width + len(pair.prompt_ids) - 1
+    for prompt, completion in answers:
+        last_of_prompt = len(sequences) * width + len(prompt) - 1
         rows.append([*range(last_of_prompt, last_of_prompt + len(completion))])
         if completion:
-            sequences.append([*pair.prompt_ids, *completion])
+            sequences.append([*prompt, *completion])
     columns = torch.arange(width)
     index = _index(rows, pairs)
     return Pack(
@@ -165,7 +190,7 @@ def pad_sequences(pairs: Sequence[TokenizedPair], *, pad_token_id: int = 0) -> P
         index,
         tuple(pair.id for pair in pairs),
         attention_mask=(columns < torch.tensor([[len(ids)] for ids in sequences])).long(),
-        turns=turns_of(pairs, index),
+        turns=turns_of(pairs),
     )
 
 
@@ -196,6 +221,14 @@ def looked_up(pairs: Sequence[TokenizedPair]) -> PairLogps | None:
     return PairLogps(*torch.tensor(known, dtype=torch.float64).unbind(1))
 
 
+def looked_up_tokens(pairs: Sequence[TokenizedPair]) -> Tensor | None:
+    """The same of the tokens of their answers, (N,) float64, chosen answers first; None unless every pair has them."""
+    known = [pair.reference_tokens for pair in pairs if pair.reference_tokens is not None]
+    if not pairs or len(known) < len(pairs) or any(pair.others for pair in pairs):
+        return None
+    return torch.cat([side.double() for sides in zip(*known, strict=True) for side in sides])
+
+
 def scores_of(pairs: Sequence[TokenizedPair]) -> PairScores | None:
     """A judge's scores of B pairs, (B,) each; None unless every pair has both."""
     known = [(pair.score_chosen, pair.score_rejected) for pair in pairs]
@@ -204,23 +237,18 @@ def scores_of(pairs: Sequence[TokenizedPair]) -> PairScores | None:
     return PairScores(*torch.tensor(known, dtype=torch.float64).unbind(1))
 
 
-def check_scores(pairs: Sequence[TokenizedPair], name: str) -> None:
-    """Refuse pairs that lack a judge's scores, or score chosen no higher: for an objective of the score gap.
+def others_of(pairs: Sequence[TokenizedPair]) -> PackedOthers:
+    """The further answers of B pairs, in their order; scores or log-probs only where every one of them has its own."""
+    others = [(place, other) for place, pair in enumerate(pairs) for other in pair.others]
+    return PackedOthers(
+        torch.tensor([place for place, _ in others], dtype=torch.int64),
+        _numbers([other.score for _, other in others]),
+        _numbers([other.reference for _, other in others]),
+    )
 
-    `name` is what the data are called. Raises InputError naming the pair and the way out.
-    """
-    for pair in pairs:
-        chosen, rejected = pair.score_chosen, pair.score_rejected
-        if chosen is None or rejected is None:
-            raise InputError(
-                f"{name}: pair {pair.id!r} has no {'score_chosen' if chosen is None else 'score_rejected'}, and the"
-                " objective is a loss of both scores: give every row both, or choose an objective without scores"
-            )
-        if not chosen > rejected:
-            raise InputError(
-                f"{name}: pair {pair.id!r} scores chosen {chosen:g} and rejected {rejected:g}, and the objective needs"
-                " the chosen one above: remove such rows"
-            )
+
+def _numbers(values: Sequence[float | None]) -> Tensor | None:
+    return None if any(value is None for value in values) else torch.tensor(values, dtype=torch.float64)
 
 
 def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionIndex:
@@ -238,17 +266,17 @@ def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionI
 
 
 def _sides(pairs: Sequence[TokenizedPair]) -> list[tuple[list[int], Turns]]:
-    """Chosen, then rejected completions, and the turns of their tokens."""
-    chosen = [(pair.chosen_ids, pair.chosen_turns) for pair in pairs]
-    return chosen + [(pair.rejected_ids, pair.rejected_turns) for pair in pairs]
+    """Chosen, rejected, then further completions, and the turns of their tokens."""
+    sides = [(pair.chosen_ids, pair.chosen_turns) for pair in pairs]
+    sides += [(pair.rejected_ids, pair.rejected_turns) for pair in pairs]
+    return sides + [(other.completion_ids, None) for pair in pairs for other in pair.others]
 
 
-def turns_of(pairs: Sequence[TokenizedPair], index: CompletionIndex) -> Tensor | None:
+def turns_of(pairs: Sequence[TokenizedPair]) -> Tensor | None:
     """The turn of each scored token, (N,); those of further answers are of turn 0. None where nothing has several."""
     if not any(pair.several_turns for pair in pairs):
         return None
-    turns = [turn for side in _sides(pairs) for turn in scored_turns(*side)]
-    return torch.tensor(turns + [0] * (len(index.labels) - len(turns)))
+    return torch.tensor([turn for side in _sides(pairs) for turn in scored_turns(*side)])
 
 
 def fill_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -285,8 +313,10 @@ LAYOUTS = ("packed", "padded")
 class PairCollator:
     """Pairs of one optimiser step to packs of at most `tokens_per_pack` token rows.
 
-    The budget changes memory and speed, never the result. Without `rejected`, rejected answers are not in the packs:
-    for objectives of the chosen one alone. Packed rows come in multiples of `bucket` tokens.
+    The budget changes memory and speed, never the result. What an objective does not ask for is not in the packs: no
+    rejected answers without `rejected`, no further ones without `others`; without `differs` nothing says which tokens
+    do. `groups` are the names that a pair's may be of, `embedding` the numbers that its prompt's has: 0 for none.
+    Packed rows come in multiples of `bucket` tokens.
     """
 
     layout: str = "packed"
@@ -294,6 +324,10 @@ class PairCollator:
     pad_token_id: int = 0
     rejected: bool = True
     bucket: int = 1
+    others: bool = False
+    differs: bool = False
+    groups: tuple[str, ...] = ()
+    embedding: int = 0
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -306,21 +340,32 @@ class PairCollator:
             )
 
     def __call__(self, pairs: Iterable[TokenizedPair]) -> StepBatch:
-        pairs = list(pairs) if self.rejected else list(map(_without_rejected, pairs))
+        pairs = list(map(self._asked, pairs))
         together = [[pairs[i] for i in members] for members in self._bins(pairs)]
         return StepBatch(tuple(map(self._pack, together)), tuple(pairs))
 
     def rows_alone(self, pair: TokenizedPair) -> int:
         """Token rows of a pack of this pair alone, the smallest that it can be in."""
+        pair = self._asked(pair)
         if self.layout == "padded":
-            return (1 + self.rejected) * pair.longest
+            return self._sequences(pair) * pair.longest
         return -(-pair.shared_length // self.bucket) * self.bucket
+
+    def _asked(self, pair: TokenizedPair) -> TokenizedPair:
+        """The pair without what is not in the packs."""
+        if pair.others and not self.others:
+            pair = replace(pair, others=())
+        return pair if self.rejected else _without_rejected(pair)
+
+    def _sequences(self, pair: TokenizedPair) -> int:
+        return 1 + self.rejected + len(pair.others)
 
     def _bins(self, pairs: list[TokenizedPair]) -> list[list[int]]:
         if not pairs:
             return []
         if self.layout == "padded":
-            return _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack, rows=1 + self.rejected)
+            rows = list(map(self._sequences, pairs))
+            return _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack, rows=rows)
         budget = max(self.tokens_per_pack // self.bucket, 1) * self.bucket  # still the budget after rounding up
         return fill_bins([pair.shared_length for pair in pairs], budget)
 
@@ -329,19 +374,46 @@ class PairCollator:
             pack = pad_sequences(pairs, pad_token_id=self.pad_token_id)
         else:
             pack = fill_up(share_prefixes(pairs), self.bucket)
-        return replace(pack, reference=looked_up(pairs), scores=scores_of(pairs))
+        return replace(
+            pack,
+            reference=looked_up(pairs),
+            reference_tokens=looked_up_tokens(pairs),
+            scores=scores_of(pairs),
+            others=others_of(pairs) if self.others else None,
+            differs=differs_of(pairs) if self.differs else None,
+            groups=self._groups_of(pairs) if self.groups else None,
+            embeddings=self._embeddings_of(pairs) if self.embedding else None,
+        )
+
+    def _groups_of(self, pairs: list[TokenizedPair]) -> Tensor:
+        """Places in `groups`, (B,); a pair of none, such as a filler, counts as of the first."""
+        for pair in pairs:
+            if pair.group is not None and pair.group not in self.groups:
+                raise InputError(
+                    f"pair {pair.id!r} is of group {pair.group!r}, which no training pair is of; known:"
+                    f" {', '.join(self.groups)}"
+                )
+        return torch.tensor([0 if pair.group is None else self.groups.index(pair.group) for pair in pairs])
+
+    def _embeddings_of(self, pairs: list[TokenizedPair]) -> Tensor:
+        """(B, E); a pair without one, such as a filler, has zeros."""
+        zeros = (0.0,) * self.embedding
+        return torch.tensor([pair.embedding or zeros for pair in pairs], dtype=torch.float64)
 
 
 def _without_rejected(pair: TokenizedPair) -> TokenizedPair:
-    return replace(pair, rejected_ids=[], rejected_turns=None)
+    return replace(pair, rejected_ids=[], rejected_turns=None, reference_tokens=None)
 
 
-def _padded_bins(lengths: Sequence[int], budget: int, *, rows: int) -> list[list[int]]:
-    """Neighbours in length together, while `rows` padded rows a pair stay within the budget."""
+def _padded_bins(lengths: Sequence[int], budget: int, *, rows: Sequence[int]) -> list[list[int]]:
+    """Neighbours in length together, while their padded rows, `rows` of each pair, stay within the budget."""
     bins: list[list[int]] = []
+    used = 0
     for item in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if bins and rows * (len(bins[-1]) + 1) * lengths[item] <= budget:
+        if bins and (used + rows[item]) * lengths[item] <= budget:
             bins[-1].append(item)
+            used += rows[item]
         else:
             bins.append([item])
+            used = rows[item]
     return bins

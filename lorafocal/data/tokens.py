@@ -9,19 +9,20 @@ to end a turn or to forge one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lorafocal.data.columns import FurtherAnswer
 from lorafocal.data.dialogues import DialogueTexts
 from lorafocal.data.encoding import TO_GENERATE, Encoder, Reading, Side, SideIds, dialogue_ids, sides_of
 from lorafocal.data.era import AS_IN_ITS_ERA
 from lorafocal.data.messages import contents, said_in
 from lorafocal.data.sources import Preference
 from lorafocal.data.templates import Fault, PairTexts, Renderer, is_conversation
-from lorafocal.data.truncation import TRUNCATIONS, Limits, check_limits, why_too_long
+from lorafocal.data.truncation import Limits, check_limits, truncate, why_too_long
 from lorafocal.data.turns import Turns, scored_count
 from lorafocal.errors import InputError
 
@@ -108,15 +109,22 @@ class TokenizedPair:
         return scored_count(self.chosen_ids, self.chosen_turns), scored_count(self.rejected_ids, self.rejected_turns)
 
 
-def by_twos(others: Sequence[OtherAnswer]) -> Iterator[Sequence[OtherAnswer]]:
-    """Neighbours to the same prompt together, two at most, in their order: they share a row of a pack."""
+Further = TypeVar("Further", FurtherAnswer, OtherAnswer)
+
+
+def by_twos(others: Sequence[Further]) -> Iterator[Sequence[Further]]:
+    """Neighbours to the same prompt together, two at most, in their order: they are read, and packed, as pairs are."""
     start = 0
     while start < len(others):
         two = others[start : start + 2]
-        if two[0].prompt_ids != two[-1].prompt_ids:
+        if _prompt(two[0]) != _prompt(two[-1]):
             two = two[:1]
         yield two
         start += len(two)
+
+
+def _prompt(other: FurtherAnswer | OtherAnswer) -> Any:
+    return other.prompt if isinstance(other, FurtherAnswer) else other.prompt_ids
 
 
 @dataclass(slots=True)
@@ -153,14 +161,15 @@ def tokenize_preferences(
     truncation: str = "drop",
     max_prompt_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    others: bool = False,
 ) -> TokenizedData:
     """All preferences as token ids; `max_length` is in tokens of the prompt plus one completion.
 
     `truncation` is one of `TRUNCATIONS`, `max_prompt_length` belongs to `recipe` alone, and
-    `chat_template_kwargs` are given to every rendering. A pair is dropped for the first reason that holds, in
-    the order of `REMEDIES`. Raises InputError for settings that would have no effect, a tokenizer without what
-    the data needs (chat template, EOS), a template that does not keep its prompt or does not end the turn, and
-    when no pair is left.
+    `chat_template_kwargs` are given to every rendering. Further answers are read with `others` alone. A pair is dropped
+    for the first reason that holds, in the order of `REMEDIES`. Raises InputError for settings that would have no
+    effect, a tokenizer without what the data needs (chat template, EOS), a template that does not keep its prompt or
+    does not end the turn, and when no pair is left.
     """
     check_limits(truncation, max_length, max_prompt_length)
     preferences = list(preferences)
@@ -173,21 +182,21 @@ def tokenize_preferences(
     data = TokenizedData()
     for start in range(0, len(preferences), CHUNK):
         chunk = preferences[start : start + CHUNK]
-        for preference, tokenized in zip(chunk, tokenize_chunk(chunk, encoder, reading), strict=True):
+        for preference, tokenized in zip(chunk, tokenize_rows(chunk, encoder, reading, others), strict=True):
             place = preference.place or preference.id
             if isinstance(tokenized, Fault):
                 data.drop(place, tokenized)
                 continue
             pair, merged = tokenized
             data.seam_merges += merged
-            kept = TRUNCATIONS[truncation](pair, limits) if not (fault := ids_fault(pair)) else None
+            kept = truncate(pair, truncation, limits) if not (fault := ids_fault(pair)) else None
             if kept is None:
                 data.drop(place, fault or Fault(why_too_long(pair, truncation, max_length)))
             elif fault := ids_fault(kept):
                 data.drop(place, fault)
             else:
                 data.cut += kept is not pair
-                data.pairs.append(kept)
+                data.pairs.append(with_columns(kept, preference))
     if not data.pairs:
         raise nothing_left(data, max_length)
     return data
@@ -238,10 +247,67 @@ def ids_fault(pair: TokenizedPair) -> Fault | None:
         return Fault("empty_completion")
     if pair.chosen_ids == pair.rejected_ids:
         return Fault("identical_completions")
+    if not all(other.prompt_ids and other.completion_ids for other in pair.others):
+        return Fault("empty_completion", "a further answer")
     return None
 
 
+def with_columns(pair: TokenizedPair, preference: Preference) -> TokenizedPair:
+    """The pair with what the row has beside texts."""
+    if preference.group is None and preference.embedding is None:
+        return pair
+    return replace(pair, group=preference.group, embedding=preference.embedding)
+
+
 # ---- texts to ids
+
+
+def tokenize_rows(
+    preferences: Sequence[Preference], encoder: Encoder, reading: Reading, others: bool
+) -> list[Fault | tuple[TokenizedPair, bool]]:
+    """As `tokenize_chunk`; with `others`, further answers are read too, and one that cannot be drops its pair."""
+    pairs = tokenize_chunk(preferences, encoder, reading)
+    if not others:
+        return pairs
+    twos = [[*by_twos(preference.others)] for preference in preferences]
+    read = iter(
+        tokenize_chunk(
+            [_as_pair(preference, two) for preference, of_row in zip(preferences, twos, strict=True) for two in of_row],
+            encoder,
+            reading,
+        )
+    )
+    return [
+        _with_others(pair, preference.others, [(len(two), next(read)) for two in of_row])
+        for pair, preference, of_row in zip(pairs, preferences, twos, strict=True)
+    ]
+
+
+def _as_pair(preference: Preference, two: Sequence[FurtherAnswer]) -> Preference:
+    """One or two further answers in the place of a pair's, the one twice."""
+    prompt = preference.prompt if two[0].prompt is None else two[0].prompt
+    return Preference(prompt, two[0].answer, two[-1].answer, preference.id, place=preference.place)
+
+
+def _with_others(
+    pair: Fault | tuple[TokenizedPair, bool],
+    others: Sequence[FurtherAnswer],
+    twos: Sequence[tuple[int, Fault | tuple[TokenizedPair, bool]]],
+) -> Fault | tuple[TokenizedPair, bool]:
+    """A pair with its further answers, which were read by twos, of one or two each."""
+    if isinstance(pair, Fault):
+        return pair
+    whole, merged = pair
+    read: list[OtherAnswer] = []
+    for count, two in twos:
+        if isinstance(two, Fault):
+            return Fault(two.reason, ": ".join(filter(None, ("a further answer", two.detail))))
+        found, merges = two
+        merged |= merges
+        prompt_ids = whole.prompt_ids if found.prompt_ids == whole.prompt_ids else found.prompt_ids
+        for ids in (found.chosen_ids, found.rejected_ids)[:count]:
+            read.append(OtherAnswer(prompt_ids, ids, others[len(read)].score))
+    return replace(whole, others=tuple(read)), merged
 
 
 def tokenize_chunk(

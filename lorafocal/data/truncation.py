@@ -13,7 +13,7 @@ from lorafocal.data.turns import cut
 from lorafocal.errors import InputError
 
 if TYPE_CHECKING:
-    from lorafocal.data.tokens import TokenizedPair
+    from lorafocal.data.tokens import OtherAnswer, TokenizedPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,44 @@ TRUNCATIONS: dict[str, Truncation] = {
 }
 
 
+def truncate(pair: TokenizedPair, truncation: str, limits: Limits) -> TokenizedPair | None:
+    """The pair by one of `TRUNCATIONS`, with its further answers; None where it is dropped.
+
+    Those to the pair's own prompt are cut as its two answers are, so that all of them keep one prompt; one to another
+    prompt is cut by itself.
+    """
+    rule = TRUNCATIONS[truncation]
+    if not pair.others:
+        return rule(pair, limits)
+    family = [other for other in pair.others if other.prompt_ids == pair.prompt_ids]
+    longest = max((other.completion_ids for other in family), key=len, default=[])
+    two = replace(pair, others=())
+    if two.longest < len(two.prompt_ids) + len(longest):  # it stands in for the rejected answer
+        two = replace(two, rejected_ids=longest, rejected_turns=None)
+    kept = rule(two, limits)
+    if kept is None:
+        return None
+    length = max(len(kept.chosen_ids), len(kept.rejected_ids))
+    others: list[OtherAnswer] = []
+    for other in pair.others:
+        if other.prompt_ids == pair.prompt_ids:
+            others.append(replace(other, prompt_ids=kept.prompt_ids, completion_ids=other.completion_ids[:length]))
+            continue
+        ids = other.completion_ids
+        alone = replace(two, prompt_ids=other.prompt_ids, chosen_ids=ids, rejected_ids=ids)
+        cut_alone = rule(replace(alone, chosen_turns=None, rejected_turns=None), limits)
+        if cut_alone is None:
+            return None
+        others.append(replace(other, prompt_ids=cut_alone.prompt_ids, completion_ids=cut_alone.chosen_ids))
+    rejected_ids, rejected_turns = cut(pair.rejected_ids, pair.rejected_turns, length)
+    changed = replace(kept, rejected_ids=rejected_ids, rejected_turns=rejected_turns, others=tuple(others))
+    return pair if changed == pair else changed
+
+
 def why_too_long(pair: TokenizedPair, truncation: str, max_length: int) -> str:
     """The reason for which a rule dropped a pair."""
-    prompt_fills = truncation != "cut_prompt_left" and len(pair.prompt_ids) >= max_length
+    prompts = (pair.prompt_ids, *(other.prompt_ids for other in pair.others))
+    prompt_fills = truncation != "cut_prompt_left" and max(map(len, prompts)) >= max_length
     return "prompt_fills_length" if prompt_fills else "overlong"
 
 

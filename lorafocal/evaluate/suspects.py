@@ -15,7 +15,8 @@ from lorafocal.config import load_config
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.leave_out import digest, line_of
 from lorafocal.data.messages import Messages
-from lorafocal.data.packing import check_scores, scores_of
+from lorafocal.data.needs import check_needs
+from lorafocal.data.packing import scores_of
 from lorafocal.data.prepare import check_sources, prepare_data
 from lorafocal.data.sources import Preference
 from lorafocal.data.tokens import TokenizedPair
@@ -65,8 +66,8 @@ def find_suspects(
     objective = _objective(config)
     compared = _compared(config, objective, subject, reference, base)
     data = _rows(Path(run), config, subject) if pairs is None else _rows_of_file(pairs, subject)
-    if objective.entry.scores and not objective.entry.implicit_rewards:
-        check_scores(data.pairs, data.of)
+    if not objective.entry.implicit_rewards:
+        check_needs(data.pairs, data.of, objective.entry)
     margins, leads = _margins(states, data.pairs, subject, compared, objective, say)
     found = replace(_suspects(data, margins, leads, limit), run=_name(run), steps=tuple(state.step for state in states))
     if len(states) == 1:
@@ -148,6 +149,12 @@ def _objective(config: Config) -> Objective:
     objective = objective_from(config.objective.model_dump(mode="json"))
     if not objective.entry.rejected:
         raise InputError(f"{objective.name} looks at no rejected answers: it ranks nothing, and so nothing is suspect")
+    more = objective.entry.beyond_rows
+    if more and not objective.entry.implicit_rewards and not objective.entry.whole_step:
+        raise InputError(
+            f"{objective.name} ranks answers by {more}, which only the run had: suspects of it cannot be told. Train a"
+            " short run of dpo on these pairs, and ask that one"
+        )
     return objective
 
 
@@ -168,7 +175,14 @@ def _place_of_reference(config: Config) -> str | None:
     place: str | None
     if section is None or section.kind == "disabled_adapter":
         return None
-    if section.model is not None:
+    if section.kind in ("moving", "several"):
+        raise InputError(
+            f"the run's reference was {section.kind}, which is no one adapter or model: name by --reference"
+            " ADAPTER_OR_MODEL what the pairs are to be judged by"
+        )
+    if section.kind == "adapter":
+        place, revision = section.adapter, None
+    elif section.model is not None:
         place, revision = section.model, section.revision
     elif adapter is None:
         place, revision = config.model.name, config.model.revision
@@ -185,7 +199,7 @@ def _place_of_reference(config: Config) -> str | None:
 def _rows(run: Path, config: Config, subject: Subject) -> _Data:
     """The training pairs as they were prepared for the run, copies of a weighted source once."""
     check_sources(config.data)
-    part = prepare_data(config.data, subject.tokenizer, scored=config.objective.entry.scores)["train"]
+    part = prepare_data(config.data, subject.tokenizer, objective=config.objective.entry)["train"]
     notes = notes_of_changes(run, "train", part.tokens.pairs)
     first_copies = {digest(row): row for row in reversed(part.preferences)}
     rows = {row.id: row for row in first_copies.values()}
@@ -246,8 +260,8 @@ def margins_of(
     if objective.entry.implicit_rewards and reference is not None:
         chosen, rejected = rewards(policy, reference, beta=objective.parameters["beta"])
         return (chosen - rejected).double()
-    answers = [*(pair.chosen_ids for pair in pairs), *(pair.rejected_ids for pair in pairs)]
-    return objective(policy, reference, torch.tensor([*map(len, answers)]), scores=scores_of(pairs)).margins.double()
+    lengths = torch.tensor([pair.scored_tokens for pair in pairs]).T.flatten()
+    return objective(policy, reference, lengths, scores=scores_of(pairs)).margins.double()
 
 
 def _suspects(data: _Data, margins: Tensor, leads: Tensor | None, limit: int | None) -> Suspects:
@@ -273,8 +287,8 @@ def _suspects(data: _Data, margins: Tensor, leads: Tensor | None, limit: int | N
                 confident=bool(scores.confident[n]),
                 margins=tuple(margins[:, n].tolist()),
                 reference_lead=None if leads is None else float(leads[n]),
-                chosen_tokens=len(data.pairs[n].chosen_ids),
-                rejected_tokens=len(data.pairs[n].rejected_ids),
+                chosen_tokens=data.pairs[n].scored_tokens[0],
+                rejected_tokens=data.pairs[n].scored_tokens[1],
                 prompt=text_of(data.rows[n].prompt),
                 chosen=text_of(data.rows[n].chosen),
                 rejected=text_of(data.rows[n].rejected),

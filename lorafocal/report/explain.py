@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorafocal.data.packing import Pack, check_scores, scores_of
+from lorafocal.data.needs import check_needs
+from lorafocal.data.packing import Pack, scores_of
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import compared_with, is_its_own_reference, prepared, row_settings
@@ -56,10 +57,15 @@ def explain(
     if compared is None:
         _check_starts_at_its_base(subject)
     objective = _objective(subject)
-    scored = None if objective is None else objective.entry.scores
-    found = find_pair(pair_id, subject, pairs, row_settings(subject), scored=scored)
-    if scored:
-        check_scores([found.pair], found.place)
+    entry = None if objective is None else objective.entry
+    found = find_pair(pair_id, subject, pairs, row_settings(subject), objective=entry)
+    if entry is not None:
+        check_needs([found.pair], found.place, entry)
+    if found.pair.several_turns:
+        raise InputError(
+            f"{found.place}: pair {pair_id!r} has completions of several turns, which are not told token by token: name"
+            " a pair of one turn, or score it by `lorafocal score`"
+        )
     explanation = _explanation(subject, compared, objective, found)
     if out is not None:
         write_explanation(explanation, out)
@@ -79,7 +85,7 @@ def _check_starts_at_its_base(subject: Subject) -> None:
     lineage = None if subject.folder is None else lineage_of(subject.folder)
     if subject.saved is not None and (is_its_own_reference(subject) or _started_bare(subject.saved)):
         return
-    against = "" if lineage is None or lineage.reference is None else f" with `reference.kind: {lineage.reference}`,"
+    against = "" if lineage is None or lineage.reference is None else f" with `reference.kind: {lineage.reference_kind}`,"
     raise InputError(
         f"{subject.name} was trained{against} not against its bare base: name by --reference ADAPTER_OR_MODEL what it"
         " was compared with then"
@@ -93,7 +99,7 @@ def _started_bare(saved: SavedAdapter) -> bool:
     if saved.lineage.reference is None:
         return True
     run = read_manifest(run_of(saved.folder))
-    return saved.lineage.reference == "cached" and "reference_model" in run and run["reference_model"] is None
+    return saved.lineage.reference_kind == "cached" and "reference_model" in run and run["reference_model"] is None
 
 
 def _objective(subject: Subject) -> Objective | None:
@@ -170,7 +176,7 @@ def _under(model: nn.Module, pack: Pack) -> _Scored:
 def weighing(
     objective: Objective, pair: TokenizedPair, chosen: Answer, rejected: Answer, collisions: Tensor
 ) -> Weighing:
-    """What the objective makes of a pair alone; rewards alone where a pair's loss depends on the others of its step.
+    """What the objective makes of a pair alone; rewards alone, if any, where its loss takes more than the pair's row.
 
     `collisions` (2,) are the policy's, log sum_v pi_v^2 summed over each answer's tokens.
     """
@@ -178,7 +184,9 @@ def weighing(
         PairLogps(*(torch.tensor([getattr(side, name)], dtype=torch.float64) for side in (chosen, rejected)))
         for name in ("policy", "reference")
     )
-    if objective.entry.whole_step:
+    if objective.entry.beyond_rows:
+        if not (objective.entry.implicit_rewards and objective.entry.reference):
+            return Weighing(None, None, None)
         chosen_reward, rejected_reward = rewards(policy, reference, beta=objective.parameters["beta"])
         return Weighing(None, chosen_reward.item(), rejected_reward.item())
     lengths = torch.tensor([len(chosen.tokens), len(rejected.tokens)])
@@ -201,6 +209,8 @@ def _notes(objective: Objective | None) -> Iterator[str]:
         yield "What it was trained by is not known (there is no lorafocal.json that says so): no rewards, no weights."
     elif objective.entry.whole_step:
         yield f"The loss of {objective.name} depends on the other pairs of a step: one alone has none, and no weight."
+    elif more := objective.entry.beyond_rows:
+        yield f"The loss of {objective.name} takes {more}, which the run alone had: a pair here has none, and no weight."
     elif not objective.entry.bradley_terry:
         yield f"{objective.name} has no probability of a pair's ranking, and so no weight to compare with DPO's."
 

@@ -140,18 +140,18 @@ def test_an_objective_of_the_score_gap_gets_pairs_that_have_one() -> None:
     kept = drop_unranked(scored((1.0, 0.0), (0.5, 0.5), (0.1, 0.9), (0.2, -0.1)))
     assert [one.score_chosen for one in kept.pairs] == [1.0, 0.2]
     assert [row.reason for row in kept.bad_rows] == ["not_scored_higher"] * 2
-    assert "chosen is scored 0.5 and rejected 0.5" in kept.bad_rows[0].message
-    with pytest.raises(InputError, match=r"pairs.jsonl, row 2: chosen is scored 0.5"):
+    assert "scores chosen 0.5 and rejected 0.5" in kept.bad_rows[0].message
+    with pytest.raises(InputError, match=r"pairs.jsonl, row 2: scores chosen 0.5"):
         drop_unranked(scored((1.0, 0.0), (0.5, 0.5)), on_bad_row="error")
 
 
 @pytest.mark.parametrize(
     ("scores", "key"),
-    [((1.0, None), "score_rejected"), ((None, 1.0), "score_chosen"), ((None, None), "score_rejected")],
+    [((1.0, None), "score_rejected"), ((None, 1.0), "score_chosen"), ((None, None), "score_chosen")],
 )
 def test_a_missing_score_is_refused_whatever_becomes_of_bad_rows(scores: tuple[Any, Any], key: str) -> None:
     for on_bad_row in ("drop", "error"):
-        with pytest.raises(InputError, match=rf"pairs.jsonl, row 2: {key} is missing, .* give every row both scores"):
+        with pytest.raises(InputError, match=rf"pairs.jsonl, row 2: has no {key}, .* give every row both"):
             drop_unranked(scored((1.0, 0.0), scores), on_bad_row=on_bad_row)  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ import pytest
 from lorafocal.data.prepare import Part, check_sources, dated_template, listed, prepare_data
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.errors import InputError
+from lorafocal.objectives import OBJECTIVES
 from lorafocal.schema import Data
 
 TOKENIZER = toy_tokenizer()
@@ -125,14 +126,18 @@ def test_scored_pairs_are_asked_for_their_scores_on_both_sides(tmp_path: Path, r
     scored = [row | {"score_chosen": n % 3, "score_rejected": 0.5} for n, row in enumerate(rows)]
     section = {"train": write(tmp_path / "train.jsonl", scored), "held_out": 4}
     every = prepared(**section)
-    parts = prepare_data(Data.model_validate({"max_length": 64, "cache": False, **section}), TOKENIZER, scored=True)
+    parts = prepare_data(
+        Data.model_validate({"max_length": 64, "cache": False, **section}), TOKENIZER, objective=OBJECTIVES["odpo"]
+    )
     kept = [pair for part in parts.values() for pair in part.tokens.pairs]
     assert sum(len(part.tokens.pairs) for part in every.values()) > len(kept) > 0
     assert all(pair.score_chosen > pair.score_rejected for pair in kept)
     assert any(drop.reason == "not_scored_higher" for drop in parts["train"].drops)
     section["train"] = write(tmp_path / "bare.jsonl", rows)
-    with pytest.raises(InputError, match=r"bare.jsonl, row 1: score_rejected is missing"):
-        prepare_data(Data.model_validate({"max_length": 64, "cache": False, **section}), TOKENIZER, scored=True)
+    with pytest.raises(InputError, match=r"bare.jsonl, row 1: has no score_chosen"):
+        prepare_data(
+            Data.model_validate({"max_length": 64, "cache": False, **section}), TOKENIZER, objective=OBJECTIVES["odpo"]
+        )
 
 
 def test_places_are_told_with_what_they_share_once() -> None:
