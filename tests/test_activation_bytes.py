@@ -30,7 +30,8 @@ from lorafocal.model.load import load_base
 from lorafocal.model.master import hold_masters, train_in_full
 from lorafocal.ops import attention
 from lorafocal.ops.attention_kernels import Kernel, KernelChoice
-from lorafocal.policy import prepare_policy, sequence_logps
+from lorafocal.ops.divergences import ReferenceRows
+from lorafocal.policy import compared_tokens, of_pairs, prepare_policy, reference_rows, sequence_logps, sums_of
 from tests.tiny import lora
 
 pytestmark = pytest.mark.slow
@@ -86,7 +87,7 @@ def adapted(base: nn.Module, setup: Setup, tier: str) -> PeftModel:
     return policy
 
 
-def saved_bytes(policy: nn.Module, rows: Pack) -> int:
+def saved_bytes(policy: nn.Module, rows: Pack, *, divergences: bool = False) -> int:
     """Every storage that the forward saves for its backward, once, but those that the model holds anyway."""
     own = {t.untyped_storage().data_ptr() for t in (*policy.parameters(), *policy.buffers())}
     sizes: dict[int, int] = {}
@@ -99,17 +100,27 @@ def saved_bytes(policy: nn.Module, rows: Pack) -> int:
             alive.append(tensor)
         return tensor
 
+    before = reference_rows(policy, rows) if divergences else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logps = sequence_logps(policy, rows)
-        loss = (logps.chosen - logps.rejected).sum()
+        loss = loss_of(policy, rows, before)
     assert loss.requires_grad
     return sum(sizes.values())
+
+
+def loss_of(policy: nn.Module, rows: Pack, before: ReferenceRows | None) -> Tensor:
+    """A made-up loss of log-probs, and of divergences from rows of `before`."""
+    if before is None:
+        logps = sequence_logps(policy, rows)
+        return (logps.chosen - logps.rejected).sum()
+    compared = compared_tokens(policy, rows, before)
+    logps = of_pairs(sums_of(compared.logps, rows), rows)
+    return (logps.chosen - logps.rejected).sum() + sums_of(compared.divergences, rows).sum()
 
 
 def check(family: str, sizes: dict[str, Any], setup: Setup, tier: str, *, within: float = 0.05) -> None:
     config, shape = shape_of(family, sizes)
     base = AutoModelForCausalLM.from_config(config).to(DTYPES[setup.dtype])
-    counted = saved_bytes(prepared(base, setup, tier), rows := pack())
+    counted = saved_bytes(prepared(base, setup, tier), rows := pack(), divergences=setup.divergences)
     planned = rows.num_rows * activation_bytes_per_token(shape, setup, tier)
     if not (setup.full and tier == "full"):  # casts are alive until the forward ends, but not saved
         planned += cast_bytes(shape, setup, tier)
@@ -166,6 +177,15 @@ IN_FULL = [("float32", "one-process"), ("bfloat16", "zero3"), ("bfloat16", "one-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_kept_where_every_weight_is_trained(family, dtype, engine, tier):
     check(family, TINY, setup(full=True, dtype=dtype, engine=engine), tier, within=0.01)
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("tier", ["none", "full"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_kept_where_whole_distributions_are_compared(dtype, full, tier):
+    more = {"full": True, "engine": "zero3"} if full else {}
+    check("llama", TINY, setup(dtype=dtype, divergences=True, **more), tier, within=0.02)
 
 
 @pytest.mark.row("37")
@@ -263,14 +283,19 @@ def test_the_peak_of_a_pack_is_the_plans_where_every_weight_is_trained(tier):
     check_peak(setup(full=True), tier)
 
 
+@pytest.mark.row("37")
+@pytest.mark.parametrize("full", [False, True])
+def test_the_peak_of_a_pack_is_the_plans_where_whole_distributions_are_compared(full):
+    check_peak(setup(full=full, divergences=True), "none")
+
+
 def check_peak(asked: Setup, tier: str) -> None:
     config, shape = shape_of("llama", MID)
     policy = prepared(AutoModelForCausalLM.from_config(config), asked, tier)
     rows = pack()
 
     def step() -> None:
-        logps = sequence_logps(policy, rows)
-        (logps.chosen - logps.rejected).sum().backward()
+        loss_of(policy, rows, reference_rows(policy, rows) if asked.divergences else None).backward()
 
     step()  # gradients are there from now on
     planned = planned_peak(shape, asked, tier, rows.num_rows, int(rows.index.lengths.sum()))

@@ -27,12 +27,14 @@ def _end_bytes(shape: Shape, setup: Setup) -> float:
     """What the last norm and the head save: of each answer's row its gradient, label and log-prob.
 
     Where all is trained, the row itself in the gradient's place, its position, and the embeddings' ids.
+    With divergences a second gradient, and the reference's row in its place where the head is trained; and their sums.
     """
     answers = setup.lengths.answers / setup.lengths.rows
     last_norm = shape.hidden_size * (setup.width if setup.fused else WIDE) + WIDE + _normed_bytes(shape, setup)
+    kept = setup.width * shape.hidden_size * (2 if setup.divergences else 1) + (8 if setup.divergences else 0)
     if not setup.full:
-        return last_norm + answers * (setup.width * shape.hidden_size + 12)
-    return last_norm + 8 + answers * (setup.width * shape.hidden_size + 24)
+        return last_norm + answers * (kept + 12)
+    return last_norm + 8 + answers * (kept + 24)
 
 
 def _widens_rows(shape: Shape, setup: Setup) -> bool:
@@ -139,12 +141,24 @@ def work_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
 def head_chunk_bytes(shape: Shape, setup: Setup) -> int:
     """Peak of the log-prob head beside what it saves: a chunk's logits in fp32, and their error where narrower.
 
+    With divergences three in fp32, of which one is gone when the error is made.
     A head that is trained has a gradient in fp32 and a cast of its weights beside that.
     """
     rows = max(1, HEAD_CHUNK_ELEMENTS // shape.vocab_size)
     narrow = setup.width if setup.width < WIDE else 0
     trained = shape.head_parameters if setup.saves("lm_head") else 0
-    return (rows * shape.vocab_size + trained) * (WIDE + narrow)
+    each = 3 * WIDE if setup.divergences else WIDE + narrow
+    return rows * shape.vocab_size * each + trained * (WIDE + narrow)
+
+
+def reference_row_bytes(shape: Shape, setup: Setup) -> float:
+    """What the reference's pass leaves to the policy's, a row: what divergences make its logits of.
+
+    Where the head is trained, the policy's pass keeps it, and it counts there.
+    """
+    if not setup.divergences or setup.saves("lm_head"):
+        return 0
+    return setup.width * shape.hidden_size * setup.lengths.answers / setup.lengths.rows
 
 
 def cast_bytes(shape: Shape, setup: Setup, tier: str) -> int:
@@ -166,4 +180,5 @@ def fixed_bytes(shape: Shape, setup: Setup, tier: str) -> int:
 def pack_bytes(shape: Shape, setup: Setup, tier: str, tokens: float) -> float:
     """Peak of one pack's forward and backward, beside the residents."""
     per_token = activation_bytes_per_token(shape, setup, tier) + work_bytes_per_token(shape, setup, tier)
+    per_token += reference_row_bytes(shape, setup)
     return fixed_bytes(shape, setup, tier) + tokens * per_token

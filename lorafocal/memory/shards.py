@@ -87,7 +87,7 @@ def residents(shape: Shape, setup: Setup, gpus: int = 1) -> Residents:
         reference=reference_bytes(shape, as_held if setup.widened else setup) / of_weights,
         gradients=gradients,
         states=optimizer_bytes(shape, setup, on_gpu=True) / of_states,
-        gathered=_gathered_bytes(shape, setup),
+        gathered=_gathered_bytes(shape, setup) + _copied_bytes(shape, setup),
         exchanged=_exchanged_bytes(shape, setup),
     )
     return _offloaded(whole, setup)
@@ -122,6 +122,14 @@ def _gathered_bytes(shape: Shape, setup: Setup) -> float:
         layer = layer_parameters(shape)
         return setup.width * (shape.parameters - (shape.layers - 2) * layer)
     return 0
+
+
+def _copied_bytes(shape: Shape, setup: Setup) -> float:
+    """Of weights that are split, divergences copy the reference's head where it is not the policy's, for the pack's
+    turn."""
+    apart = setup.reference == "separate_model" or (setup.saves("lm_head") and not setup.full)
+    copied = setup.divergences and SHARING[setup.engine].weights and apart
+    return setup.width * shape.head_parameters if copied else 0
 
 
 def _exchanged_bytes(shape: Shape, setup: Setup) -> float:
