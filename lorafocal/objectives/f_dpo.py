@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, relu
 
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.objectives.pairwise import Odds, rewards
@@ -42,5 +42,5 @@ def jensen_shannon(policy: PairLogps, reference: PairLogps, *, beta: float) -> O
 def _falling(logratios: Tensor, alpha: float) -> Tensor:
     """(1 - exp(-alpha * logratios)) / alpha, elementwise; below -STRAIGHT_FROM / alpha a straight line."""
     exponent = -alpha * logratios
-    near = exponent.clamp(max=STRAIGHT_FROM)
-    return -(torch.expm1(near) + math.exp(STRAIGHT_FROM) * (exponent - near)) / alpha
+    beyond = relu(exponent - STRAIGHT_FROM)  # no difference to the clamped one: slopes of 1e13 would cancel in it
+    return -(torch.expm1(exponent.clamp(max=STRAIGHT_FROM)) + math.exp(STRAIGHT_FROM) * beyond) / alpha

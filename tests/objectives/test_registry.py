@@ -6,7 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -19,31 +19,40 @@ from lorafocal.errors import InputError
 from lorafocal.objectives import (
     OBJECTIVES,
     PARAMETERS,
+    PairInputs,
     PairLogps,
     Parameter,
     build_objective,
     python_name,
 )
+from lorafocal.objectives.objective import _asking
 from lorafocal.objectives.pairwise import dpo_weight
-from tests.objectives.logps import COLLISIONS, LENGTHS, SCORES, made_up
+from tests.objectives.logps import made_up, some, told
 from tests.test_config import VALUES, mistakes
 
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
-INPUTS = ("reference", "lengths", "scores", "collisions", "statistics")
+INPUTS = tuple(spec.name for spec in fields(PairInputs) if spec.name not in ("policy", "num_groups"))
+OF_TOKENS = {
+    "draws": "draws",
+    "guide_tokens": "guide",
+    "differs": "differs",
+}  # what token weights are told, and entries
 
 
-def function_of(place: str):
+def function_of(place):
+    if callable(place):
+        return place
     file, _, name = place.partition(".")
     return getattr(import_module(f"lorafocal.objectives.{file}"), name)
 
 
+def parameters_of(place) -> set[str]:
+    return set(inspect.signature(function_of(place)).parameters) if place else set()
+
+
 def given(name: str, policy: PairLogps, against: PairLogps, /, **changes):
     """The objective's losses of the five made-up pairs."""
-    objective = build_objective(name)
-    inputs = {"reference": against, "lengths": LENGTHS, "scores": SCORES, "collisions": COLLISIONS}
-    if objective.statistics is not None:
-        inputs["statistics"] = objective.statistics(policy, against) / len(policy.chosen)
-    return objective(policy, **inputs | changes)
+    return build_objective(name).of(replace(told(OBJECTIVES[name], policy, against), **changes))
 
 
 def refuses(parameter: Parameter, value: float) -> bool:
@@ -65,14 +74,22 @@ def section(name: str, **values: object) -> dict[str, object]:
 def test_an_entry_names_functions_that_take_together_exactly_what_it_says(name):
     entry = OBJECTIVES[name]
     assert (entry.odds is None) != (entry.loss is None)
-    places = [entry.odds, entry.link if entry.odds else None, entry.constants, entry.beside, entry.loss]
-    taken = [set(inspect.signature(function_of(place)).parameters) for place in places if place]
-    constants = {"quality", "shift", "weights"} if entry.constants else set()  # of a link, beside the log-odds
-    takes = set().union(*taken, {"gamma"} if entry.factor else set()) - {"policy", "log_odds"} - constants
-    needs = {key for key in INPUTS if getattr(entry, key)}
-    assert takes == needs | {python_name(key) for key in entry.parameters}
-    if entry.statistics:
-        assert list(inspect.signature(function_of(entry.statistics)).parameters) == ["policy", "reference"]
+    settings = {python_name(key) for key in entry.parameters}
+    link = parameters_of(entry.link) if entry.odds else set()
+    constants = link - settings if entry.constants else set()
+    taken = set().union(link, *map(parameters_of, (entry.odds, entry.constants, entry.beside, entry.over, entry.loss)))
+    of_tokens = parameters_of(entry.token_weights)
+    taken |= (of_tokens & settings) | {OF_TOKENS[key] for key in OF_TOKENS.keys() & of_tokens}
+    taken |= {"gamma"} if entry.factor else set()
+    needs = {key for key in (*INPUTS, "state", "differs") if getattr(entry, key)}
+    assert taken - {"policy", "log_odds", "losses", "num_groups"} - constants == needs | settings
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if entry.whole_step])
+def test_over_a_step_slopes_go_to_log_probs_of_answers_alone(name):
+    """Its second pass knows of no other way to the weights."""
+    entry = OBJECTIVES[name]
+    assert not any((entry.divergences, entry.token_weights, entry.guide))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -105,40 +122,49 @@ def test_losses_are_finite_and_differentiable_and_rewards_are_detached(name, dty
         assert side.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if not entry.whole_step])
 def test_a_pair_s_loss_does_not_depend_on_who_shares_its_pack(name):
-    policy, reference = made_up()
+    inputs = told(OBJECTIVES[name], *made_up())
     objective = build_objective(name)
-    statistics = objective.statistics(policy, reference) / 5 if objective.statistics else None
     with torch.no_grad():
-        whole = given(name, policy, reference, statistics=statistics).losses
+        whole = objective.of(inputs).losses
         for pair in range(5):
-            alone = objective(
-                PairLogps(*(side[pair : pair + 1] for side in policy)),
-                PairLogps(*(side[pair : pair + 1] for side in reference)),
-                LENGTHS[[pair, pair + 5]],
-                collisions=COLLISIONS[[pair, pair + 5]],
-                scores=type(SCORES)(*(side[pair : pair + 1] for side in SCORES)),
-                statistics=statistics,
-            )
-            torch.testing.assert_close(alone.losses[0], whole[pair], rtol=1e-12, atol=0)
+            torch.testing.assert_close(objective.of(some(inputs, [pair])).losses[0], whole[pair], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if entry.whole_step])
+def test_the_order_of_a_step_s_pairs_changes_no_loss(name):
+    inputs = told(OBJECTIVES[name], *made_up())
+    objective, order = build_objective(name), [3, 0, 4, 2, 1]
+    with torch.no_grad():
+        whole, turned = objective.of(inputs), objective.of(some(inputs, order))
+    torch.testing.assert_close(turned.losses, whole.losses[order], rtol=1e-11, atol=1e-14)
+    for key, value in (whole.state or {}).items():
+        torch.testing.assert_close(turned.state[key], value, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if entry.state])
+def test_a_state_is_of_float64_and_holds_no_graph(name):
+    state = given(name, *made_up(dtype=torch.float32)).state
+    assert state
+    assert all(value.dtype == torch.float64 and not value.requires_grad for value in state.values())
 
 
 @pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if entry.bradley_terry])
 def test_weights_are_the_slope_of_the_preference_term_over_its_log_odds(name):
     """The policy's log-probs move log-odds and what stands beside: the latter is left out by its own weight, 0."""
-    beside = {"nll_weight": 0.0} if "nll_weight" in OBJECTIVES[name].parameters else {}
+    entry = OBJECTIVES[name]
+    beside = {"nll_weight": 0.0} if "nll_weight" in entry.parameters else {}
     objective = build_objective(name, **beside)
-    policy, reference = made_up()
-    others = {"scores": SCORES, "collisions": COLLISIONS}
-    out = objective(policy, reference, LENGTHS, **others)
+    inputs = told(entry, *made_up())
+    rejected = inputs.policy.rejected
+    out = objective.of(inputs)
     assert not out.log_odds.requires_grad
-    [slope] = torch.autograd.grad(out.losses.sum(), policy.rejected)
-    step = 1e-6
-    moved = objective(PairLogps(policy.chosen, policy.rejected + step), reference, LENGTHS, **others)
-    log_odds_a_nat = (moved.log_odds - out.log_odds) / step
-    weights = objective.weights(out.log_odds, *out.constants)
-    torch.testing.assert_close(-slope, weights * log_odds_a_nat, rtol=1e-6, atol=1e-9)
+    [slope] = torch.autograd.grad(out.losses.sum(), rejected)
+    odds = _asking(entry.odds, objective.parameters)(inputs.policy, **inputs.asked(), state={})
+    [log_odds_a_nat] = torch.autograd.grad(odds.log_odds.sum(), rejected)
+    weights = objective.weights(out.log_odds, *out.constants) * (1.0 if out.scale is None else out.scale)
+    torch.testing.assert_close(-slope, weights * log_odds_a_nat, rtol=1e-9, atol=1e-12)
     assert not weights.requires_grad
     assert weights.dtype == torch.float64
 
@@ -151,7 +177,7 @@ def test_dpo_s_weights_are_its_own():
 
 
 def test_values_are_checked_and_names_known():
-    for name, values, told in (
+    for name, values, why in (
         ("focalpo", {"gamma": 1.5}, r"1\.4427"),
         ("focal-hard", {"gamma": -0.1}, "gamma"),
         ("dpo", {"beta": 0.0}, "beta"),
@@ -174,9 +200,19 @@ def test_values_are_checked_and_names_known():
         ("omni-dpo", {"eta": -1}, "eta"),
         ("omni-dpo", {"tau_ref": "1"}, "tau_ref"),
         ("omni-dpo", {"tau_good": float("nan")}, "tau_good"),
-        ("ppo", {}, "focalpo"),
+        ("dr-dpo", {"beta_prime": 0}, "beta_prime"),
+        ("beta-dpo", {"sensitivity": -0.1}, "sensitivity"),
+        ("beta-dpo", {"filtered_share": 1}, "filtered_share is 1"),
+        ("beta-dpo", {"momentum": 1.0}, "momentum is 1.0"),
+        ("gamma-po", {"tau": 0}, "tau"),
+        ("gamma-po", {"gamma_beta_ratio": -1}, "gamma_beta_ratio"),
+        ("group-dpo", {"eta": -0.01}, "eta"),
+        ("relative-dpo", {"tau": 0.0}, "tau"),
+        ("relative-dpo-diagonal", {"diagonal_weight": 1.1}, "diagonal_weight is 1.1"),
+        ("mpo", {"alpha": -1}, "alpha"),
+        ("ppo", {}, "not known"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=why):
             build_objective(name, **values)
     assert build_objective("focal-hard", gamma=2.0).parameters["gamma"] == 2.0  # FocalPO's own bound is not its
     assert (
@@ -209,8 +245,8 @@ def test_a_reference_is_asked_for_where_there_is_one_and_refused_elsewhere(name)
     if OBJECTIVES[name].reference:
         assert "reference: missing" in mistakes({**values, "reference": None})
     else:
-        told = mistakes({**values, "reference": {"kind": "disabled_adapter"}})
-        assert f"reference: {name} compares with no reference" in told
+        refused = mistakes({**values, "reference": {"kind": "disabled_adapter"}})
+        assert f"reference: {name} compares with no reference" in refused
 
 
 def test_keys_of_the_config_and_fields_of_python_s_door_are_the_registry_s():
@@ -230,13 +266,13 @@ def test_python_s_door_settles_defaults_and_refuses_strays(tmp_path):
     args = FocalPOConfig(str(tmp_path), objective="orpo", lambda_=0.2, use_cpu=True)
     assert (args.lambda_, args.beta, args.reference) == (0.2, None, None)
     assert args.build_objective().parameters == {"lambda": 0.2}
-    for settings, told in (
+    for settings, why in (
         ({"objective": "orpo", "beta": 0.1}, "orpo has no beta"),
         ({"objective": "simpo", "reference": "disabled_adapter"}, "simpo has no reference"),
         ({"objective": "dpo", "lambda_": 0.1}, "dpo has no lambda_"),
         ({"objective": "kto", "desirable_weight": 0.0}, "desirable_weight is 0.0"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=why):
             FocalPOConfig(str(tmp_path), use_cpu=True, **settings)
 
 
@@ -247,7 +283,7 @@ def test_the_page_has_every_objective_with_its_parameters():
         [row] = re.findall(rf"^\| `{name}` \|.*$", table, re.MULTILINE)
         assert all(f"`{key}`" in row for key in entry.parameters)
         assert ("no reference" in row) != entry.reference
-        assert ("scores" in row) == entry.scores
+        assert ("scores" in row) == (entry.scores is not None)
 
 
 def test_one_more_objective_is_one_entry():
