@@ -10,28 +10,30 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.bounds import check_dropout
 from lorafocal.budget import settle_budget
 from lorafocal.caching import SpotCheck, context_of, spot_check
-from lorafocal.compatibility import Cell, adapter_words, check
-from lorafocal.data.packing import PairCollator, check_scores
+from lorafocal.compatibility import Cell, adapter_words, check, guide_refusal
+from lorafocal.data.needs import check_like_training, check_needs
+from lorafocal.data.packing import PairCollator
 from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
+from lorafocal.data.turns import is_sound
 from lorafocal.errors import InputError
 from lorafocal.memory import Choice
 from lorafocal.model.adapters import (
-    FROZEN_COPY,
     add_frozen_copy,
     attach_lora,
     features,
     freeze,
+    stands_beside,
     switch_dropout_off,
     widen_adapters,
 )
+from lorafocal.model.beside import add_guide, add_strategy
 from lorafocal.model.compiled import compile_layers, restore_layers
 from lorafocal.model.fused import fuse, unfuse
 from lorafocal.model.head import causal_lm
@@ -41,13 +43,14 @@ from lorafocal.model.quantized import quantization_of, settle
 from lorafocal.model.starts import attaching, initialize, rewrites_base
 from lorafocal.model.stored import check_as_stored
 from lorafocal.model.trained_modules import embeddings_of
-from lorafocal.objectives import OBJECTIVES
+from lorafocal.objectives import OBJECTIVES, Entry
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.ops.attention_kernels import KernelChoice, choose
 from lorafocal.ops.elementwise import load
 from lorafocal.ops.logps import use_elementwise
 from lorafocal.policy import plain_attention
 from lorafocal.probes import LayoutChoice, choose_layout
+from lorafocal.references.strategy import Strategy
 from lorafocal.store import ReferenceStore
 from lorafocal.tensor_files import tensors_sha256
 
@@ -109,8 +112,10 @@ def assemble_policy(
             policy = attach_lora(model, config)
         with plain_attention(policy):  # a base of an earlier run is prepared for packs
             initialize(policy, pairs, seed=args.seed)
-    if isinstance(policy, PeftModel) and policy.active_adapter == FROZEN_COPY:
-        raise InputError(f"the adapter is named {FROZEN_COPY!r}, the name of a frozen copy: load it under another name")
+    if isinstance(policy, PeftModel) and stands_beside(policy.active_adapter):
+        raise InputError(
+            f"the adapter is named {policy.active_adapter!r}, the name of a frozen copy: load it under another name"
+        )
     if not args.allow_dropout and (count := switch_dropout_off(policy)):
         logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
     return policy
@@ -133,7 +138,7 @@ def cell_of(model: nn.Module, config: LoraConfig | None, args: FocalPOConfig) ->
     return Cell(
         base=quantization_of(model) or str(arithmetic_of(model)).removeprefix("torch."),
         adapter=adapter_words(None) if config is None else features(config),
-        reference=args.reference or "none",
+        reference=args.strategy.word,
         layout="packed" if args.layout == "auto" else args.layout,
         engine=str(args.engine),
     )
@@ -189,15 +194,30 @@ def assemble_ref_model(
     return model.eval()
 
 
-def reference_identity(kind: str | None, policy: nn.Module, ref_model: nn.Module | None) -> dict[str, str | None]:
-    """What a resumed run must find again: the kind, and the digest of a separate model or of a frozen copy.
+def reference_identity(
+    strategy: Strategy, policy: PreTrainedModel | PeftModel, ref_model: nn.Module | None
+) -> dict[str, Any]:
+    """What a resumed run must find again: kind, settings, and digests of what the reference is made of, and the guide.
 
-    The copy is made here, of the adapter as it is now.
+    A copy of the adapter as it is now is made here, and finished adapters are put beside the policy's.
     """
     fixed: Mapping[str, torch.Tensor] = {} if ref_model is None else sample_of(ref_model)
-    if kind == "frozen_copy":
-        fixed = add_frozen_copy(policy)
-    return {"kind": kind, "sha256": tensors_sha256(fixed) if fixed else None}
+    guide: Mapping[str, torch.Tensor] = {}
+    if isinstance(policy, PeftModel):
+        if strategy.kind in ("frozen_copy", "moving"):
+            fixed = add_frozen_copy(policy)
+        elif strategy.folders:
+            fixed = add_strategy(policy, strategy)
+        if strategy.guide is not None:
+            guide = add_guide(policy, strategy.guide)
+    elif strategy.guide is not None:
+        raise InputError(f"reference.guide: {guide_refusal(adapter_words(None))}")
+    return {
+        "kind": strategy.kind,
+        "sha256": tensors_sha256(fixed) if fixed else None,
+        "settings": strategy.settings() or None,
+        "guide": tensors_sha256(guide) if guide else None,
+    }
 
 
 def sample_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -314,12 +334,14 @@ def choose_common_layout(models: Sequence[nn.Module], layout: str) -> LayoutChoi
 class StoredReference:
     """The reference "cached": `model`, the policy at its start or a separate one, as far as a store speaks for it.
 
-    A separate one may be let go (None) once its log-probs are looked up and checked.
+    A separate one may be let go (None) once its log-probs are looked up and checked. `per_token`: the objective weighs
+    tokens, so the store has to have log-probs of each.
     """
 
     model: nn.Module | None
     store: ReferenceStore
     collator: PairCollator
+    per_token: bool = False
     checked: SpotCheck | None = None
 
     @classmethod
@@ -328,14 +350,15 @@ class StoredReference:
         kernels = f"{args.adapter_kernels} {args.elementwise_kernels}" + " compiled" * args.compile_layers
         attention = attention_of(model, args.device).name
         context = context_of(model, layout=collator.layout, attention=attention, kernels=kernels)
-        return cls(model, ReferenceStore(str(args.reference_store), context), collator)
+        per_token = OBJECTIVES[args.objective].token_weights is not None
+        return cls(model, ReferenceStore(str(args.reference_store), context), collator, per_token)
 
     def look_up(self, pairs: Sequence[TokenizedPair], *, seed: int) -> list[TokenizedPair]:
         """The pairs with their reference. At the first call, before any step, some are checked against a live pass.
 
         Raises InputError for what is missing, altered, foreign or further from a live pass than noise explains.
         """
-        found = self.store.look_up(pairs)
+        found = self.store.look_up(pairs, per_token=self.per_token)
         if self.checked is None and self.model is not None:
             self.checked = spot_check(self.model, found, collator=self.collator, seed=seed)
         return found
@@ -347,12 +370,13 @@ class StoredReference:
 
 
 def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig) -> TokenizedData:
-    """Preference rows, `Preference`s or already tokenised pairs, to pairs; scored where the objective needs it."""
-    rows = list(rows)
+    """Preference rows, `Preference`s or already tokenised pairs, to pairs with what the objective asks for beside."""
+    rows, entry = list(rows), OBJECTIVES[args.objective]
     ready = rows and all(isinstance(row, TokenizedPair) for row in rows)
     made = TokenizedData(rows, {}, {}) if ready else _from_rows(rows, name, tokenizer, args)
-    if OBJECTIVES[args.objective].scores:
-        check_scores(made.pairs, name)
+    if not entry.others:
+        made.pairs = [replace(pair, others=()) if pair.others else pair for pair in made.pairs]
+    check_needs(made.pairs, name, entry)
     return made
 
 
@@ -372,10 +396,20 @@ def _from_rows(
         truncation=args.truncation,
         max_prompt_length=args.max_prompt_length,
         chat_template_kwargs=args.chat_template_kwargs,
+        others=OBJECTIVES[args.objective].others is not None,
     )
     for reason, count in made.drops.items():
         logger.warning("%s: %d pairs dropped: %s", name, count, reason)
     return made
+
+
+def check_data(data: Mapping[str, TokenizedData], models: Sequence[nn.Module], entry: Entry) -> None:
+    """`check_pairs` of each part, and that held-out pairs are of the training pairs' kinds. Raises InputError."""
+    for name, part in data.items():
+        check_pairs(part.pairs, name, models)
+    if len(data) == 2:
+        train, held_out = (data[name].pairs for name in ("train_dataset", "eval_dataset"))
+        check_like_training(held_out, train, "eval_dataset", entry)
 
 
 def check_pairs(pairs: Sequence[TokenizedPair], name: str, models: Sequence[nn.Module]) -> None:
@@ -386,9 +420,15 @@ def check_pairs(pairs: Sequence[TokenizedPair], name: str, models: Sequence[nn.M
     bases = [causal_lm(model) for model in models]
     rows = min(embeddings_of(base).weight.shape[0] for base in bases)
     for pair in pairs:
-        parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        others = [ids for other in pair.others for ids in (other.prompt_ids, other.completion_ids)]
+        parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, *others)
         if not all(parts):
-            raise InputError(f"{name}: pair {pair.id!r} has a part without tokens: all three need at least one")
+            raise InputError(f"{name}: pair {pair.id!r} has a part without tokens: each needs at least one")
+        if not (is_sound(pair.chosen_ids, pair.chosen_turns) and is_sound(pair.rejected_ids, pair.rejected_turns)):
+            raise InputError(
+                f"{name}: pair {pair.id!r} has turns that do not go with its tokens: each token has its turn, 0 first,"
+                " then numbers that rise by one at most, -1 between turns for what is not scored"
+            )
         if (highest := max(map(max, parts))) >= rows:
             raise InputError(
                 f"{name}: pair {pair.id!r} has token id {highest}, but the model's embeddings end at {rows - 1}: it was"
@@ -396,16 +436,3 @@ def check_pairs(pairs: Sequence[TokenizedPair], name: str, models: Sequence[nn.M
             )
     for base in bases:
         check_length(base, max((pair.longest for pair in pairs), default=0))
-
-
-class NumberedPairs(Dataset[TokenizedPair]):
-    """Pairs whose ids are their places in `pairs`: ids of a user may repeat."""
-
-    def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, place: int) -> TokenizedPair:
-        return replace(self.pairs[place], id=str(place))

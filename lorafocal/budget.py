@@ -22,6 +22,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
+from lorafocal.objectives import OBJECTIVES
 from lorafocal.ops.shapes import Lengths, Setup, Shape
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def settle_budget(
     """
     stated = args.tokens_per_pack
     tier = "none" if args.recompute == "auto" else args.recompute
-    alone = PairCollator("padded" if args.layout == "padded" else "packed").rows_alone
+    alone = PairCollator("padded" if args.layout == "padded" else "packed", others=True).rows_alone
     longest = max(map(alone, pairs), default=1)
     if stated is not None and args.recompute != "auto":
         return memory.Choice(stated, tier, "as stated")
@@ -90,7 +91,10 @@ def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPa
         quantization=quantization_of(policy),
         **(_adapter_of(policy, args) if isinstance(policy, PeftModel) else {"full": True}),
         optim=OptimizerNames(args.optim).value,
-        reference=args.reference or "none",
+        reference=args.strategy.word,
+        members=tuple(args.strategy.members or ()),
+        guide=args.strategy.guide is not None,
+        divergences=OBJECTIVES[args.objective].divergences,
         engine=str(args.engine),
         offload=args.offload,
         adapter_kernels="fused" if fused else "peft",

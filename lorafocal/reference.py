@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from lorafocal.data.packing import Pack
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import FROZEN_COPY, AdapterSwitch
+from lorafocal.model.beside import GUIDE, names_beside
 from lorafocal.objectives.inputs import PairLogps
-from lorafocal.policy import of_pairs, sums_of, token_logps
+from lorafocal.ops.divergences import ReferenceRows
+from lorafocal.policy import of_pairs, reference_rows, sums_of, token_logps
+from lorafocal.references.combined import geometric, harmonic
+from lorafocal.references.strategy import BASE, Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,15 @@ REFERENCES = {
         " built. Build the trainer on the model that the store was computed with, or compute the log-probs of this one:"
         " `lorafocal cache-reference CONFIG`",
     ),
+    "adapter": ReferenceKind(
+        False, "A finished adapter guides, and is another model than the start: leave `identity_probe` out"
+    ),
+    "moving": ReferenceKind(
+        True, "The copy or the policy was changed after the copy was made. Build the trainer on the finished adapter"
+    ),
+    "several": ReferenceKind(
+        False, "Several models together are another one than the start: leave `identity_probe` out"
+    ),
 }
 
 
@@ -53,6 +66,16 @@ class Reference(ABC):
     @abstractmethod
     def token_logps(self, pack: Pack) -> Tensor:
         """Log-probs of a pack's N completion tokens, (N,), in nats, without gradients."""
+
+    def rows(self, pack: Pack) -> ReferenceRows:
+        """What it makes its logits of these tokens of: for objectives that compare whole distributions.
+
+        Raises InputError for a reference that has none.
+        """
+        raise InputError(
+            f"{type(self).__name__} has log-probs of the answers' tokens alone, and this objective compares with the"
+            " reference's whole distribution at each: use a live reference, as disabled_adapter"
+        )
 
     def sums(self, pack: Pack) -> Tensor:
         """The same summed over each of its 2B + M completions, (2B + M,)."""
@@ -76,19 +99,68 @@ class DisabledAdapterReference(Reference):
         with self._switch.off():
             return token_logps(self.model, pack)
 
+    def rows(self, pack: Pack) -> ReferenceRows:
+        with self._switch.off():
+            return reference_rows(self.model, pack)
 
-class FrozenCopyReference(Reference):
-    """A frozen copy of the adapter as it was at the start, on the same base: for an adapter that is continued."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """`model` is the policy as it is called in training, `model.adapters.add_frozen_copy` done."""
-        self.model = model
+class AdapterReference(Reference):
+    """Another adapter than the policy's, on the same base: `adapter`, by its name there."""
+
+    def __init__(self, model: nn.Module, adapter: str) -> None:
+        """`model` is the policy as it is called in training, with that adapter beside the policy's own."""
+        self.model, self.adapter = model, adapter
         self._switch = AdapterSwitch(model)
 
     @torch.no_grad()
     def token_logps(self, pack: Pack) -> Tensor:
-        with self._switch.to(FROZEN_COPY):
+        with self._switch.to(self.adapter):
             return token_logps(self.model, pack)
+
+    def rows(self, pack: Pack) -> ReferenceRows:
+        with self._switch.to(self.adapter):
+            return reference_rows(self.model, pack)
+
+
+class FrozenCopyReference(AdapterReference):
+    """A frozen copy of the adapter as it was at the start, on the same base: for an adapter that is continued."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """`model` is the policy as it is called in training, `model.adapters.add_frozen_copy` done."""
+        super().__init__(model, FROZEN_COPY)
+
+
+class SeveralReference(Reference):
+    """Several references on the same base as one: each answers the pack, and their log-probs are combined."""
+
+    def __init__(self, members: Sequence[Reference], strategy: Strategy) -> None:
+        self.members, self.strategy = members, strategy
+
+    @torch.no_grad()
+    def token_logps(self, pack: Pack) -> Tensor:
+        """The geometric mean's. Raises InputError for the harmonic one, which is made of whole answers."""
+        if self.strategy.combine != "geometric":
+            raise InputError("a harmonic reference has no log-probs of tokens: use `reference.combine: geometric`")
+        return geometric(torch.stack([m.token_logps(pack) for m in self.members]), self._numbers)
+
+    @torch.no_grad()
+    def sums(self, pack: Pack) -> Tensor:
+        """Raises InputError for the harmonic mean of further answers than a pair's two."""
+        sums = torch.stack([member.sums(pack) for member in self.members])
+        if self.strategy.combine == "geometric":
+            return geometric(sums, self._numbers)
+        if sums.shape[1] > 2 * pack.num_pairs:
+            raise InputError("a harmonic reference is made of a pair's two answers: use `reference.combine: geometric`")
+        weights, clip = self.strategy.weights, self.strategy.clip
+        if weights is None or clip is None:
+            raise ValueError("a harmonic reference has weights and a clip: `with_defaults` fills them in")
+        return torch.cat(harmonic([of_pairs(row, pack) for row in sums], weights, clip=clip))
+
+    @property
+    def _numbers(self) -> Sequence[float]:
+        if self.strategy.weights is None or isinstance(self.strategy.weights, str):
+            raise ValueError("a geometric mean has a number for each member: `with_defaults` fills them in")
+        return self.strategy.weights
 
 
 class SeparateModelReference(Reference):
@@ -101,13 +173,17 @@ class SeparateModelReference(Reference):
     def token_logps(self, pack: Pack) -> Tensor:
         return token_logps(self.model, pack)
 
+    def rows(self, pack: Pack) -> ReferenceRows:
+        return reference_rows(self.model, pack, other=True)
+
 
 class CachedReference(Reference):
     """Log-probs that were looked up in a store before training began: no model, no forward."""
 
     def sums(self, pack: Pack) -> Tensor:
         """Raises InputError for a pack of pairs that were not looked up: there is no default."""
-        return torch.cat(self._stored(pack.reference, pack))
+        pairs = self._stored(pack.reference, pack)
+        return torch.cat(pairs if pack.others is None else [*pairs, self._stored(pack.others.reference, pack)])
 
     def token_logps(self, pack: Pack) -> Tensor:
         """Raises InputError likewise: of tokens, a store has log-probs where it was asked for them."""
@@ -124,10 +200,14 @@ class CachedReference(Reference):
         return found
 
 
-def build_reference(kind: str | None, model: nn.Module, ref_model: nn.Module | None = None) -> Reference:
+def build_reference(
+    kind: str | None, model: nn.Module, ref_model: nn.Module | None = None, strategy: Strategy | None = None
+) -> Reference:
     """The reference of `kind` for the policy `model`, as it is called in training; `ref_model` is the separate one.
 
-    Raises InputError for an unknown kind, and where a model is missing or would be ignored.
+    `strategy` says what belongs to its kind; adapters that it names stand beside the policy's
+    (`model.beside.add_strategy`). Raises InputError for an unknown kind, and where a model is missing or would be
+    ignored.
     """
     if kind not in REFERENCES:
         raise InputError(f"reference is {kind!r}; choose one of {', '.join(REFERENCES)}")
@@ -136,7 +216,17 @@ def build_reference(kind: str | None, model: nn.Module, ref_model: nn.Module | N
         return CachedReference()
     if ref_model is not None:
         return SeparateModelReference(ref_model)
+    if kind == "several" and strategy is not None:
+        names = iter(names_beside(strategy))
+        live = (None if member == BASE else next(names) for member in strategy.members or ())
+        members = [DisabledAdapterReference(model) if n is None else AdapterReference(model, n) for n in live]
+        return SeveralReference(members, strategy)
     return DisabledAdapterReference(model) if kind == "disabled_adapter" else FrozenCopyReference(model)
+
+
+def build_guide(model: nn.Module) -> Reference:
+    """The guide beside the policy `model`, as it is called in training."""
+    return AdapterReference(model, GUIDE)
 
 
 def check_ref_model(kind: str | None, ref_model: object) -> None:
@@ -154,27 +244,46 @@ def check_ref_model(kind: str | None, ref_model: object) -> None:
         )
 
 
-def check_same_reference(saved: Mapping[str, str | None], now: Mapping[str, str | None]) -> None:
-    """Refuse to resume under another reference than the checkpoint's: its kind, and the digest of a copy or model."""
+def check_same_reference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume under another reference than the checkpoint's.
+
+    That is its kind, the digest of what it is made of, the settings of its strategy, and the digest of the guide.
+    """
     if saved["kind"] != now["kind"]:
         raise InputError(f"the checkpoint was trained with reference {saved['kind']}, this run has {now['kind']}")
-    if saved["sha256"] != now["sha256"] and now["kind"] == "separate_model":
+    if (saved.get("settings") or {}) != (now.get("settings") or {}):
         raise InputError(
-            "ref_model is not the one that this run began with (sha256 of a sample of its tensors"
-            f" {saved['sha256']}, now {now['sha256']}): resume with that model, in the same dtype"
-        )
-    if saved["sha256"] != now["sha256"] and now["kind"] == "cached":
-        raise InputError(
-            "the stored log-probs are of another reference than this run began with (sha256 of its weights"
-            f" {saved['sha256']}, now {now['sha256']}): resume on the same base, in the same dtype and quantisation,"
-            " with the adapter that the run started from"
+            f"the checkpoint's reference, {now['kind']}, was set to {saved.get('settings')}, this run's is set to"
+            f" {now.get('settings')}: resume with the settings of then"
         )
     if saved["sha256"] != now["sha256"]:
+        digests = {"saved": saved["sha256"], "now": now["sha256"]}
+        raise InputError(_OTHER_REFERENCE.get(str(now["kind"]), _OTHER_COPY).format(**digests))
+    if saved.get("guide") != now.get("guide"):
         raise InputError(
-            "the frozen copy is not the one that this run began with (sha256 of its tensors"
-            f" {saved['sha256']}, now {now['sha256']}): resume with the adapter that the run started from, not with"
-            " one from a checkpoint; the checkpoint brings the trained weights back by itself"
+            f"the guide is not the one that this run began with (sha256 of its tensors {saved.get('guide')}, now"
+            f" {now.get('guide')}): resume with the adapter of then"
         )
+
+
+_OTHER_COPY = (
+    "the frozen copy is not the one that this run began with (sha256 of its tensors {saved}, now {now}): resume with"
+    " the adapter that the run started from, not with one from a checkpoint; the checkpoint brings the trained weights back"
+    " by itself"
+)
+_OTHER_ADAPTERS = (
+    "the reference's adapters are not those that this run began with (sha256 of their tensors {saved}, now {now}):"
+    " resume with the folders of then"
+)
+_OTHER_REFERENCE = {
+    "separate_model": "ref_model is not the one that this run began with (sha256 of a sample of its tensors {saved},"
+    " now {now}): resume with that model, in the same dtype",
+    "cached": "the stored log-probs are of another reference than this run began with (sha256 of its weights {saved},"
+    " now {now}): resume on the same base, in the same dtype and quantisation, with the adapter that the run started"
+    " from",
+    "adapter": _OTHER_ADAPTERS,
+    "several": _OTHER_ADAPTERS,
+}
 
 
 @torch.no_grad()

@@ -6,12 +6,14 @@ accelerate's samplers repeat pairs on ragged data (17 pairs on 2 processes: some
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.data.tokens import TokenizedPair
 from lorafocal.interrupt import left_to_the_trainer
 
 
@@ -60,3 +62,16 @@ def step_loader(pairs: Sized, collator: Any, args: FocalPOConfig, *, seed: int |
         prefetch_factor=args.dataloader_prefetch_factor,
         worker_init_fn=left_to_the_trainer,
     )
+
+
+class NumberedPairs(Dataset[TokenizedPair]):
+    """Pairs whose ids are their places in `pairs`: ids of a user may repeat."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int) -> TokenizedPair:
+        return replace(self.pairs[place], id=str(place))

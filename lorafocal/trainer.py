@@ -30,11 +30,11 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from lorafocal.arguments import TRAINER_WORDS_OF_TRL, FocalPOConfig, refuse_unknown
 from lorafocal.assembly import (
-    NumberedPairs,
     Rows,
     StoredReference,
     assemble_policy,
     assemble_ref_model,
+    check_data,
     check_pairs,
     opened,
     prepare_layers,
@@ -43,9 +43,10 @@ from lorafocal.assembly import (
 )
 from lorafocal.budget import Retry
 from lorafocal.caching import CacheReport, cache_reference
-from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch
+from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch, following
 from lorafocal.checkpoint import load_state
 from lorafocal.comparison import FILLER, Comparison, Part, is_filler
+from lorafocal.data.needs import asked_of_packs
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import build_engine
@@ -57,11 +58,11 @@ from lorafocal.metrics import PairMetrics, PairTable, pair_values, sum_keys
 from lorafocal.model.adapters import check_trainable
 from lorafocal.model.fused import forget
 from lorafocal.model.master import train_in_full
-from lorafocal.objectives import mean_loss
+from lorafocal.objectives import entry_of, mean_loss
 from lorafocal.optimizers import check_given, settle
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
 from lorafocal.reference import check_identity, check_ref_model, check_same_reference
-from lorafocal.sampler import step_loader
+from lorafocal.sampler import NumberedPairs, step_loader
 from lorafocal.saving import find_checkpoint, progress_at, publish, what_is_made, write_checkpoint
 from lorafocal.tensor_files import check_keys
 
@@ -81,9 +82,8 @@ class FocalPOTrainer(Trainer):
     folder, loaded in bfloat16.
 
     `args.reference` says what the policy is compared with: "disabled_adapter" (the base), "frozen_copy" (the adapter
-    as it is given: to continue one that is already trained), "separate_model" (`ref_model`, a model or its name), or
-    "cached" (the policy as it starts, or `ref_model`, by log-probs that `cache_reference` has stored). Without an
-    adapter it is one of the last two. `args.engine` says how processes share all this.
+    as it is given), "adapter" (a finished one), "moving", "several", or, without an adapter too, "separate_model"
+    (`ref_model`) or "cached" (what `cache_reference` has stored). `args.engine` says how processes share all this.
 
     Raises InputError for anything the caller can put right, before the first step.
     """
@@ -113,18 +113,16 @@ class FocalPOTrainer(Trainer):
         self.data = {
             name: tokenized(rows, name, processing_class, args) for name, rows in given.items() if rows is not None
         }
-        for name, part in self.data.items():
-            check_pairs(part.pairs, name, [model])  # some adapters start from what the model computes of pairs
+        check_data(self.data, [model], entry_of(args.objective))  # some adapters start from what a model makes of pairs
         policy = assemble_policy(model, peft_config, args, self._pairs("train_dataset") or [])
         self.objective = args.build_objective()
         self.trained = check_trainable(policy) if isinstance(policy, PeftModel) else train_in_full(policy)
         self.engine = build_engine(args)
-        self.made = what_is_made(policy, self.objective, args.reference, processing_class)
+        self.made = what_is_made(policy, self.objective, args.strategy, processing_class)
         self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy)
         self._scorers = [policy, *filter(None, [self.ref_model])]
-        for name, part in self.data.items():
-            check_pairs(part.pairs, name, self._scorers)  # the reference's lengths too
-        self.reference_identity = reference_identity(args.reference, policy, self.ref_model)
+        check_data(self.data, self._scorers, self.objective.entry)  # the reference's lengths too
+        self.reference_identity = reference_identity(args.strategy, policy, self.ref_model)
         super().__init__(
             model=policy,
             args=args,
@@ -138,8 +136,8 @@ class FocalPOTrainer(Trainer):
             self.engine.place(model, args.device)
         policy.eval()  # each step sets its own mode again
         self.budget, self.layout, bucket, self.kernels = prepare_layers(self._scorers, args, self._all_pairs())
-        rejected = self.objective.entry.rejected
-        self.data_collator = PairCollator(self.layout.layout, self.budget.tokens, rejected=rejected, bucket=bucket)
+        asked = asked_of_packs(self.objective.entry, self._pairs("train_dataset") or self._all_pairs())
+        self.data_collator = PairCollator(self.layout.layout, self.budget.tokens, bucket=bucket, **asked)
         self._retry = Retry(self.data_collator, args.device, self.engine.word)
         self.stored: StoredReference | None = None
         if args.reference == "cached":
@@ -150,7 +148,7 @@ class FocalPOTrainer(Trainer):
         self.health = HealthCheck(self.engine, self.trained, self._pairs("train_dataset") or [], output)
         files = (MetricsFile(output / "metrics.jsonl"), ForgetLaterEvaluations(output))
         self.speed = Speed()
-        own = (self.health, SetEpoch(self), OwnIntervals(), LossWithEvaluation(), self.speed, *files)
+        own = (self.health, SetEpoch(self), OwnIntervals(), LossWithEvaluation(), self.speed, *following(self), *files)
         for callback in (*own, *callbacks):
             self.add_callback(callback)
         if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
@@ -158,7 +156,7 @@ class FocalPOTrainer(Trainer):
         self.metrics = PairMetrics(sum_keys(self.objective))
         self.pairs_seen = 0
         drawn: dict[str, Any] = {"noisy": args.allow_dropout, "seed": args.seed}
-        drawn["num_groups"] = len(self.data_collator.groups)
+        drawn |= {"num_groups": len(self.data_collator.groups), "strategy": args.strategy}
         self.compared = Comparison(self.objective, args.reference, self.ref_model, **drawn)
 
     def _pairs(self, name: str) -> list[TokenizedPair] | None:
@@ -424,6 +422,7 @@ class FocalPOTrainer(Trainer):
         extra.setdefault("objective", {})  # before objectives had a state, checkpoints had none
         check_keys(extra, ("metrics", "pairs_seen", "reference", "objective"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
+        self.made.take_up(checkpoint)
         if self.is_world_process_zero():
             self.metrics.load(extra["metrics"])
         self.pairs_seen = extra["pairs_seen"]

@@ -201,9 +201,10 @@ def _with_others(
     ids = zip(*(_split(tensors, f"others.{side}") for side in OF_OTHERS), strict=True)
     whole = []
     for pair, own in zip(pairs, scores, strict=True):
-        others = [OtherAnswer(*next(ids), score) for score in own]
-        same = pair.prompt_ids
-        others = [replace(other, prompt_ids=same) if other.prompt_ids == same else other for other in others]
+        others = []
+        for score, (prompt, completion) in zip(own, ids, strict=False):
+            same = prompt == pair.prompt_ids  # one list for all
+            others.append(OtherAnswer(pair.prompt_ids if same else prompt, completion, score))
         whole.append(replace(pair, others=tuple(others)) if others else pair)
     return whole
 

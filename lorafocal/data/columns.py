@@ -1,6 +1,6 @@
 """What a row of any form may have beside a pair: further answers, a rationale, a group, an embedding of its prompt.
 
-{"prompt": ..., "chosen": ..., "rejected": ..., "others": ["third answer", {"text": "fourth", "score": 0.3}],
+{"prompt": ..., "chosen": ..., "rejected": ..., "others": ["third answer", {"answer": "fourth", "score": 0.3}],
  "group": "medicine", "prompt_embedding": [0.12, -0.07, ...]}
 """
 
@@ -16,7 +16,7 @@ from lorafocal.data.messages import Messages, check_answer, check_prompt, kind, 
 from lorafocal.data.places import Place
 
 COLUMNS = ("others", "rationale", "group", "prompt_embedding")
-KEYS = {"text", "messages", "score", "prompt"}  # of a further answer that is an object
+KEYS = {"answer", "score", "prompt"}  # of a further answer that is an object
 
 # What the rationale answers, as the paper's own code asks it (reds-lab/preference-learning-with-rationales, its general
 # rationales): one user's turn that holds the prompt and both answers, the chosen one always first.
@@ -81,10 +81,9 @@ def read_other(value: Any, place: Place, prompt: Side) -> FurtherAnswer:
     if extra := sorted(map(str, given.keys() - KEYS)):
         says = f"further answers with {', '.join(extra)[:80]} are not read; known: {', '.join(sorted(KEYS))}"
         raise place.fault("unknown_keys", says)
-    if ("text" in given) == ("messages" in given):
-        raise place.fault("no_answer", "a further answer has its `text` or its `messages`, one of the two; write it so")
-    name = "text" if "text" in given else "messages"
-    answer = _answer(given[name], place.at(f".{name}"), prompt)
+    if "answer" not in given:
+        raise place.fault("no_answer", "no `answer`, a text or a message; give it one, or leave the object out")
+    answer = _answer(given["answer"], place.at(".answer"), prompt)
     own = _prompt(given["prompt"], place.at(".prompt"), prompt) if "prompt" in given else None
     return FurtherAnswer(answer, own, read_score(given.get("score"), place.at(".score")))
 

@@ -18,11 +18,6 @@ Pair = Any  # a Preference or a TokenizedPair
 RESCALE = "rescale them, as by (score - lowest) / (highest - lowest) of the judge's scale"
 
 
-def asks(entry: Entry) -> bool:
-    """Whether an objective asks for anything beside a pair."""
-    return bool(entry.scores or entry.others or entry.groups or entry.embeddings)
-
-
 def check_needs(pairs: Sequence[TokenizedPair], name: str, entry: Entry) -> None:
     """Refuse pairs that lack what an objective asks for, or that score their answers the wrong way round.
 
@@ -106,7 +101,7 @@ def _check_others(pairs: Sequence[Pair], where: Callable[[Pair], str], entry: En
             if other.score is None:
                 raise InputError(
                     f"{where(pair)}: its further answer {number + 1} has no score, and the objective is a loss of all"
-                    ' scores: write it as {"text": ..., "score": ...}'
+                    ' scores: write it as {"answer": ..., "score": ...}'
                 )
             if entry.scores == "unit" and not 0 <= other.score <= 1:
                 raise InputError(
@@ -132,6 +127,27 @@ def _check_embeddings(pairs: Sequence[Pair], where: Callable[[Pair], str]) -> No
             raise InputError(f"{where(pair)} has a prompt_embedding of zeros, which points nowhere: correct it")
 
 
-def size_of_embeddings(pairs: Sequence[TokenizedPair]) -> int:
-    """Numbers of a prompt's embedding; 0 where there are none."""
-    return max((len(pair.embedding or ()) for pair in pairs), default=0)
+def asked_of_packs(entry: Entry, train: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """What `packing.PairCollator` puts into packs for an objective that trains on these pairs, by keyword."""
+    return {
+        "rejected": entry.rejected,
+        "differs": entry.differs,
+        "others": entry.others is not None,
+        "groups": tuple(sorted({pair.group for pair in train if pair.group is not None})) if entry.groups else (),
+        "embedding": max((len(pair.embedding or ()) for pair in train), default=0) if entry.embeddings else 0,
+    }
+
+
+def check_like_training(held_out: Sequence[Pair], train: Sequence[Pair], name: str, entry: Entry) -> None:
+    """Refuse held-out pairs of a group, or with an embedding of a size, that no training pair has.
+
+    `name` is what the held-out pairs are called. Raises InputError naming the pair and the way out.
+    """
+    groups = {pair.group for pair in train}
+    if entry.groups and (alone := next((pair for pair in held_out if pair.group not in groups), None)):
+        raise InputError(
+            f"{name}: pair {alone.id!r} is of group {alone.group!r}, which no training pair is of; known:"
+            f" {', '.join(sorted(map(str, groups)))[:200]}"
+        )
+    if entry.embeddings:
+        _check_embeddings([*train[:1], *held_out], lambda pair: f"{name}: pair {pair.id!r}")

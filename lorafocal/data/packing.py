@@ -398,6 +398,12 @@ class PairCollator:
     def _embeddings_of(self, pairs: list[TokenizedPair]) -> Tensor:
         """(B, E); a pair without one, such as a filler, has zeros."""
         zeros = (0.0,) * self.embedding
+        for pair in pairs:
+            if pair.embedding is not None and len(pair.embedding) != self.embedding:
+                raise InputError(
+                    f"pair {pair.id!r} has a prompt_embedding of {len(pair.embedding)} numbers and the training pairs"
+                    f" have {self.embedding}: make all of them with the same encoder"
+                )
         return torch.tensor([pair.embedding or zeros for pair in pairs], dtype=torch.float64)
 
 

@@ -14,7 +14,7 @@ from lorafocal.data.cache import cached_tokenization, default_folder
 from lorafocal.data.hub import check_revision, is_hub_id, read_source
 from lorafocal.data.hygiene import clean, drop_overlap, drop_unranked, where
 from lorafocal.data.mixture import grouped_by_source, join, split_held_out, weigh
-from lorafocal.data.needs import check_columns
+from lorafocal.data.needs import check_columns, check_like_training
 from lorafocal.data.places import BadRow, OnBadRow
 from lorafocal.data.ranked import pairing_of
 from lorafocal.data.sources import Pairing, Preference, Preferences
@@ -187,7 +187,10 @@ def prepare_data(
     if section.steps is not None:
         train = _after_steps(train, section.steps)
     rows = {"train": train} | ({} if held_out is None else {"eval": held_out})
-    return {name: _tokenized(section, part, tokenizer, objective) for name, part in rows.items()}
+    parts = {name: _tokenized(section, part, tokenizer, objective) for name, part in rows.items()}
+    if objective is not None and "eval" in parts:
+        check_like_training(parts["eval"].tokens.pairs, parts["train"].tokens.pairs, "data.eval", objective)
+    return parts
 
 
 def check_noise(section: Data, objective: Entry | None) -> None:

@@ -41,7 +41,8 @@ FIRST_ROWS = 100  # where the columns that a config names must show up
 class Preference:
     """One judged pair: three strings, or three lists of messages `{"role": ..., "content": ...}`.
 
-    A conversational completion is one assistant message. Scores are a judge's, where the data has them. `others` are
+    A conversational completion is one message of the assistant's, or several turns, of which the first and the last
+    are the assistant's. Scores are a judge's, where the data has them. `others` are
     further answers, `embedding` is the prompt's, and `group` whatever pairs are told apart by (`data/columns.py`).
     """
 
@@ -262,7 +263,9 @@ def judged_scores(row: Row, chosen: Side, rejected: Side) -> tuple[float | None,
         return None, None
 
     def found(side: Side) -> list[float]:
-        text = (side if isinstance(side, str) else side[-1]["content"]).strip()
+        if not isinstance(side, str) and len(side) > 1:
+            return []  # the list is of answers of one turn
+        text = (side if isinstance(side, str) else side[0]["content"]).strip()
         listed = zip(answers, scores, strict=True)
         those = (score for answer, score in listed if isinstance(answer, str) and answer.strip() == text)
         return [number for score in those if (number := read_score(score, row.place.at(JUDGED[1]))) is not None]

@@ -15,7 +15,7 @@ from lorafocal.config import load_config
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.leave_out import digest, line_of
 from lorafocal.data.messages import Messages
-from lorafocal.data.needs import check_needs
+from lorafocal.data.needs import check_scores
 from lorafocal.data.packing import scores_of
 from lorafocal.data.prepare import check_sources, prepare_data
 from lorafocal.data.sources import Preference
@@ -66,8 +66,8 @@ def find_suspects(
     objective = _objective(config)
     compared = _compared(config, objective, subject, reference, base)
     data = _rows(Path(run), config, subject) if pairs is None else _rows_of_file(pairs, subject)
-    if not objective.entry.implicit_rewards:
-        check_needs(data.pairs, data.of, objective.entry)
+    if objective.entry.scores and not objective.entry.implicit_rewards:
+        check_scores(data.pairs, data.of, objective.entry.scores)
     margins, leads = _margins(states, data.pairs, subject, compared, objective, say)
     found = replace(_suspects(data, margins, leads, limit), run=_name(run), steps=tuple(state.step for state in states))
     if len(states) == 1:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorafocal.data.needs import check_needs
+from lorafocal.data.needs import check_scores
 from lorafocal.data.packing import Pack, scores_of
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
@@ -59,8 +59,8 @@ def explain(
     objective = _objective(subject)
     entry = None if objective is None else objective.entry
     found = find_pair(pair_id, subject, pairs, row_settings(subject), objective=entry)
-    if entry is not None:
-        check_needs([found.pair], found.place, entry)
+    if entry is not None and entry.scores:
+        check_scores([found.pair], found.place, entry.scores)
     if found.pair.several_turns:
         raise InputError(
             f"{found.place}: pair {pair_id!r} has completions of several turns, which are not told token by token: name"
@@ -85,7 +85,8 @@ def _check_starts_at_its_base(subject: Subject) -> None:
     lineage = None if subject.folder is None else lineage_of(subject.folder)
     if subject.saved is not None and (is_its_own_reference(subject) or _started_bare(subject.saved)):
         return
-    against = "" if lineage is None or lineage.reference is None else f" with `reference.kind: {lineage.reference_kind}`,"
+    kind = None if lineage is None else lineage.reference_kind
+    against = "" if kind is None else f" with `reference.kind: {kind}`,"
     raise InputError(
         f"{subject.name} was trained{against} not against its bare base: name by --reference ADAPTER_OR_MODEL what it"
         " was compared with then"
@@ -210,7 +211,7 @@ def _notes(objective: Objective | None) -> Iterator[str]:
     elif objective.entry.whole_step:
         yield f"The loss of {objective.name} depends on the other pairs of a step: one alone has none, and no weight."
     elif more := objective.entry.beyond_rows:
-        yield f"The loss of {objective.name} takes {more}, which the run alone had: a pair here has none, and no weight."
+        yield f"The loss of {objective.name} takes {more}, which the run alone had: none is told here, and no weight."
     elif not objective.entry.bradley_terry:
         yield f"{objective.name} has no probability of a pair's ranking, and so no weight to compare with DPO's."
 

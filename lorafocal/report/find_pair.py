@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from lorafocal.config import load_config
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs, read_held_out
-from lorafocal.data.needs import asks
 from lorafocal.data.places import printable
 from lorafocal.data.prepare import check_sources, prepare_data
 from lorafocal.data.sources import nearest
@@ -72,7 +71,7 @@ def _of_run(subject: Subject, *, objective: Entry | None) -> Iterator[_Pairs]:
     run = None if subject.folder is None else run_of(subject.folder)
     if run is None or not any((run / file).is_file() for file in (HELD_OUT_FILE, CONFIG_FILE)):
         raise InputError(f"{subject.name} lies in no run folder with pairs: name a file of them by --pairs FILE")
-    if (run / HELD_OUT_FILE).is_file() and not (objective and asks(objective)):
+    if (run / HELD_OUT_FILE).is_file() and not (objective and objective.scores):
         yield _Pairs(read_held_out(run / HELD_OUT_FILE), f"held-out pairs of {run.name}")
     yield from _of_config(run, subject, objective=objective)
 

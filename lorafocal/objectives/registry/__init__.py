@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from lorafocal.objectives.entry import Entry
+from lorafocal.objectives.registry.answers import ANSWERS
 from lorafocal.objectives.registry.averages import AVERAGES
+from lorafocal.objectives.registry.guided import GUIDED
 from lorafocal.objectives.registry.judged import JUDGED
 from lorafocal.objectives.registry.pairs import PAIRS
 from lorafocal.objectives.registry.steps import STEPS
 from lorafocal.objectives.registry.tokens import TOKENS
 from lorafocal.objectives.registry.vocabulary import VOCABULARY
 
-OBJECTIVES: dict[str, Entry] = {**PAIRS, **AVERAGES, **JUDGED, **TOKENS, **VOCABULARY, **STEPS}
+OBJECTIVES: dict[str, Entry] = {**PAIRS, **AVERAGES, **JUDGED, **TOKENS, **VOCABULARY, **GUIDED, **STEPS, **ANSWERS}
