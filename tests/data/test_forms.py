@@ -91,7 +91,7 @@ def test_every_form_says_the_same_pair(name: str, row: dict[str, Any], stated: b
 
 
 def test_every_form_is_tried() -> None:
-    assert {*ROWS, "single_turn"} == set(FORMS)
+    assert {*ROWS, "single_turn", "whole_conversations"} == set(FORMS)
 
 
 def test_strings_become_a_conversation_where_that_is_stated() -> None:

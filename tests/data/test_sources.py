@@ -104,7 +104,7 @@ WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
     "tool calls": (message(tool_calls=[1]), "key `chosen[0].tool_calls`", "remove these rows"),
     "reasoning": (message(thinking="Hm."), "key `chosen[0]`", "keep only role and content"),
     "user answers": (message(role="user"), "key `chosen`", "the assistant's"),
-    "long answer": (CHAT | {"rejected": [USER, BAD]}, "key `rejected`", "move the earlier ones"),
+    "an answer after a question": (CHAT | {"rejected": [USER, BAD]}, "key `rejected[0]`", "move what comes before"),
     "answered prompt": (CHAT | {"prompt": [USER, GOOD]}, "key `prompt`", "a prompt ends before"),
     "surrogate": (PLAIN | {"prompt": "ab\ud83d"}, "key `prompt`", "character 3 is half of a surrogate pair"),
     "infinite score": (PLAIN | {"score_chosen": float("inf")}, "key `score_chosen`", "finite number, found inf"),

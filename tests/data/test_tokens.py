@@ -339,6 +339,7 @@ def test_every_reason_has_a_remedy() -> None:
     assert set(REMEDIES) == {
         "control_tokens", "undecodable_text", "template_refuses", "text_left_out", "empty_prompt", "empty_completion",
         "identical_completions", "prompt_fills_length", "overlong", "seam_lost",
+        "turn_rewritten",
     }  # fmt: skip
 
 
