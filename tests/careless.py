@@ -56,16 +56,11 @@ def merged_into_the_base(base: Any, folder: Any) -> Any:
     return attach_lora(merged, LoraConfig(r=4, lora_alpha=8))
 
 
-def sums_of_a_pack_alone(original: Any) -> Any:
-    """Row 15: what an objective asks of the whole step is taken from each pack, so that its size changes the loss."""
+def sums_of_a_pack_alone(comparison: Any, model: Any, packs: Any, pairs: int, number: int = 0) -> Any:
+    """Row 15: what is a loss of the whole step is computed of each pack, so that its size changes the loss."""
+    from lorafocal.comparison import Part, Step
 
-    def own(comparison: Any, model: Any, pack: Any, step: Any) -> Any:
-        if comparison.objective.statistics is not None:
-            of_pack = comparison.objective.statistics(*comparison.logps(model, pack)[:2]) / pack.num_pairs
-            step = step._replace(statistics=of_pack.detach())
-        return original(comparison, model, pack, step)
-
-    return own
+    return Step(tuple(map(Part, packs)), pairs, comparison.state)
 
 
 def packs_as_they_come(original: Any) -> Any:

@@ -66,7 +66,7 @@ GUARDS: list[Guard] = [
     Guard("F3", "accelerate.state:GradientState._set_sync_gradients", lambda _: lambda *a: None, "tests/test_packs_of_a_step.py::test_engines_are_told_of_the_last_backward_and_the_optimiser_steps_once"),
     Guard("F3", "torch.nn.parallel:DistributedDataParallel.no_sync", lambda _: lambda *a: contextlib.nullcontext(), "tests/engine/test_data_parallel.py::test_gradients_are_exchanged_once_and_the_optimiser_steps_once_a_step"),
     Guard("13 49", "lorafocal.engines.whole:hold_masters", lambda _: lambda *a: None, "tests/test_full_parameter.py::test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model"),
-    Guard("15", "lorafocal.comparison:Comparison.__call__", careless.sums_of_a_pack_alone, "tests/test_full_parameter.py::test_sums_over_the_step_and_scores_reach_the_loss_however_it_is_split"),
+    Guard("15", "lorafocal.comparison:Comparison.step", lambda _: careless.sums_of_a_pack_alone, "tests/test_full_parameter.py::test_sums_over_the_step_and_scores_reach_the_loss_however_it_is_split"),
     Guard("49", "lorafocal.model.master:needs_masters", lambda _: lambda *a: False, "tests/test_full_parameter.py::test_weights_that_a_bf16_model_keeps_in_fp32_are_not_rounded_without_a_word"),
     Guard("58", "lorafocal.manifest:NO_DEVIATION", lambda original: original | {"data.revision"}, "tests/test_recipes.py::test_another_commit_than_the_recipes_is_a_deviation_and_one_that_it_leaves_open_is_none"),
     Guard("13 49", "lorafocal.engines.fsdp:needs_masters", lambda _: lambda *a: False, "tests/engine/test_fsdp.py::test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model"),

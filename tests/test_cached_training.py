@@ -74,13 +74,13 @@ class Forwards:
 
     def __init__(self, run: FocalPOTrainer) -> None:
         self.packs = self.forwards = 0
-        pack_loss = run._pack_loss
+        part_loss = run._part_loss
 
         def counted(*arguments):
             self.packs += 1
-            return pack_loss(*arguments)
+            return part_loss(*arguments)
 
-        run._pack_loss = counted
+        run._part_loss = counted
         for model in filter(None, (run.model, run.ref_model)):
             causal_lm(model).base_model.register_forward_pre_hook(self._count)  # PEFT 0.18 calls its base past hooks
 

@@ -91,14 +91,14 @@ def _forbid_pickle() -> None:
 
 
 def _record_pairs(file: Path) -> None:
-    original, process = FocalPOTrainer._pack_loss, os.getpid()
+    original, process = FocalPOTrainer._part_loss, os.getpid()
 
-    def recorded(self: FocalPOTrainer, model: Any, pack: Any, step_pairs: int) -> Any:
+    def recorded(self: FocalPOTrainer, model: Any, part: Any, step_pairs: int) -> Any:
         with file.open("a") as lines:
-            lines.write(json.dumps([process, self.state.global_step + 1, list(pack.pair_ids)]) + "\n")
-        return original(self, model, pack, step_pairs)
+            lines.write(json.dumps([process, self.state.global_step + 1, list(part.pack.pair_ids)]) + "\n")
+        return original(self, model, part, step_pairs)
 
-    FocalPOTrainer._pack_loss = recorded  # type: ignore[method-assign]
+    FocalPOTrainer._part_loss = recorded  # type: ignore[method-assign]
 
 
 def kill_self() -> None:
@@ -155,7 +155,7 @@ DEATHS: dict[str, dict[str, Prepare]] = {
         ),
         "in the second save, before it is renamed": at(Path, "replace", onto("checkpoint-4")),
         "in the second save, renamed but not synced": at(Path, "replace", onto("checkpoint-4"), after=True),
-        "in step 5, before the third pack": at(FocalPOTrainer, "_pack_loss", in_step(5), call=3),
+        "in step 5, before the third pack": at(FocalPOTrainer, "_part_loss", in_step(5), call=3),
     },
     "late": {
         "after the optimiser's sixth step, before the save": at(FocalPOTrainer, "_save_checkpoint", after_step(6)),
@@ -296,7 +296,7 @@ def test_a_real_process_killed_from_outside_resumes_in_another(root: Path, unbro
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     number: signal.Signals, root: Path, unbroken: Outcome, tmp_path: Path
 ) -> None:
-    in_the_middle = at(FocalPOTrainer, "_pack_loss", in_step(5), call=2, do=lambda: os.kill(os.getpid(), number))
+    in_the_middle = at(FocalPOTrainer, "_part_loss", in_step(5), call=2, do=lambda: os.kill(os.getpid(), number))
     ended = lorafocal_command("train", root / "toy.yaml", "--runs", tmp_path / "runs", prepare=in_the_middle)
     assert ended.code == 128 + number, ended.output
     assert f"stopped and saved after step 5 of {STEPS}" in ended.output

@@ -28,8 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from trl import DPOConfig, DPOTrainer
 
 from lorafocal import FocalPOConfig, FocalPOTrainer
-from lorafocal.comparison import StepTotals
-from lorafocal.data.packing import Pack
+from lorafocal.comparison import Part
 from lorafocal.model.adapters import adapter_parameters
 from lorafocal.objectives import PairLogps, PairLosses
 from lorafocal.sampler import shuffled
@@ -132,9 +131,9 @@ class Watched(FocalPOTrainer):
 
         return noted
 
-    def _pack_loss(self, model: Any, pack: Pack, step: StepTotals) -> Tensor:
-        self.packs.append(pack.pair_ids)
-        return super()._pack_loss(model, pack, step)
+    def _part_loss(self, model: Any, part: Part, step_pairs: int) -> Tensor:
+        self.packs.append(part.pack.pair_ids)
+        return super()._part_loss(model, part, step_pairs)
 
 
 def ours(folder: Path, dtype: torch.dtype, objective: str = "focalpo", *, full: bool = False) -> tuple[Trace, Watched]:

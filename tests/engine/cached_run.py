@@ -18,16 +18,16 @@ def cached_run(root: Path) -> dict[str, Any]:
     stored = made.stored.store.look_up([*pairs(PAIRS), *pairs(HELD_OUT, seed=2)])
     made.look_up_reference()
     counts = {"forwards": 0, "packs": 0}
-    pack_loss = made._pack_loss
+    part_loss = made._part_loss
 
     def counted(*arguments: Any) -> Any:
         counts["packs"] += 1
-        return pack_loss(*arguments)
+        return part_loss(*arguments)
 
     def count(*_: Any) -> None:
         counts["forwards"] += made.model.training  # evaluation's are not counted
 
-    made._pack_loss = counted  # type: ignore[method-assign]
+    made._part_loss = counted  # type: ignore[method-assign]
     causal_lm(made.model).base_model.register_forward_pre_hook(count)  # PEFT 0.18 calls its base past hooks
     made.train()
     return {

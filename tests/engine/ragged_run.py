@@ -39,16 +39,16 @@ class Record(TrainerCallback):
         self.steps: list[dict[str, Any]] = []
         self.gradients: dict[str, torch.Tensor] = {}
         self.engine = ""
-        made._pack_loss = self._watch(made._pack_loss)  # type: ignore[method-assign]
+        made._part_loss = self._watch(made._part_loss)  # type: ignore[method-assign]
         made.health.see_pack = self._see  # type: ignore[method-assign]
 
-    def _watch(self, pack_loss: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(model: Any, pack: Any, step_pairs: int) -> Any:
+    def _watch(self, part_loss: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(model: Any, part: Any, step_pairs: int) -> Any:
             step = self.steps[-1]
-            step["ids"] += [pair for pair in pack.pair_ids if pair != FILLER.id]
+            step["ids"] += [pair for pair in part.pack.pair_ids if pair != FILLER.id]
             step["packs"] += 1
             step["flags"].append(self.trainer.accelerator.gradient_state.sync_gradients)
-            return pack_loss(model, pack, step_pairs)
+            return part_loss(model, part, step_pairs)
 
         return watched
 

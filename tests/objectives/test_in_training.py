@@ -10,7 +10,8 @@ import torch
 
 from lorafocal import comparison
 from lorafocal.comparison import FILLER, Part
-from lorafocal.data.packing import PairCollator, check_scores, scores_of
+from lorafocal.data.needs import check_scores
+from lorafocal.data.packing import PairCollator, scores_of
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_files
@@ -70,9 +71,7 @@ def test_the_logged_loss_is_the_objective_of_all_pairs_of_the_step_at_once(tmp_p
     with torch.no_grad():
         policy = sequence_logps(run.model, pack)
         reference = DisabledAdapterReference(run.model).logps(pack)
-        statistics = objective.statistics(policy, reference) / 8 if objective.statistics else None
-        more = {"scores": scores_of(batch), "statistics": statistics}
-        losses = objective(policy, reference, pack.index.lengths, **more).losses
+        losses = objective(policy, reference, pack.index.lengths, scores=scores_of(batch)).losses
     logged = [line["loss"] for line in again.state.log_history if "loss" in line]
     assert logged[2] == pytest.approx(float(losses.mean()), rel=1e-5)
 
@@ -93,9 +92,10 @@ def test_without_a_reference_none_is_built_and_no_table_of_pairs_is_left(tmp_pat
 def test_a_filler_moves_nothing_even_where_its_own_loss_is_no_number(tmp_path):
     run = trainer(tmp_path, pairs(4), objective="alphapo", beta=1.0, alpha=50.0)  # exp(50 * nats) of one unlikely token
     [pack] = run.data_collator([FILLER]).packs
-    step = StepTotals(pairs=1, statistics=None)
-    assert run.compared(run.model, pack, step).losses.losses.isnan().all()
-    run._pack_loss(run.model, pack, step).backward()
+    told = run.compared.seen(run.model, pack).inputs
+    assert run.objective.of(told).losses.isnan().all()
+    assert (run.compared(run.model, Part(pack)).losses.losses == 0).all()
+    run._part_loss(run.model, Part(pack), 1).backward()
     assert all((parameter.grad == 0).all() for parameter in run.trained.values())
 
 

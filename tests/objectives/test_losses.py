@@ -11,7 +11,7 @@ import torch
 
 from lorafocal.objectives import PairLogps, PairScores, build_objective, dpo
 from lorafocal.objectives.focal import hard_loss, identity_loss
-from lorafocal.objectives.kto import kto, logratio_sums
+from lorafocal.objectives.kto import kto
 from lorafocal.objectives.orpo import log_odds, orpo
 from tests.objectives.logps import LENGTHS, SCORES, made_up
 
@@ -41,10 +41,6 @@ def sigmoid(x: float) -> float:
 
 def same(found: torch.Tensor, expected: list[float]) -> None:
     torch.testing.assert_close(found.detach().double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
-
-
-def gradients(loss, policy: PairLogps) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss(policy).losses.sum(), policy))
 
 
 # --- hard emphasis ------------------------------------------------------------------------------------------
@@ -141,33 +137,27 @@ def kto_by_hand(policy: PairLogps, reference: PairLogps, beta: float, desirable:
 @pytest.mark.parametrize("seed", range(4))  # of either sign: an estimate of a KL is cut at 0
 def test_kto_values_each_answer_against_the_step_s_estimate_of_the_other_kind(seed):
     policy, reference = made_up(seed)
-    statistics = logratio_sums(policy, reference) / 5
-    found = kto(policy, reference, statistics=statistics, beta=0.1, desirable_weight=1.3, undesirable_weight=0.7)
+    found = kto(policy, reference, beta=0.1, desirable_weight=1.3, undesirable_weight=0.7)
     same(found.losses, kto_by_hand(policy, reference, 0.1, 1.3, 0.7))
 
 
 def test_kto_s_reference_points_are_not_differentiated():
+    """Its slopes are those of each answer's own value: the points, in which all answers are, are held."""
     policy, reference = made_up(1)
-    whole = build_objective("kto", beta=0.1)
-    live = whole.statistics(policy, reference) / 5
-    grads = [gradients(partial(whole, reference=reference, statistics=each), policy) for each in (live, live.detach())]
-    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
-
-
-def test_kto_s_sums_add_up_over_packs_whatever_the_split():
-    policy, reference = made_up()
-    parts = [
-        logratio_sums(*(PairLogps(*(side[part] for side in logps)) for logps in (policy, reference)))
-        for part in (slice(0, 2), slice(2, 5))
-    ]
-    torch.testing.assert_close(sum(parts), logratio_sums(policy, reference), rtol=1e-14, atol=0)
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
+    slopes = torch.autograd.grad(kto(policy, reference, beta=0.1, **weights).losses.sum(), policy)
+    gains = [side.detach() - of for side, of in zip(policy, reference, strict=True)]
+    points = [0.1 * gain.mean().clamp(min=0) for gain in gains]
+    won = torch.sigmoid(0.1 * gains[0] - points[1])
+    lost = torch.sigmoid(points[0] - 0.1 * gains[1])
+    torch.testing.assert_close(slopes[0], -0.1 * 1.3 / 2 * won * (1 - won), rtol=1e-12, atol=0)
+    torch.testing.assert_close(slopes[1], 0.1 * 0.7 / 2 * lost * (1 - lost), rtol=1e-12, atol=0)
 
 
 def test_kto_starts_at_half_the_mean_weight():
     policy, _ = made_up()
     reference = PairLogps(*(side.detach() for side in policy))
-    statistics = logratio_sums(policy, reference)
-    found = kto(policy, reference, statistics=statistics, beta=0.1, desirable_weight=1.5, undesirable_weight=0.5)
+    found = kto(policy, reference, beta=0.1, desirable_weight=1.5, undesirable_weight=0.5)
     same(found.losses, [0.5 * (1.5 + 0.5) / 2] * 5)
 
 

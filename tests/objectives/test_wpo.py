@@ -18,7 +18,7 @@ from lorafocal.data.packing import PairCollator, pad_sequences, share_prefixes
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.objectives import PairLogps, build_objective
-from lorafocal.policy import colliding_logps, plain_attention, prepare_policy, sequence_logps
+from lorafocal.policy import of_pairs, plain_attention, prepare_policy, sequence_logps, sums_of, token_logps
 from lorafocal.reference import DisabledAdapterReference
 from tests.test_parity_trl import rows, word_tokenizer
 from tests.tiny import SIZES, disturb, enlarged, lora, pairs, relative_difference, tiny_base, tiny_policy, trainer
@@ -85,7 +85,7 @@ def test_a_policy_that_is_certain_or_knows_nothing_weighs_its_own_answers_as_dpo
 
 
 def test_it_takes_no_focal_factor() -> None:
-    with pytest.raises(InputError, match="wpo weighs pairs in its own way"):
+    with pytest.raises(InputError, match="wpo has weights or targets of its own"):
         build_objective("wpo", beta=0.1, focal={"form": "p_gamma", "gamma": 0.05})
 
 
@@ -118,7 +118,9 @@ def test_collisions_are_those_of_the_models_own_logits_in_every_layout(make: Any
         model = make().eval()
         prepare_policy(model, layout=layout)
         pack = share_prefixes(batch) if layout == "packed" else pad_sequences(batch)
-        logps, collisions = colliding_logps(model, pack)
+        of_tokens = torch.empty(len(pack.index.labels), dtype=torch.float64)
+        logps = of_pairs(sums_of(token_logps(model, pack, of_tokens), pack), pack)
+        collisions = sums_of(of_tokens, pack)
         assert not collisions.requires_grad
         torch.testing.assert_close(collisions, one_at_a_time(model, batch), rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(logps, sequence_logps(model, pack), strict=True):
