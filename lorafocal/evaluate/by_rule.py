@@ -114,7 +114,7 @@ def _stated(path: Path, field: str) -> list[tuple[Prompt, Any]]:
     """Each row's prompt, and what stands under `field`."""
     if field == CHOSEN:
         pairs = read_preferences(path, on_bad_row="error").pairs
-        return [(prompt_of(pair), contents(pair.chosen)[-1]) for pair in pairs]
+        return [(prompt_of(pair), contents(pair.chosen)[0]) for pair in pairs]
     prompts, rows = read_prompts(path), [row for _, row in read_rows(path)]
     if len(prompts.rows) != len(rows):
         raise InputError(f"{path}: {prompts.repeated} rows repeat a prompt; keep one row of each, with its {field}")
