@@ -1,4 +1,4 @@
-"""Small duties of a training run at its start and at the start of an epoch."""
+"""Small duties of a training run: at its start, at the start of an epoch, and between two steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from lorafocal.evaluations import drop_later
+from lorafocal.model.moving import move
 
 
 class SetEpoch(TrainerCallback):
@@ -25,6 +26,25 @@ class OwnIntervals(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
+
+
+class MoveReference(TrainerCallback):
+    """After every so many optimiser steps the reference follows the policy; checkpoints come after it."""
+
+    def __init__(self, trainer: Trainer, *, every: int, mixing: float) -> None:
+        self._trainer, self._every, self._mixing = trainer, every, mixing
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            move(self._trainer.model, self._mixing)
+
+
+def following(trainer: Trainer) -> tuple[TrainerCallback, ...]:
+    """What moves the reference of `trainer`, where it moves."""
+    strategy = trainer.args.strategy
+    if strategy.kind != "moving":
+        return ()
+    return (MoveReference(trainer, every=strategy.every, mixing=strategy.mixing),)
 
 
 class ForgetLaterEvaluations(TrainerCallback):

@@ -14,8 +14,9 @@ from lorafocal.data.packing import Pack
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.objectives import Objective, OtherAnswers, PairInputs, PairLogps, PairLosses
 from lorafocal.objectives.tokens import TokenInputs
-from lorafocal.policy import evaluating, of_pairs, sequence_logps, sums_of, token_logps
+from lorafocal.policy import compared_tokens, evaluating, of_pairs, sequence_logps, sums_of, token_logps
 from lorafocal.reference import Reference, build_guide, build_reference
+from lorafocal.references.strategy import Strategy
 from lorafocal.whole_step import Share, no_share, shared_out
 
 # Keeps a rank with fewer packs in step; its weight is 0.
@@ -64,8 +65,9 @@ class Comparison:
     """Scores packs for an objective. Every rank calls it equally often, fillers included.
 
     `kind` is the reference's (`reference.REFERENCES`), None for an objective without one; `ref_model` may be exchanged
-    for what an engine holds in its place. `noisy`: dropout is allowed. It is the policy's alone: the reference never
-    changes, in no layer. `seed` is that of an objective's draws, `state` what the steps so far have left to it.
+    for what an engine holds in its place; `strategy` says what else belongs to the kind. `noisy`: dropout is allowed.
+    It is the policy's alone: the reference has none, in no layer. `seed` is that of an objective's draws, `state` what
+    the steps so far have left to it.
     """
 
     def __init__(
@@ -77,9 +79,10 @@ class Comparison:
         noisy: bool,
         seed: int = 0,
         num_groups: int | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         self.objective, self.kind, self.ref_model, self.noisy, self.seed = objective, kind, ref_model, noisy, seed
-        self.num_groups = num_groups
+        self.num_groups, self.strategy = num_groups, strategy
         self.state: Mapping[str, Tensor] = {}
         self._number = 0
         self._guided: tuple[nn.Module, Reference] | None = None
@@ -128,20 +131,17 @@ class Comparison:
         Where it weighs tokens, the log-probs that it is told are sums of weighted ones, under all models.
         """
         entry, index = self.objective.entry, pack.index
-        reference, guide = self._reference(model, pack), self._guide(model, pack)
+        guide = self._guide(model, pack)
         collisions = _room(pack) if entry.collisions else None
-        tokens = token_logps(model, pack, collisions)
+        tokens, divergences, before = self._tokens(model, pack, collisions)
         draws = self._draws(pack) if entry.draws else None
-        before = None if reference is None else reference.to(tokens.dtype)  # stored ones are wider
         sums = told = sums_of(tokens, pack)
-        sums_before = told_before = before
+        sums_before = told_before = before if before is None or not entry.divergences else sums_of(before, pack)
         told_guide = None if guide is None else sums_of(guide, pack)
         if self.objective.token_weights is not None:
             weights = self._weights(pack, tokens, before, guide, draws)
-            told, told_before, told_guide = (
-                None if of_tokens is None else sums_of(of_tokens * weights, pack)
-                for of_tokens in (tokens, before, guide)
-            )
+            told = sums_of(tokens * weights, pack)
+            told_before, told_guide = (None if of is None else sums_of(of * weights, pack) for of in (before, guide))
             sums_before = None if before is None else sums_of(before, pack)
         inputs = PairInputs(
             policy=of_pairs(told, pack),
@@ -150,6 +150,7 @@ class Comparison:
             lengths=index.lengths[: 2 * pack.num_pairs],
             scores=pack.scores,
             collisions=None if collisions is None else sums_of(collisions, pack)[: 2 * pack.num_pairs],
+            divergences=None if divergences is None else sums_of(divergences, pack)[: 2 * pack.num_pairs],
             others=_others(pack, told, told_before) if entry.others else None,
             groups=pack.groups if entry.groups else None,
             num_groups=self.num_groups if entry.groups else None,
@@ -184,6 +185,21 @@ class Comparison:
         drawn = [random.Random(f"lorafocal draw {self.seed} {self._number} {pair}").random() for pair in pack.pair_ids]
         return torch.tensor(drawn, dtype=torch.float64, device=pack.input_ids.device)
 
+    def _tokens(
+        self, model: nn.Module, pack: Pack, collisions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs of tokens under the policy, (N,), their divergences where the objective asks, and the reference's.
+
+        The last are `_reference`'s, but of tokens, (N,), beside divergences.
+        """
+        if self.objective.entry.divergences:
+            with evaluating(model) if self.noisy else nullcontext():
+                rows = self._reference_of(model).rows(pack)
+            return compared_tokens(model, pack, rows)
+        reference = self._reference(model, pack)
+        tokens = token_logps(model, pack, collisions)
+        return tokens, None, None if reference is None else reference.to(tokens.dtype)  # stored ones are wider
+
     def _reference(self, model: nn.Module, pack: Pack) -> Tensor | None:
         """Of tokens, (N,), where the objective weighs them, and else of whole answers, (2B + M,)."""
         if self.kind is None:
@@ -205,13 +221,13 @@ class Comparison:
         """What the identity probe looks at: `policy`, or a pass without dropout."""
         if not self.noisy:
             return policy
-        with evaluating(model), torch.no_grad():
-            return sequence_logps(model, pack)
+        with evaluating(model), torch.no_grad():  # by the same functions as the reference's, which round alike
+            return self.seen(model, pack).policy if self.objective.entry.divergences else sequence_logps(model, pack)
 
     def _reference_of(self, model: nn.Module) -> Reference:
         """An engine wraps policy and reference model when training begins."""
         if self._built is None or self._built[0] is not model or self._built[1] is not self.ref_model:
-            self._built = model, self.ref_model, build_reference(self.kind, model, self.ref_model)
+            self._built = model, self.ref_model, build_reference(self.kind, model, self.ref_model, self.strategy)
         return self._built[2]
 
 

@@ -23,7 +23,12 @@ STARTS = ("gaussian", "eva", "orthogonal", "random", "pissa", "olora", "loftq")
 ADAPTERS = (*VARIANTS, *STARTS, "bias", "corda", "lora_ga", "mica")
 FULL = "full"  # in an adapter's place: every parameter of the base is trained
 
-REFERENCES = ("none", "disabled_adapter", "frozen_copy", "separate_model", "cached")
+REFERENCES = (
+    "none", "disabled_adapter", "frozen_copy", "separate_model", "cached",
+    "adapter", "moving", "moving-soft", "several",
+)  # fmt: skip
+# In the words of `reference.kind`: moving-soft is a moving one with a mixing below 1.
+REFERENCE_KINDS = tuple(word for word in REFERENCES if word not in ("none", "moving-soft"))
 LAYOUTS = ("packed", "padded")
 ENGINES = ("one-process", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 # What an engine can keep in the machine's memory, beside nothing: the optimiser's states, or all that it splits.
@@ -45,6 +50,7 @@ TITLES = {
     "zero3": "DeepSpeed ZeRO-3",
     "fsdp2": "FSDP2",
     FULL: "full-parameter training",
+    "moving-soft": "a moving average",
 }
 
 # What an adapter's setting is called in the table, by its name in a config or in `peft.LoraConfig`.
@@ -143,9 +149,16 @@ def _beside(other: str, *words: str) -> Callable[[Cell], Iterable[str]]:
     return lambda cell: cell.adapter & {*words} if other in cell.adapter else ()
 
 
+_ON_ADAPTERS = {"disabled_adapter", "frozen_copy", "adapter", "moving", "moving-soft", "several"}
 _COPY = "compare with `frozen_copy`, the adapter as it starts on the same base"
 _WHOLE = "split 4-bit weights by FSDP2 (`engine.kind: fsdp2`), hold it whole (`ddp`), or split a bfloat16 base"
 _ENGINES_HERE = "say `engine.kind: zero3` (or zero1, zero2, fsdp2, ddp) in the config, which any launcher starts"
+
+_REWRITTEN = (
+    "with {found}, the start is taken out of the base's weights, and a finished adapter that is put beside would sit on"
+    " another base than its own"
+)
+_ANOTHER_START = "use the default start, eva or loftq, which leave the base as it was"
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -245,6 +258,28 @@ RULES: tuple[Rule, ...] = (
         _COPY,
     ),
     Rule(
+        "rewritten-base-under-finished-adapters",
+        "reference",
+        lambda cell: cell.adapter & {"pissa", "olora"} if cell.reference in ("adapter", "several") else (),
+        _REWRITTEN,
+        _ANOTHER_START,
+    ),
+    Rule(
+        "averaged-dora",
+        "reference",
+        lambda cell: cell.adapter & {"dora"} if cell.reference == "moving-soft" else (),
+        "{found} scales the rows of the changed weight, and the average of two such weights is none of their kind, nor"
+        " a change of low rank",
+        "let the reference be a copy each time (`reference.mixing: 1.0`), or use LoRA without DoRA",
+    ),
+    Rule(
+        "moving-split",
+        "engine",
+        lambda cell: {cell.engine} & {"zero3", "fsdp2"} if cell.reference in ("moving", "moving-soft") else (),
+        "under {found}, adapters are split over processes, and a reference that moves is exchanged whole",
+        "hold adapters whole (`ddp`, `zero1` or `zero2`), or keep the reference where it is (`frozen_copy`)",
+    ),
+    Rule(
         "full-quantized",
         "base",
         lambda cell: {cell.base} & {*QUANTIZED} if FULL in cell.adapter else (),
@@ -254,7 +289,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "no-adapter-to-compare",
         "reference",
-        lambda cell: {cell.reference} & {"disabled_adapter", "frozen_copy"} if FULL in cell.adapter else (),
+        lambda cell: {cell.reference} & _ON_ADAPTERS if FULL in cell.adapter else (),
         "without `adapter`, every parameter is trained, and there is no adapter for {found}",
         "store the reference's log-probs first (`reference.kind: cached`, by `lorafocal cache-reference CONFIG`), hold"
         " a second model (`separate_model`), or train an adapter (`adapter: {{r: 16, alpha: 32}}`; in Python"
@@ -288,7 +323,7 @@ RULES: tuple[Rule, ...] = (
         "reference",
         lambda cell: {cell.reference} - {*REFERENCES},
         "there is no reference {found}",
-        f"choose one of {', '.join(REFERENCES[1:])}",
+        f"choose one of {', '.join(REFERENCE_KINDS)}",
     ),
     Rule(
         "another-layout",
@@ -319,6 +354,15 @@ def offload_refusal(engine: str, offload: str) -> str:
     if offload in ("none", *possible):
         return ""
     return f"{offload!r} is not what {TITLES.get(engine, engine)} can offload: {' or '.join((*possible, 'none'))}"
+
+
+def guide_refusal(adapter: frozenset[str]) -> str:
+    """Why no guide can stand beside an adapter of these words; "" where one can."""
+    if FULL in adapter:
+        return "without `adapter`, every parameter is trained, and the guide has no base beside it: train an adapter"
+    if found := adapter & {"pissa", "olora"}:
+        return f"{_REWRITTEN.format(found=TITLES[min(found)])}: {_ANOTHER_START}"
+    return ""
 
 
 def engine_refusal(engine: str) -> str:

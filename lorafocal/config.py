@@ -229,19 +229,32 @@ def lora_arguments(adapter: Adapter) -> dict[str, Any]:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in nested values; the value is read as YAML, so 1e-5 is a number."""
+    """Set one `section.key=value` in nested values; the value is read as YAML, so 1e-5 is a number.
+
+    An item of a list is named by its number from 0, as in data.steps.0.select.keep.
+    """
     key, separator, text = override.partition("=")
     path = key.strip().split(".")
     if not separator or not all(path):
         raise InputError(f"{override!r} is not an override; write section.key=value, for example objective.beta=0.1")
-    place = values
+    place: Any = values
     for depth, part in enumerate(path[:-1], start=1):
-        if place.get(part) is None:
+        name = _index(place, part, override)
+        if isinstance(place, dict) and place.get(part) is None:
             place[part] = {}  # a section that is left out, or null
-        place = place[part]
-        if not isinstance(place, dict):
+        place = place[name]
+        if not isinstance(place, dict | list):
             raise InputError(f"{override!r}: {'.'.join(path[:depth])} is {place!r}, which has no keys inside")
-    place[path[-1]] = parse_yaml(text, source=f"override {key.strip()}")
+    place[_index(place, path[-1], override)] = parse_yaml(text, source=f"override {key.strip()}")
+
+
+def _index(place: Any, part: str, override: str) -> Any:
+    """A key of a mapping, or the number of an item that a list has."""
+    if not isinstance(place, list):
+        return part
+    if not part.isdecimal() or int(part) >= len(place):
+        raise InputError(f"{override!r}: {part!r} is no item of a list of {len(place)}; say 0 to {len(place) - 1}")
+    return int(part)
 
 
 def _describe(details: ErrorDetails) -> Iterable[str]:

@@ -95,6 +95,11 @@ class Lineage:
         return cls(base, objective=None, steps=0, pairs_seen=0, reference=None)
 
     @property
+    def reference_kind(self) -> str | None:
+        """`reference` without the settings and adapters that may stand behind a colon."""
+        return self.reference and self.reference.partition(":")[0]
+
+    @property
     def start(self) -> Stage | None:
         """The adapter that this one was continued from."""
         return self.parents[-1] if self.parents and self.parents[-1].how == CONTINUED else None

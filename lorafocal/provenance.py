@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lorafocal.run import RunSummary
 
 PLACES = (
-    "model.name", "model.revision", "reference.model", "reference.revision", "reference.store", "data.train",
-    "data.eval", "data.revision", "adapter.start_from",
+    "model.name", "model.revision", "reference.model", "reference.revision", "reference.store", "reference.adapter",
+    "reference.members", "reference.guide", "data.train", "data.eval", "data.revision", "adapter.start_from",
 )  # fmt: skip
 """Keys that say where an input lies: it may lie elsewhere, for its digest is compared."""
 
@@ -35,6 +35,10 @@ AUTO = {"packing.tokens": "tokens_per_pack", "training.activation_checkpointing"
 INPUTS: Mapping[tuple[str, ...], str] = {
     ("base", "sha256"): "the base model's weights: model.name=FOLDER or model.revision=COMMIT names those of then",
     ("reference_model", "sha256"): "the reference model's weights: reference.model=FOLDER names those of then",
+    ("reference_adapters", "1"): "the reference's adapter: reference.adapter=FOLDER or reference.members names it",
+    ("reference_adapters", "2"): "the reference's second adapter: reference.members=[FOLDER, ...] names those of then",
+    ("reference_adapters", "3"): "the reference's third adapter: reference.members=[FOLDER, ...] names those of then",
+    ("reference_adapters", "guide"): "the guide: reference.guide=FOLDER names that of then",
     ("start_from", "sha256"): "the adapter that training starts from: adapter.start_from=FOLDER names that of then",
     ("chat_template_sha256",): "the tokenizer's chat template: model.name=FOLDER names a base that brings that of then",
     ("data", "train", "tokens_sha256"): "the training pairs: data.train=FILE names those of then",

@@ -58,7 +58,7 @@ WHY_NOT: dict[str, str] = {
 }
 """Reasons worth printing, for keys likely to be changed; every key not in `MAY_CHANGE` is refused."""
 
-IDENTITY = ("base", "reference_model", "data")
+IDENTITY = ("base", "reference_model", "reference_adapters", "data")
 """Manifest sections beside `config` that must be equal: fingerprints of the models' weights and of the data."""
 
 LATER = ("data.train.scores_sha256", "data.eval.scores_sha256")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from lorafocal import launch
@@ -17,16 +18,20 @@ from lorafocal.checkpoint import latest_complete, rotate, save_state, step_of
 from lorafocal.errors import InputError
 from lorafocal.lineage import Lineage, lineage_of
 from lorafocal.model.adapters import adapter_parameters
+from lorafocal.model.beside import in_words
 from lorafocal.model.continued import lineage_on, stages_of
 from lorafocal.model.head import causal_lm
 from lorafocal.model.master import arithmetic_of
+from lorafocal.model.moving import REFERENCE_FILE, reference_state, restore_reference
 from lorafocal.model.save import save_adapter
 from lorafocal.model.save_model import write_papers, write_weights
 from lorafocal.model.saved import CONFIG_FILE
 from lorafocal.model.starts import plain_adapter
 from lorafocal.objectives import Objective
 from lorafocal.publish import check_name, recover, why_incomplete
+from lorafocal.references.strategy import Strategy
 from lorafocal.resume import changes
+from lorafocal.tensor_files import read_tensors
 from lorafocal.together import all_or_none, of_all_ranks, published_by_all
 
 if TYPE_CHECKING:
@@ -112,7 +117,10 @@ class Trained(Protocol):
         """
 
     def mark(self, checkpoint: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int) -> None:
-        """Collective: put into an unpublished checkpoint what `check_same` asks for."""
+        """Collective: put into an unpublished checkpoint what `check_same` and `take_up` ask for."""
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Set what stands beside the trained weights and changes with them: a reference that moves."""
 
     def write(self, folder: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int, trained: bool) -> None:
         """Collective: fill an unpublished folder; the card gets the rewards of the last evaluation.
@@ -126,8 +134,9 @@ class TrainedAdapter:
 
     folder = ADAPTER_FOLDER
 
-    def __init__(self, policy: PeftModel, objective: Objective, reference: str | None) -> None:
+    def __init__(self, policy: PeftModel, objective: Objective, reference: Strategy) -> None:
         self._policy = policy
+        self._moves = reference.kind == "moving"
         self._stages = stages_of(policy)
         self._made = _made_by(objective, reference)
         self._lineage: Lineage | None = None
@@ -146,6 +155,12 @@ class TrainedAdapter:
 
     def mark(self, checkpoint: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int) -> None:
         self.write(checkpoint / ADAPTER_FOLDER, progress, engine, pairs_seen=pairs_seen, trained=False)
+        if self._moves and launch.is_main():
+            save_file(reference_state(self._policy), checkpoint / REFERENCE_FILE)
+
+    def take_up(self, checkpoint: Path) -> None:
+        if self._moves:
+            restore_reference(self._policy, read_tensors(checkpoint / REFERENCE_FILE))
 
     def write(self, folder: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int, trained: bool) -> None:
         values = {name: engine.full(parameter) for name, parameter in adapter_parameters(self._policy).items()}
@@ -163,7 +178,7 @@ class TrainedModel:
         self,
         policy: PreTrainedModel,
         objective: Objective,
-        reference: str | None,
+        reference: Strategy,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self._policy, self._tokenizer = policy, tokenizer
@@ -188,6 +203,9 @@ class TrainedModel:
         if lineage is not None:
             lineage.write(checkpoint)
 
+    def take_up(self, checkpoint: Path) -> None:
+        """Nothing stands beside."""
+
     def write(self, folder: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int, trained: bool) -> None:
         write_weights(folder, self._policy, engine.full, dtype=self._dtype)
         if launch.is_main():
@@ -198,7 +216,7 @@ class TrainedModel:
 def what_is_made(
     policy: PreTrainedModel | PeftModel,
     objective: Objective,
-    reference: str | None,
+    reference: Strategy,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Trained:
     """The adapter, or the whole model where there is none."""
@@ -218,8 +236,8 @@ def publish(target: Path, made: Trained, progress: TrainerState, engine: Engine,
         made.write(folder, progress, engine, **seen)
 
 
-def _made_by(objective: Objective, reference: str | None) -> dict[str, Any]:
-    return {"objective": objective.as_dict(), "reference": reference}
+def _made_by(objective: Objective, reference: Strategy) -> dict[str, Any]:
+    return {"objective": objective.as_dict(), "reference": in_words(reference)}
 
 
 def _results(progress: TrainerState) -> dict[str, float]:

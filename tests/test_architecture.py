@@ -26,7 +26,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 # What stands directly in the package, and on which floor. A module imports from its floor or from lower ones.
 FLOORS = {
     0: "errors config schema values yaml12 training_fields bounds compatibility launch metrics evaluations publish"
-    " tensor_files shard_files together memory hardware recipes objectives ops",
+    " tensor_files shard_files together memory hardware recipes objectives references ops",
     1: "data model lineage card store",
     2: "policy reference comparison probes caching",
     3: "arguments assembly budget callbacks engines trainer saving optimizers sampler checkpoint health interrupt"
@@ -255,7 +255,7 @@ def top_level_entries() -> set[str]:
     if shutil.which("git") and (ROOT / ".git").exists():
         listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         return {line.partition("/")[0] for line in listing.splitlines()}
-    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()]
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()]
     names = {path.name for path in ROOT.iterdir()} - {".git"}
     return {name for name in names if not any(fnmatch(name, pattern) for pattern in ignored)}
 

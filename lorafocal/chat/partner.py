@@ -67,6 +67,15 @@ def _off(saved: SavedAdapter) -> str:
     return f"the base {name}{held}{inside}"
 
 
+_OTHERS = {
+    "frozen_copy": "the adapter's start",
+    "separate_model": "another model",
+    "adapter": "a finished adapter",
+    "moving": "the adapter as it was some steps before",
+    "several": "several references at once",
+}
+
+
 def _reference_notes(lineage: Lineage | None) -> tuple[str, ...]:
     """A word where the adapter off is not what training compared with."""
     if lineage is None:
@@ -75,11 +84,12 @@ def _reference_notes(lineage: Lineage | None) -> tuple[str, ...]:
         return (
             f"the adapter went on from {lineage.start}, so with the adapter off that is off too: the base alone speaks",
         )
-    if lineage.reference == "frozen_copy":
-        return ("training compared with the adapter's start, not with the base, which is what speaks with it off",)
-    if lineage.reference == "separate_model":
-        return ("training compared with another model, not with the base, which is what speaks with the adapter off",)
-    return ()
+    compared = _OTHERS.get(str(lineage.reference_kind))
+    return (
+        ()
+        if compared is None
+        else (f"training compared with {compared}, not with the base, which is what speaks with the adapter off",)
+    )
 
 
 def _spoken(speech: Speech) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorafocal.errors import InputError
+from lorafocal.references.strategy import misfits
 from lorafocal.training_fields import RULES, check_training_fields
 
 Values = Mapping[str, Any]
@@ -114,6 +115,16 @@ def trains_in_bf16(values: Values) -> bool:
     return bool(not values.get("fp16") if values.get("bf16") is None else values["bf16"])
 
 
+def _moving(given: Given) -> dict[str, Any]:
+    """TRL's reference model becomes alpha * policy + (1 - alpha) * itself every so many steps; adapters do so here."""
+    if not given.values["sync_ref_model"]:
+        return {}
+    moved = {"every": given.values["ref_model_sync_steps"], "mixing": given.values["ref_model_mixup_alpha"]}
+    if wrong := dict(misfits({"kind": "moving", **moved})):
+        raise InputError("; ".join(f"{key} {why}" for key, why in wrong.items()))
+    return {"reference": "moving", **{f"reference_{key}": value for key, value in moved.items()}}
+
+
 # ---- the table
 
 _REFERENCE = (
@@ -147,9 +158,9 @@ FATES: dict[str, Fate] = {
     # the reference
     "precompute_ref_log_probs": _no_effect(_REFERENCE),
     "precompute_ref_batch_size": _no_effect(_REFERENCE),
-    "sync_ref_model": _refused("a reference that follows the policy is not offered, nor by TRL with adapters", False),
-    "ref_model_mixup_alpha": _no_effect(_ONLY_OF.format("sync_ref_model")),
-    "ref_model_sync_steps": _no_effect(_ONLY_OF.format("sync_ref_model")),
+    "sync_ref_model": _translated(_moving),
+    "ref_model_mixup_alpha": _translated(lambda given: {}, "sync_ref_model alone reads it, and is translated with it"),
+    "ref_model_sync_steps": _translated(lambda given: {}, "sync_ref_model alone reads it, and is translated with it"),
     # the step
     "per_device_train_batch_size": _translated(_pairs_per_step),
     "gradient_accumulation_steps": _translated(_pairs_per_step),

@@ -169,8 +169,11 @@ def _translated(path: Path, options: Options) -> tuple[dict[str, Any], list[str]
     config["data"] |= {key: translation.arguments[key] for key in ("max_length", "truncation")}
     gamma = {} if options.gamma is None else {"gamma": options.gamma}
     config["objective"] = {"name": options.objective, "beta": translation.arguments["beta"]} | gamma
+    moved = {key: translation.arguments.pop(f"reference_{key}", None) for key in ("every", "mixing")}
     config["reference"] = {"kind": "disabled_adapter" if file["use_peft"] else "cached"}
-    if not file["use_peft"]:
+    if translation.arguments.pop("reference", None) is not None:
+        config["reference"] = {"kind": "moving", **moved}
+    elif not file["use_peft"]:
         notes.append("reference: TRL holds a second model; here `lorafocal cache-reference` stores its log-probs first")
     config["training"] = _training(file, translation.arguments)
     check_config(config, source=f"{path.name}, translated")

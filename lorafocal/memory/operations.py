@@ -20,11 +20,13 @@ def flops_per_pair(
     Through frozen matrices of N entries, 2N a row forward and 2N backward; trained ones and adapters 4N backward;
     attention 4 a visible pair, head and dimension, two and a half times that backward; the head 4HV a completion token,
     8HV in full-parameter training, where its logits are computed again for the gradient of its weights.
-    `shared`: the prompt is computed once, not once an answer. `live_reference` (by default as the setup says) adds a
-    forward without adapters.
+    Divergences take one product with the head more: for the second gradient, or where the head is trained for the
+    reference's logits again (its own pass leaves their first time to the policy's).
+    `shared`: the prompt is computed once, not once an answer. `live_reference` adds a forward without adapters (by
+    default one for each reference and guide that the setup says).
     """
     at = lengths or setup.lengths
-    live = setup.reference not in ("none", "cached") if live_reference is None else live_reference
+    live = setup.reference_passes if live_reference is None else int(live_reference)
     rows, seen = at.rows, at.visible(shape.sliding_window)
     if not shared:
         alone = Lengths(at.prompt, 0, 0)
@@ -34,13 +36,14 @@ def flops_per_pair(
     adapters = 0 if setup.full else 2 * adapter_parameters(shape, setup) * rows
     head = 2 * shape.head_parameters * at.answers
     passes, head_passes = (3, 4) if setup.full else (2, 2)
+    head_passes += setup.divergences
     total = passes * base + 3 * adapters + 3.5 * attention + head_passes * head
     if tier == "full":
         total += base + adapters + attention
     elif tier == "mlp":
         again = sum(linear.entries for linear in shape.linears if linear.reads == "hidden")
         total += 2 * shape.layers * again * rows
-    return total + (base + attention + head if live else 0)
+    return total + live * (base + attention + head)
 
 
 def minimum_flops_per_pair(shape: Shape, setup: Setup, lengths: Lengths | None = None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorafocal.ops.shapes import WIDE, Linear, Setup, Shape
+from lorafocal.references.strategy import BASE
 
 
 def weight_bytes(shape: Shape, setup: Setup) -> int:
@@ -80,7 +81,15 @@ def optimizer_bytes(shape: Shape, setup: Setup, *, on_gpu: bool = False) -> int:
 
 
 def reference_bytes(shape: Shape, setup: Setup) -> int:
-    """What the reference holds beside the policy: nothing, a copy of the adapter, or a second model of this shape."""
+    """What reference and guide hold beside the policy: nothing, adapters, or a second model of this shape.
+
+    Finished adapters are taken to be as large as the policy's own; a moving average to grow to `_GROWN` times that.
+    """
     if setup.reference == "separate_model":
-        return weight_bytes(shape, setup)
-    return adapter_bytes(shape, setup) if setup.reference == "frozen_copy" else 0
+        return weight_bytes(shape, setup) + setup.guide * adapter_bytes(shape, setup)
+    copies = _COPIES.get(setup.reference, 0) + sum(member != BASE for member in setup.members) + setup.guide
+    return copies * adapter_bytes(shape, setup)
+
+
+_GROWN = 3  # times the policy's rank, for a moving average: what successive policies share counts once
+_COPIES = {"frozen_copy": 1, "adapter": 1, "moving": 1, "moving-soft": _GROWN}

@@ -256,16 +256,48 @@ def widen_adapters(model: PeftModel) -> PeftModel:
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All that an adapter trains (low-rank layers, magnitudes, whole modules, tokens), by full parameter name.
 
-    Without a frozen copy's.
+    Without those of adapters that stand beside the policy's: a frozen copy, finished ones, a guide.
     """
-    others = {"base_layer", "original_module", FROZEN_COPY}
+    others = {"base_layer", "original_module"}
     owned = {
         id(parameter)
         for layer in adapter_layers(model)
         for name, parameter in layer.named_parameters()
-        if others.isdisjoint(name.split("."))
+        if others.isdisjoint(parts := name.split(".")) and not any(map(stands_beside, parts))
     }
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
+
+
+def stands_beside(adapter: str) -> bool:
+    """Whether an adapter of this name is never trained and never saved: a frozen copy, a finished one, a guide."""
+    return adapter == FROZEN_COPY or adapter.startswith(f"{FROZEN_COPY}-")
+
+
+def of_adapter(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """All parameters of one adapter, by full parameter name."""
+    owned = {
+        id(parameter)
+        for layer in adapter_layers(model)
+        for name, parameter in layer.named_parameters()
+        if adapter in name.split(".")
+    }
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
+
+
+def add_adapter(policy: PeftModel, name: str, config: LoraConfig) -> None:
+    """Put one more adapter beside the policy's, in fp32; that stays the active one, and all as trainable as it was."""
+    active = [policy.active_adapter]
+    before = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    policy.add_adapter(name, config)
+    wrap_once(policy, name)
+    for parameter in of_adapter(policy, name).values():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    compute_as_base(policy)
+    exact_dora(policy)
+    for layer in adapter_layers(policy):  # PEFT takes the new adapter for the active one of layers that had none
+        layer._active_adapter = active
+    for parameter, trainable in before:
+        parameter.requires_grad_(trainable)
 
 
 def add_frozen_copy(policy: PeftModel) -> dict[str, nn.Parameter]:
@@ -274,23 +306,23 @@ def add_frozen_copy(policy: PeftModel) -> dict[str, nn.Parameter]:
     The policy's adapter stays the active one and as trainable as it was.
     """
     name = policy.active_adapter
-    originals = adapter_parameters(policy)
-    trainable = {path: parameter.requires_grad for path, parameter in originals.items()}
     config = copy.deepcopy(policy.peft_config[name])
     config.inference_mode = False  # PEFT would freeze the active adapter with it
     config.init_lora_weights = True  # PEFT would take PiSSA's part out of the base once more
-    policy.add_adapter(FROZEN_COPY, config)
-    wrap_once(policy, FROZEN_COPY)
-    exact_dora(policy)
+    add_adapter(policy, FROZEN_COPY, config)
     parameters, copies = dict(policy.named_parameters()), {}
-    for path, original in originals.items():
-        before, _, after = path.rpartition(f".{name}")
-        twin = f"{before}.{FROZEN_COPY}{after}"
+    for path, original in adapter_parameters(policy).items():
+        twin = twin_of(path, name)
         copies[twin] = parameters[twin]
         copies[twin].data = original.detach().clone()
-        original.requires_grad_(trainable[path])
     freeze(copies)
     return copies
+
+
+def twin_of(path: str, adapter: str) -> str:
+    """The name of the frozen copy's parameter, by that of `adapter`'s own."""
+    before, _, after = path.rpartition(f".{adapter}")
+    return f"{before}.{FROZEN_COPY}{after}"
 
 
 def freeze(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -29,12 +29,7 @@ def continue_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     quantisation.
     """
     config, lineage = read_lora_config(folder), lineage_of(folder)
-    name, revision = place_of(base)
-    if lineage is not None:
-        if name is None:
-            raise InputError(f"{folder} names the base it was trained on, but the base given was loaded from nowhere")
-        check_same_quantization(folder, lineage, quantization_of(base))
-        check_same_base(folder, lineage, name, revision, remedy="Give it as the base (`model.name` in a config)")
+    check_made_for(base, folder, lineage)
     policy = put_on(base, folder, config, trainable=True)
     weights = sha256(folder / WEIGHTS_FILE)
     stage = Stage(folder.resolve().name, weights, CONTINUED)
@@ -43,6 +38,17 @@ def continue_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     before = lineage.contained if lineage is not None else ()
     setattr(policy, _STAGES, (*before, stage))
     return policy
+
+
+def check_made_for(base: PreTrainedModel, folder: Path, lineage: Lineage | None) -> None:
+    """Refuse an adapter whose `lineage` names another base than `base`, by digest or by quantisation."""
+    if lineage is None:
+        return
+    name, revision = place_of(base)
+    if name is None:
+        raise InputError(f"{folder} names the base it was trained on, but the base given was loaded from nowhere")
+    check_same_quantization(folder, lineage, quantization_of(base))
+    check_same_base(folder, lineage, name, revision, remedy="Give it as the base (`model.name` in a config)")
 
 
 def check_same_quantization(folder: Path, lineage: Lineage, given: str | None) -> None:

@@ -138,12 +138,12 @@ def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable
     return policy
 
 
-def exchange_adapter(policy: PeftModel, folder: Path) -> None:
-    """Give `policy` the values of another adapter of the same configuration, in place; strict both ways (row 53)."""
+def exchange_adapter(policy: PeftModel, folder: Path, adapter: str = "default") -> None:
+    """Give `adapter` of `policy` the values of another of the same configuration, in place; strict both ways (row 53)."""
     stored = _read_tensors(folder / WEIGHTS_FILE)
-    expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
     _check_tensors(folder / WEIGHTS_FILE, stored, expected)
-    set_peft_model_state_dict(policy, stored)
+    set_peft_model_state_dict(policy, stored, adapter_name=adapter)
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -240,7 +240,7 @@ def _causal(length: float, window: int | None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a shape is trained: precision, adapter or all parameters, optimiser, kernels, reference, engine.
+    """How a shape is trained: precision, adapter or all parameters, optimiser, kernels, reference, objective, engine.
 
     Words are the config's. `full` trains every parameter, and what is said of adapters counts for nothing.
     `adapter_kernels` is "fused" or "peft"; `attention` is "flash" (one variable-length call) or "sdpa" (one a segment).
@@ -257,7 +257,10 @@ class Setup:
     modules_to_save: Sequence[str] = ()
     trainable_tokens: int = 0
     optim: str = "adamw_torch_fused"
-    reference: str = "disabled_adapter"
+    reference: str = "disabled_adapter"  # a word of the compatibility table
+    members: Sequence[str] = ()  # of several references: base, or folders of adapters
+    guide: bool = False  # one more adapter beside the policy's
+    divergences: bool = False  # the objective compares with the reference\'s whole distribution at each token
     engine: str = "one-process"  # or ddp, which holds the same; zero1, zero2, zero3, fsdp2
     offload: str = "none"
     adapter_kernels: str = "fused"
@@ -268,6 +271,12 @@ class Setup:
     def width(self) -> int:
         """Bytes of a computed number."""
         return WIDTHS[self.dtype]
+
+    @property
+    def reference_passes(self) -> int:
+        """Forwards a pack without gradients: of live references, and of a guide."""
+        live = len(self.members) or int(self.reference not in ("none", "cached"))
+        return live + self.guide
 
     @property
     def fused(self) -> bool:

@@ -103,8 +103,7 @@ def _all_changes(work: Work, machine: Machine) -> str | None:
 
 
 def _faster(work: Work, found: OnMachine) -> Iterator[str]:
-    live = work.setup.reference not in ("none", "cached")
-    if live:
+    if work.setup.reference in ("disabled_adapter", "frozen_copy", "separate_model"):  # others cannot be stored
         saved = forward_flops(work) / step_flops(work, found.choice.tier)
         yield (
             f"reference.kind=cached: {saved:.0%} less work a step, for one pass over the pairs before the first, which"

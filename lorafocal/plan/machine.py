@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lorafocal import memory
+from lorafocal.compatibility import TITLES
 from lorafocal.hardware import Machine
 from lorafocal.plan.work import Work
 
@@ -126,8 +127,10 @@ def _residents(work: Work, held: memory.Residents, gpus: int) -> Iterator[Part]:
         yield Part("adapter", held.adapter, f"{trained:,} parameters in float32{share[splits.weights]}")
     if splits.masters:
         yield Part("master weights", held.masters, f"of what is trained, in float32{share[splits.states]}")
-    if setup.reference in ("frozen_copy", "separate_model"):
-        yield Part("reference", held.reference, f"{setup.reference}{share[splits.weights]}")
+    if held.reference:
+        guide = " and a guide" if setup.guide else ""
+        named = TITLES.get(setup.reference, setup.reference)
+        yield Part("reference", held.reference, f"{named}{guide}{share[splits.weights]}")
     copies = ", and once more in the buckets that GPUs exchange" if setup.engine == "ddp" and gpus > 1 else ""
     yield Part("gradients", held.gradients, f"float32{share[splits.gradients]}{copies}")
     states = memory.optimizer_bytes(shape, setup)
@@ -181,7 +184,7 @@ def _speed(
     shape, setup = work.shape, work.setup
     rate = tflops * 1e12 * machine.count
     forward = forward_flops(work)
-    live = setup.reference not in ("none", "cached")
+    live = setup.reference_passes
     share = math.ceil(work.pairs_per_step / machine.count)  # of the GPU that the others wait for
     products_s = share * step_flops(work, choice.tier) / (tflops * 1e12)
     if setup.quantization is not None and machine.gpu.bandwidth_gb_s is not None:

@@ -14,7 +14,7 @@ from lorafocal.config import Config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape
 from lorafocal.objectives import OBJECTIVES
-from lorafocal.schema import Adapter
+from lorafocal.schema import Adapter, Reference
 from lorafocal.schema.steps import pairs_left
 
 TYPICAL = Lengths(200, 305, 305)  # UltraFeedback's means
@@ -164,13 +164,22 @@ def setup_of(config: Config, lengths: Lengths) -> Setup:
         quantization=config.model.quantization,
         **(_adapter(config.adapter) if config.adapter is not None else {"full": True}),
         optim=str(config.training.fields.get("optim", "adamw_torch_fused")),
-        reference="none" if config.reference is None else config.reference.kind,
+        **_compared(config.reference),
+        divergences=config.objective.entry.divergences,
         engine="one-process" if engine is None else engine.kind,
         offload="none" if engine is None else engine.offload,
         adapter_kernels="fused" if kernels == "auto" else kernels,
         attention="flash" if config.model.dtype == "bfloat16" else "sdpa",
         lengths=lengths,
     )
+
+
+def _compared(reference: Reference | None) -> dict[str, Any]:
+    """What the arithmetic asks of a reference."""
+    if reference is None:
+        return {"reference": "none"}
+    strategy = reference.strategy
+    return {"reference": strategy.word, "members": tuple(strategy.members or ()), "guide": strategy.guide is not None}
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

@@ -60,6 +60,10 @@ def made_of(record: RunRecord) -> dict[str, str]:
         "recipe": _summary(record),
         "base": _model(manifest.get("base")),
         "reference model": _model(manifest.get("reference_model")),
+        **{
+            f"adapter of the reference ({name}), sha256": _digest(digest)
+            for name, digest in mapping(manifest.get("reference_adapters")).items()
+        },
         "adapter at the start, sha256": _digest(mapping(manifest.get("start_from")).get("sha256")),
         "chat template, sha256": _digest(manifest.get("chat_template_sha256")),
         **{f"tokens of {part}, sha256": _digest(mapping(found).get("tokens_sha256")) for part, found in data.items()},

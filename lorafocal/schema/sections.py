@@ -233,9 +233,9 @@ class Reference(Section):
     """What the policy is compared with; no default, because a wrong reference trains without complaint.
 
     `cached`: log-probs that `lorafocal cache-reference` keeps in the folder `store`, of the policy as it starts, or of
-    `model`. `adapter`: a finished one, of the folder `adapter`. `moving`: every so many steps it becomes `mixing` of the
-    policy. `several`: `members` (base, or folders of adapters) combined. `guide` is the folder of one more adapter, for
-    objectives that ask for it. `identity_probe` left out means on, except for a model that may deliberately be another.
+    `model`. `adapter`: a finished one, of the folder `adapter`. `moving`: every so many steps it becomes `mixing` of
+    the policy. `several`: `members` (base, or folders of adapters) combined. `guide` is the folder of one more adapter,
+    for objectives that ask for it. `identity_probe` left out means on, except for a model that may well be another.
     """
 
     kind: Literal["disabled_adapter", "frozen_copy", "separate_model", "cached", "adapter", "moving", "several"]
