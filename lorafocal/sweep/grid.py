@@ -246,7 +246,10 @@ def value_of(config: Config, key: str) -> Any:
     """The value of a dotted key; None where the config leaves it to a default elsewhere."""
     place: Any = config.model_dump(mode="json")
     for part in key.split("."):
-        place = place.get(part) if isinstance(place, dict) else None
+        if isinstance(place, list):
+            place = place[int(part)] if part.isdecimal() and int(part) < len(place) else None
+        else:
+            place = place.get(part) if isinstance(place, dict) else None
     return place
 
 
