@@ -77,8 +77,8 @@ def token_logps(model: nn.Module, pack: Pack, collisions: Tensor | None = None) 
 
 def compared_tokens(model: nn.Module, pack: Pack, reference: ReferenceRows) -> ComparedTokens:
     """The same, with KL(reference || policy) at each of these tokens and the reference's log-probs, (N,) each."""
-    scored = _scored(model, pack, by=against(reference))
-    return ComparedTokens(*scored.reshape(-1, 3).unbind(-1))
+    logps, divergences, before = _scored(model, pack, by=against(reference)).reshape(-1, 3).unbind(-1)
+    return ComparedTokens(logps, divergences, before.detach())
 
 
 @torch.no_grad()
