@@ -44,17 +44,92 @@ def answer_columns(
     rewards: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What is added up of B pairs, (B, len(sum_keys(objective))), float64.
+    """What is added up of B pairs' answers, by name, (B,) each, as far as it can be told from what is given.
 
-    `lengths` (2B + M,) are tokens, chosen first; those of M further answers are passed over. Nothing is made up for
-    answers or a reference that the objective does not look at.
+    `rewards` are those of chosen and rejected answers, (B,) each; `lengths` (2B,) their tokens, chosen first.
+    """
+    columns = _likelihood_columns(policy, reference)
+    if rewards is None:
+        return columns
+    columns |= _reward_columns(*rewards)
+    if reference is not None:
+        columns["up_where_right"] = columns["rewards/accuracies"] & columns["ranking/reference"]
+    if lengths is not None:
+        columns |= _length_columns(columns["rewards/margins"], lengths)
+    return columns
+
+
+def _likelihood_columns(policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
+    right = ranks_right(policy)
+    columns = {"logps/chosen": policy.chosen, "logps/rejected": policy.rejected, "ranking/policy": right}
+    if reference is None:
+        return columns
+    right_before = ranks_right(reference)
+    return columns | {
+        "logps/reference_chosen": reference.chosen,
+        "logps/reference_rejected": reference.rejected,
+        "focal/chosen_fell_share": policy.chosen < reference.chosen,
+        "ranking/reference": right_before,
+        "ranking/lost": right_before & ~right,
+        "ranking/won": right & ~right_before,
+    }
+
+
+def _reward_columns(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    margin = chosen - rejected
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margin,
+        "rewards/accuracies": margin > 0,  # a tie counts as wrong here, and apart below
+        "rewards/ties": margin == 0,  # as every pair is before the first step
+    }
+
+
+def _length_columns(margin: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    margin, (chosen, rejected) = margin.double(), lengths.double().chunk(2)
+    lead = chosen - rejected
+    return {
+        "margins_squared": margin.square(),
+        "leads": lead,
+        "leads_squared": lead.square(),
+        "margins_by_leads": margin * lead,
+    }
+
+
+def weight_columns(
+    objective: Objective, log_odds: Tensor, *constants: Tensor, scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What is added up of the weights that the objective gives B pairs of these log-odds, (B,), by WEIGHT_KEYS.
+
+    `constants` and `scale` are those of `PairLosses`.
+    """
+    near = bounded(log_odds)
+    weight = objective.weights(near, *constants)
+    weight = weight if scale is None else weight * scale.double()
+    columns = weight, weight / dpo_weight(near), objective.turned(near), weight.square()
+    return dict(zip(WEIGHT_KEYS, columns, strict=True))
+
+
+def bounded(log_odds: Tensor) -> Tensor:
+    """Log-odds in float64, at most 500: soon after DPO's weight would be 0, and no ratio to it a number."""
+    return log_odds.double().clamp(max=500.0)
+
+
+def pair_values(
+    objective: Objective, losses: PairLosses, policy: PairLogps, reference: PairLogps | None, lengths: Tensor
+) -> Tensor:
+    """What is added up of B pairs, (B, len(sum_keys(objective))), float64; `lengths` (2B + M,) are tokens, chosen first;
+    those of M further answers are not told of. Nothing is made up for answers or a reference that the objective does not look at.
     """
     if not objective.entry.rejected:
         columns = [losses.losses, policy.chosen]
     else:
         rewards = losses.chosen_rewards, losses.rejected_rewards
-        own = lengths[: 2 * len(policy.chosen)]
-        columns = [losses.losses, *answer_columns(policy, reference, rewards, own).values()]
+        columns = [
+            losses.losses,
+            *answer_columns(policy, reference, rewards, lengths[: 2 * len(policy.chosen)]).values(),
+        ]
     if losses.log_odds is not None:
         columns += weight_columns(objective, losses.log_odds, *losses.constants, scale=losses.scale).values()
     return torch.stack([column.detach().double() for column in columns], dim=1)
