@@ -119,17 +119,17 @@ def bounded(log_odds: Tensor) -> Tensor:
 def pair_values(
     objective: Objective, losses: PairLosses, policy: PairLogps, reference: PairLogps | None, lengths: Tensor
 ) -> Tensor:
-    """What is added up of B pairs, (B, len(sum_keys(objective))), float64; `lengths` (2B + M,) are tokens, chosen first;
-    those of M further answers are not told of. Nothing is made up for answers or a reference that the objective does not look at.
+    """What is added up of B pairs, (B, len(sum_keys(objective))), float64.
+
+    `lengths` (2B + M,) are tokens, chosen first; those of M further answers are passed over. Nothing is made up for
+    answers or a reference that the objective does not look at.
     """
     if not objective.entry.rejected:
         columns = [losses.losses, policy.chosen]
     else:
         rewards = losses.chosen_rewards, losses.rejected_rewards
-        columns = [
-            losses.losses,
-            *answer_columns(policy, reference, rewards, lengths[: 2 * len(policy.chosen)]).values(),
-        ]
+        own = lengths[: 2 * len(policy.chosen)]
+        columns = [losses.losses, *answer_columns(policy, reference, rewards, own).values()]
     if losses.log_odds is not None:
         columns += weight_columns(objective, losses.log_odds, *losses.constants, scale=losses.scale).values()
     return torch.stack([column.detach().double() for column in columns], dim=1)
