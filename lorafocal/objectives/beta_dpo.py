@@ -57,7 +57,7 @@ def of_kept(
     """Losses of the kept pairs, scaled up so that the step's mean is theirs; 0 for the others, (B,)."""
     margin = _margins(policy, reference).detach()
     kept = _step(margin, draws, state, 1.0, 0.0, filtered_share, momentum).kept
-    return Over(torch.where(kept, losses, 0.0) * (len(losses) / kept.sum()))
+    return Over(torch.where(kept, losses, 0.0) * (len(losses) / kept.sum().to(losses)))
 
 
 def _margins(policy: PairLogps, reference: PairLogps) -> Tensor:

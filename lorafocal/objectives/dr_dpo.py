@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,5 +15,6 @@ def robust_mean(losses: Tensor, *, beta_prime: float) -> Over:
     at the pairs that are ranked best.
     Source: Wu et al. 2024, arXiv:2407.07880, Eq. 12, with the authors' code: b is its beta', 1.
     """
-    mean = torch.logsumexp(-losses / beta_prime, dim=0) - math.log(len(losses))
-    return Over((-beta_prime * mean).expand(len(losses)))
+    least = losses.detach().min()
+    mean = torch.expm1((least - losses) / beta_prime).mean()  # above -1: exact for a large b, finite for a small one
+    return Over((least - beta_prime * torch.log1p(mean)).expand(len(losses)))
