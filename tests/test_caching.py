@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from torch import Tensor
 from lorafocal import caching
 from lorafocal.caching import cache_reference, context_of, fingerprint, score, spot_check
 from lorafocal.data.packing import PairCollator, share_prefixes
-from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.tokens import OtherAnswer, TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import attach_lora
 from lorafocal.model.load import load_base
-from lorafocal.policy import prepare_policy, sequence_logps
+from lorafocal.policy import prepare_policy, sequence_logps, sums_of, token_logps
 from lorafocal.store import ReferenceStore, answers_of
 from tests.killing import moments
 from tests.tiny import disturb, lora, pairs, tiny_base, tiny_policy
@@ -212,6 +213,26 @@ def test_the_tokens_own_log_probs_sum_up(tmp_path):
     assert again.computed == 18
     sums = [float(tokens.double().sum()) for two in store.token_logps(of) for tokens in two]
     assert sums == pytest.approx(values(store.look_up(of)).tolist(), rel=1e-6)
+
+
+def test_scored_tokens_alone_and_further_answers_are_computed_as_a_pack_has_them(tmp_path):
+    plain, model = pairs(6), prepared()
+    longer = [*plain[2].prompt_ids, 9, 8]
+    others = (OtherAnswer(plain[2].prompt_ids, [4, 5]), OtherAnswer(longer, [6]))
+    several = replace(plain[4], chosen_ids=[2, 3, 4, 5], chosen_turns=[0, -1, -1, 1])
+    of = [*plain[:2], replace(plain[2], others=others), plain[3], several, plain[5]]
+    found = stored(tmp_path, model, of)
+    [pack] = PairCollator(tokens_per_pack=1000, others=True)(of).packs
+    with torch.no_grad():
+        live = sums_of(token_logps(model, pack), pack).double()
+    sides = zip(*(pair.reference for pair in found), strict=True)
+    sums = [*chain(*sides), *(other.reference for pair in found for other in pair.others)]
+    torch.testing.assert_close(torch.tensor(sums, dtype=torch.float64), live, rtol=1e-5, atol=1e-5)
+    assert spot_check(model, found, collator=PairCollator(others=True), seed=0).pairs == 6
+    spoilt = replace(found[2], others=(others[0], replace(others[1], reference=found[2].others[1].reference + 1)))
+    spoilt = replace(spoilt, others=(found[2].others[0], spoilt.others[1]))
+    with pytest.raises(InputError, match="the stored log-prob of further answer 2 of pair 'pair-2'"):
+        spot_check(model, [*found[:2], spoilt, *found[3:]], collator=PairCollator(), seed=0)
 
 
 def test_dropout_is_off_and_every_module_keeps_its_mode(tmp_path):

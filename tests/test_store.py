@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafocal.caching import SHARD_ROWS
-from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.tokens import OtherAnswer, TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.store import CONTEXT_FILE, Answer, Context, ReferenceStore, Score, answers_of, sequence_key
 from tests.killing import moments
@@ -101,6 +101,43 @@ def test_the_tokens_own_log_probs_are_kept_on_demand(tmp_path):
         assert chosen.dtype == torch.float32
         assert chosen[0] == torch.tensor(value_of(next(answers_of([pair]))))
     assert len(store.look_up(of)) == 5
+
+
+def test_tokens_are_looked_up_beside_the_sums(tmp_path):
+    of = pairs(5)
+    store = filled(tmp_path, of)
+    store.write(scores(of, tokens=True))
+    for pair, plain in zip(store.look_up(of, per_token=True), store.look_up(of), strict=True):
+        assert pair.reference == plain.reference
+        assert [len(side) for side in pair.reference_tokens] == [len(pair.chosen_ids), len(pair.rejected_ids)]
+        assert plain.reference_tokens is None
+
+
+def test_further_answers_are_looked_up_with_their_pair(tmp_path):
+    plain = pairs(3)
+    others = tuple(OtherAnswer(prompt, [4, number]) for number, prompt in enumerate((plain[0].prompt_ids, [7, 8, 9])))
+    of = [replace(plain[0], others=others), plain[1], replace(plain[2], others=others[1:])]
+    store = filled(tmp_path, plain)
+    with pytest.raises(InputError, match=r"3 of 9 .* missing, first that of further answer 1 of pair 'pair-0'"):
+        store.look_up(of)
+    store.write(scores(of))
+    found = store.look_up(of)
+    assert [pair.reference for pair in found] == [pair.reference for pair in store.look_up(plain)]
+    assert found[1].others == ()
+    names = {answer.key: value_of(answer) for answer in answers_of(of)}
+    for pair in found:
+        for other in pair.others:
+            key = sequence_key(other.prompt_ids, other.completion_ids)
+            assert other.reference == pytest.approx(names[key], rel=1e-6)
+    assert found[0].others[1] == found[2].others[0]
+
+
+def test_which_tokens_are_scored_is_part_of_the_key():
+    ways = [None, [0, -1, 1], [0, 1, 2], [0, -1, 2], [0, -1, -1, 1]]
+    completions = [[5, 6, 7]] * 4 + [[5, 6, 7, 8]]
+    keys = [sequence_key([1], ids, turns) for ids, turns in zip(completions, ways, strict=True)]
+    assert keys[1] == keys[3], "in which turn a token is changes no log-prob"
+    assert len(set(keys)) == 4
 
 
 def test_equal_scores_give_one_file_and_a_look_up_writes_nothing(tmp_path):

@@ -149,6 +149,16 @@ def test_a_loss_of_the_whole_step_is_not_made_up_for_one_pair(run: SavedRun) -> 
     assert "loss" not in made_up(answer(0.5), answer(0.2), weighing=found).text(colour=False)
 
 
+@pytest.mark.parametrize("name", ["ld-dpo", "bmc"])
+def test_a_loss_of_weighted_tokens_is_not_told_of_whole_answers(run: SavedRun, name: str) -> None:
+    objective = build_objective(name, beta=0.1)
+    assert explain_file.weighing(objective, run.pairs[0], answer(0.5), answer(0.2), torch.zeros(2)) == Weighing(
+        None, None, None
+    )
+    [note] = explain_file._notes(objective)
+    assert "takes weights of single tokens" in note
+
+
 def test_parts_and_folded_tokens_add_up_to_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = (answer(*torch.randn(n, generator=generator, dtype=torch.float64).tolist()) for n in (3, 530))
