@@ -27,7 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import careless, careless_asking, careless_during, careless_generation, careless_judging, careless_release
+from tests import (
+    careless,
+    careless_asking,
+    careless_during,
+    careless_generation,
+    careless_judging,
+    careless_losses,
+    careless_release,
+)
 
 ENVIRONMENT_KEY = "LORAFOCAL_TEST_GUARD_OFF"
 
@@ -66,6 +74,9 @@ GUARDS: list[Guard] = [
     Guard("F3", "accelerate.state:GradientState._set_sync_gradients", lambda _: lambda *a: None, "tests/test_packs_of_a_step.py::test_engines_are_told_of_the_last_backward_and_the_optimiser_steps_once"),
     Guard("F3", "torch.nn.parallel:DistributedDataParallel.no_sync", lambda _: lambda *a: contextlib.nullcontext(), "tests/engine/test_data_parallel.py::test_gradients_are_exchanged_once_and_the_optimiser_steps_once_a_step"),
     Guard("13 49", "lorafocal.engines.whole:hold_masters", lambda _: lambda *a: None, "tests/test_full_parameter.py::test_a_step_of_1e_7_moves_the_masters_of_a_bf16_model"),
+    Guard("14", "lorafocal.comparison:Comparison._settle_noise", lambda _: lambda *a: None, "tests/objectives/test_in_training.py::test_both_passes_of_a_step_meet_the_same_dropout_and_steps_another"),
+    Guard("F4", "lorafocal.comparison:no_share", lambda _: lambda inputs: None, "tests/objectives/test_in_training.py::test_a_filler_calls_the_models_as_often_as_a_pack_does"),
+    Guard("15", "lorafocal.comparison:Comparison.step", lambda _: careless.sums_of_a_pack_alone, "tests/objectives/test_in_training.py::test_gradients_of_packs_are_those_of_one_pack_by_autograd"),
     Guard("15", "lorafocal.comparison:Comparison.step", lambda _: careless.sums_of_a_pack_alone, "tests/test_full_parameter.py::test_sums_over_the_step_and_scores_reach_the_loss_however_it_is_split"),
     Guard("49", "lorafocal.model.master:needs_masters", lambda _: lambda *a: False, "tests/test_full_parameter.py::test_weights_that_a_bf16_model_keeps_in_fp32_are_not_rounded_without_a_word"),
     Guard("58", "lorafocal.manifest:NO_DEVIATION", lambda original: original | {"data.revision"}, "tests/test_recipes.py::test_another_commit_than_the_recipes_is_a_deviation_and_one_that_it_leaves_open_is_none"),
@@ -129,6 +140,10 @@ GUARDS: list[Guard] = [
     Guard("11", "lorafocal.objectives.pairwise:widen", lambda _: lambda logps: logps, "tests/objectives/test_focal.py::test_the_objective_computes_in_fp32_whatever_the_dtype_of_the_log_probs"),
     Guard("64", "lorafocal.objectives.focal:p_gamma", lambda _: careless.detached_factor, "tests/objectives/test_focal.py::test_the_gradient_is_the_closed_form_of_the_papers_equation_6"),
     Guard("11", "lorafocal.objectives.focal:eq3", lambda _: careless.naive_eq3, "tests/objectives/test_factor.py::test_eq3_is_finite_and_exact_at_every_margin"),
+    Guard("11", "lorafocal.objectives.f_dpo:_falling", lambda _: careless_losses.cut_exponential, "tests/objectives/test_oracles_of_pairs.py::test_a_steep_divergence_keeps_its_order_past_the_range_of_floats"),
+    Guard("11", "lorafocal.objectives.discopop:discopop", lambda _: careless_losses.discopop_as_printed, "tests/objectives/test_oracles_of_pairs.py::test_float32_stays_finite_at_log_ratios_of_ten_thousand[discopop-0.05-0.05]"),
+    Guard("11", "lorafocal.objectives.todo:ternary", lambda _: careless_losses.ternary_as_printed, "tests/objectives/test_oracles_of_pairs.py::test_float32_stays_finite_at_log_ratios_of_ten_thousand[todo-0.5-2.0]"),
+    Guard("11", "lorafocal.objectives.targets:_kl", lambda _: careless_losses.kl_by_its_shares, "tests/objectives/test_oracles_of_pairs.py::test_float32_stays_finite_at_log_ratios_of_ten_thousand[exo-0.5-0.2]"),
     Guard("64", "lorafocal.objectives.preference:PreferenceTerm.turned", lambda _: lambda term, log_odds: log_odds != log_odds, "tests/objectives/test_factor.py::test_the_guard_takes_the_gradient_of_turned_pairs_and_nothing_else"),
     Guard("64", "lorafocal.objectives.wpo:average_logps", lambda _: lambda logps, lengths: logps, "tests/objectives/test_wpo.py::test_the_loss_is_dpos_times_the_geometric_means_of_both_answers"),
     Guard("64", "lorafocal.trainer:check_first_step", lambda _: lambda *a: None, "tests/objectives/test_first_step.py::test_a_first_step_that_goes_the_wrong_way_is_refused_and_changes_nothing"),

@@ -94,6 +94,7 @@ def test_the_batch_has_ties_and_its_scores_are_exact() -> None:
 # ---- the printed equations -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("11")
 @each_case
 def test_value_slopes_log_odds_and_rewards_are_the_paper_s(name: str, parameters: dict[str, float]) -> None:
     for focal in wrappers(name):
@@ -129,6 +130,7 @@ def at(objective: Objective, policy: PairLogps, ties: bool = False) -> PairLosse
     return objective(policy, PairLogps(zeros, zeros), lengths, scores=scores)
 
 
+@pytest.mark.row("11")
 @each_case
 def test_float32_stays_finite_at_log_ratios_of_ten_thousand(name: str, parameters: dict[str, float]) -> None:
     for focal in wrappers(name, PAPER):
@@ -143,6 +145,7 @@ def test_float32_stays_finite_at_log_ratios_of_ten_thousand(name: str, parameter
                 assert build_objective(name, **parameters).weights(out.log_odds, *out.constants).isfinite().all()
 
 
+@pytest.mark.row("11")
 def test_a_steep_divergence_keeps_its_order_past_the_range_of_floats() -> None:
     """Cut off instead, exp would tell two rejected answers at -40 and -100 nats no more apart, and teach nothing."""
     for name, parameters in (("f-dpo-forward-kl", {}), ("f-dpo-alpha", {"alpha": 0.9})):
