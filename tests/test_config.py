@@ -44,10 +44,11 @@ READ_BY_THE_RUN = {
     "data.held_out", "data.form", "data.columns", "data.revision", "data.split", "data.on_bad_row", "data.cache",
     *(f"data.{name}.{key}" for name in ("train", "eval") for key in SOURCE_KEYS),
     *(f"evaluation.{key}" for key in Evaluation.model_fields),
+    *(key for key in known_keys() if key.startswith("data.steps.") and ".order." not in key), "stages",
 }  # fmt: skip
 FOCALPO_FIELDS = {
     "objective", *map(python_name, PARAMETERS), "pairs_per_step", "max_length", "max_prompt_length", "truncation",
-    "chat_template_kwargs", "layout", "tokens_per_pack", "identity_probe", "allow_dropout", "reference",
+    "chat_template_kwargs", "keep_order", "layout", "tokens_per_pack", "identity_probe", "allow_dropout", "reference",
     "loraplus_lr_ratio", "recompute", "adapter_kernels", "elementwise_kernels", "compile_layers", "reference_store",
 }  # fmt: skip
 # A value other than the one in VALUES or the default, where the annotation does not give it.
@@ -103,6 +104,20 @@ ANOTHER_SOURCE = {
     "path": "another.jsonl", "weight": 0.5, "form": "sharegpt", "columns": {"prompt": "question"},
     "revision": "0123456789abcdef0123456789abcdef01234567", "split": "test",
 }  # fmt: skip
+BY_FILE = "by: margin, scores: scores.jsonl, unscored: leave_out"
+BY_BOTH = "by: [score_gap, margin], scores: scores.jsonl, bounds: {margin: [-1.0, 1.0]}"
+# Steps in which the key has a value of its own.
+STEP_OF = {
+    "pairs.of": "{pairs: {of: all}}",
+    **dict.fromkeys(["select.by", "select.keep", "select.which"], "{select: {by: score_gap, keep: 0.5}}"),
+    **dict.fromkeys(["select.scores", "select.unscored"], f"{{select: {{{BY_FILE}, keep: 5}}}}"),
+    "select.bounds": f"{{select: {{{BY_BOTH}, keep: 5}}}}",
+    **dict.fromkeys(["order.by", "order.first"], "{order: {by: length_gap, first: lowest}}"),
+    **dict.fromkeys(["order.scores", "order.unscored"], f"{{order: {{{BY_FILE}, first: lowest}}}}"),
+    "order.bounds": f"{{order: {{{BY_BOTH}, first: highest}}}}",
+    **dict.fromkeys(["chunk.take", "chunk.of", "chunk.seed"], "{chunk: {take: 1, of: 3, seed: 5}}"),
+    **dict.fromkeys(["flip.share", "flip.seed", "flip.scores"], "{flip: {share: 0.2, seed: 5, scores: stay}}"),
+}
 # Keys that need a second key beside them.
 HELD_OUT = "data={train: train.jsonl, held_out: 0.1}"
 TOGETHER = {
@@ -114,6 +129,7 @@ TOGETHER = {
     "objective.focal.gamma": ["objective={name: dpo, beta: 0.1, focal: {gamma: 0.5}}"],
     "objective.guard": ["objective.guard=clip"],
     "data.held_out": [HELD_OUT],
+    "stages": ["stages=3"],
     "data.truncation": ["data.truncation=keep_start"],
     "data.max_prompt_length": ["data.truncation=recipe", "data.max_prompt_length=512"],
     "engine.kind": ["engine.kind=fsdp2"],
@@ -125,6 +141,9 @@ TOGETHER = {
         "reference={kind: separate_model, model: another, revision: 0123456789abcdef0123456789abcdef01234567}"
     ],
 }
+for key in known_keys():
+    if key.startswith("data.steps."):
+        TOGETHER[key] = [f"data.steps=[{STEP_OF[key.removeprefix('data.steps.')]}]"]
 for key, value in {"every": 7, "count": 7, "max_new_tokens": 7, "temperature": 0.5}.items():
     TOGETHER[f"evaluation.{key}"] = [f"evaluation={json.dumps({'every': 9, 'rule': 'exact', key: value})}", HELD_OUT]
 for key, section in {

@@ -21,10 +21,11 @@ def flip(
 ) -> Outcome:
     """`pairs` in their order, about `share` of them with chosen and rejected exchanged.
 
-    Scores `follow` their answers, or `stay` under their names. Raises InputError where no pair is drawn.
+    Scores `follow` their answers, or `stay` under their names. Raises InputError for a share of less than one pair of which none
+    is drawn (where a list leaves out all that were flipped, none is, and that is meant).
     """
     drawn = {pair.id for pair in pairs if is_drawn(pair.id, share=share, seed=seed)}
-    if not drawn:
+    if not drawn and share * len(pairs) < 1:
         raise InputError(f"{where}: a share of {share:g} of {len(pairs)} pairs flips none of them; raise it, or remove")
     flipped = [swapped(pair, scores=scores) if pair.id in drawn else pair for pair in pairs]
     words = f"chosen and rejected of {len(drawn)} pairs exchanged"
