@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from lorafocal import launch
 from lorafocal.comparison import FILLER
+from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.trainer import FocalPOTrainer
@@ -23,7 +24,7 @@ from tests.tiny import pairs, tiny_policy, trainer
 
 PAIRS, PAIRS_PER_STEP, EPOCHS, HELD_OUT = 17, 8, 2, 7  # the last step of an epoch has one pair: a rank has none
 STEPS = 6
-OTHERS = ("kto", "odpo", "orpo")
+OTHERS = ("kto", "odpo", "orpo", "beta-dpo", "gamma-simpo", "group-dpo", "relative-dpo")
 HANGS_S = 15  # ranks that wait for each other for so long will wait for ever
 
 # Which rank hears SIGTERM in which step; everything stops after step 2, between two logs.
@@ -87,6 +88,12 @@ class Hear(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def judged(pair: TokenizedPair, number: int) -> TokenizedPair:
+    """With all that the other objectives ask for."""
+    scores = {"score_chosen": 2.0 + number % 5 / 2, "score_rejected": 1.5}
+    return replace(pair, **scores, group="abc"[number % 3], embedding=(1.0, number % 4 - 1.5))
+
+
 def make(folder: Path, dtype: torch.dtype = torch.float64, **settings: Any) -> FocalPOTrainer:
     defaults = {
         "pairs_per_step": PAIRS_PER_STEP,
@@ -99,8 +106,7 @@ def make(folder: Path, dtype: torch.dtype = torch.float64, **settings: Any) -> F
     }
     model = tiny_policy(dtype=dtype, trained=False)
     train, held_out = (
-        [replace(pair, score_chosen=2.0 + n % 5 / 2, score_rejected=1.5) for n, pair in enumerate(part)]
-        for part in (pairs(PAIRS), pairs(HELD_OUT, seed=2))
+        [judged(pair, n) for n, pair in enumerate(part)] for part in (pairs(PAIRS), pairs(HELD_OUT, seed=2))
     )
     return trainer(folder, train, held_out, model=model, **(defaults | settings))
 

@@ -16,10 +16,11 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_files
 from lorafocal.metrics import MOMENTS, sum_keys
+from lorafocal.model.head import causal_lm
 from lorafocal.objectives import OBJECTIVES, build_objective
 from lorafocal.policy import sequence_logps
 from lorafocal.reference import DisabledAdapterReference
-from tests.tiny import pairs, relative_difference, trainer
+from tests.tiny import disturb, lora, pairs, relative_difference, tiny_policy, trainer
 
 NEW = ("focal-hard", "odpo", "kto", "orpo", "simpo", "omni-dpo")
 
@@ -112,3 +113,84 @@ def test_a_judge_s_scores_of_the_answers_are_asked_for(tmp_path):
         trainer(tmp_path, whole, pairs(4), objective="odpo")
     check_scores(whole, "whole")
     trainer(tmp_path, pairs(8), objective="dpo")  # nobody else asks
+
+
+# ---- losses over the whole step --------------------------------------------------------------------------------------
+
+STEPWISE = ("dr-dpo", "beta-dpo", "gamma-po", "group-dpo", "relative-dpo")
+
+
+def grouped(count: int, *, seed: int = 1) -> list[TokenizedPair]:
+    """Judged pairs of three groups, whose prompts have embeddings."""
+    whole = judged(count, seed=seed)
+    return [replace(pair, group="abc"[n % 3], embedding=(1.0, n % 4 - 1.5)) for n, pair in enumerate(whole)]
+
+
+@pytest.mark.row("15")
+@pytest.mark.parametrize("name", STEPWISE)
+def test_gradients_of_packs_are_those_of_one_pack_by_autograd(tmp_path, name):
+    batch = grouped(12)
+    stated = {"gamma_beta_ratio": 4.0, "tau": 2.0} if name == "gamma-po" else {}
+    settings = {"objective": name, "beta": 0.5, "tokens_per_pack": 24, "identity_probe": False, **stated}
+    run = trainer(tmp_path, batch, model=tiny_policy(dtype=torch.float64), **settings)
+    run.create_optimizer_and_scheduler(1)
+    step = run.data_collator(batch)
+    assert len(step.packs) > 4
+    loss = run.training_step(run.model, step)
+    found = {name: parameter.grad.clone() for name, parameter in run.trained.items()}
+    run.model.zero_grad()
+    [whole] = replace(run.data_collator, tokens_per_pack=10_000)(batch).packs
+    wanted = run.objective.of(run.compared.seen(run.model, whole).inputs).losses.mean()
+    wanted.backward()
+    assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-9)
+    assert relative_difference(found, {name: parameter.grad for name, parameter in run.trained.items()}) < 1e-8
+
+
+def test_a_state_is_resumed_and_no_evaluation_moves_it(tmp_path):
+    """An uninterrupted run without evaluations, and one that evaluates each step and is resumed after the second."""
+    steps = settings("beta-dpo") | {"max_steps": 4, "filtered_share": 0.5}
+    whole = trainer(tmp_path / "whole", grouped(24), **steps)
+    whole.train()
+    evaluating = steps | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path / "again", grouped(24), grouped(10, seed=3), **evaluating).train()
+    resumed = trainer(tmp_path / "again", grouped(24), grouped(10, seed=3), **evaluating)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-2"))
+    assert {key: float(value) for key, value in resumed.compared.state.items()} == {
+        key: float(value) for key, value in whole.compared.state.items()
+    }
+    assert set(whole.compared.state) == {"mean", "std"}
+    assert all(torch.equal(value, whole.trained[key]) for key, value in resumed.trained.items())
+
+
+@pytest.mark.row("14")
+def test_both_passes_of_a_step_meet_the_same_dropout_and_steps_another(tmp_path):
+    wild = lora(lora_dropout=0.5)
+    run = trainer(tmp_path, pairs(8), objective="kto", allow_dropout=True, tokens_per_pack=24, peft_config=wild)
+    disturb(run.model)
+    run.model.train()
+    packs = run.data_collator(run.train_dataset).packs
+    seen = {}
+    for number in (0, 1):
+        step = run.compared.step(run.model, packs, 8, number)
+        for part in step.parts:
+            first, second = part.share.inputs.policy, run.compared(run.model, part).policy
+            assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+        seen[number] = step.parts[0].share.inputs.policy.chosen
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.row("F4")
+def test_a_filler_calls_the_models_as_often_as_a_pack_does(tmp_path):
+    """Or ranks with a sharded model wait for each other."""
+    run = trainer(tmp_path, pairs(3), objective="kto", tokens_per_pack=10_000)
+    packs = *run.data_collator(run.train_dataset).packs, *run.data_collator([FILLER]).packs
+    calls = []
+    causal_lm(run.model).base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    step = run.compared.step(run.model, packs, 3)
+    assert len(calls) == 4  # two of each pack, under the policy and under the reference
+    for part in step.parts:
+        calls.clear()
+        compared = run.compared(run.model, part)
+        assert len(calls) == 1
+        assert compared.reference is not None
+    assert (compared.losses.losses == 0).all()
