@@ -73,6 +73,7 @@ def set_stage(config: Config, folder: Path) -> Stage:
         values["reference"] |= {"model": str(folder / "reference"), "revision": None}
     if config.reference is not None and config.reference.kind == "cached":
         values["reference"]["store"] = str(folder / "references")
+    values["stages"] = None  # the first of several begins as a run of one
     values["adapter"] = fitted(adapter, narrowest)
     values["data"] = _data(config, folder)
     values["training"] = _training(config, instead)
