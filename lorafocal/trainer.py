@@ -297,8 +297,7 @@ class FocalPOTrainer(Trainer):
         """Packs of this rank, filled up to the longest rank's, and the pairs of the step over all ranks."""
         if self.args.world_size == 1:
             return self._moved(batch.packs), batch.num_pairs
-        counts = torch.tensor([[batch.num_pairs, len(batch.packs)]], device=self.args.device)
-        gathered = self.accelerator.gather(counts)
+        gathered = self.accelerator.gather(torch.tensor([[batch.num_pairs, len(batch.packs)]], device=self.args.device))
         missing = int(gathered[:, 1].max()) - len(batch.packs)
         packs = batch.packs + self.data_collator([FILLER]).packs * missing
         return self._moved(packs), int(gathered[:, 0].sum())
@@ -342,8 +341,7 @@ class FocalPOTrainer(Trainer):
             rows = table.rows([pair.id for pair in pairs])
             if self.is_world_process_zero():
                 write_evaluation(evaluation_file(Path(self.args.output_dir), self.state.global_step), rows)
-        means = metrics.means(self.args.device)
-        named = {f"{metric_key_prefix}_{key}": value for key, value in means.items()}
+        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.means(self.args.device).items()}
         return EvalLoopOutput(None, None, named, len(pairs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -418,8 +416,7 @@ class FocalPOTrainer(Trainer):
     def _take_up(self, checkpoint: Path) -> None:
         """Weights, the optimiser's state and the schedule as they were at the checkpoint."""
         self.made.check_same(checkpoint)
-        extra = load_state(checkpoint, **self._training())
-        extra.setdefault("objective", {})  # before objectives had a state, checkpoints had none
+        extra = {"objective": {}, **load_state(checkpoint, **self._training())}  # earlier ones have no state of it
         check_keys(extra, ("metrics", "pairs_seen", "reference", "objective"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
         self.made.take_up(checkpoint)

@@ -28,7 +28,7 @@ FLOORS = {
     0: "errors config schema values yaml12 training_fields bounds compatibility launch metrics evaluations publish"
     " tensor_files shard_files together memory hardware recipes objectives references ops",
     1: "data model lineage card store",
-    2: "policy reference comparison probes caching",
+    2: "policy reference comparison whole_step gathered probes caching",
     3: "arguments assembly budget callbacks engines trainer saving optimizers sampler checkpoint health interrupt"
     " resume progress manifest run",
     4: "generation endpoints release evaluate report rehearsal plan sweep stages chat provenance",
