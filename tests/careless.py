@@ -154,6 +154,19 @@ def leaking_attention(query: Any, key: Any, value: Any, segments: Any, **options
     return shared_prefix_attention_plain(query, key, value, whole, **options)
 
 
+def divergences_of_whole_tables(hidden, weight, labels, reference, bias=None, transform=None, *, rows_per_chunk=None):  # type: ignore[no-untyped-def]
+    """As a paper's own code has them: both models' log-probs of all rows and words at once."""
+    from lorafocal.ops import divergences
+    from lorafocal.ops.logps import LogitTransform, token_logps_plain
+
+    transform = transform or LogitTransform()
+    return divergences.ComparedTokens(
+        token_logps_plain(hidden, weight, labels, bias, transform),
+        divergences.token_divergences_plain(hidden, weight, reference, bias, transform),
+        token_logps_plain(reference.hidden, reference.weight, labels, reference.bias, reference.transform).detach(),
+    )
+
+
 def any_head(model: Any) -> Any:
     """Row 21: the weight inside whatever the output head is, an adapter on it ignored."""
     from lorafocal.model.head import causal_lm
@@ -385,7 +398,7 @@ def no_spot_check(model: Any, pairs: Any, **_: Any) -> Any:
     return SpotCheck(0, len(pairs), 0.0, 0.0, float("inf"), "float32")
 
 
-def live_although_stored(kind: Any, model: Any, ref_model: Any = None) -> Any:
+def live_although_stored(kind: Any, model: Any, ref_model: Any = None, *_: Any) -> Any:
     """Row 34: log-probs are computed beforehand, and again in every step."""
     from lorafocal.reference import DisabledAdapterReference, SeparateModelReference
 

@@ -153,6 +153,7 @@ GUARDS: list[Guard] = [
     Guard("F13", "lorafocal.ops.logps:LogProbHead.forward", lambda _: careless.head_under_autocast, "tests/ops/test_logps.py::test_autocast_does_not_make_the_log_probs_coarse"),
     Guard("36", "lorafocal.ops.logps:token_logps", lambda _: careless.all_rows_at_once, "tests/ops/test_logps.py::test_no_tensor_of_all_rows_by_the_vocabulary_is_ever_made"),
     Guard("36", "lorafocal.ops.logps:LogProbHead.forward", lambda _: careless.every_row_through_the_head, "tests/test_policy.py::test_the_head_sees_completions_only_and_a_chunk_at_a_time"),
+    Guard("36", "lorafocal.ops.divergences:compare_tokens", lambda _: careless.divergences_of_whole_tables, "tests/ops/test_divergences.py::test_three_chunks_of_logits_are_alive_at_a_time"),
     # what is measured
     Guard("16", "lorafocal.metrics:summed_over_ranks", lambda _: lambda values: values, "tests/test_evaluation_loop.py::test_two_uneven_ranks_log_the_means_and_the_table_of_all_pairs"),
     Guard("16", "lorafocal.metrics:PairMetrics.add", lambda _: careless.mean_of_means, "tests/test_metrics.py::test_accuracies_are_shares_of_pairs_however_they_are_batched"),
