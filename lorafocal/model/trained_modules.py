@@ -38,6 +38,10 @@ class TrainedTokens(TrainableTokensWrapper):
         weight = self.token_adapter.get_merged_weights(self.active_adapters)
         return functional_call(self.token_adapter.base_layer, {"weight": weight}, args, kwargs)
 
+    def _forward_wrapped_passthrough(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT would look the rows of an active adapter up that trains no tokens."""
+        return self.token_adapter.base_layer(*args, **kwargs)
+
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     ModulesToSaveWrapper: TrainedModule,

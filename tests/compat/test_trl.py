@@ -39,6 +39,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "dataloader_persistent_workers": {"dataloader_num_workers": 1},
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_restarts"},
     "warmup_ratio": {"warmup_steps": 0},
+    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), {"sync_ref_model": True}),
 }
 OTHER: dict[str, Any] = {
     "output_dir": "elsewhere", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2},
