@@ -98,6 +98,7 @@ def test_a_stage_that_was_stopped_goes_on_where_it_was(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.row("55")
 @pytest.mark.slow
 def test_other_pairs_than_those_of_the_first_stage_are_refused(root: Path, tmp_path: Path) -> None:
     data = staged(root).data.model_dump(mode="json")

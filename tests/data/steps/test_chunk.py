@@ -20,6 +20,7 @@ def chunks(pairs=PAIRS, of: int = 3, *, ordered: bool = False, seed: int | None 
     ]
 
 
+@pytest.mark.row("55")
 @pytest.mark.parametrize("ordered", [False, True])
 def test_each_pair_is_in_one_chunk_and_sizes_differ_by_one(ordered: bool) -> None:
     found = chunks(ordered=ordered)

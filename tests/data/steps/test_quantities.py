@@ -51,6 +51,7 @@ def test_ches_has_no_sign_to_turn(scores: Path) -> None:
         values_of([swapped(pair) for pair in PAIRS], "ches", scores, WHERE)
 
 
+@pytest.mark.row("31")
 def test_other_texts_under_the_same_id_are_noticed(scores: Path) -> None:
     with pytest.raises(InputError, match="scored 'id-0' with other texts"):
         values_of([replace(PAIRS[0], chosen="another answer"), *PAIRS[1:]], "margin", scores, WHERE)
