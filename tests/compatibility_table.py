@@ -47,6 +47,9 @@ PROOFS = {
     "rewritten-base-as-reference": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
     "started-elsewhere": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
     "start-up-to-rounding": "tests/test_compatibility.py::test_the_switched_off_adapter_is_not_the_start",
+    "rewritten-base-under-finished-adapters": "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words",
+    "averaged-dora": "tests/test_compatibility.py::test_the_average_of_two_dora_weights_is_no_dora_weight",
+    "moving-split": "tests/test_compatibility.py::test_the_trainer_refuses_in_the_tables_words",
     "full-quantized": "tests/test_compatibility.py::test_configs_without_an_adapter_are_refused_so",
     "no-adapter-to-compare": "tests/test_compatibility.py::test_configs_without_an_adapter_are_refused_so",
     "split-int8-base": "tests/engine/test_zero.py::test_what_zero_3_cannot_split_is_refused",
@@ -195,7 +198,9 @@ def _references(notes: Notes) -> str:
 NONE = """
 `none` is supervised tuning (`objective: sft`). A `separate_model` is any model of the same tokenizer, float or
 quantised. `cached` holds log-probs of the policy as it starts (`docs/reference-store.md`), so it goes with every
-adapter that trains.
+adapter that trains. `adapter` is a finished one and `several` are base and finished ones together
+([references.md](references.md)); a reference that is `moving` copies the policy from time to time, or averages with it
+(`moving-soft` here: `mixing` below 1). None of them needs a second model.
 """
 
 

@@ -67,11 +67,12 @@ def test_every_cell_trains_or_is_refused_with_reason_and_way_out() -> None:
 
 
 def test_layouts_and_engines_refuse_on_their_own() -> None:
-    """A cell trains in a layout and an engine if it trains at all, but for two that ZeRO-3 does not split."""
+    """A cell trains in a layout and an engine if it trains at all, but for what is split and cannot be."""
     for base, word, reference in product(BASES, ADAPTERS, REFERENCES):
         alone = verdict(Cell(base, frozenset({word}), reference)).trains
         for layout, engine in product(LAYOUTS, ENGINES):
             split = engine == "zero3" and (base == "int8" or word == "trainable_tokens")
+            split |= engine in ("zero3", "fsdp2") and reference in ("moving", "moving-soft")
             assert verdict(Cell(base, frozenset({word}), reference, layout, engine)).trains == (alone and not split)
 
 
@@ -107,12 +108,19 @@ def test_the_words_of_a_config_are_those_of_a_lora_config() -> None:
 # --- the doors say what the table says ----------------------------------------------------------------------
 
 
+SECTIONS: dict[str, dict[str, Any]] = {
+    "separate_model": {"kind": "separate_model", "model": "m"},
+    "adapter": {"kind": "adapter", "adapter": "a"},
+    "moving-soft": {"kind": "moving", "mixing": 0.5},
+    "several": {"kind": "several", "members": ["base", "a"]},
+}
+
+
 def config_of(quantization: str | None, adapter: dict[str, Any], reference: str) -> dict[str, Any]:
     if reference == "none":
         objective: dict[str, Any] = {"objective": {"name": "sft"}}
     else:
-        model = {"model": "m"} if reference == "separate_model" else {}
-        objective = {"objective": VALUES["objective"], "reference": {"kind": reference, **model}}
+        objective = {"objective": VALUES["objective"], "reference": SECTIONS.get(reference, {"kind": reference})}
     values = {key: value for key, value in VALUES.items() if key not in ("objective", "reference")}
     base = {"name": "m", "dtype": "bfloat16", "quantization": quantization}
     return {**values, **objective, "model": base, "adapter": {"r": 8, "alpha": 8, **adapter}}
@@ -190,6 +198,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("float32", {"init_lora_weights": "lora_ga"}, "frozen_copy"),
     ("float32", {"target_parameters": ["some.weight"]}, "frozen_copy"),
     ("nf4", {"bias": "all", "init_lora_weights": "pissa"}, "disabled_adapter"),
+    ("float32", {"init_lora_weights": "pissa"}, "adapter"),
+    ("float32", {"init_lora_weights": "olora"}, "several"),
+    ("float32", {"use_dora": True}, "moving-soft"),
 ]
 
 
@@ -223,13 +234,29 @@ def test_the_trainer_refuses_in_the_tables_words(
     expected = str(verdict(Cell(base, words, reference)))
     assert expected
     model = base_in(base, folder)
+    named = SECTIONS.get(reference, {"kind": reference})
+    section = {"reference" if key == "kind" else f"reference_{key}": value for key, value in named.items()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError) as error:
-        trainer(tmp_path, pairs(4), model=model, peft_config=config_with(settings), reference=reference)
+        trainer(tmp_path, pairs(4), model=model, peft_config=config_with(settings), **section)
     assert str(error.value) == expected
     now = model.state_dict()
     assert now.keys() == before.keys()
     assert all(now[name].dtype == t.dtype and bytes_of(now[name]) == bytes_of(t) for name, t in before.items())
+
+
+def test_the_average_of_two_dora_weights_is_no_dora_weight() -> None:
+    """Nor is its difference to the base of low rank."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 20, generator=draw, dtype=torch.float64)
+
+    def dora() -> torch.Tensor:
+        a, b = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((2, 20), (24, 2)))
+        changed = weight + b @ a
+        return torch.rand(24, 1, generator=draw, dtype=torch.float64) * changed / changed.norm(dim=1, keepdim=True)
+
+    average = (dora() + dora()) / 2
+    assert torch.linalg.matrix_rank(average - weight) == 20
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

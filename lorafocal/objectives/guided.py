@@ -20,7 +20,7 @@ def modpo(
     A reward is (beta * (log pi - log pi_ref) - (1 - own_weight) * m) / own_weight, where m, the other objective's, is
     the guide's implicit one, guide_beta * (log pi_guide - log pi_ref). own_weight 1 is DPO; below 1, log-odds start
     where the guide's margin puts them.
-    Source: Zhou et al. 2024, arXiv:2310.03708, Eq. 8 for two objectives.
+    Source: Zhou et al. 2024, arXiv:2310.03708, its loss for two objectives, as the official code has it.
     """
     own = rewards(policy, reference, beta=beta)
     others = rewards(guide, reference, beta=guide_beta)

@@ -16,7 +16,7 @@ def geometric(logps: Tensor, weights: Sequence[float]) -> Tensor:
     """The weighted mean of log-probs, (K, N) to (N,): of tokens or of whole answers, it is the same.
 
     With the weights tau/eta of the first policy and 1 - tau/eta of the last one it is INPO's reference, and `ipo-sum`
-    at eta is INPO's loss: Zhang et al. 2024, arXiv:2407.00617, Eq. 8.
+    at eta is INPO's loss: Zhang et al. 2024, arXiv:2407.00617.
     """
     shares = torch.tensor(weights, dtype=torch.float64, device=logps.device)
     return (shares @ logps.double()).to(logps.dtype)
@@ -28,7 +28,7 @@ def harmonic(members: Sequence[PairLogps], weights: Sequence[float] | Literal["a
     A member's log-probs are held within a factor 1 +- clip * |mean_w| / (|mean_w| + |mean_l|) of the first member's
     (chosen answers; the rest of `clip` for rejected ones), where the means are over members. Adaptive weights are in
     proportion to how far apart a member holds the two answers, |log pi_k(chosen) - log pi_k(rejected)|, before clipping.
-    Source: Le et al. 2024, arXiv:2405.16388, Eqs. 5, 8 and 9. The official code multiplies each member's 1 / pi by the
+    Source: Le et al. 2024, arXiv:2405.16388. The official code multiplies each member's 1 / pi by the
     other one's adaptive weight; here it is its own, as printed.
     """
     chosen, rejected = (torch.stack(side).double() for side in zip(*members, strict=True))  # (K, B)
