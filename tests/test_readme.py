@@ -17,10 +17,11 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_whole_config_and_the_parts_of_others_are_accepted() -> None:
-    whole, data, quantized, factor = (parse_yaml(block, source="README.md") for block in blocks("yaml"))
+    whole, data, quantized, strategies, factor = (parse_yaml(block, source="README.md") for block in blocks("yaml"))
     assert check_config(whole).data.held_out == 0.1
     assert check_config({**whole, **data}).data.max_length == 1536
     assert check_config({**whole, **quantized}).model.quantization == "nf4"
+    assert check_config({**whole, **strategies}).reference.mixing == 0.6
     assert (
         check_config({**whole, **factor, "reference": None}).objective.focal.gamma == 0.05
     )  # SimPO compares with none
