@@ -68,6 +68,10 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
     tier, tokens = training.activation_checkpointing, config.packing.tokens
     shape, setup = shape_of(config), setup_of(config, lengths)
     assumed += _not_counted(shape, setup)
+    if objective.others:
+        assumed.append(
+            "further answers: what they cost is not counted; each pair's row is longer by theirs, their prompts again"
+        )
     return Work(
         name=config.name,
         shape=shape,

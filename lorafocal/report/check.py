@@ -121,7 +121,9 @@ def check_data(config: Config) -> CheckReport:
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     data = prepare_data(config.data, tokenizer, objective=config.objective.entry)
     parts = tuple(check_part(name, part, config) for name, part in data.items())
-    notes = [note for part in parts for note in part_notes(part)]
+    done = data["train"].steps
+    notes = [f"train: step {number}, {step}" for number, step in enumerate(done, start=1)]
+    notes += [note for part in parts for note in part_notes(part)]
     notes += template_notes(data, config.data, tokenizer)
     return CheckReport(config.name, parts, tuple(notes), shown_pair(data["train"].tokens.pairs, tokenizer))
 
@@ -175,7 +177,7 @@ def savings(pairs: Sequence[TokenizedPair], pairs_per_step: int, tokens_per_pack
         packed,
         packed + sum(len(pair.prompt_ids) for pair in pairs),
         sum(
-            2 * len(batch) * max(pair.longest for pair in batch)
+            sum(2 + len(pair.others) for pair in batch) * max(pair.longest for pair in batch)
             for start in range(0, len(pairs), PADDED_BATCH)
             for batch in [pairs[start : start + PADDED_BATCH]]
         ),
