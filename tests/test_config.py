@@ -26,6 +26,7 @@ from lorafocal.objectives import OBJECTIVES, PARAMETERS, python_name
 from lorafocal.schema import Evaluation
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml
+from tests.config_values import OTHER_VALUES, STEP_OF
 
 VALUES: dict[str, Any] = {
     "name": "run",
@@ -51,73 +52,10 @@ FOCALPO_FIELDS = {
     "chat_template_kwargs", "keep_order", "layout", "tokens_per_pack", "identity_probe", "allow_dropout", "reference",
     "loraplus_lr_ratio", "recompute", "adapter_kernels", "elementwise_kernels", "compile_layers", "reference_store",
 }  # fmt: skip
-# A value other than the one in VALUES or the default, where the annotation does not give it.
-OTHER_VALUES = {
-    "name": "another",
-    "recipe": "mistral-7b-dpo",
-    "model.name": "another",
-    "model.revision": "0123456789abcdef0123456789abcdef01234567",
-    "model.dtype": "bfloat16",
-    "model.shape": "{model_type: llama}",
-    "adapter.r": "4",
-    "adapter.alpha": "4",
-    "adapter.targets": "[q_proj]",
-    "adapter.allow_dropout": "true",
-    "adapter.use_rslora": "true",
-    "adapter.use_dora": "true",
-    "adapter.init": "gaussian",
-    "adapter.rank_pattern": "{q_proj: 4}",
-    "adapter.alpha_pattern": "{q_proj: 4}",
-    "adapter.modules_to_save": "[norm]",
-    "adapter.trainable_tokens": "[5]",
-    "model.quantization": "nf4",
-    "training.loraplus_lr_ratio": "16",
-    "data.train": "another.jsonl",
-    "data.eval": "another.jsonl",
-    "data.max_length": "77",
-    "data.form": "sharegpt",
-    "data.columns": "{prompt: question}",
-    "data.revision": "0123456789abcdef0123456789abcdef01234567",
-    "data.split": "test",
-    "data.chat_template_kwargs": "{enable_thinking: false}",
-    "data.on_bad_row": "error",
-    "data.leave_out": "suspects.txt",
-    "data.cache": "false",
-    "objective.beta": "0.3",
-    "objective.gamma": "0.07",
-    "reference.identity_probe": "false",
-    "training.pairs_per_step": "7",
-    "training.warmup_ratio": "0.1",
-    "training.activation_checkpointing": "mlp",
-    "training.seed": "7",
-    "training.data_seed": "7",
-    "training.report_to": "none",
-    "training.log_level": "info",
-    "training.log_level_replica": "info",
-    "packing.layout": "padded",
-    "packing.tokens": "77",
-    "kernels.adapters": "peft",
-    "kernels.elementwise": "triton",
-    "kernels.compile": "true",
-}
 ANOTHER_SOURCE = {
     "path": "another.jsonl", "weight": 0.5, "form": "sharegpt", "columns": {"prompt": "question"},
     "revision": "0123456789abcdef0123456789abcdef01234567", "split": "test",
 }  # fmt: skip
-BY_FILE = "by: margin, scores: scores.jsonl, unscored: leave_out"
-BY_BOTH = "by: [score_gap, margin], scores: scores.jsonl, bounds: {margin: [-1.0, 1.0]}"
-# Steps in which the key has a value of its own.
-STEP_OF = {
-    "pairs.of": "{pairs: {of: all}}",
-    **dict.fromkeys(["select.by", "select.keep", "select.which"], "{select: {by: score_gap, keep: 0.5}}"),
-    **dict.fromkeys(["select.scores", "select.unscored"], f"{{select: {{{BY_FILE}, keep: 5}}}}"),
-    "select.bounds": f"{{select: {{{BY_BOTH}, keep: 5}}}}",
-    **dict.fromkeys(["order.by", "order.first"], "{order: {by: length_gap, first: lowest}}"),
-    **dict.fromkeys(["order.scores", "order.unscored"], f"{{order: {{{BY_FILE}, first: lowest}}}}"),
-    "order.bounds": f"{{order: {{{BY_BOTH}, first: highest}}}}",
-    **dict.fromkeys(["chunk.take", "chunk.of", "chunk.seed"], "{chunk: {take: 1, of: 3, seed: 5}}"),
-    **dict.fromkeys(["flip.share", "flip.seed", "flip.scores"], "{flip: {share: 0.2, seed: 5, scores: stay}}"),
-}
 # Keys that need a second key beside them.
 HELD_OUT = "data={train: train.jsonl, held_out: 0.1}"
 TOGETHER = {
@@ -141,9 +79,7 @@ TOGETHER = {
         "reference={kind: separate_model, model: another, revision: 0123456789abcdef0123456789abcdef01234567}"
     ],
 }
-for key in known_keys():
-    if key.startswith("data.steps."):
-        TOGETHER[key] = [f"data.steps=[{STEP_OF[key.removeprefix('data.steps.')]}]"]
+TOGETHER |= {f"data.steps.{key}": [f"data.steps=[{step}]"] for key, step in STEP_OF.items()}
 for key, value in {"every": 7, "count": 7, "max_new_tokens": 7, "temperature": 0.5}.items():
     TOGETHER[f"evaluation.{key}"] = [f"evaluation={json.dumps({'every': 9, 'rule': 'exact', key: value})}", HELD_OUT]
 for key, section in {

@@ -19,6 +19,8 @@ from lorafocal.errors import InputError
 
 if TYPE_CHECKING:
     from lorafocal.config import Config
+    from lorafocal.run import RunSummary
+    from lorafocal.stages import StagedSummary
 
 EngineOption = Annotated[
     str | None,
@@ -79,6 +81,7 @@ def train(
         typer.echo(str(rehearsal))
         raise typer.Exit(0 if rehearsal.interrupted_by is None else 128 + rehearsal.interrupted_by)
 
+    summary: RunSummary | StagedSummary
     if repro is not None:
         from lorafocal import provenance
 

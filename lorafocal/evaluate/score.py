@@ -174,7 +174,7 @@ def pair_scores(
     ches: Ches | None = None,
 ) -> list[PairScore]:
     """Numbers of `pairs` as rows; rewards only where both a reference and `beta` are known."""
-    columns: dict[str, list[float]] = {
+    columns: dict[str, list[Any]] = {
         "chosen_logps": policy.chosen.tolist(),
         "rejected_logps": policy.rejected.tolist(),
     }

@@ -61,7 +61,7 @@ class _ByQuantity(Section):
         named = self.quantities
         if lacking := [name for name in named if name in OF_A_FILE and self.scores is None]:
             raise mistake(
-                "scores", f"missing; {lacking[0]} is read from a file that `lorafocal score RUN --pairs F --out` wrote"
+                "scores", f"missing; {lacking[0]} is read from a file that `lorafocal score RUN PAIRS --out` wrote"
             )
         if self.scores is not None and named == ["score_gap"]:
             raise mistake("scores", "score_gap is of the rows' own scores and would ignore the file; remove it")

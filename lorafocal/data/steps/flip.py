@@ -21,8 +21,8 @@ def flip(
 ) -> Outcome:
     """`pairs` in their order, about `share` of them with chosen and rejected exchanged.
 
-    Scores `follow` their answers, or `stay` under their names. Raises InputError for a share of less than one pair, none
-    of which is drawn (where a list leaves out all that were flipped, none is, and that is meant).
+    Scores `follow` their answers, or `stay` under their names. Raises InputError for a share of less than one pair of
+    which none is drawn; where a list leaves out all that were flipped, none is, and that is meant.
     """
     drawn = {pair.id for pair in pairs if is_drawn(pair.id, share=share, seed=seed)}
     if not drawn and share * len(pairs) < 1:

@@ -89,14 +89,16 @@ def _reader(name: str, path: Path, where: str) -> Callable[[Preference, Mapping[
     columns = COLUMNS[name]
 
     def read(pair: Preference, row: Mapping[str, Any]) -> float:
-        numbers = [row.get(column) for column in columns]
-        for column, number in zip(columns, numbers, strict=True):
+        numbers: list[float] = []
+        for column in columns:
+            number = row.get(column)
             if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
                 raise InputError(
                     f"{where}.scores: {path} gives {number!r} for {column} of {printable(pair.id)!r}, and {name} is"
                     f" made of it; {_ASK[name]}"
                 )
-        value = float(numbers[0] if len(numbers) == 1 else numbers[0] - numbers[1])  # type: ignore[operator]
+            numbers.append(float(number))
+        value = numbers[0] if len(numbers) == 1 else numbers[0] - numbers[1]
         stamp = row.get("digest")
         if stamp in (None, digest(pair)):
             return value
