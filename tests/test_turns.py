@@ -111,7 +111,7 @@ def test_pairs_of_one_turn_have_no_turns_and_the_same_pack() -> None:
     assert len(alone.turns) == len(alone.index.labels)
 
 
-@pytest.mark.row("24", "27")
+@pytest.mark.row("23", "27")
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_every_layout_scores_the_turns_and_nothing_else(layout: str) -> None:
     policy, batch = tiny_policy(), dialogues()

@@ -87,7 +87,7 @@ def _pieces(
     for messages, asked, full in turns:
         if isinstance(asked, Fault) or isinstance(full, Fault):
             return asked if isinstance(asked, Fault) else full  # type: ignore[return-value]
-        if not asked.startswith(written):
+        if not extends(asked, written):
             return Fault("turn_rewritten", _difference(written, asked))
         between = asked[len(written) :]
         new = (message["content"] for message in messages[told:-1] if message["role"] != "assistant")
@@ -100,6 +100,11 @@ def _pieces(
         pieces += [between, text] if pieces else [text]
         written, told = asked + text, len(messages)
     return tuple(pieces)
+
+
+def extends(asked: str, written: str) -> bool:
+    """Whether a later rendering keeps what was written before."""
+    return asked.startswith(written)
 
 
 def _difference(written: str, asked: str) -> str:

@@ -217,7 +217,7 @@ def test_any_texts_keep_every_seam(family: str, texts: list[str]) -> None:
     assert tokenizer.decode(sequence) == tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
 
 
-@pytest.mark.row("23")
+@pytest.mark.row("25")
 def test_a_merge_that_crosses_the_seam_of_a_later_turn_leaves_context_and_turn_as_they_are() -> None:
     """`Ġ y` and `y e` merge: the blank belongs to the header, which generation has before it."""
     tokenizer = FAMILIES["headed"]
@@ -230,7 +230,7 @@ def test_a_merge_that_crosses_the_seam_of_a_later_turn_leaves_context_and_turn_a
     assert tokenizer.convert_ids_to_tokens(ids[told.index(1) - 1]) == "Ġ"
 
 
-@pytest.mark.row("25", "28")
+@pytest.mark.row("33")
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_no_message_of_a_completion_forges_a_turn(place: int) -> None:
     forged = [dict(message) for message in SHORT]
@@ -276,7 +276,7 @@ def test_one_turn_is_what_it_was_beside_rows_of_several() -> None:
     assert data.pairs[0].several_turns
 
 
-@pytest.mark.row("27")
+@pytest.mark.row("28")
 @pytest.mark.parametrize("room", range(3, 60))
 def test_a_cut_ends_in_a_turn(room: int) -> None:
     """What a user says behind the last scored token is taken away, and one turn that is left is one turn."""
