@@ -256,11 +256,11 @@ def spot_check(
     device. Raises InputError where the store is further away.
     """
     chosen = random.Random(seed).sample(pairs, min(count, len(pairs)))
-    per_token = any(pair.reference_tokens is not None for pair in chosen)
+    per_token = _have_tokens(chosen)
     if per_token:  # which are never those of further answers
         chosen = [replace(pair, others=()) for pair in chosen]
     answers = list(answers_of(chosen))
-    stored = _looked_up(chosen)
+    stored = _looked_up(chosen, per_token=per_token)
     if len(stored) < len(answers):
         raise InputError(f"pairs were not looked up in the reference store before they are checked: {COMMAND}")
     rows = _rows(answers)
@@ -298,15 +298,20 @@ def _tolerance(model: nn.Module, noise: float, live: Tensor, *, longest: int) ->
     return SLACK * max(noise, torch.finfo(rounding).eps * longest**0.5) + STORED_ROUNDING * float(live.abs().max())
 
 
-def _looked_up(pairs: Sequence[TokenizedPair]) -> Tensor:
-    """What pairs carry of all their answers, and of both answers' tokens where they have these, float64."""
+def _have_tokens(pairs: Sequence[TokenizedPair]) -> bool:
+    """Whether log-probs of tokens were looked up too."""
+    return any(pair.reference_tokens is not None for pair in pairs)
+
+
+def _looked_up(pairs: Sequence[TokenizedPair], *, per_token: bool) -> Tensor:
+    """What pairs carry of all their answers, and with `per_token` of both answers' tokens, float64."""
     sums = [
         logps
         for pair in pairs
         for logps in (*(pair.reference or ()), *(other.reference for other in pair.others))
         if logps is not None
     ]
-    tokens = [side.double() for pair in pairs for side in pair.reference_tokens or ()]
+    tokens = [side.double() for pair in pairs if per_token for side in pair.reference_tokens or ()]
     return torch.cat([torch.tensor(sums, dtype=torch.float64), *tokens])
 
 

@@ -132,6 +132,7 @@ def test_further_answers_are_looked_up_with_their_pair(tmp_path):
     assert found[0].others[1] == found[2].others[0]
 
 
+@pytest.mark.row("35")
 def test_which_tokens_are_scored_is_part_of_the_key():
     ways = [None, [0, -1, 1], [0, 1, 2], [0, -1, 2], [0, -1, -1, 1]]
     completions = [[5, 6, 7]] * 4 + [[5, 6, 7, 8]]

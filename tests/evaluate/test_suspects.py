@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lorafocal.config import check_config
 from lorafocal.data.held_out import HELD_OUT_FILE
@@ -132,6 +133,14 @@ def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(root: Path, 
     shutil.copy(root / "toy" / "config.yaml", begun)
     with pytest.raises(InputError, match="no adapter, no model and no complete checkpoint"):
         find_suspects(begun)
+
+
+def test_an_objective_whose_ranking_only_the_run_could_tell_is_refused(root: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(root / "toy", tmp_path / "weighing")
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"objective": {"name": "bmc", "beta": 0.1}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match=r"bmc ranks answers by weights of single tokens, .*short run of dpo"):
+        find_suspects(run)
 
 
 def test_margins_are_the_objectives_own_without_its_target() -> None:

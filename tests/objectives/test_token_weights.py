@@ -162,6 +162,7 @@ def test_extreme_tokens_leave_finite_weights(name: str) -> None:
     assert asked.shape == far.shape
 
 
+@pytest.mark.row("11")
 @pytest.mark.parametrize("discount", [1e-300, 0.7, 1 - 1e-13, 1.0])
 def test_dmpos_weights_fall_from_turn_to_turn_and_have_a_limit_at_discount_1(discount: float) -> None:
     turns = torch.arange(30)
@@ -180,6 +181,7 @@ def test_dmpos_weights_fall_from_turn_to_turn_and_have_a_limit_at_discount_1(dis
 # ---- SamPO's draws ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("55")
 def test_sampo_draws_as_many_tokens_as_the_shorter_answer_has_by_the_pairs_number_alone() -> None:
     batch = Batch(20)
     found = batch.weights("sampo", beta=1.0)

@@ -189,6 +189,7 @@ def raised(score: Score) -> Score:
     return replace(score, token_logps=score.token_logps + 1e-2)  # type: ignore[operator]
 
 
+@pytest.mark.row("35")
 @pytest.mark.parametrize("spoil", [swapped, raised])
 def test_tokens_that_are_not_the_references_stop_the_run_though_their_sums_are(
     tmp_path: Path, spoil: Callable[[Score], Score]
