@@ -279,10 +279,6 @@ GUARDS: list[Guard] = [
     Guard("35", "lorafocal.store:sequence_key", lambda _: careless_tokens.key_of_the_ids_alone, "tests/test_store.py::test_which_tokens_are_scored_is_part_of_the_key"),
     Guard("55", "lorafocal.objectives.sampo:weights", lambda _: careless_tokens.drawn_anew, "tests/objectives/test_token_weights.py::test_sampo_draws_as_many_tokens_as_the_shorter_answer_has_by_the_pairs_number_alone"),
     Guard("11", "lorafocal.objectives.dmpo:weights", lambda _: careless_tokens.discounts_as_printed, "tests/objectives/test_token_weights.py::test_dmpos_weights_fall_from_turn_to_turn_and_have_a_limit_at_discount_1"),
-    Guard("35", "lorafocal.caching:_have_tokens", lambda _: lambda pairs: False, "tests/objectives/test_tokens_in_training.py::test_tokens_that_are_not_the_references_stop_the_run_though_their_sums_are[swapped]"),
-    Guard("35", "lorafocal.store:sequence_key", lambda _: careless_tokens.key_of_the_ids_alone, "tests/test_store.py::test_which_tokens_are_scored_is_part_of_the_key"),
-    Guard("55", "lorafocal.objectives.sampo:weights", lambda _: careless_tokens.drawn_anew, "tests/objectives/test_token_weights.py::test_sampo_draws_as_many_tokens_as_the_shorter_answer_has_by_the_pairs_number_alone"),
-    Guard("11", "lorafocal.objectives.dmpo:weights", lambda _: careless_tokens.discounts_as_printed, "tests/objectives/test_token_weights.py::test_dmpos_weights_fall_from_turn_to_turn_and_have_a_limit_at_discount_1"),
     Guard("35", "lorafocal.caching:spot_check", lambda _: careless.no_spot_check, "tests/test_cached_training.py::test_one_perturbed_value_stops_the_run"),
     Guard("34", "lorafocal.reference:build_reference", lambda _: careless.live_although_stored, "tests/test_cached_training.py::test_training_and_evaluation_run_no_reference_forward"),
     # a base through unsloth

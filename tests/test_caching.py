@@ -229,8 +229,8 @@ def test_scored_tokens_alone_and_further_answers_are_computed_as_a_pack_has_them
     sums = [*chain(*sides), *(other.reference for pair in found for other in pair.others)]
     torch.testing.assert_close(torch.tensor(sums, dtype=torch.float64), live, rtol=1e-5, atol=1e-5)
     assert spot_check(model, found, collator=PairCollator(others=True), seed=0).pairs == 6
-    spoilt = replace(found[2], others=(others[0], replace(others[1], reference=found[2].others[1].reference + 1)))
-    spoilt = replace(spoilt, others=(found[2].others[0], spoilt.others[1]))
+    first, second = found[2].others
+    spoilt = replace(found[2], others=(first, replace(second, reference=second.reference + 1)))
     with pytest.raises(InputError, match="the stored log-prob of further answer 2 of pair 'pair-2'"):
         spot_check(model, [*found[:2], spoilt, *found[3:]], collator=PairCollator(), seed=0)
 
