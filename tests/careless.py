@@ -296,6 +296,16 @@ def all_pairs(preferences: Any, *_: Any, **__: Any) -> Any:
     return preferences
 
 
+def pairs_cut_alone(truncate: Any) -> Any:
+    """Row 28: a rule of length that forgets what goes with a pair."""
+
+    def cut(pair: Any, truncation: str, limits: Any) -> Any:
+        kept = truncate(replace(pair, others=()), truncation, limits)
+        return kept and replace(kept, others=pair.others)
+
+    return cut
+
+
 def split_between_pairs(preferences: Any, size: Any, *, seed: int) -> Any:
     """Row 30: the last pairs held out, whatever else their prompts are in."""
     from lorafocal.data.mixture import held_out_pairs

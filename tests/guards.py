@@ -35,6 +35,7 @@ from tests import (
     careless_generation,
     careless_judging,
     careless_losses,
+    careless_references,
     careless_release,
     careless_tokens,
 )
@@ -189,6 +190,7 @@ GUARDS: list[Guard] = [
     Guard("29", "lorafocal.data.forms:refuse_columns", lambda _: lambda row: None, "tests/data/test_forms.py::test_what_a_form_cannot_say_is_refused_by_name"),
     Guard("30", "lorafocal.data.hygiene:drop_equal_answers", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
     Guard("30", "lorafocal.data.hygiene:drop_duplicates", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
+    Guard("28", "lorafocal.data.tokens:truncate", careless.pairs_cut_alone, "tests/data/test_further_answers.py::test_one_that_cannot_be_read_drops_its_pair_and_is_counted"),
     Guard("30", "lorafocal.data.hygiene:drop_unranked", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_an_objective_of_the_score_gap_gets_pairs_that_have_one"),
     Guard("30", "lorafocal.data.hygiene:drop_contradictions", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_planted_cases_are_counted_exactly"),
     Guard("30", "lorafocal.data.hygiene:drop_overlap", lambda _: careless.all_pairs, "tests/data/test_hygiene.py::test_training_pairs_with_a_held_out_prompt_go"),
@@ -338,6 +340,9 @@ GUARDS: list[Guard] = [
     Guard("58", "lorafocal.evaluate.reward_model:_padding", lambda _: careless_judging.padding_of_the_tokenizer, "tests/evaluate/test_reward.py::test_an_end_of_turn_is_not_taken_for_padding"),
     Guard("58", "lorafocal.evaluate.harness:_whole_answers", lambda _: careless_judging.lengths_of_the_model, "tests/evaluate/test_leaderboard.py::test_answers_are_as_long_as_the_task_says_whatever_the_model_s_own_config_says"),
     Guard("58", "lorafocal.evaluate.fingerprint:check_same_tokens", lambda _: lambda *a: None, "tests/evaluate/test_fingerprint.py::test_tokens_of_another_tokenizer_are_refused"),
+    Guard("1", "lorafocal.model.moving:averaged", lambda _: careless_references.factors_averaged_apart, "tests/model/test_moving.py::test_the_reference_is_the_recursion_in_delta_w"),
+    Guard("55 1", "lorafocal.saving:restore_reference", lambda _: lambda *a: None, "tests/test_adapter_references.py::test_stopped_and_resumed_a_moving_reference_is_where_it_was"),
+    Guard("S13", "lorafocal.model.beside:check_made_for", lambda _: lambda *a: None, "tests/model/test_beside.py::test_an_adapter_that_does_not_fit_is_refused_by_name"),
 ]
 # fmt: on
 

@@ -183,7 +183,7 @@ def test_embeddings_of_another_size_and_groups_of_nobody_are_refused() -> None:
     other = tokenized(group="h", embedding=(1.0, 0.0, 0.0))
     with pytest.raises(InputError, match="prompt_embedding of 3 numbers and an earlier pair one of 2"):
         check_columns([tokenized(), other], lambda pair: pair.id, embeddings)
-    with pytest.raises(InputError, match=r"data\.eval: pair 'a' is of group 'h', which no training pair is of; known: g"):
+    with pytest.raises(InputError, match=r"eval: pair 'a' is of group 'h', which no training pair is of; known: g"):
         check_like_training([other], [tokenized()], "data.eval", groups)
     with pytest.raises(InputError, match=r"data\.eval: pair 'a' has a prompt_embedding of 3 numbers"):
         check_like_training([other], [tokenized()], "data.eval", embeddings)
