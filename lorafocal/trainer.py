@@ -200,7 +200,7 @@ class FocalPOTrainer(Trainer):
             del self._scorers[1:]
 
     def get_train_dataloader(self) -> DataLoader:
-        """Whole steps of pairs, in an order of their own each epoch or, where `keep_order` says so, in that of the data."""
+        """Whole steps of pairs, in an order of their own each epoch or, with `keep_order`, in that of the data."""
         if self.train_dataset is None:
             raise InputError("train_dataset is missing: there is nothing to train on")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
