@@ -154,6 +154,36 @@ def test_a_reference_adds_what_it_holds():
 
 
 @pytest.mark.row("37")
+def test_whole_distributions_cost_rows_products_and_where_weights_are_split_a_head():
+    """Of a reference's head that is not the policy's, while its own weights are let go."""
+    shape = Shape.of(LLAMA_3_8B)
+    plain, compared = Setup(), Setup(divergences=True)
+    kept, held = (
+        [bytes_of(shape, asked) for asked in (plain, compared)]
+        for bytes_of in (
+            lambda *of: memory.activation_bytes_per_token(*of, "none") * 810,
+            lambda *of: memory.pack_bytes(*of, "none", 810) - memory.head_chunk_bytes(*of),
+        )
+    )
+    assert kept[1] - kept[0] == pytest.approx(610 * (2 * 4096 + 8))  # of each answer's row a second gradient
+    assert held[1] - held[0] == pytest.approx(610 * 2 * 4096)  # gone by the peak in the last layer; the other's row
+    product = 2 * 128256 * 4096 * 610
+    assert memory.flops_per_pair(shape, compared) - memory.flops_per_pair(shape, plain) == product
+    head = 2 * 128256 * 4096
+    for engine, reference, copied in (
+        ("ddp", "separate_model", 0),
+        ("zero3", "disabled_adapter", 0),
+        ("zero3", "separate_model", head),
+        ("fsdp2", "separate_model", head),
+    ):
+        found = [
+            memory.residents(shape, Setup(divergences=asked, engine=engine, reference=reference), 8).gathered
+            for asked in (False, True)
+        ]
+        assert found[1] - found[0] == copied
+
+
+@pytest.mark.row("37")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_trained_without_an_adapter_a_tied_one_once(family, tied):

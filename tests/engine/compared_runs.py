@@ -59,7 +59,8 @@ CASES = {
     "full and tied, clipped, separate": Case(
         plainly("zero3", "fsdp2"),
         _tied,
-        {"reference": "separate_model", "max_grad_norm": 0.05, "optim": "adamw_torch", "max_steps": FEW},
+        {"reference": "separate_model", "max_grad_norm": 0.05, "optim": "adamw_torch", "max_steps": FEW}
+        | {"objective": "tdpo2"},  # of another head's weights, which are split too
         ref_model=tiny_base,
     ),
     "full, recomputed, offloaded": Case(
@@ -68,7 +69,12 @@ CASES = {
     ),
     "lora, live": Case(plainly("zero2", "zero3", "fsdp2"), settings={"eval_strategy": "epoch"}, peft_config=lora),
     "dora and head, frozen copy": Case(
-        plainly("zero3", "fsdp2"), settings={"reference": "frozen_copy", "max_steps": FEW}, peft_config=_dora
+        plainly("zero3", "fsdp2"),
+        settings={"objective": "tdpo1", "reference": "frozen_copy", "max_steps": FEW},
+        peft_config=_dora,
+    ),
+    "lora, live, whole distributions": Case(
+        plainly("zero3", "fsdp2"), settings={"objective": "tdpo2", "max_steps": FEW}, peft_config=lora
     ),
     "lora on nf4": Case(plainly("zero3", "fsdp2"), quantized("nf4"), {"max_steps": FEW}, lora),
     "lora on int8": Case(plainly("zero2", "fsdp2"), quantized("int8"), {"max_steps": FEW}, lora),

@@ -12,15 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorafocal import budget
+from lorafocal.arguments import FocalPOConfig
 from lorafocal.comparison import Comparison
+from lorafocal.config import check_config
 from lorafocal.data.differing import differing, differs_of
 from lorafocal.data.packing import pad_sequences, share_prefixes
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
+from lorafocal.memory import Lengths
 from lorafocal.model.adapters import attach_lora
 from lorafocal.objectives import OBJECTIVES, PairLogps, build_objective
 from lorafocal.objectives.objective import Objective
 from lorafocal.ops.divergences import ReferenceRows, compare_tokens
+from lorafocal.plan.work import setup_of
 from lorafocal.policy import plain_attention, prepare_policy
 from tests.objectives.oracles_of_vocabulary import LOSSES, Answer, Answers, slope, value
 from tests.test_config import VALUES, mistakes
@@ -89,7 +94,7 @@ def losses(objective: Objective, pair: Answers) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("name", "parameters"), CASES)
 def test_values_and_slopes_are_the_papers(name: str, parameters: dict[str, float]) -> None:
     draw = random.Random(1)
-    for _ in range(4):
+    for _ in range(2):
         pair = made_up(draw)
         loss, logits = losses(build_objective(name, **parameters), pair)
         assert float(loss.detach()) == pytest.approx(float(value(name, pair, **parameters)), rel=1e-12)
@@ -210,8 +215,8 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(name: str, para
 @pytest.mark.parametrize("name", ["tdpo2", "rrpo"])
 def test_packs_and_layouts_change_no_step_and_the_first_step_is_dpo_s(tmp_path: Path, name: str) -> None:
     runs = []
-    for number, (layout, budget) in enumerate((("packed", 10_000), ("packed", 24), ("padded", 60))):
-        more = {"layout": layout, "tokens_per_pack": budget, "learning_rate": 3e-2, "max_steps": 3, "beta": 0.3}
+    for number, (layout, tokens) in enumerate((("packed", 10_000), ("packed", 24), ("padded", 60))):
+        more = {"layout": layout, "tokens_per_pack": tokens, "learning_rate": 3e-2, "max_steps": 3, "beta": 0.3}
         run = trainer(tmp_path / str(number), shared_ends(8), objective=name, lr_scheduler_type="constant", **more)
         run.train()
         runs.append(run)
@@ -255,6 +260,14 @@ def test_a_finished_adapter_diverges_from_its_base() -> None:
     assert (inputs.divergences > 0).all()
     assert inputs.divergences.requires_grad
     assert not inputs.reference.chosen.requires_grad
+
+
+@pytest.mark.parametrize("name", ["dpo", *NAMES])
+def test_the_plan_and_the_trainer_know_what_is_compared(tmp_path: Path, name: str) -> None:
+    values = {**VALUES, "objective": {"name": name, **STATED.get(name, {"beta": 0.1})}}
+    assert setup_of(check_config(values), Lengths()).divergences == (name != "dpo")
+    args = FocalPOConfig(str(tmp_path), objective=name, use_cpu=True)
+    assert budget.setup_of(tiny_policy(), args, pairs(3), fused=True).divergences == (name != "dpo")
 
 
 def test_stored_log_probs_are_refused_before_anything_loads(tmp_path: Path) -> None:
