@@ -258,7 +258,7 @@ RULES: tuple[Rule, ...] = (
         _COPY,
     ),
     Rule(
-        "rewritten-base-under-finished-adapters",
+        "under-finished-adapters",
         "reference",
         lambda cell: cell.adapter & {"pissa", "olora"} if cell.reference in ("adapter", "several") else (),
         _REWRITTEN,

@@ -58,6 +58,8 @@ def test_a_moving_reference_starts_over_at_the_identity_loss_after_a_copy(tmp_pa
     assert at_start == [True, False, True, False, True, False]
 
 
+@pytest.mark.slow
+@pytest.mark.row("55", "1")
 @pytest.mark.parametrize("stop", [2, 3])
 @pytest.mark.parametrize("settings", [MOVING, SOFT], ids=["hard", "soft"])
 def test_stopped_and_resumed_a_moving_reference_is_where_it_was(tmp_path, settings, stop):
@@ -80,6 +82,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
 
 
+@pytest.mark.slow
 def test_another_pace_adapter_or_guide_is_not_resumed_under(tmp_path, finished):
     first = trainer(tmp_path / "moving", PAIRS, **MOVING)
     first.add_callback(StopAfter(1))

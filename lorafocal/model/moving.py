@@ -100,4 +100,4 @@ def _from_first(change: LowRank) -> LowRank:
         own = side.contiguous() if side.shape == shape else side.new_empty(shape)
         dist.broadcast(own, 0)
         sides.append(own)
-    return LowRank(*sides, change.scale)
+    return LowRank(sides[0], sides[1], change.scale)

@@ -139,7 +139,7 @@ def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable
 
 
 def exchange_adapter(policy: PeftModel, folder: Path, adapter: str = "default") -> None:
-    """Give `adapter` of `policy` the values of another of the same configuration, in place; strict both ways (row 53)."""
+    """Give an `adapter` of `policy` the values of another one of its configuration, in place; strict (row 53)."""
     stored = _read_tensors(folder / WEIGHTS_FILE)
     expected = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
     _check_tensors(folder / WEIGHTS_FILE, stored, expected)

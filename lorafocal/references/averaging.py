@@ -26,8 +26,8 @@ def averaged(policy: LowRank, reference: LowRank, mixing: float) -> LowRank:
 
     The factors are put side by side, which is exact at the sum of the ranks, and compressed to the rank that the sum
     has: QR of both sides, an SVD of the small core, all in float64. Singular values at or below `DROPPED` of the
-    largest are left out. What a reference holds of a policy fades with (1 - mixing) per update, so ranks stay bounded by
-    R * (1 + log(DROPPED) / log(1 - mixing)), and by the weight's own sides.
+    largest are left out. What a reference holds of a policy fades with (1 - mixing) per update, so ranks stay bounded
+    by R * (1 + log(DROPPED) / log(1 - mixing)), and by the weight's own sides.
     """
     b = torch.cat((mixing * policy.scale * policy.b.double(), (1 - mixing) * reference.scale * reference.b.double()), 1)
     a = torch.cat((policy.a.double(), reference.a.double()))
@@ -37,7 +37,7 @@ def averaged(policy: LowRank, reference: LowRank, mixing: float) -> LowRank:
 
 
 def compressed(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """b (out, R) and a (R, in) of the same product at the lowest rank, at least 1, to rounding; a has orthonormal rows."""
+    """b (out, R) and a (R, in) of the same product at its own rank, at least 1, to rounding; a has orthonormal rows."""
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.T)
     u, values, v = torch.linalg.svd(upper @ lower.T, full_matrices=False)

@@ -27,7 +27,7 @@ def harmonic(members: Sequence[PairLogps], weights: Sequence[float] | Literal["a
 
     A member's log-probs are held within a factor 1 +- clip * |mean_w| / (|mean_w| + |mean_l|) of the first member's
     (chosen answers; the rest of `clip` for rejected ones), where the means are over members. Adaptive weights are in
-    proportion to how far apart a member holds the two answers, |log pi_k(chosen) - log pi_k(rejected)|, before clipping.
+    proportion to how far apart a member holds the answers, |log pi_k(chosen) - log pi_k(rejected)|, before clipping.
     Source: Le et al. 2024, arXiv:2405.16388. The official code multiplies each member's 1 / pi by the
     other one's adaptive weight; here it is its own, as printed.
     """

@@ -119,7 +119,7 @@ def _misfits_of_moving(every: Any, mixing: Any) -> Iterator[tuple[str, str]]:
 
 
 def _misfits_of_several(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    members, combine, weights, clip = (values.get(key) for key in ("members", "combine", "weights", "clip"))
+    members, combine, weights, clip = (_of(values, key) for key in ("members", "combine", "weights", "clip"))
     if not isinstance(members, list | tuple) or len(members) < 2 or not all(isinstance(m, str) and m for m in members):
         yield "members", f"is {members!r}; kind: several needs two or more of: {BASE}, or an adapter's folder"
         return
@@ -168,6 +168,10 @@ def refusals(values: Mapping[str, Any], entry: Any) -> Iterable[tuple[str, str]]
             "harmonic is made of the two whole answers of a pair, and this objective weighs tokens or compares further"
             " answers: use combine: geometric",
         )
+
+
+def _of(values: Mapping[str, Any], key: str) -> Any:
+    return values.get(key)
 
 
 def _is_number(value: object) -> bool:

@@ -39,9 +39,11 @@ BESIDE: dict[str, dict[str, Any]] = {
     "dataloader_persistent_workers": {"dataloader_num_workers": 1},
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_restarts"},
     "warmup_ratio": {"warmup_steps": 0},
-    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), {"sync_ref_model": True}),
+    "ref_model_mixup_alpha": {"sync_ref_model": True},
+    "ref_model_sync_steps": {"sync_ref_model": True},
 }
 OTHER: dict[str, Any] = {
+    "ref_model_mixup_alpha": 0.5,
     "output_dir": "elsewhere", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2},
     "optim": "sgd", "tf32": False, "max_steps": 7, "eval_steps": 7, "save_total_limit": 7, "data_seed": 7,
     "dataloader_prefetch_factor": 7, "ddp_bucket_cap_mb": 7, "ddp_broadcast_buffers": True,
@@ -100,6 +102,13 @@ def test_a_translated_field_changes_the_result(name: str, caplog: pytest.LogCapt
         assert "bfloat16" in caplog.records[0].message
     else:
         assert outcome(after) != outcome(before)
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_a_reference_that_is_kept_in_step_is_a_moving_one(alpha: float) -> None:
+    config = focalpo_config(dpo_config(sync_ref_model=True, ref_model_mixup_alpha=alpha, ref_model_sync_steps=64))
+    assert (config.reference, config.reference_every, config.reference_mixing) == ("moving", 64, alpha)
+    assert focalpo_config(dpo_config(ref_model_mixup_alpha=alpha)).reference == "disabled_adapter"
 
 
 @pytest.mark.parametrize("name", OF_KIND["no_effect"])

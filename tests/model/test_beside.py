@@ -97,6 +97,7 @@ def test_several_references_are_their_members_combined(tmp_path):
         harmonic.token_logps(PACK)
 
 
+@pytest.mark.row("S13")
 def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path):
     folder = finished(tmp_path / "a")
     with pytest.raises(InputError, match="there is no such folder"):

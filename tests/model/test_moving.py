@@ -55,6 +55,7 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=1e-12)) for n in expected)
 
 
+@pytest.mark.row("1")
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, ALL, {"rank_pattern": {"q_proj": 2}}])
 @pytest.mark.parametrize("mixing", [0.5, 0.6])
 def test_the_reference_is_the_recursion_in_delta_w(more, mixing):
