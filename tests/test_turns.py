@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorafocal.assembly import check_pairs
+from lorafocal.caching import cache_reference
 from lorafocal.data.packing import PairCollator, pad_sequences, share_prefixes
 from lorafocal.data.sources import preferences_from_rows
 from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
@@ -23,12 +24,12 @@ from lorafocal.errors import InputError
 from lorafocal.manifest import _tokens_sha256 as tokens_sha256
 from lorafocal.model import eva
 from lorafocal.objectives import build_objective
-from lorafocal.policy import plain_attention, sequence_logps
+from lorafocal.policy import plain_attention, sequence_logps, sums_of
 from lorafocal.probes import choose_layout
 from lorafocal.release import verify
 from lorafocal.report.check import pair_text, shown_pair
 from lorafocal.report.check_page import pair_section
-from lorafocal.store import sequence_key
+from lorafocal.store import Context, ReferenceStore, sequence_key
 from tests.data.test_dialogues import ASKED, DIALOGUE, FAMILIES, LONG, SHORT
 from tests.data.test_tokens import byte_tokenizer
 from tests.tiny import SIZES, VOCABULARY, enlarged, pairs, tiny_policy, trainer
@@ -175,6 +176,22 @@ def test_the_check_shows_what_is_scored() -> None:
 
 
 # ---- training
+
+
+def test_a_store_gives_back_sums_and_tokens_of_what_is_scored(tmp_path: Path) -> None:
+    policy, batch = tiny_policy(), dialogues()
+    choose_layout(policy, "packed")
+    collator = PairCollator("packed", 64)
+    context = Context("a" * 64, "b" * 64, None, "float32", "cpu", "packed", "sdpa", "torch", "2", "5", None)
+    store = ReferenceStore(tmp_path, context)
+    cache_reference(policy, batch, store, collator=collator, per_token=True)
+    found = store.look_up(batch, per_token=True)
+    expected = plain_logps(policy, batch)
+    sums = torch.tensor([pair.reference for pair in found], dtype=torch.float64).T.flatten()
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-4)
+    assert [tuple(map(len, pair.reference_tokens or ())) for pair in found] == [pair.scored_tokens for pair in batch]
+    [pack] = PairCollator("packed", 10**6)(found).packs
+    torch.testing.assert_close(sums_of(pack.reference_tokens, pack), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "dmpo"])

@@ -306,8 +306,11 @@ def whole_conversations(row: Row) -> Sides:
     prompt = check_prompt(chosen[:shared], row.place.at("chosen"))
     if row.values.get("prompt") is not None:
         check_repeated(row, prompt)
-    places = row.place.at("chosen"), row.place.at("rejected")
-    return prompt, *(check_turns(side, place, shared) for side, place in zip((chosen, rejected), places, strict=True))
+    answers = (
+        check_turns(chosen, row.place.at("chosen"), shared),
+        check_turns(rejected, row.place.at("rejected"), shared),
+    )
+    return prompt, *answers
 
 
 def implicit_messages(row: Row) -> Conversations:
