@@ -268,8 +268,8 @@ def check_same_reference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> No
 
 _OTHER_COPY = (
     "the frozen copy is not the one that this run began with (sha256 of its tensors {saved}, now {now}): resume with"
-    " the adapter that the run started from, not with one from a checkpoint; the checkpoint brings the trained weights back"
-    " by itself"
+    " the adapter that the run started from, not with one from a checkpoint; the checkpoint brings the trained weights"
+    " back by itself"
 )
 _OTHER_ADAPTERS = (
     "the reference's adapters are not those that this run began with (sha256 of their tensors {saved}, now {now}):"
