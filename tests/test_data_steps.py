@@ -20,6 +20,7 @@ from lorafocal.plan import plan
 from lorafocal.sampler import StepSampler
 from lorafocal.schema import Data
 from lorafocal.schema.steps import Step, pairs_left
+from lorafocal.sweep.grid import Grid
 from tests.test_config import VALUES, mistakes
 
 TOKENIZER = toy_tokenizer()
@@ -209,3 +210,13 @@ def test_a_mistake_in_stages_is_told_with_the_others() -> None:
     told = mistakes(VALUES | {"stages": 2, "reference": {"kind": "cached"}})
     assert "reference.kind cached is not replaced by that" in told
     assert "stages: found 1" in mistakes(VALUES | {"stages": 1})
+
+
+def test_a_sweep_varies_a_step_that_leaves_held_out_pairs_alone(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(resolved_yaml(check_config(with_steps({"pairs": {"of": "all"}}, {"flip": {"share": 0.2}}))))
+    grid = Grid.read(file, ["data.steps.1.flip.share=0.1,0.3"])
+    shares = [step.settings.share for point in grid.points for step in (point.config.data.steps or [])[1:]]
+    assert shares == [0.1, 0.3]
+    with pytest.raises(InputError, match="it decides which held-out pairs there are"):
+        Grid.read(file, ["data.steps.0.pairs.of=all,adjacent"])

@@ -12,11 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from lorafocal.config import Config, check_config
+from lorafocal.data.prepare import prepare_data
+from lorafocal.data.toy import toy_tokenizer
 from lorafocal.errors import InputError
+from lorafocal.evaluate.score import score_file
 from lorafocal.lineage import lineage_of
 from lorafocal.manifest import read_manifest
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.run import train
+from lorafocal.schema import Data
 from lorafocal.stages import StagedSummary, stage_configs, train_stages
 from lorafocal.trainer import FocalPOTrainer
 from tests.toy_run import metric_lines, run_config, write_inputs
@@ -62,6 +66,19 @@ def test_the_chunks_are_of_the_same_pairs_and_the_end_is_said(finished: StagedSu
     assert first["from_sha256"] == second["from_sha256"]
     assert "the adapter to use is that of the last one" in str(finished)
     assert str(finished.folder / "stage-2" / "adapter") in str(finished)
+
+
+@pytest.mark.slow
+def test_scores_of_a_finished_stage_select_pairs(root: Path, finished: StagedSummary, tmp_path: Path) -> None:
+    """As SeRA and the paper of the reference gap do: what `score` writes, `select` reads, digests and all."""
+    scores = tmp_path / "scores.jsonl"
+    report = score_file(finished.folder / "stage-2" / "adapter", root / "train.jsonl", out=scores)
+    best = sorted(report.scores, key=lambda score: -(score.margin or 0))[:5]
+    assert all(score.digest for score in best)
+    select = {"select": {"by": "margin", "keep": 5, "scores": str(scores)}}
+    data = Data(train=[{"path": str(root / "train.jsonl")}], steps=[select], cache=False)
+    kept = prepare_data(data, toy_tokenizer())["train"].tokens.pairs
+    assert {pair.id for pair in kept} == {score.id for score in best}
 
 
 @pytest.mark.slow

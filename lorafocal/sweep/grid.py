@@ -32,7 +32,8 @@ FIXED = {
     "training.activation_checkpointing": "it changes memory and speed, never the result",
     "data": "it decides which held-out pairs there are, and in what form: the runs would be measured on different ones",
 }
-"""Keys and sections that a grid may not vary, with the reason; `data.train` may, beside held-out pairs of their own."""
+"""Keys and sections that a grid may not vary, with the reason; `data.train` may, beside held-out pairs of their own,
+and steps, which leave held-out pairs alone."""
 
 # How keys stand in the names of run folders, where not by their last part.
 SHORT = {
@@ -181,7 +182,8 @@ def check_axes(axes: Mapping[str, Sequence[Any]], overrides: Sequence[str]) -> N
 
 
 def _why_fixed(key: str) -> str | None:
-    if key == "data.train":
+    of_training_pairs = key.startswith("data.steps.") and ".pairs." not in key
+    if key == "data.train" or of_training_pairs:
         return None
     return next((reason for fixed, reason in FIXED.items() if key == fixed or key.startswith(f"{fixed}.")), None)
 
