@@ -147,7 +147,7 @@ FATES: dict[str, Fate] = {
     ),
     "loss_weights": _refused(_LOSS, None, [1.0]),
     "label_smoothing": _refused("it belongs to losses that are refused (exo_pair; robust: objective robust-dpo)", 0.0),
-    "ld_alpha": _refused(_LOSS, None, 1.0),
+    "ld_alpha": _refused(f"{_LOSS}; its loss is objective ld-dpo, with this as alpha", None, 1.0),
     "use_weighting": _refused(f"{_LOSS}; its weighted loss is objective wpo", False),
     "f_divergence_type": _refused(f"{_LOSS}; use reverse_kl", "reverse_kl"),
     "f_alpha_divergence_coef": _no_effect(_ONLY_OF.format("f_divergence_type alpha_divergence")),

@@ -66,7 +66,8 @@ def refuses(parameter: Parameter, value: float) -> bool:
 def section(name: str, **values: object) -> dict[str, object]:
     """A config's values with this objective."""
     stated = {key: of.default for key, of in OBJECTIVES[name].parameters.items() if of.stated}
-    reference = {"kind": "disabled_adapter"} if OBJECTIVES[name].reference else None
+    guide = {"guide": "earlier/adapter"} if OBJECTIVES[name].guide else {}
+    reference = {"kind": "disabled_adapter", **guide} if OBJECTIVES[name].reference else None
     return {**VALUES, "objective": {"name": name, **stated, **values}, "reference": reference}
 
 
