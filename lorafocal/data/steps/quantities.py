@@ -22,6 +22,7 @@ from typing import Any
 from lorafocal.data.forms import Side
 from lorafocal.data.hygiene import where as place_of
 from lorafocal.data.leave_out import digest
+from lorafocal.data.messages import said_in
 from lorafocal.data.places import printable
 from lorafocal.data.readers import objects, read_rows
 from lorafocal.data.sources import Preference
@@ -124,4 +125,4 @@ def _score_gap(pair: Preference, where: str) -> float:
 
 
 def _characters(side: Side) -> int:
-    return len(side) if isinstance(side, str) else sum(len(message["content"]) for message in side)
+    return sum(map(len, said_in(side)))
