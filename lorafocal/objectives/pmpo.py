@@ -18,4 +18,5 @@ def pmpo(policy: PairLogps, reference: PairLogps, *, divergences: Tensor, alpha:
     """
     likely = -alpha * widen(policy.chosen) + (1 - alpha) * widen(policy.rejected)
     losses = likely + beta * (divergences[: len(likely)] + divergences[len(likely) :]) / 2
-    return PairLosses(losses, *(side.detach() for side in rewards(policy, reference, beta=1.0)))
+    chosen, rejected = rewards(policy, reference, beta=1.0)
+    return PairLosses(losses, chosen.detach(), rejected.detach())
