@@ -14,7 +14,7 @@ from lorafocal.objectives.factor import FORMS, in_words, refusal
 from lorafocal.objectives.focal import focal_weight, turning_point
 from tests.objectives.logps import LENGTHS, SCORES, made_up
 
-OWN_INPUTS = "whole_step", "divergences", "others"  # whose tests stand with their families
+OWN_INPUTS = "whole_step", "divergences", "others", "guide"  # whose tests stand with their families
 WRAPPED = [
     name
     for name, entry in OBJECTIVES.items()
