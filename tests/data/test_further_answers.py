@@ -289,3 +289,17 @@ def test_data_without_them_are_refused_before_the_model_is_touched(tmp_path: Pat
     far = [replace(pair, others=(OtherAnswer([VOCABULARY], [2]),)) for pair in pairs(4)]
     with pytest.raises(InputError, match=f"has token id {VOCABULARY}"):
         trainer(tmp_path, far, objective="selm")
+
+
+def test_stored_log_probs_of_further_answers_train_as_live_ones_do(tmp_path: Path) -> None:
+    batch, found = with_others(pairs(12), (1,)), []
+    for kind, store in (("disabled_adapter", None), ("cached", str(tmp_path / "store"))):
+        run = trainer(
+            tmp_path / kind, batch, objective="selm", beta=0.5, alpha=0.5, reference=kind, reference_store=store,
+            max_steps=2,
+        )  # fmt: skip
+        if store:
+            assert run.cache_reference().computed == 3 * len(batch)
+        run.train()
+        found.append({key: value.detach().clone() for key, value in run.trained.items()})
+    assert relative_difference(*found) < 1e-5
