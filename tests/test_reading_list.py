@@ -8,6 +8,7 @@ import pytest
 
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.reference import REFERENCES
+from lorafocal.schema.steps import Step
 from tests import reading_list_page
 from tests.reading_list_page import ELSEWHERE, HERE, OF_OTHER_PAPERS, PAGE, papers
 
@@ -41,10 +42,8 @@ def test_reference_strategies_exist() -> None:
 
 @pytest.mark.parametrize("name", ["step", "stages"])
 def test_data_steps_exist(name: str) -> None:
-    from lorafocal.data.steps import STEPS
-
     named = {step for paper in papers() if paper.kind == name for step in paper.named}
-    assert named <= {*STEPS}
+    assert named <= {*Step.model_fields}
 
 
 def test_objectives_that_the_page_names_exist() -> None:
