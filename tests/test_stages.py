@@ -72,7 +72,7 @@ def test_the_chunks_are_of_the_same_pairs_and_the_end_is_said(finished: StagedSu
 def test_scores_of_a_finished_stage_select_pairs(root: Path, finished: StagedSummary, tmp_path: Path) -> None:
     """As SeRA and the paper of the reference gap do: what `score` writes, `select` reads, digests and all."""
     scores = tmp_path / "scores.jsonl"
-    report = score_file(finished.folder / "stage-2" / "adapter", root / "train.jsonl", out=scores)
+    report = score_file(finished.folder / "stage-1" / "adapter", root / "train.jsonl", out=scores)
     best = sorted(report.scores, key=lambda score: -(score.margin or 0))[:5]
     assert all(score.digest for score in best)
     select = {"select": {"by": "margin", "keep": 5, "scores": str(scores)}}
