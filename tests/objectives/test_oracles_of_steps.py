@@ -229,6 +229,27 @@ def test_gamma_po_looks_at_no_more_than_256_margins_and_remembers_2048() -> None
     assert not torch.equal(losses[0], others)
 
 
+# ---- the focal factor ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dr-dpo", "beta-dpo", "gamma-po", "gamma-simpo", "group-dpo", "mpo"])
+def test_a_factor_of_gamma_0_is_none_bit_for_bit(name: str) -> None:
+    of = inputs(dtype=torch.float32)
+    plain, wrapped = (build_objective(name, focal=focal).of(of) for focal in (None, {"gamma": 0.0}))
+    assert torch.equal(plain.losses, wrapped.losses)
+    assert all(map(torch.equal, gradients(plain, of), gradients(wrapped, of)))
+
+
+def test_a_factor_is_around_a_pair_s_own_loss_before_the_step_makes_one_of_all() -> None:
+    of = inputs()
+    focal = build_objective("focalpo", beta=0.4, gamma=0.2).of(of).losses
+    found = build_objective("dr-dpo", beta=0.4, beta_prime=0.5, focal={"gamma": 0.2}).of(of)
+    robust = -0.5 * (-focal / 0.5).exp().mean().log()
+    torch.testing.assert_close(found.losses, robust.expand(COUNT), rtol=1e-12, atol=0)
+    for one, other in zip(gradients(found, of), torch.autograd.grad(COUNT * robust, list(of.policy)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+
+
 # ---- packs of a step -------------------------------------------------------------------------------------------------
 
 
