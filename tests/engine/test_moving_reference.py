@@ -39,8 +39,9 @@ def together(root: Path, **settings: Any) -> list[dict[str, Any]]:
     return [json.loads((root / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_two_processes_move_one_reference(tmp_path: Path) -> None:
-    ranks = together(tmp_path / "together", **MOVING)
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_processes_move_one_reference(tmp_path: Path, engine: str) -> None:
+    ranks = together(tmp_path / "together", **MOVING, engine=engine)
     one = run_of(tmp_path / "alone", **MOVING)
     assert ranks[0]["norms"] == ranks[1]["norms"]
     assert ranks[0]["losses"] == pytest.approx(one["losses"], rel=1e-4)
