@@ -21,7 +21,7 @@ from typing import Any
 
 from lorafocal.data.forms import Side
 from lorafocal.data.hygiene import where as place_of
-from lorafocal.data.leave_out import digest
+from lorafocal.data.leave_out import digest as stamp_of
 from lorafocal.data.messages import said_in
 from lorafocal.data.places import printable
 from lorafocal.data.readers import objects, read_rows
@@ -101,11 +101,11 @@ def _reader(name: str, path: Path, where: str) -> Callable[[Preference, Mapping[
             numbers.append(float(number))
         value = numbers[0] if len(numbers) == 1 else numbers[0] - numbers[1]
         stamp = row.get("digest")
-        if stamp in (None, digest(pair)):
+        if stamp in (None, stamp_of(pair)):
             return value
-        if stamp == digest(swapped(pair)) and name in TURNS:
+        if stamp == stamp_of(swapped(pair)) and name in TURNS:
             return -value
-        how = "with its answers exchanged" if stamp == digest(swapped(pair)) else "with other texts"
+        how = "with its answers exchanged" if stamp == stamp_of(swapped(pair)) else "with other texts"
         raise InputError(
             f"{where}.scores: {path} scored {printable(pair.id)!r} {how} ({place_of(pair)}); score the training"
             " pairs as they are now"
