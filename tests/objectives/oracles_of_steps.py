@@ -177,6 +177,20 @@ def mpo(pairs: Sequence[Pair], told: Told, before: Any, beta: Decimal, alpha: De
     return losses, None
 
 
+def exo_reward(
+    pairs: Sequence[Pair], told: Told, before: Any, beta: Decimal, score_temperature: Decimal
+) -> tuple[Numbers, Any]:
+    """Ji et al. 2024 (arXiv 2402.00856), EXO-rw: sum_k q_k log(q_k / t_k), q and t softmaxes of a prompt's answers."""
+    losses = []
+    for pair, others in zip(pairs, told.others, strict=True):
+        answers = [(pair.a_w, pair.b_w, pair.s_w), (pair.a_l, pair.b_l, pair.s_l), *others]
+        ours = [(beta * (a - b)).exp() for a, b, _ in answers]
+        judged = [(score / score_temperature).exp() for *_, score in answers]
+        shares = zip(ours, judged, strict=True)
+        losses.append(sum(q / sum(ours) * (q / sum(ours) / (t / sum(judged))).ln() for q, t in shares))
+    return losses, None
+
+
 OBJECTIVES: dict[str, Callable[..., tuple[Numbers, Any]]] = {
     "dr-dpo": dr_dpo,
     "beta-dpo": beta_dpo,
@@ -186,6 +200,7 @@ OBJECTIVES: dict[str, Callable[..., tuple[Numbers, Any]]] = {
     "relative-dpo": relative_dpo,
     "relative-dpo-diagonal": relative_dpo_diagonal,
     "mpo": mpo,
+    "exo-reward": exo_reward,
 }
 
 

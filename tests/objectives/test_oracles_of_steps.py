@@ -21,6 +21,7 @@ from lorafocal.objectives import (
     PairScores,
     build_objective,
 )
+from lorafocal.objectives.registry.sets import SETS
 from lorafocal.whole_step import shared_out
 from tests.objectives import oracles_of_steps
 from tests.objectives.batch import Batch, close
@@ -42,6 +43,8 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("relative-dpo-diagonal", {"beta": 0.5, "diagonal_weight": 0.8}),
     ("mpo", {"beta": 0.3, "alpha": 1.0}),
     ("mpo", {"beta": 0.3, "alpha": 0.0}),
+    ("exo-reward", {"beta": 0.5, "score_temperature": 0.5}),
+    ("exo-reward", {"beta": 0.1, "score_temperature": 3.0}),
 ]
 each_case = pytest.mark.parametrize(
     ("name", "parameters"), CASES, ids=[f"{name}-{'-'.join(map(str, values.values()))}" for name, values in CASES]
@@ -99,9 +102,17 @@ def in_packs(whole: PairInputs, *packs: list[int]) -> list[PairInputs]:
 # ---- the printed equations -------------------------------------------------------------------------------------------
 
 
-def test_every_loss_over_a_step_has_its_oracle() -> None:
+def test_every_loss_over_a_step_or_a_set_has_its_oracle() -> None:
     """KTO's stands in test_losses.py."""
-    assert {name for name, _ in CASES} == {name for name, of in OBJECTIVES.items() if of.whole_step} - {"kto"} | {"mpo"}
+    over_steps = {name for name, of in OBJECTIVES.items() if of.whole_step} - {"kto"}
+    assert {name for name, _ in CASES} == over_steps | SETS.keys()
+
+
+def test_exo_of_two_answers_is_reward_aware_po_forward() -> None:
+    of = replace(inputs(), others=None)
+    sets = build_objective("exo-reward", beta=0.3, score_temperature=2.0).of(of)
+    pairs = build_objective("reward-aware-forward", beta=0.3, eta=0.5).of(of)
+    torch.testing.assert_close(sets.losses, pairs.losses, rtol=1e-12, atol=1e-14)
 
 
 @each_case

@@ -8,8 +8,10 @@ from lorafocal.objectives.registry.averages import AVERAGES
 from lorafocal.objectives.registry.guided import GUIDED
 from lorafocal.objectives.registry.judged import JUDGED
 from lorafocal.objectives.registry.pairs import PAIRS
+from lorafocal.objectives.registry.sets import SETS
 from lorafocal.objectives.registry.steps import STEPS
 from lorafocal.objectives.registry.tokens import TOKENS
 from lorafocal.objectives.registry.vocabulary import VOCABULARY
 
-OBJECTIVES: dict[str, Entry] = {**PAIRS, **AVERAGES, **JUDGED, **TOKENS, **VOCABULARY, **GUIDED, **STEPS, **ANSWERS}
+_FAMILIES = (PAIRS, AVERAGES, JUDGED, TOKENS, VOCABULARY, GUIDED, STEPS, SETS, ANSWERS)
+OBJECTIVES: dict[str, Entry] = {name: entry for family in _FAMILIES for name, entry in family.items()}

@@ -1,4 +1,4 @@
-"""Of all pairs of a step at once, or of all answers to a prompt. Imports no torch."""
+"""Of all pairs of a step at once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -140,19 +140,5 @@ STEPS: dict[str, Entry] = {
         },
         loss="relative.diagonal",
         whole_step=True,
-    ),
-    "mpo": Entry(
-        {
-            "beta": BETA,
-            "alpha": Parameter(
-                1.0,
-                bounds.at_least_zero("alpha", "0 weighs all answers alike; its scale is the judge's"),
-                "what a score above or below the mean adds to an answer's log-weight; 0 weighs all alike",
-                stated=True,
-            ),
-        },
-        odds="mpo.mpo",
-        scores="gap",
-        others="any",
     ),
 }
