@@ -86,7 +86,8 @@ def counts() -> Iterator[str]:
     """How many papers are of each kind."""
     count = Counter(paper.kind for paper in papers())
     here = sum(count[kind] for kind in HERE)
-    yield f"{here} of the {count.total()} run here, by {len(OBJECTIVES)} objectives, reference strategies and data steps."
+    ways = f"{len(OBJECTIVES)} objectives, reference strategies and data steps"
+    yield f"{here} of the {count.total()} run here, by {ways}."
     yield "The others:"
     yield ""
     yield from (f"- {count[kind]}: {words}" for kind, words in ELSEWHERE.items())

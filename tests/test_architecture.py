@@ -38,11 +38,13 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.spl
 
 # These answer before the heavy libraries are loaded: `lorafocal --help`, and a config's errors.
 LIGHT_FILES = (
-    "errors config schema/__init__ schema/sections schema/training schema/mistakes schema/steps values yaml12 training_fields bounds"
-    " compatibility launch memory/__init__ hardware recipes objectives/__init__ __init__"
+    "errors config schema/__init__ schema/sections schema/steps schema/training schema/mistakes values yaml12"
+    " training_fields bounds compatibility launch memory/__init__ hardware recipes __init__"
+    " objectives/__init__ objectives/entry objectives/factor objectives/listing"
+    " references/__init__ references/strategy"
     " __main__ cli/__init__ cli/options cli/training cli/results cli/evaluation"
     " cli/generation cli/judging cli/servers"
-).split()
+).split() + [f"objectives/registry/{path.stem}" for path in sorted((PACKAGE / "objectives/registry").glob("*.py"))]
 HEAVY_LIBRARIES = {
     "torch",
     "transformers",

@@ -260,7 +260,7 @@ class Setup:
     reference: str = "disabled_adapter"  # a word of the compatibility table
     members: Sequence[str] = ()  # of several references: base, or folders of adapters
     guide: bool = False  # one more adapter beside the policy's
-    divergences: bool = False  # the objective compares with the reference\'s whole distribution at each token
+    divergences: bool = False  # the objective compares with the reference's whole distribution at each token
     engine: str = "one-process"  # or ddp, which holds the same; zero1, zero2, zero3, fsdp2
     offload: str = "none"
     adapter_kernels: str = "fused"

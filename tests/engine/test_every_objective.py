@@ -1,4 +1,4 @@
-"""Every objective, from its own config: 20 steps on a tiny model, the same packed and padded, and resumed with its state.
+"""Every objective, from its own config: 20 steps on a tiny model, the same packed and padded, and when it is resumed.
 
 The rows have all that any objective asks for; what one does not ask for is not looked at.
 """
