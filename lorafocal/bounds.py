@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeGuard
 
 from lorafocal.errors import InputError
 
@@ -56,7 +57,7 @@ def between(
 
 def check_beta(beta: float) -> None:
     """Raise `InputError` unless `beta` (scale of the rewards, per nat) is a finite number above 0."""
-    if not _is_number(beta) or not beta > 0:
+    if not is_number(beta) or not beta > 0:
         raise InputError(
             f"beta is {beta!r}; it must be a finite number above 0 (published runs use 0.01 to 0.3): "
             "it scales every reward, and at 0 nothing is learned"
@@ -68,7 +69,7 @@ def check_gamma(gamma: float) -> str | None:
 
     Raises `InputError` where gamma is negative or not finite, and from 1/ln 2 = 1.4427 on.
     """
-    if not _is_number(gamma) or gamma < 0:
+    if not is_number(gamma) or gamma < 0:
         raise InputError(f"gamma is {gamma!r}; it must be a finite number, 0 (no factor) or more; the paper uses 0.05")
     if gamma >= GAMMA_LIMIT:
         raise InputError(
@@ -95,7 +96,7 @@ def check_detached_gamma(gamma: float) -> None:
 
 def check_gamma_of_eq3(gamma: float) -> None:
     """Check the exponent of Eq. 3's (1-p)^-gamma: above 1 the loss of well ranked pairs grows without bound."""
-    if not _is_number(gamma) or not 0 <= gamma <= 1:
+    if not is_number(gamma) or not 0 <= gamma <= 1:
         raise InputError(
             f"gamma is {gamma!r}; it must be a finite number from 0 (no factor) to 1: above, (1-p)^-gamma grows faster"
             " than the loss of a well ranked pair falls, and it is pushed back; the paper uses 0.05"
@@ -113,11 +114,12 @@ def check_dropout(dropout: float, *, allowed: bool) -> None:
 
 def _check(name: str, holds: Callable[[float], bool], wanted: str, usual: str) -> Check:
     def check(value: float) -> None:
-        if not _is_number(value) or not holds(value):
+        if not is_number(value) or not holds(value):
             raise InputError(f"{name} is {value!r}; it must be {wanted}; {usual}")
 
     return check
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorafocal.bounds import is_number
 from lorafocal.data.forms import Row, Side, Sides
 from lorafocal.data.messages import Messages, check_answer, check_prompt, kind, read_messages, read_text
 from lorafocal.data.places import Place
@@ -171,7 +172,7 @@ def read_embedding(row: Row) -> tuple[float, ...] | None:
     if not isinstance(numbers, list) or not numbers:
         raise place.fault("bad_embedding", f"expected a list of numbers, found {kind(numbers)}; write it as one")
     for position, number in enumerate(numbers):
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        if not is_number(number):
             found = repr(number)[:40] if isinstance(number, str | float | bool) else kind(number)
             raise place.at(f"[{position}]").fault("bad_embedding", f"expected a finite number, found {found}")
     if not any(numbers):

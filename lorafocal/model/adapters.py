@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -286,7 +287,7 @@ def of_adapter(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 def add_adapter(policy: PeftModel, name: str, config: LoraConfig) -> None:
     """Put one more adapter beside the policy's, in fp32; that stays the active one, and all as trainable as it was."""
-    active = [policy.active_adapter]
+    active: Any = [policy.active_adapter]  # as each layer holds it
     before = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     policy.add_adapter(name, config)
     wrap_once(policy, name)

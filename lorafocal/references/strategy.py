@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from lorafocal.bounds import is_number
 
 BASE = "base"  # among the members of several: the model with its adapters off
 ADAPTIVE = "adaptive"  # weights: by how far apart each member holds a pair's answers
@@ -60,12 +61,6 @@ class Strategy:
             return (self.adapter,)
         return tuple(member for member in self.members or () if member != BASE)
 
-    @property
-    def passes(self) -> int:
-        """Forward passes a pack takes without gradients, beside the policy's own: live references and the guide."""
-        of_reference = len(self.members) if self.members else int(self.kind not in (None, "cached"))
-        return of_reference + (self.guide is not None)
-
     def settings(self) -> dict[str, Any]:
         """What a resumed run must find again, but for where adapters lie; {} for a kind without any."""
         kept = {key: getattr(self, key) for key in KEYS if key not in ("adapter", "members")}
@@ -104,13 +99,13 @@ def misfits(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if kind == "moving":
         yield from _misfits_of_moving(values["every"], values["mixing"])
     if kind == "several":
-        yield from _misfits_of_several(values)
+        yield from _misfits_of_several(*(values.get(key) for key in ("members", "combine", "weights", "clip")))
 
 
 def _misfits_of_moving(every: Any, mixing: Any) -> Iterator[tuple[str, str]]:
     if type(every) is not int or every < 1:
         yield "every", f"is {every!r}; it is a number of optimiser steps, 1 or more (TR-DPO copies every 256 to 512)"
-    if not _is_number(mixing) or not 0 < mixing <= 1:
+    if not is_number(mixing) or not 0 < mixing <= 1:
         yield (
             "mixing",
             f"is {mixing!r}; it is the policy's share of the moved reference, above 0 to 1 (a copy); TR-DPO averages"
@@ -118,8 +113,7 @@ def _misfits_of_moving(every: Any, mixing: Any) -> Iterator[tuple[str, str]]:
         )
 
 
-def _misfits_of_several(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    members, combine, weights, clip = (_of(values, key) for key in ("members", "combine", "weights", "clip"))
+def _misfits_of_several(members: Any, combine: Any, weights: Any, clip: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(members, list | tuple) or len(members) < 2 or not all(isinstance(m, str) and m for m in members):
         yield "members", f"is {members!r}; kind: several needs two or more of: {BASE}, or an adapter's folder"
         return
@@ -132,7 +126,7 @@ def _misfits_of_several(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "weights", "adaptive ones belong to combine: harmonic; give the geometric mean a number for each member"
     elif weights != ADAPTIVE:
         yield from _misfits_of_weights(weights, members)
-    if combine == "harmonic" and (not _is_number(clip) or clip <= 0):
+    if combine == "harmonic" and (not is_number(clip) or clip <= 0):
         yield (
             "clip",
             f"is {clip!r}; it is a number above 0, the share by which other members' log-probs may differ from the"
@@ -141,7 +135,7 @@ def _misfits_of_several(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _misfits_of_weights(weights: Any, members: Sequence[str]) -> Iterator[tuple[str, str]]:
-    numbers = isinstance(weights, list | tuple) and all(_is_number(weight) and weight > 0 for weight in weights)
+    numbers = isinstance(weights, list | tuple) and all(is_number(weight) and weight > 0 for weight in weights)
     if not numbers or len(weights) != len(members) or abs(sum(weights) - 1) > 1e-6:
         yield "weights", f"are {weights!r}; give {len(members)} numbers above 0 that sum to 1, a member each"
 
@@ -168,11 +162,3 @@ def refusals(values: Mapping[str, Any], entry: Any) -> Iterable[tuple[str, str]]
             "harmonic is made of the two whole answers of a pair, and this objective weighs tokens or compares further"
             " answers: use combine: geometric",
         )
-
-
-def _of(values: Mapping[str, Any], key: str) -> Any:
-    return values.get(key)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

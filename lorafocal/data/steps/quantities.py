@@ -14,11 +14,11 @@ is still the one that was scored; where the answers have been exchanged since, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorafocal.bounds import is_number
 from lorafocal.data.forms import Side
 from lorafocal.data.hygiene import where as place_of
 from lorafocal.data.leave_out import digest as stamp_of
@@ -93,7 +93,7 @@ def _reader(name: str, path: Path, where: str) -> Callable[[Preference, Mapping[
         numbers: list[float] = []
         for column in columns:
             number = row.get(column)
-            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            if not is_number(number):
                 raise InputError(
                     f"{where}.scores: {path} gives {number!r} for {column} of {printable(pair.id)!r}, and {name} is"
                     f" made of it; {_ASK[name]}"
