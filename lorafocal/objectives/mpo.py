@@ -26,8 +26,9 @@ def mpo(
     """
     answers = Sets.of(policy, reference, scores, others, beta=beta)
     above = answers.scores - answers.mean(answers.scores)[answers.pair]
-    best = answers.largest(answers.scores)[answers.pair]
-    good = (above > 0) | (answers.scores >= best)  # the mean may round to the best
+    best, worst = answers.largest(answers.scores)[answers.pair], -answers.largest(-answers.scores)[answers.pair]
+    # The mean of nearly equal scores may round to the best of them, or beyond the worst.
+    good = ((above > 0) & (answers.scores > worst)) | (answers.scores >= best)
     terms = answers.rewards + (alpha * above).to(answers.rewards)
     log_odds = answers.logsumexp(terms.masked_fill(~good, -torch.inf)) - answers.logsumexp(
         terms.masked_fill(good, -torch.inf)

@@ -157,6 +157,14 @@ def sppo_hard(x: Pair, beta: Decimal) -> Value:
     return sppo(replace(x, s_w=ONE, s_l=ZERO), beta)
 
 
+def orpo(x: Pair, lambda_: Decimal) -> Value:
+    """Hong et al. 2024 (arXiv 2403.07691), Eq. 6 and 7: the chosen answer's NLL and lambda times -log sigma of the log
+    of the odds ratio, where P is an answer's probability a token and odds(P) = P / (1 - P)."""
+    p_w, p_l = (x.a_w / x.n_w).exp(), (x.a_l / x.n_l).exp()
+    ratio = (p_w / (ONE - p_w)) / (p_l / (ONE - p_l))
+    return Value(-p_w.ln() - lambda_ * sigma(ratio.ln()).ln(), None, (lambda_ * p_w.ln(), lambda_ * p_l.ln()))
+
+
 # ---- by a judge's scores ---------------------------------------------------------------------------------------------
 
 
@@ -206,6 +214,7 @@ OTHERS: dict[str, Callable[..., Value]] = {
     "repo": repo,
     "ipo": ipo,
     "ipo-sum": ipo_sum,
+    "orpo": orpo,
     "sppo": sppo,
     "sppo-hard": sppo_hard,
     "reward-aware-squared": reward_aware(lambda z, target: (z - target) ** 2),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from typing import Any
 
-from tests.objectives.oracles import DIGITS, ONE, STEP, Pair, cross_entropy, dpo, simpo
+from tests.objectives.oracles import DIGITS, ONE, STEP, Pair, cross_entropy, dpo, sigma, simpo
 
 Numbers = list[Decimal]
 Answer = tuple[Decimal, Decimal, Decimal]  # log-prob under policy and reference, score
@@ -34,6 +34,28 @@ def _mean(numbers: Sequence[Decimal]) -> Decimal:
 
 def _losses(pairs: Sequence[Pair], beta: Decimal) -> Numbers:
     return [dpo(pair, beta).loss for pair in pairs]
+
+
+def kto(
+    pairs: Sequence[Pair],
+    told: Told,
+    before: Any,
+    beta: Decimal,
+    desirable_weight: Decimal,
+    undesirable_weight: Decimal,
+) -> tuple[Numbers, Any]:
+    """Ethayarajh et al. 2024 (arXiv 2402.01306), Eq. 7: lambda_y - v, v = lambda_D sigma(beta (D - z_0)) of a desirable
+    answer and lambda_U sigma(beta (z_0 - D)) of an undesirable one, over both answers of every pair. By its authors'
+    first release z_0 is held, max(0, the mean D of the step's answers of the other kind)."""
+    held = [pair.frozen.logratios for pair in pairs]
+    of_rejected, of_chosen = (max(Decimal(0), _mean([both[side] for both in held])) for side in (1, 0))
+    losses = []
+    for pair in pairs:
+        won, lost = pair.logratios
+        desirable = desirable_weight - desirable_weight * sigma(beta * (won - of_rejected))
+        undesirable = undesirable_weight - undesirable_weight * sigma(beta * (of_chosen - lost))
+        losses.append(_mean([desirable, undesirable]))
+    return losses, None
 
 
 def dr_dpo(pairs: Sequence[Pair], told: Told, before: Any, beta: Decimal, beta_prime: Decimal) -> tuple[Numbers, Any]:
@@ -192,6 +214,7 @@ def exo_reward(
 
 
 OBJECTIVES: dict[str, Callable[..., tuple[Numbers, Any]]] = {
+    "kto": kto,
     "dr-dpo": dr_dpo,
     "beta-dpo": beta_dpo,
     "gamma-po": gamma_po,

@@ -18,7 +18,14 @@ from torch.autograd.gradcheck import GradcheckError
 from lorafocal.errors import InputError
 from lorafocal.objectives import OBJECTIVES, PairLogps, PairLosses, build_objective
 from lorafocal.objectives.objective import Objective
-from tests.objectives import oracles
+from tests.objectives import (
+    oracles,
+    oracles_of_answers,
+    oracles_of_pairs,
+    oracles_of_steps,
+    oracles_of_tokens,
+    oracles_of_vocabulary,
+)
 from tests.objectives.batch import Batch, close, slopes
 from tests.objectives.oracles import FACTORS, FOCAL, WRAPPABLE
 
@@ -79,6 +86,14 @@ BATCH = Batch(6)
 def test_every_loss_of_log_odds_has_its_oracle() -> None:
     """Those of other families have files of their own beside this one."""
     assert {name for name, _ in CASES} == set(oracles.NAMES) <= OBJECTIVES.keys()
+
+
+def test_every_objective_of_the_registry_has_an_oracle() -> None:
+    """MODPO's is held in test_guided.py, SFT's in test_oracles_of_pairs.py, where tests of their own ask for them."""
+    found = {*oracles.NAMES, *oracles_of_pairs.NAMES, "modpo", "sft"}
+    for family in (oracles_of_steps.OBJECTIVES, *(of.LOSSES for of in (oracles_of_answers, oracles_of_tokens))):
+        found |= family.keys()
+    assert found | oracles_of_vocabulary.LOSSES.keys() == OBJECTIVES.keys()
 
 
 # ---- the printed equations -------------------------------------------------------------------------------------------

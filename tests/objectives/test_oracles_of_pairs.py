@@ -49,6 +49,8 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("ipo", {"tau": 0.1}),
     ("ipo", {"tau": 2.0}),
     ("ipo-sum", {"tau": 0.1}),
+    ("orpo", {"lambda_": 0.1}),
+    ("orpo", {"lambda_": 2.0}),
     ("sppo", {"beta": 1e-3}),
     ("sppo", {"beta": 0.2}),
     ("sppo-hard", {"beta": 1e-3}),
@@ -112,6 +114,14 @@ def test_value_slopes_log_odds_and_rewards_are_the_paper_s(name: str, parameters
         gradients = [oracles.slopes(name, pair, focal, **parameters) for pair in BATCH.pairs]
         for slope, exact in zip(slopes(out, policy), zip(*gradients, strict=True), strict=True):
             close(slope, exact, rtol=1e-10)
+
+
+def test_sft_is_the_chosen_answer_s_nats_a_token() -> None:
+    policy = BATCH.policy()
+    losses = BATCH(build_objective("sft"), policy).losses
+    close(losses, [-x.a_w / x.n_w for x in BATCH.pairs])
+    [slope] = torch.autograd.grad(losses.sum(), [policy.chosen])
+    close(slope, [-1 / x.n_w for x in BATCH.pairs])
 
 
 # ---- far out ---------------------------------------------------------------------------------------------------------
