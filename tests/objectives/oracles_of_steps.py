@@ -189,12 +189,13 @@ def relative_dpo_diagonal(
 
 
 def mpo(pairs: Sequence[Pair], told: Told, before: Any, beta: Decimal, alpha: Decimal) -> tuple[Numbers, Any]:
-    """Gupta et al. 2024 (arXiv 2412.04628): -log of the good answers' share of sum w pi^beta / pi_ref^beta."""
+    """Gupta et al. 2024 (arXiv 2412.04628): -log of the good answers' share of sum w pi^beta / pi_ref^beta, with w
+    exp(alpha dS) of a good answer and exp(-alpha dS) of a bad one, dS its score less the mean."""
     losses = []
     for pair, others in zip(pairs, told.others, strict=True):
         answers = [(pair.a_w, pair.b_w, pair.s_w), (pair.a_l, pair.b_l, pair.s_l), *others]
         mean = _mean([score for *_, score in answers])
-        parts = [((alpha * (s - mean)).exp() * (beta * (a - b)).exp(), s > mean) for a, b, s in answers]
+        parts = [((alpha * abs(s - mean)).exp() * (beta * (a - b)).exp(), s > mean) for a, b, s in answers]
         losses.append(-(sum(part for part, good in parts if good) / sum(part for part, _ in parts)).ln())
     return losses, None
 

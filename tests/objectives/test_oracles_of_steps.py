@@ -189,7 +189,7 @@ def test_gamma_simpo_of_a_large_tau_is_simpo_and_mpo_of_two_answers_is_dpo() -> 
     torch.testing.assert_close(even.losses, simpo.losses, rtol=1e-9, atol=0)
     nobody = OtherAnswers(*(column[:0] for column in of.others))  # type: ignore[union-attr, arg-type, index]
     for others in (None, nobody):
-        two = build_objective("mpo", beta=0.4, alpha=0.0).of(replace(of, others=others))
+        two = build_objective("mpo", beta=0.4, alpha=2.0).of(replace(of, others=others))
         torch.testing.assert_close(two.losses, build_objective("dpo", beta=0.4).of(of).losses, rtol=1e-12, atol=1e-15)
 
 

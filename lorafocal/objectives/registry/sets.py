@@ -12,7 +12,7 @@ SETS: dict[str, Entry] = {
             "alpha": Parameter(
                 1.0,
                 bounds.at_least_zero("alpha", "0 weighs all answers alike; its scale is the judge's"),
-                "what a score above or below the mean adds to an answer's log-weight; 0 weighs all alike",
+                "what a point from the mean score, up or down, adds to an answer's log-weight; 0 weighs all alike",
                 stated=True,
             ),
         },
