@@ -15,7 +15,8 @@ def worst_groups(losses: Tensor, *, groups: Tensor, num_groups: int, state: Mapp
 
     q_g grows with exp(eta L_g) each step, this one included, from 1/G on, and sums to 1 over all G groups; it is no
     part of the gradient. `state` has it as `log_weights`, (G,). A group without pairs in the step has L_g = 0.
-    Source: Ramesh et al. 2024, arXiv:2405.20304, Algorithm 1, with the authors' code (GR-DPO).
+    Source: Ramesh et al. 2024, arXiv:2405.20304, Algorithm 1, with the authors' code (GR-DPO), whose `eta` is of losses
+    summed over the batch and over the group's share of the data, unless `divide_by_totalcount` is off: as here.
     """
     counts = torch.bincount(groups, minlength=num_groups)
     means = losses.new_zeros(num_groups).index_add(0, groups, losses) / counts.clamp(min=1)

@@ -8,7 +8,7 @@ from lorafocal.objectives.entry import BETA, IMPLICIT, Entry, Parameter
 TAU = Parameter(
     10.0,
     bounds.above_zero("tau", "its recipes have 10 and 20, and 3 for one model"),
-    "how evenly targets are shared out; inf is one target for all",
+    "how evenly targets are shared out; the larger, the more alike",
 )
 
 STEPS: dict[str, Entry] = {
@@ -34,8 +34,8 @@ STEPS: dict[str, Entry] = {
             "beta": BETA,
             "beta_prime": Parameter(
                 1.0,
-                bounds.above_zero("beta_prime", "the paper uses 1"),
-                "nats of loss that pairs are told apart by; inf is DPO",
+                bounds.above_zero("beta_prime", "the paper uses 1, and 1e9 is DPO"),
+                "nats of loss that pairs are told apart by; a large one is DPO",
             ),
         },
         odds=IMPLICIT,
@@ -106,7 +106,9 @@ STEPS: dict[str, Entry] = {
             "beta": BETA,
             "eta": Parameter(
                 0.01,
-                bounds.at_least_zero("eta", "0 weighs groups alike; the paper's own code has 0.01"),
+                bounds.at_least_zero(
+                    "eta", "0 weighs groups alike; the paper's own code has 0.01 for losses summed over a batch"
+                ),
                 "rate at which badly learnt groups gain weight; 0 weighs all alike",
             ),
         },
