@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lorafocal.objectives.inputs import OF_BOTH, OF_PAIRS, OtherAnswers, PairInputs, PairLogps, PairScores
 
-_OF_PAIRS = tuple(spec.name for spec in fields(PairInputs) if spec.name not in ("others", "num_groups"))
-_OF_ANSWERS = OtherAnswers._fields
+_PAIR_COLUMNS = tuple(spec.name for spec in fields(PairInputs) if spec.name not in ("others", "num_groups"))
+_ANSWER_COLUMNS = OtherAnswers._fields
 _WHOLE_NUMBERS = ("lengths", "groups", "pair")
 
 
@@ -25,18 +25,19 @@ class Gathered(NamedTuple):
     first_answer: int  # of the further ones
 
 
-def of_all_ranks(ours: PairInputs | None, num_groups: int | None, device: torch.device) -> Gathered:
+def all_pairs(ours: PairInputs | None, num_groups: int | None, device: torch.device) -> Gathered:
     """Collective: the pairs of all ranks behind one another by rank; None is what a rank without any has.
 
     Ranks with pairs know things of the same kinds of them; one without learns here which these are.
     """
     pairs, answers = ({}, {}) if ours is None else (_columns_of_pairs(ours), _columns_of_answers(ours.others))
     num_pairs, num_answers = _rows(pairs), _rows(answers)
-    widths = [_width(pairs.get(name)) for name in _OF_PAIRS] + [_width(answers.get(name)) for name in _OF_ANSWERS]
+    widths = [_width(pairs.get(name)) for name in _PAIR_COLUMNS]
+    widths += [_width(answers.get(name)) for name in _ANSWER_COLUMNS]
     header = _of_all(torch.tensor([num_pairs, num_answers, *widths], device=device))
     widths = header[:, 2:].amax(0).tolist()
-    of_pairs = dict(zip(_OF_PAIRS, widths[: len(_OF_PAIRS)], strict=True))
-    of_answers = dict(zip(_OF_ANSWERS, widths[len(_OF_PAIRS) :], strict=True))
+    of_pairs = dict(zip(_PAIR_COLUMNS, widths[: len(_PAIR_COLUMNS)], strict=True))
+    of_answers = dict(zip(_ANSWER_COLUMNS, widths[len(_PAIR_COLUMNS) :], strict=True))
     counts, rank = header[:, :2].tolist(), _rank()
     first_pair, first_answer = (sum(side[:rank]) for side in zip(*counts, strict=True))
     if "pair" in answers:
@@ -45,7 +46,8 @@ def of_all_ranks(ours: PairInputs | None, num_groups: int | None, device: torch.
     sides = zip(tables, zip(*counts, strict=True), strict=True)
     of_each, of_each_other = (_rows_of_all(table, numbers) for table, numbers in sides)
     every_pair, every_answer = _split(of_each, of_pairs), _split(of_each_other, of_answers)
-    others = OtherAnswers(**dict.fromkeys(_OF_ANSWERS) | every_answer) if every_answer else None  # type: ignore[arg-type]
+    every_column: dict[str, Any] = dict.fromkeys(_ANSWER_COLUMNS) | every_answer
+    others = OtherAnswers(**every_column) if every_answer else None
     return Gathered(_inputs(every_pair, others, num_groups), first_pair, first_answer)
 
 
@@ -54,7 +56,7 @@ def of_all_ranks(ours: PairInputs | None, num_groups: int | None, device: torch.
 
 def _columns_of_pairs(inputs: PairInputs) -> dict[str, Tensor]:
     """(B, k) each, k numbers of a pair."""
-    return {name: _column(name, value) for name in _OF_PAIRS if (value := getattr(inputs, name)) is not None}
+    return {name: _column(name, value) for name in _PAIR_COLUMNS if (value := getattr(inputs, name)) is not None}
 
 
 def _column(name: str, value: Any) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafocal.gathered import of_all_ranks
+from lorafocal.gathered import all_pairs
 from lorafocal.objectives import Objective, PairInputs, PairLogps, PairLosses
 from lorafocal.objectives.inputs import joined
 
@@ -53,7 +53,7 @@ def shared_out(
 
     The objective is computed on every rank, of the same numbers in the same order: in float64.
     """
-    step = of_all_ranks(joined(packs) if packs else None, num_groups, device)
+    step = all_pairs(joined(packs) if packs else None, num_groups, device)
     leaves, others = PairLogps(*map(_leaf, step.inputs.policy)), step.inputs.others
     towards = [*leaves]
     if others is not None:

@@ -67,7 +67,7 @@ def _off(saved: SavedAdapter) -> str:
     return f"the base {name}{held}{inside}"
 
 
-_OTHERS = {
+_COMPARED_WITH = {
     "frozen_copy": "the adapter's start",
     "separate_model": "another model",
     "adapter": "a finished adapter",
@@ -84,12 +84,10 @@ def _reference_notes(lineage: Lineage | None) -> tuple[str, ...]:
         return (
             f"the adapter went on from {lineage.start}, so with the adapter off that is off too: the base alone speaks",
         )
-    compared = _OTHERS.get(str(lineage.reference_kind))
-    return (
-        ()
-        if compared is None
-        else (f"training compared with {compared}, not with the base, which is what speaks with the adapter off",)
-    )
+    compared = _COMPARED_WITH.get(str(lineage.reference_kind))
+    if compared is None:
+        return ()
+    return (f"training compared with {compared}, not with the base, which is what speaks with the adapter off",)
 
 
 def _spoken(speech: Speech) -> tuple[str, ...]:

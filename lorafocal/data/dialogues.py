@@ -85,8 +85,10 @@ def _pieces(
     pieces: list[str] = []
     written, told = "", 0  # the text so far, and the messages in it
     for messages, asked, full in turns:
-        if isinstance(asked, Fault) or isinstance(full, Fault):
-            return asked if isinstance(asked, Fault) else full  # type: ignore[return-value]
+        if isinstance(asked, Fault):
+            return asked
+        if isinstance(full, Fault):
+            return full
         if not extends(asked, written):
             return Fault("turn_rewritten", _difference(written, asked))
         between = asked[len(written) :]

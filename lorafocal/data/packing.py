@@ -7,7 +7,7 @@ Nothing downstream shifts, masks or knows the layout.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import NamedTuple, Self
@@ -43,6 +43,11 @@ class PackedOthers(NamedTuple):
     pair: Tensor  # (M,) int64: whose prompt each answers, never falling
     scores: Tensor | None  # (M,) float64, a judge's
     reference: Tensor | None  # (M,) float64: summed log-probs in nats, as they were looked up
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same with each tensor moved by `move`."""
+        scores, reference = (None if of is None else move(of) for of in (self.scores, self.reference))
+        return self._replace(pair=move(self.pair), scores=scores, reference=reference)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,7 @@ class Pack:
             reference=self.reference and PairLogps(*map(move, self.reference)),
             reference_tokens=moved(self.reference_tokens),
             scores=self.scores and PairScores(*map(move, self.scores)),
-            others=self.others and PackedOthers(*map(moved, self.others)),  # type: ignore[arg-type]  # pair is there
+            others=self.others and self.others.moved(move),
             groups=moved(self.groups),
             embeddings=moved(self.embeddings),
             turns=moved(self.turns),

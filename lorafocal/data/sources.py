@@ -219,8 +219,7 @@ def read_row(values: Any, place: Place, reading: Reading) -> tuple[list[Preferen
     sides = with_system(read_sides(row, form), row)
     scores = read_scores(row) if named_scores(row) else judged_scores(row, *sides[1:])
     more = read_columns(row, sides)
-    told = {"place": str(place), "others": more.others, "group": more.group, "embedding": more.embedding}
-    preference = Preference(*sides, read_id(row), *scores, **told)  # type: ignore[arg-type]
+    preference = Preference(*sides, read_id(row), *scores, str(place), more.others, more.group, more.embedding)
     return [preference], form.name
 
 

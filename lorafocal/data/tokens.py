@@ -355,10 +355,13 @@ def tokenized_dialogue(
     preference: Preference, text: DialogueTexts, ids: Mapping[Side, SideIds], encoder: Encoder
 ) -> Fault | tuple[TokenizedPair, bool]:
     """The pair of a preference with completions of several turns."""
-    found = [dialogue_ids(text.prompt, pieces, ids, encoder) for pieces in text.completions]
-    if fault := next((side for side in found if isinstance(side, Fault)), None):
-        return fault
-    (chosen, chosen_turns), (rejected, rejected_turns) = found  # type: ignore[misc]
+    sides = []
+    for pieces in text.completions:
+        found = dialogue_ids(text.prompt, pieces, ids, encoder)
+        if isinstance(found, Fault):
+            return found
+        sides.append(found)
+    (chosen, chosen_turns), (rejected, rejected_turns) = sides
     if encoder.forges(text.prompt, chosen.prompt_ids):
         return Fault("control_tokens")
     check_one_bos(chosen.prompt_ids, preference.place or preference.id, encoder.tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lorafocal.objectives.inputs import PairLogps
-from lorafocal.objectives.pairwise import dpo_loss, widen
+from lorafocal.objectives.pairwise import dpo_loss, rewards, widen
 
 
 def regulariser(policy: PairLogps, *, beta: float, eta: float) -> Tensor:
@@ -21,4 +21,5 @@ def anchored(policy: PairLogps, reference: PairLogps, *, beta: float, anchor: fl
 
     Source: Wang et al. 2024, arXiv:2406.11839, without the term of images.
     """
-    return dpo_loss(beta * (widen(policy.chosen) - widen(reference.chosen)) - anchor)
+    chosen, _ = rewards(policy, reference, beta=beta)
+    return dpo_loss(chosen - anchor)

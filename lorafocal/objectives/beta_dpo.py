@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafocal.objectives.inputs import PairLogps
-from lorafocal.objectives.pairwise import Odds, Over, rewards, widen
+from lorafocal.objectives.pairwise import Odds, Over, implicit, rewards
 
 _LEAST_BETA = 1e-3  # as the authors clamp
 _NONE = 1e-12  # nats: below, margins do not vary, as at a run's start
@@ -39,7 +39,7 @@ def log_odds(
     it is judged by them: they begin at 0, and keep a share of `momentum` each step.
     Source: Wu et al. 2024, arXiv:2407.08639, with the authors' code: h without a scale, in nats.
     """
-    margin = _margins(policy, reference)
+    margin = implicit(policy, reference, beta=1.0).log_odds
     step = _step(margin.detach(), draws, state, beta, sensitivity, filtered_share, momentum)
     return Odds(step.beta.to(margin) * margin, *rewards(policy, reference, beta=beta), step.state)
 
@@ -55,14 +55,9 @@ def of_kept(
     momentum: float,
 ) -> Over:
     """Losses of the kept pairs, scaled up so that the step's mean is theirs; 0 for the others, (B,)."""
-    margin = _margins(policy, reference).detach()
+    margin = implicit(policy, reference, beta=1.0).log_odds.detach()
     kept = _step(margin, draws, state, 1.0, 0.0, filtered_share, momentum).kept
     return Over(torch.where(kept, losses, 0.0) * (len(losses) / kept.sum().to(losses)))
-
-
-def _margins(policy: PairLogps, reference: PairLogps) -> Tensor:
-    chosen, rejected = (widen(ours) - widen(theirs) for ours, theirs in zip(policy, reference, strict=True))
-    return chosen - rejected
 
 
 def _step(

@@ -86,5 +86,5 @@ def _joined_others(parts: Sequence[OtherAnswers | None], pairs: Sequence[int]) -
     """Of packs of so many pairs each; one may have no further answers."""
     moved = [part._replace(pair=part.pair + sum(pairs[:n])) for n, part in enumerate(parts) if part is not None]
     columns = zip(*moved, strict=True)
-    joint = [None if column[0] is None else torch.cat(column) for column in columns]
-    return OtherAnswers(*joint) if joint else None  # type: ignore[arg-type]
+    joint: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return OtherAnswers(*joint) if joint else None

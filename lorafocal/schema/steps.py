@@ -141,9 +141,10 @@ class Step(Section):
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @property
-    def settings(self) -> Any:
+    def settings(self) -> Pairs | Select | Order | Chunk | Flip:
         """The section under that key."""
-        return getattr(self, self.name)
+        found: Pairs | Select | Order | Chunk | Flip = getattr(self, self.name)
+        return found
 
     @model_validator(mode="after")
     def _one_key(self) -> Step:

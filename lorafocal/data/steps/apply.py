@@ -9,7 +9,7 @@ from lorafocal.data.steps.chunk import chunk
 from lorafocal.data.steps.flip import flip
 from lorafocal.data.steps.outcome import Outcome, StepDone, ids_sha256
 from lorafocal.data.steps.select import order, select
-from lorafocal.schema.steps import Step, keeps_order
+from lorafocal.schema.steps import Chunk, Order, Pairs, Select, Step, keeps_order
 
 
 def apply_steps(
@@ -31,15 +31,13 @@ def apply_steps(
 
 
 def _outcome(step: Step, pairs: list[Preference], where: str, *, ordered: bool) -> Outcome:
-    if step.pairs is not None:
-        return Outcome(pairs, f"{step.pairs.of} of each row's answers")
-    if step.select is not None:
-        return select(pairs, step.select, where)
-    if step.order is not None:
-        return order(pairs, step.order, where)
-    if step.chunk is not None:
-        parts = step.chunk
-        return chunk(pairs, take=parts.take, of=parts.of, seed=parts.seed, ordered=ordered, where=where)
-    noise = step.flip
-    assert noise is not None
-    return flip(pairs, share=noise.share, seed=noise.seed, scores=noise.scores, where=where)
+    settings = step.settings
+    if isinstance(settings, Pairs):
+        return Outcome(pairs, f"{settings.of} of each row's answers")
+    if isinstance(settings, Select):
+        return select(pairs, settings, where)
+    if isinstance(settings, Order):
+        return order(pairs, settings, where)
+    if isinstance(settings, Chunk):
+        return chunk(pairs, take=settings.take, of=settings.of, seed=settings.seed, ordered=ordered, where=where)
+    return flip(pairs, share=settings.share, seed=settings.seed, scores=settings.scores, where=where)
