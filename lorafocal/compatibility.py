@@ -268,8 +268,8 @@ RULES: tuple[Rule, ...] = (
         "averaged-dora",
         "reference",
         lambda cell: cell.adapter & {"dora"} if cell.reference == "moving-soft" else (),
-        "{found} scales the rows of the changed weight, and the average of two such weights is none of their kind, nor"
-        " a change of low rank",
+        "with {found}, the rows of the changed weight are scaled, and the average of two such weights is neither of"
+        " their kind nor a change of low rank",
         "let the reference be a copy each time (`reference.mixing: 1.0`), or use LoRA without DoRA",
     ),
     Rule(
