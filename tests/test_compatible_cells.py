@@ -1,7 +1,7 @@
 """The cells that must train: each one run through the trainer, its last step held against PEFT's own forward.
 
 The twin (tests/peft_twin.py) says in float64 what the step is, and in the base's own dtype how far rounding alone takes
-a right implementation from that: ours may be twice as far, since it rounds in another order.
+a right implementation from that: ours may be three times as far, since it rounds in another order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.tiny import lora, pairs, relative_difference, tiny_base, trainer
 
 pytestmark = pytest.mark.slow  # many small runs
 
-FURTHER = 2  # than the twin in the base's own dtype
+FURTHER = 3  # than the twin in the base's own dtype; where the CPU multiplies in bf16 itself it was 2.2
 STEPS = 3
 PAIRS = pairs(4)
 ADAPTERS = {"lora": lora, "rslora": partial(lora, use_rslora=True), "dora": partial(lora, use_dora=True)}

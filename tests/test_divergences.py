@@ -58,7 +58,8 @@ def test_families_hand_through_what_their_head_returns(family: str) -> None:
     with torch.no_grad(), AdapterSwitch(plain).off():
         before = logits(plain)
     expected = by_hand(now, before)
-    torch.testing.assert_close(found.divergences, expected, rtol=1e-9, atol=1e-11)
+    rtol = 1e-5 if family == "gemma2" else 1e-9  # its own attention takes softmax in fp32
+    torch.testing.assert_close(found.divergences, expected, rtol=rtol, atol=1e-2 * rtol)
     assert (found.divergences > 0).all()
     torch.testing.assert_close(found.logps, token_logps(ours, pack), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.reference, DisabledAdapterReference(ours).token_logps(pack), rtol=1e-12, atol=0)

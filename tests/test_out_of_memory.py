@@ -87,9 +87,9 @@ def test_a_step_that_ran_out_is_done_again_with_the_same_result(tmp_path, monkey
     for number in (0, PACKS - 1):
         run = made(tmp_path)
         if where == "policy":
-            monkeypatch.setattr(comparison, "sequence_logps", breaking := RunsOut(comparison.sequence_logps, number))
+            monkeypatch.setattr(comparison, "token_logps", breaking := RunsOut(comparison.token_logps, number))
         elif where == "reference":
-            monkeypatch.setattr(reference, "sequence_logps", breaking := RunsOut(reference.sequence_logps, number))
+            monkeypatch.setattr(reference, "token_logps", breaking := RunsOut(reference.token_logps, number))
         else:
             breaking = RunsOut(run.engine.backward, number, after="after" in where)
             monkeypatch.setattr(run.engine, "backward", breaking)
@@ -145,14 +145,14 @@ def test_it_shrinks_until_the_step_fits_and_stays_small(tmp_path, monkeypatch, u
     run, longest = made(tmp_path), max(pair.shared_length for pair in DATA)
     rows: list[int] = []
 
-    def limited(model: Any, pack: Any) -> Any:
+    def limited(model: Any, pack: Any, *more: Any) -> Any:
         rows.append(pack.num_rows)
         if pack.num_rows > longest + 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sequence_logps(model, pack)
+        return token_logps(model, pack, *more)
 
-    sequence_logps = comparison.sequence_logps
-    monkeypatch.setattr(comparison, "sequence_logps", limited)
+    token_logps = comparison.token_logps
+    monkeypatch.setattr(comparison, "token_logps", limited)
     check_same(step_of(run), uninterrupted)
     before = len(rows)
     step_of(run)
@@ -166,7 +166,7 @@ def test_a_whole_run_with_evaluations_is_the_uninterrupted_one(tmp_path, monkeyp
     for at in (None, 2, 9, 21):
         run = made(tmp_path / str(at), **settings)
         if at is not None:
-            monkeypatch.setattr(comparison, "sequence_logps", RunsOut(comparison.sequence_logps, at))
+            monkeypatch.setattr(comparison, "token_logps", RunsOut(comparison.token_logps, at))
         run.train()
         monkeypatch.undo()
         logs.append([{k: v for k, v in entry.items() if k not in TIMED} for entry in run.state.log_history])
@@ -181,7 +181,7 @@ def test_evaluation_is_done_again_too(tmp_path, monkeypatch):
     table = (tmp_path / "whole" / "evaluations" / "step-0.jsonl").read_text()
     for name, module in (("policy", comparison), ("reference", reference)):
         run = made(tmp_path / name)
-        monkeypatch.setattr(module, "sequence_logps", breaking := RunsOut(module.sequence_logps, 1))
+        monkeypatch.setattr(module, "token_logps", breaking := RunsOut(module.token_logps, 1))
         found = run.evaluate()
         monkeypatch.undo()
         assert breaking.calls > 3
@@ -198,7 +198,7 @@ def test_a_pair_that_does_not_fit_alone_is_refused_with_what_to_change(tmp_path,
     def never(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(comparison, "sequence_logps", never)
+    monkeypatch.setattr(comparison, "token_logps", never)
     with pytest.raises(InputError, match=r"the longest pair needs by itself: .*activation_checkpointing.*max_length"):
         step_of(run)
 
@@ -206,7 +206,7 @@ def test_a_pair_that_does_not_fit_alone_is_refused_with_what_to_change(tmp_path,
 def test_beyond_one_process_the_run_ends_and_says_how_to_go_on(tmp_path, monkeypatch):
     run = made(tmp_path)
     run._retry.engine = "zero3"
-    monkeypatch.setattr(comparison, "sequence_logps", RunsOut(comparison.sequence_logps, 0))
+    monkeypatch.setattr(comparison, "token_logps", RunsOut(comparison.token_logps, 0))
     with pytest.raises(InputError, match=r"process 0 \(zero3\): .*packing\.tokens: \d+`"):
         step_of(run)
 
@@ -225,6 +225,6 @@ def test_other_errors_pass_through(tmp_path, monkeypatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(comparison, "sequence_logps", broken)
+    monkeypatch.setattr(comparison, "token_logps", broken)
     with pytest.raises(RuntimeError, match="something else"):
         step_of(run)

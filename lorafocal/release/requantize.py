@@ -161,6 +161,9 @@ def _check_share(model: PreTrainedModel, form: str) -> None:
 def _measured(model: PreTrainedModel, merge: MergeReport, form: str) -> GateReport:
     """Log-probs as whoever loads the folder gets them; bitsandbytes says at each layer that int8 rounds its inputs."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # such a CPU would compute in bf16, as no GPU does
+            layer.support_avx512bf16_for_cpu = False
     evidence: GateEvidence = merge.evidence
     chosen = [verify.logp(model, [*p.prompt_ids], [*p.chosen_ids], p.chosen_turns) for p in evidence.pairs]
     rejected = [verify.logp(model, [*p.prompt_ids], [*p.rejected_ids], p.rejected_turns) for p in evidence.pairs]

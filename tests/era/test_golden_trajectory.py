@@ -42,11 +42,11 @@ class Noted(Comparison):
         self.losses: dict[str, float] = {}
         self.packs = 0
 
-    def __call__(self, model: Any, pack: Any, step: Any) -> Compared:
-        found = super().__call__(model, pack, step)
+    def __call__(self, model: Any, part: Any) -> Compared:
+        found = super().__call__(model, part)
         four = torch.stack([*found.policy, *found.reference], dim=-1)  # type: ignore[misc]
-        self.scored |= zip(pack.pair_ids, four.tolist(), strict=True)
-        self.losses |= zip(pack.pair_ids, found.losses.losses.tolist(), strict=True)
+        self.scored |= zip(part.pack.pair_ids, four.tolist(), strict=True)
+        self.losses |= zip(part.pack.pair_ids, found.losses.losses.tolist(), strict=True)
         self.packs += 1
         return found
 

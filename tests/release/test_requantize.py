@@ -62,6 +62,9 @@ def test_the_cost_is_measured_on_the_files_as_a_stranger_loads_them(
     assert report.merge is not None
     assert report.quantized is not None
     model = AutoModelForCausalLM.from_pretrained(run.folder / form, dtype=torch.float32).eval()
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes cannot repack layers as narrow as these
+            layer.support_avx512bf16_for_cpu = False
     evidence, cost = report.merge.evidence, report.quantized.after
     found = [
         verify.logp(model, list(pair.prompt_ids), list(answer))
