@@ -135,14 +135,15 @@ class Comparison:
         collisions = _room(pack) if entry.collisions else None
         tokens, divergences, before = self._tokens(model, pack, collisions)
         draws = self._draws(pack) if entry.draws else None
-        sums = told = sums_of(tokens, pack)
-        sums_before = told_before = before if before is None or not entry.divergences else sums_of(before, pack)
-        told_guide = None if guide is None else sums_of(guide, pack)
-        if self.objective.token_weights is not None:
-            weights = self._weights(pack, tokens, before, guide, draws)
+        weigh = self.objective.token_weights
+        sums, sums_before = sums_of(tokens, pack), before
+        if before is not None and (weigh is not None or entry.divergences):  # it is of tokens then
+            sums_before = sums_of(before, pack)
+        told, told_before, told_guide = sums, sums_before, None if guide is None else sums_of(guide, pack)
+        if weigh is not None:
+            weights = weigh(tokens.detach(), **_token_inputs(pack, before, guide, draws).asked()).detach().to(tokens)
             told = sums_of(tokens * weights, pack)
             told_before, told_guide = (None if of is None else sums_of(of * weights, pack) for of in (before, guide))
-            sums_before = None if before is None else sums_of(before, pack)
         inputs = PairInputs(
             policy=of_pairs(told, pack),
             reference=None if told_before is None else of_pairs(told_before, pack),
@@ -163,22 +164,6 @@ class Comparison:
         """Both passes of a step over its pack `place` meet the same dropout."""
         if self.noisy:
             torch.manual_seed(random.Random(f"lorafocal noise {self.seed} {self._number} {place}").getrandbits(63))
-
-    def _weights(
-        self, pack: Pack, tokens: Tensor, reference: Tensor | None, guide: Tensor | None, draws: Tensor | None
-    ) -> Tensor:
-        """What the objective weighs each completion token with, (N,), as wide as `tokens`."""
-        asked = TokenInputs(
-            sequence=pack.index.sequence,
-            lengths=pack.index.lengths,
-            reference_tokens=reference,
-            guide_tokens=guide,
-            differs=pack.differs,
-            turns=pack.turns,
-            draws=draws,
-        )
-        weights: Tensor = self.objective.token_weights(tokens.detach(), **asked.asked())  # type: ignore[misc]
-        return weights.detach().to(tokens)
 
     def _draws(self, pack: Pack) -> Tensor:
         """A random number a pair, (B,) float64, by seed, step and the pair's id."""
@@ -234,6 +219,18 @@ class Comparison:
 def _room(pack: Pack) -> Tensor:
     """For a number a completion token, (N,)."""
     return torch.empty(len(pack.index.labels), dtype=torch.float64, device=pack.input_ids.device)
+
+
+def _token_inputs(pack: Pack, reference: Tensor | None, guide: Tensor | None, draws: Tensor | None) -> TokenInputs:
+    return TokenInputs(
+        sequence=pack.index.sequence,
+        lengths=pack.index.lengths,
+        reference_tokens=reference,
+        guide_tokens=guide,
+        differs=pack.differs,
+        turns=pack.turns,
+        draws=draws,
+    )
 
 
 def _others(pack: Pack, sums: Tensor, reference: Tensor | None) -> OtherAnswers | None:

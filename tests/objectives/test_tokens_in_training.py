@@ -20,7 +20,7 @@ from lorafocal.data.turns import CONTEXT, scored, scored_turns
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_files, read_evaluation
 from lorafocal.model.adapters import AdapterSwitch
-from lorafocal.objectives import build_objective
+from lorafocal.objectives import build_objective, sampo
 from lorafocal.policy import plain_attention, prepare_policy, sequence_logps
 from lorafocal.reference import SeparateModelReference
 from lorafocal.store import Score, answers_of
@@ -129,7 +129,8 @@ def test_losses_and_gradients_are_the_definition_token_by_token_in_every_layout(
 def kept_of(compared: Comparison, pack: Pack) -> list[list[int]]:
     """The tokens of each pair's longer answer that SamPO's weights say were drawn."""
     zeros = torch.zeros(len(pack.index.labels))
-    rows = compared._weights(pack, zeros, None, None, compared._draws(pack)).split(pack.index.lengths.tolist())
+    lengths = pack.index.lengths
+    rows = sampo.weights(zeros, lengths=lengths, draws=compared._draws(pack)).split(lengths.tolist())
     both = zip(rows[: pack.num_pairs], rows[pack.num_pairs :], strict=True)
     return [max(sides, key=len).nonzero().flatten().tolist() for sides in both]
 
