@@ -23,7 +23,8 @@ def mpo(
     D is an answer's log-ratio, w = e^(alpha |score - mean score|) of the pair's answers, good is a score above the
     mean: answers far from the mean weigh more, very bad ones too. A pair without further answers has DPO's log-odds.
     Rewards are the pair's own.
-    Source: Gupta et al. 2024, arXiv:2412.04628. Its authors restate it in arXiv:2412.16378 with score - mean for all.
+    Source: Gupta et al. 2024, arXiv:2412.04628, the weight of bad answers by its words ("better or worse than the
+    average"): the printed one could not be read. Its authors restate it in arXiv:2412.16378 with score - mean for all.
     """
     answers = Sets.of(policy, reference, scores, others, beta=beta)
     above = answers.scores - answers.mean(answers.scores)[answers.pair]

@@ -19,7 +19,9 @@ from tests.tiny import SIZES, adapter_gradients, pairs, relative_difference
 pytestmark = pytest.mark.slow
 
 # They keep a softmax, a state, a router or their logits in fp32, whatever their dtype.
-ROUND_TO_FP32 = set("bloom codegen deepseek_v3 falcon_mamba glm4_moe gpt_neo gptj granitemoehybrid mamba mamba2 mpt".split())
+ROUND_TO_FP32 = set(
+    "bloom codegen deepseek_v3 falcon_mamba glm4_moe gpt_neo gptj granitemoehybrid mamba mamba2 mpt".split()
+)
 PACKED = sorted({*MUST_TRAIN_PACKED, *IMAGE_TEXT, "vaultgemma", "gpt_oss", "mixtral", "phi"} - {"paligemma"})
 
 
