@@ -16,6 +16,17 @@ STEP_OF = {
     **dict.fromkeys(["chunk.take", "chunk.of", "chunk.seed"], "{chunk: {take: 1, of: 3, seed: 5}}"),
     **dict.fromkeys(["flip.share", "flip.seed", "flip.scores"], "{flip: {share: 0.2, seed: 5, scores: stay}}"),
 }
+# Of `reference`: one in which the key has such a value.
+MEMBERS = "kind: several, members: [base, runs/dpo/adapter]"
+REFERENCE_OF = {
+    "adapter": "{kind: adapter, adapter: runs/dpo/adapter}",
+    "every": "{kind: moving, every: 7}",
+    "mixing": "{kind: moving, mixing: 0.6}",
+    "members": f"{{{MEMBERS}}}",
+    "combine": f"{{{MEMBERS}, combine: geometric}}",
+    "weights": f"{{{MEMBERS}, weights: [0.25, 0.75]}}",
+    "clip": f"{{{MEMBERS}, clip: 0.2}}",
+}
 
 # Where the annotation does not give it.
 OTHER_VALUES = {

@@ -26,7 +26,7 @@ from lorafocal.objectives import OBJECTIVES, PARAMETERS, python_name
 from lorafocal.schema import Evaluation
 from lorafocal.training_fields import RULES, installed_fields
 from lorafocal.yaml12 import dump_yaml
-from tests.config_values import OTHER_VALUES, STEP_OF
+from tests.config_values import OTHER_VALUES, REFERENCE_OF, STEP_OF
 
 VALUES: dict[str, Any] = {
     "name": "run",
@@ -58,6 +58,7 @@ ANOTHER_SOURCE = {
 }  # fmt: skip
 # Keys that need a second key beside them.
 HELD_OUT = "data={train: train.jsonl, held_out: 0.1}"
+GUIDED = {"name": "modpo", "beta": 0.1}
 TOGETHER = {
     "adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"],
     "adapter.start_from": ["adapter={start_from: runs/sft/adapter}", "reference.identity_probe=false"],
@@ -78,7 +79,9 @@ TOGETHER = {
     "reference.revision": [
         "reference={kind: separate_model, model: another, revision: 0123456789abcdef0123456789abcdef01234567}"
     ],
+    "reference.guide": [f"objective={json.dumps(GUIDED)}", "reference.guide=runs/guide/adapter"],
 }
+TOGETHER |= {f"reference.{key}": [f"reference={value}"] for key, value in REFERENCE_OF.items()}
 TOGETHER |= {f"data.steps.{key}": [f"data.steps=[{step}]"] for key, step in STEP_OF.items()}
 for key, value in {"every": 7, "count": 7, "max_new_tokens": 7, "temperature": 0.5}.items():
     TOGETHER[f"evaluation.{key}"] = [f"evaluation={json.dumps({'every': 9, 'rule': 'exact', key: value})}", HELD_OUT]
@@ -90,6 +93,8 @@ for name, entry in OBJECTIVES.items():
     stated = {key: of.default for key, of in entry.parameters.items() if of.stated}
     for key in entry.parameters.keys() - {"beta", "gamma"}:
         chosen = [f"objective={json.dumps({'name': name, **stated, key: 0.3})}"]
+        if entry.guide:
+            chosen.append("reference.guide=runs/guide/adapter")
         TOGETHER[f"objective.{key}"] = chosen if entry.reference else [*chosen, "reference=null"]
 for name, key in itertools.product(("train", "eval"), SOURCE_KEYS):
     source = {"path": f"{name}.jsonl"} | {key: ANOTHER_SOURCE[key]}
@@ -164,10 +169,20 @@ def test_every_key_changes_the_run(key: str, file: Path) -> None:
     assert (everything(before) == everything(after)) == (key in READ_BY_THE_RUN)
 
 
+@pytest.mark.parametrize("key", [*REFERENCE_OF, "guide"])
+def test_a_key_of_a_reference_reaches_the_trainer(key: str, file: Path) -> None:
+    """By itself: the kind that it belongs to is an effect of its own."""
+    config = load_config(file, TOGETHER[f"reference.{key}"])
+    said = getattr(config.reference, key)
+    assert said is not None
+    assert training_arguments(config)[f"reference_{key}"] == said
+
+
 @pytest.mark.row("32")
 @pytest.mark.parametrize("key", CHOICES)
 def test_a_key_with_choices_refuses_others(key: str, file: Path) -> None:
-    with pytest.raises(InputError, match=f"{key}: found 'another'"):
+    said = "'another' is not known; did you mean " if key == "objective.name" else "found 'another'"
+    with pytest.raises(InputError, match=f"{key}: {said}"):
         load_config(file, [f"{key}=another"])
 
 

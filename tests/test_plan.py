@@ -14,16 +14,18 @@ from lorafocal import memory
 from lorafocal.config import Config, check_config, load_config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths
+from lorafocal.objectives import OBJECTIVES
 from lorafocal.plan import plan
 from tests import plan_table
+from tests.test_configs import BASE, METHODS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-# Adapters of the paper's configs: one objective stands for all.
+# Adapters of the paper's configs: one objective stands for all. Methods are planned for a model that is put in.
 CONFIGS = [
     file
-    for file in sorted((ROOT / "configs").rglob("*.yaml"))
+    for file in sorted({*(ROOT / "configs").rglob("*.yaml")} - {*METHODS, BASE})
     if "\nname: " in file.read_text(encoding="utf-8")
     and (file.parts[-3:-1] not in (("paper", "lora"), ("paper", "qlora")) or "focalpo" in file.name)
 ]
@@ -37,18 +39,32 @@ def config(*overrides: str, file: Path = LORA) -> Config:
 
 
 @pytest.mark.row("37")
-def test_every_shipped_config_is_answered_at_once_without_torch():
-    """One that names an engine fits on 8 of some cards, any other on one of most."""
+def test_every_shipped_config_is_answered_at_once_without_torch(tmp_path):
+    """One that names an engine fits on 8 of some cards, any other on one of most.
+
+    That of a method names no model but a placeholder: it is asked for, and any folder or shape will do.
+    """
+    shape = config().model.shape
+    (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    model = [f"model.name={tmp_path}", "model.dtype=bfloat16"]
+    runs = [(str(file), []) for file in CONFIGS] + [(str(file), model) for file in METHODS]
     code = (
         "import sys\nfrom lorafocal.config import load_config\nfrom lorafocal.plan import plan\n"
-        f"for file in {[str(file) for file in CONFIGS]!r}:\n"
-        "    said = plan(load_config(file), None).table()\n"
+        f"for file, overrides in {runs!r}:\n"
+        "    said = plan(load_config(file, overrides), None).table()\n"
         "    assert said.count(' yes ') >= (4 if '8 GPUs of these' in said else 6), said\n"
         "    assert 'assumed:' in said\n"
         "assert not {'torch', 'transformers', 'datasets', 'bitsandbytes', 'deepspeed'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
     assert len(CONFIGS) >= 20
+    assert len(METHODS) >= len(OBJECTIVES)
+
+
+@pytest.mark.parametrize("file", [METHODS[0], METHODS[-1]], ids=lambda file: file.stem)
+def test_a_method_asks_for_the_model_that_its_placeholder_stands_for(file):
+    with pytest.raises(InputError, match=r"toy-base is no local folder .*model.shape"):
+        plan(load_config(file), None)
 
 
 @pytest.mark.row("37")

@@ -16,7 +16,8 @@ from lorafocal.provenance import INPUTS, check_same_inputs, config_of, reproduce
 from lorafocal.run import RunSummary
 from tests.toy_run import run_config, write_inputs
 
-DIGESTS = [path for path in INPUTS if path[0] not in ("reference_model", "start_from")]
+DIGESTS = [path for path in INPUTS if path[0] not in ("reference_model", "reference_adapters", "start_from")]
+ADAPTERS = [path for path in INPUTS if path[0] == "reference_adapters"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,21 @@ def test_other_models_and_adapters_to_start_from_are_refused_too(manifest: dict[
         for value in ({"sha256": "b" * 64}, None):
             with pytest.raises(InputError, match=rf"{key}\.sha256: aaaaaaaaaaaa\.\.\. -> (bbbbbbbbbbbb\.\.\.|none), "):
                 check_same_inputs(old, changed(manifest, (key,), value))
+
+
+@pytest.mark.row("58")
+@pytest.mark.parametrize("keys", ADAPTERS, ids=".".join)
+def test_other_adapters_of_a_reference_are_refused_by_name(manifest: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Each by itself: another one in its place, one missing, and a reference without any."""
+    digests = {name: name[0] * 64 for _, name in ADAPTERS}
+    old = changed(manifest, ("reference_adapters",), digests)
+    fewer = {name: digest for name, digest in digests.items() if name != keys[1]}
+    said = f"\n  {'.'.join(keys)}: {keys[1][0] * 12}... -> "
+    for value, found in ((fewer | {keys[1]: "f" * 64}, "ffffffffffff..."), (fewer, "none"), (None, "none")):
+        with pytest.raises(InputError) as caught:
+            check_same_inputs(old, changed(manifest, ("reference_adapters",), value))
+        assert f"{said}{found}, {INPUTS[keys]}" in str(caught.value)
+        assert str(caught.value).count("reference_adapters.") == (len(ADAPTERS) if value is None else 1)
 
 
 def test_all_that_differs_is_named_at_once(manifest: dict[str, Any]) -> None:

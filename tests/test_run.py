@@ -77,9 +77,9 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(finished: RunSummary)
 def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, base_sha256: str) -> None:
     manifest = json.loads((finished.folder / "manifest.json").read_text())
     assert set(manifest) == {
-        "format", "config", "config_sha256", "recipe", "base", "reference_model", "start_from", "chat_template_sha256",
-        "data", "seeds", "versions", "effective_batch", "threads", "processes", "hardware", "machine",
-        "may_change_on_resume", "adapter", "loaded", "layout", "kernels", "settled", "engine",
+        "format", "config", "config_sha256", "recipe", "base", "reference_model", "reference_adapters", "start_from",
+        "chat_template_sha256", "data", "seeds", "versions", "effective_batch", "threads", "processes", "hardware",
+        "machine", "may_change_on_resume", "adapter", "loaded", "layout", "kernels", "settled", "engine",
     }  # fmt: skip
     assert manifest["base"]["name"] == "base"
     assert manifest["layout"] == {"layout": "packed", "reason": ""}
@@ -93,6 +93,7 @@ def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, b
     assert manifest["effective_batch"] == {"pairs": 8, "pairs_per_process": 8}
     assert manifest["engine"] == {"kind": "one-process", "offload": "none"}
     assert manifest["recipe"] is None
+    assert manifest["reference_adapters"] is None  # compared with the base itself
     assert manifest["versions"]["torch"] == torch.__version__
     policy = PeftModel.from_pretrained(load_base(str(root / "base"), dtype="float32"), finished.folder / "adapter")
     lora = {name: parameter for name, parameter in policy.named_parameters() if "lora_" in name}
