@@ -74,27 +74,32 @@ def pairs_of(row: Row, rule: Pairs, *, question: bool = False) -> Iterator[Prefe
 
 
 def best_worst(row: Row, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Answer]]:
+    """The best against the worst."""
     ranked = _ranked(answers)
     yield from _better(ranked[0], ranked[-1])
 
 
 def best_each(row: Row, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Answer]]:
+    """The best against each other one."""
     best, *others = _ranked(answers)
     for other in others:
         yield from _better(best, other)
 
 
 def adjacent(row: Row, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Answer]]:
+    """Each against the next worse one."""
     for better, worse in pairwise(_ranked(answers)):
         yield from _better(better, worse)
 
 
 def every(row: Row, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Answer]]:
+    """Each against every worse one."""
     for better, worse in combinations(_ranked(answers), 2):
         yield from _better(better, worse)
 
 
 def mu_minus_2_sigma(row: Row, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Answer]]:
+    """The best against the one nearest to mean - 2 standard deviations of the scores. Raises RowFault for ranks."""
     if any(answer.score is None for answer in answers):
         raise row.place.fault(
             "no_scores", "mu_minus_2_sigma needs a score of each answer, and ranks are none; give them"

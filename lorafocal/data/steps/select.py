@@ -22,7 +22,7 @@ from lorafocal.schema.steps import Order, Select
 
 def select(pairs: Sequence[Preference], settings: Select, where: str) -> Outcome:
     """The pairs that are kept, in the order they were in. Raises InputError where none or all would be."""
-    pairs, unscored = scored(pairs, settings, where)
+    pairs, unscored = those_scored(pairs, settings, where)
     total, keep = len(pairs), settings.keep
     count = round(keep * total) if isinstance(keep, float) else keep
     if count >= total:
@@ -40,22 +40,24 @@ def select(pairs: Sequence[Preference], settings: Select, where: str) -> Outcome
     numbers = [values[row] for row in kept]
     named = " and ".join(settings.quantities)
     words = f"{settings.which} {named}, {min(numbers):.4g} to {max(numbers):.4g} of {span(values)}{unscored}"
-    return Outcome([pair for row, pair in enumerate(pairs) if row in chosen], words, {"values": found(numbers, values)})
+    return Outcome(
+        [pair for row, pair in enumerate(pairs) if row in chosen], words, {"values": ends_of(numbers, values)}
+    )
 
 
 def order(pairs: Sequence[Preference], settings: Order, where: str) -> Outcome:
     """All pairs, the highest or the lowest first."""
-    pairs, unscored = scored(pairs, settings, where)
+    pairs, unscored = those_scored(pairs, settings, where)
     values = quantity_of(pairs, settings, where)
     ranked = ranking(pairs, values)
     if settings.first == "highest":
         ranked.reverse()
     named = f"{settings.first} {' and '.join(settings.quantities)} first"
     words = f"{named}, over {span(values)}; trained in this order, which data_seed no longer shuffles{unscored}"
-    return Outcome([pairs[row] for row in ranked], words, {"values": found(values, values)})
+    return Outcome([pairs[row] for row in ranked], words, {"values": ends_of(values, values)})
 
 
-def scored(pairs: Sequence[Preference], settings: Select | Order, where: str) -> tuple[list[Preference], str]:
+def those_scored(pairs: Sequence[Preference], settings: Select | Order, where: str) -> tuple[list[Preference], str]:
     """The pairs that the file of scores has, and words on how many it lacks; all, where that is an error."""
     if settings.unscored == "error" or settings.scores is None:
         return list(pairs), ""
@@ -85,5 +87,5 @@ def span(values: Sequence[float]) -> str:
     return f"{min(values):.4g} to {max(values):.4g}"
 
 
-def found(kept: Sequence[float], values: Sequence[float]) -> dict[str, float]:
+def ends_of(kept: Sequence[float], values: Sequence[float]) -> dict[str, float]:
     return {"kept_from": min(kept), "kept_to": max(kept), "all_from": min(values), "all_to": max(values)}

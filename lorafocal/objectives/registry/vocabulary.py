@@ -31,7 +31,7 @@ VOCABULARY: dict[str, Entry] = {
         },
         odds=IMPLICIT,
         beside="rrpo.divergence",
-        token_weights="differing.weights",
+        token_weights="rrpo.weights",
         differs=True,
         implicit_rewards=False,
         divergences=True,
