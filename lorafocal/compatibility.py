@@ -290,7 +290,7 @@ RULES: tuple[Rule, ...] = (
         "no-adapter-to-compare",
         "reference",
         lambda cell: {cell.reference} & _ON_ADAPTERS if FULL in cell.adapter else (),
-        "without `adapter`, every parameter is trained, and there is no adapter for {found}",
+        "without `adapter`, every parameter is trained, and the reference {found} is one of adapters",
         "store the reference's log-probs first (`reference.kind: cached`, by `lorafocal cache-reference CONFIG`), hold"
         " a second model (`separate_model`), or train an adapter (`adapter: {{r: 16, alpha: 32}}`; in Python"
         " `peft_config=LoraConfig(...)`)",

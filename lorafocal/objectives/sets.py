@@ -23,12 +23,17 @@ class Sets(NamedTuple):
     def of(
         cls, policy: PairLogps, reference: PairLogps, scores: PairScores, others: OtherAnswers | None, *, beta: float
     ) -> Sets:
-        """Those of B pairs and M further answers: A = 2B + M."""
+        """Those of B pairs and M further answers: A = 2B + M.
+
+        Raises ValueError for further answers without scores, or without the reference's log-probs.
+        """
         count = len(policy.chosen)
         pair = torch.arange(count, device=policy.chosen.device).repeat(2)
         logratios = [widen(ours) - widen(theirs) for ours, theirs in zip(policy, reference, strict=True)]
         judged = list(scores)
-        if others is not None and others.reference is not None and others.scores is not None:
+        if others is not None:
+            if others.reference is None or others.scores is None:
+                raise ValueError("further answers of a set need scores, and log-probs under the reference")
             pair = torch.cat((pair, others.pair))
             logratios.append(widen(others.logps) - widen(others.reference))
             judged.append(others.scores)
