@@ -15,6 +15,7 @@ from lorafocal import launch
 from lorafocal.config import Config, apply_override, check_config
 from lorafocal.errors import InputError
 from lorafocal.publish import sha256
+from lorafocal.references.strategy import BASE
 from lorafocal.resume import MAY_CHANGE, MAY_MOVE, changes
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ INPUTS: Mapping[tuple[str, ...], str] = {
 }
 """Digests that must be equal, each with what it is of and the way out."""
 
+_FURTHER = "a further adapter of the reference: reference.members=[FOLDER, ...] names those of then"
 NOTED = ("versions", "processes", "threads", "hardware", "machine")
 AGAIN = "-again"
 _MISSING = object()
@@ -148,6 +150,23 @@ def _other_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
         before, now = _at(old, path), _at(new, path)
         if before is not _MISSING and before != now:  # an older manifest may lack one
             yield f"{'.'.join(path)}: {_shown(before)} -> {_shown(now)}, {words}"
+    yield from _other_members(old, new)
+
+
+def _other_members(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Adapters of a reference that `INPUTS` has no line for, or that it had not, and another place of the base."""
+    if "reference_adapters" not in old:
+        return
+    before, now = ({**(manifest.get("reference_adapters") or {})} for manifest in (old, new))
+    for name in sorted({*before, *now}):
+        known = name in before and ("reference_adapters", name) in INPUTS
+        if not known and before.get(name) != now.get(name):
+            yield f"reference_adapters.{name}: {_shown(before.get(name))} -> {_shown(now.get(name))}, {_FURTHER}"
+    first, again = (_at(manifest, ("config", "reference", "members")) for manifest in (old, new))
+    if isinstance(first, list) and isinstance(again, list):
+        places = [[number for number, member in enumerate(found, 1) if member == BASE] for found in (first, again)]
+        if places[0] != places[1]:
+            yield f"reference.members: {BASE} is at {places[0]} -> {places[1]} of them; keep the order of then"
 
 
 def _noted(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,21 @@ def test_other_adapters_of_a_reference_are_refused_by_name(manifest: dict[str, A
         assert str(caught.value).count("reference_adapters.") == (len(ADAPTERS) if value is None else 1)
 
 
+def test_no_member_of_a_reference_is_passed_over(manifest: dict[str, Any]) -> None:
+    """However many there are: another fourth one, one that was not there, and the base in another place."""
+    four = {str(number): str(number) * 64 for number in range(1, 5)}
+    old = changed(manifest, ("reference_adapters",), four)
+    assert check_same_inputs(old, copy.deepcopy(old)) == []
+    for value, said in ({**four, "4": "f" * 64}, "4: 4{12}... -> f{12}"), ({**four, "5": "f" * 64}, "5: none -> f{12}"):
+        with pytest.raises(InputError, match=rf"reference_adapters\.{said}\.\.\., a further adapter"):
+            check_same_inputs(old, changed(manifest, ("reference_adapters",), value))
+    first, again = (
+        changed(old, ("config", "reference", "members"), members) for members in (["base", "a"], ["moved", "base"])
+    )
+    with pytest.raises(InputError, match=r"reference\.members: base is at \[1\] -> \[2\] of them"):
+        check_same_inputs(first, again)
+
+
 def test_all_that_differs_is_named_at_once(manifest: dict[str, Any]) -> None:
     other = changed(changed(manifest, ("base", "sha256"), "f" * 64), ("chat_template_sha256",), "f" * 64)
     with pytest.raises(InputError, match=r"(?s)base\.sha256: .*\n  chat_template_sha256: "):
