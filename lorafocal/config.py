@@ -294,8 +294,9 @@ def _unknown(key: str) -> str:
     if last in ELSEWHERE:
         return f"unknown key; here that is {ELSEWHERE[last]}"
     keys = known_keys()
-    inside = [known for known in keys if known.rpartition(".")[0] == section] if section else [*Config.model_fields]
-    near = _nearest(last, keys, 1.0) or _nearest(last, inside, 0.5) or _nearest(last, keys, 0.6)
+    under = [known.removeprefix(f"{section}.").partition(".")[0] for known in keys if known.startswith(f"{section}.")]
+    inside = [f"{section}.{child}" for child in dict.fromkeys(under)] if section else [*Config.model_fields]
+    near = _nearest(last, keys, 1.0) or _nearest(last, inside, 0.5) or _nearest(last, keys, 0.7)
     hint = f"did you mean {near}?" if near else f"known here: {', '.join(inside) or _names(Config)}"
     return f"unknown key; {hint}"
 

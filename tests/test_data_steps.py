@@ -40,6 +40,10 @@ SELECT = {"by": "score_gap", "keep": 0.5}
         ([{}], r"data\.steps\.0: found none; a step has one key of pairs, select, order, chunk, flip"),
         ([{"select": SELECT, "flip": {"share": 0.1}}], r"data\.steps\.0: found select and flip; a step has one key"),
         ([{"selct": SELECT}], r"data\.steps\.0\.selct: unknown key"),
+        (
+            [{"sort": {"by": "margin"}}],
+            r"steps\.0\.sort: unknown key; known here: data\.steps\.pairs, data\.steps\.select",
+        ),
         ([{"select": SELECT | {"kep": 1}}], r"data\.steps\.0\.select\.kep: unknown key; did you mean .*keep\?"),
         ([{"select": SELECT | {"keep": 1.0}}], r"select\.keep: found 1\.0; allowed: a share below 1"),
         ([{"select": SELECT | {"keep": 0}}], r"select\.keep: found 0;"),

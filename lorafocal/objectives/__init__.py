@@ -66,7 +66,7 @@ def python_name(parameter: str) -> str:
 
 def unknown(name: object) -> str:
     """What is said of a name that no objective has."""
-    near = get_close_matches(str(name), OBJECTIVES, 3, 0.4)
+    near = get_close_matches(str(name).lower().replace("_", "-"), OBJECTIVES, 3, 0.4)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{name!r} is not known; {meant}`lorafocal objectives` lists all {len(OBJECTIVES)}"
 

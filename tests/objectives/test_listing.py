@@ -41,5 +41,7 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(
 ) -> None:
     assert call(monkeypatch, "objectives", "dppo") == 2
     assert "did you mean dpo" in capsys.readouterr().err
+    assert call(monkeypatch, "objectives", "GAMMA_PO") == 2  # as papers write names, and as Python does
+    assert "did you mean gamma-po" in capsys.readouterr().err
     assert call(monkeypatch, "objectives", "simpo") == 0
     assert capsys.readouterr().out.startswith("simpo: SimPO, arXiv 2405.14734")
