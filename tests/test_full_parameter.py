@@ -277,7 +277,7 @@ def test_a_stored_reference_is_the_policy_as_it_starts_and_is_shared_with_adapte
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reference": "disabled_adapter"}, "the reference disabled_adapter is one of adapters.*reference.kind: cached"),
+        ({"reference": "disabled_adapter"}, "reference disabled_adapter is one of adapters.*reference.kind: cached"),
         ({"reference": "frozen_copy"}, "the reference frozen_copy is one of adapters"),
         ({"loraplus_lr_ratio": 16.0}, "^loraplus_lr_ratio: there is no adapter"),
         ({"adapter_kernels": "peft"}, "^adapter_kernels: there is no adapter"),

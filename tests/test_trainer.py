@@ -362,7 +362,7 @@ def test_a_warm_up_step_at_rate_zero_is_no_alarm(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"the reference disabled_adapter is one of adapters.*`reference.kind: cached`"):
+    with pytest.raises(InputError, match=r"reference disabled_adapter is one of adapters.*`reference.kind: cached`"):
         FocalPOTrainer(tiny_base(), train_dataset=pairs(3))
     run = trainer(tmp_path, None)
     with pytest.raises(InputError, match="train_dataset"):
