@@ -111,4 +111,4 @@ class Entry:
         return next((words for words, needed in found.items() if needed), None)
 
 
-BETA = Parameter(0.1, bounds.check_beta, "scale of the rewards, per nat; the paper trains with 0.01", stated=True)
+BETA = Parameter(0.1, bounds.check_beta, "scale of the rewards, per nat; FocalPO's paper trains with 0.01", stated=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafocal import recipes
-from lorafocal.objectives import OBJECTIVES, entry_of
+from lorafocal.objectives import entry_of
 from lorafocal.objectives.entry import OTHERS, SCORES, Entry
 from lorafocal.objectives.factor import refusal
+from lorafocal.objectives.registry import FAMILIES
 
 
 def needs_of(entry: Entry) -> list[str]:
@@ -68,12 +70,12 @@ class Described:
     def line(self) -> str:
         """In one line of a list."""
         keys = [key if of.stated else f"{key} ({of.default:g})" for key, of in self.entry.parameters.items()]
-        return f"{self.name:<24} {', '.join(keys)}"
+        return f"  {self.name:<22} {', '.join(keys)}".rstrip()
 
     def table(self) -> str:
         lines = [f"{self.name}: {self.what}", ""]
         for key, of in self.entry.parameters.items():
-            given = f"{of.default:g}, to be stated" if of.stated else f"{of.default:g}"
+            given = f"to be stated; {of.default:g} in its config" if of.stated else f"{of.default:g}"
             lines.append(f"  objective.{key} ({given}): {of.help}")
         lines += ["", f"needs: {'; '.join(needs_of(self.entry)) or 'nothing but the pairs'}"]
         factor = "takes the focal factor (objective.focal)" if self.takes_factor else "takes no focal factor around it"
@@ -82,20 +84,22 @@ class Described:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All objectives, in the order of the registry."""
+    """All objectives, family by family."""
 
-    objectives: tuple[Described, ...]
+    families: Mapping[str, Sequence[Described]]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"objectives": [described.as_dict() for described in self.objectives]}
+        return {"objectives": [one.as_dict() for family in self.families.values() for one in family]}
 
     def table(self) -> str:
-        lines = [described.line.rstrip() for described in self.objectives]
-        return "\n".join([*lines, "", "more on one: lorafocal objectives NAME"])
+        lines = [
+            line for family, all_of in self.families.items() for line in (family, *(one.line for one in all_of), "")
+        ]
+        return "\n".join([*lines, "more on one: lorafocal objectives NAME"])
 
 
 def described(name: str | None) -> Described | Listing:
     """One objective, or all of them. Raises InputError for a name that is not known."""
     if name is not None:
         return Described(name, entry_of(name))
-    return Listing(tuple(Described(name, entry) for name, entry in OBJECTIVES.items()))
+    return Listing({what: [Described(*item) for item in family.items()] for what, family in FAMILIES.items()})

@@ -19,6 +19,7 @@ from lorafocal.objectives import Objective, objective_from
 from lorafocal.objectives.inputs import PairLogps
 
 METRICS_FILE, MANIFEST_FILE, ADAPTER_DIR, MODEL_DIR = "metrics.jsonl", "manifest.json", "adapter", "model"
+STAGES_FILE = "stages.json"  # in a folder of stages, no run's own
 SWEEP_PAGE = "sweep.html"
 _MOST_STEPS = 10**12
 
@@ -133,6 +134,8 @@ def _read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[str]]:
     """The lines, and notes on them; a torn last line is left out."""
     if (folder / SWEEP_PAGE).is_file():
         raise InputError(f"{folder} is a sweep: its report is {SWEEP_PAGE} there; a run of it is one of its folders")
+    if (folder / STAGES_FILE).is_file():
+        raise InputError(f"{folder} holds the stages of a run: report on them, {folder}/stage-1 and so on")
     path = folder / METRICS_FILE
     if not folder.is_dir():
         raise InputError(f"{folder} is not a run folder; give the folder that `lorafocal train` wrote, runs/<name>")

@@ -95,7 +95,7 @@ class Config(Section):
             yield (
                 "training",
                 "asks for evaluation, but neither data.eval nor data.held_out gives held-out pairs; add one, or remove"
-                " eval_strategy",
+                " eval_strategy (set it null where a file that this one extends has it)",
             )
         if not self.objective.entry.reference and self.reference is not None:
             name = self.objective.name

@@ -13,5 +13,15 @@ from lorafocal.objectives.registry.steps import STEPS
 from lorafocal.objectives.registry.tokens import TOKENS
 from lorafocal.objectives.registry.vocabulary import VOCABULARY
 
-_FAMILIES = (PAIRS, AVERAGES, JUDGED, TOKENS, VOCABULARY, GUIDED, STEPS, SETS, ANSWERS)
-OBJECTIVES: dict[str, Entry] = {name: entry for family in _FAMILIES for name, entry in family.items()}
+FAMILIES: dict[str, dict[str, Entry]] = {
+    "of the log-probs of whole answers": PAIRS,
+    "of lengths, or of mean log-probs a token": AVERAGES,
+    "of a judge's scores": JUDGED,
+    "of single tokens": TOKENS,
+    "of the whole vocabulary at each token": VOCABULARY,
+    "of one more adapter, the guide": GUIDED,
+    "of all pairs of a step": STEPS,
+    "of all answers to a prompt": SETS,
+    "of a further answer": ANSWERS,
+}
+OBJECTIVES: dict[str, Entry] = {name: entry for family in FAMILIES.values() for name, entry in family.items()}
