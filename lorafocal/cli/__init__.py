@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the user's input is wrong, or a file cannot be read or wri
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -74,6 +75,8 @@ def _options(
 def main() -> None:
     """Entry point of the console script; ends the process with one of the exit codes above."""
     code = 0
+    # It misses a kernel for repacked 4-bit weights, which are never used here, and says so at every start.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(prog_name="lorafocal")
     except InputError as error:
