@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeGuard
 
 from lorafocal.errors import InputError
@@ -27,41 +28,65 @@ GAMMA_CAUTION = 0.2
 """Above this the turning point is nearer than a margin of about -5, which real pairs reach."""
 
 
-def finite(name: str, usual: str) -> Check:
-    """A check that `name` is a finite number; refusals end with `usual`, such as published values."""
-    return _check(name, lambda _: True, "a finite number", usual)
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A check of one number: it must be `wanted`, of which `usual` says more, such as published values."""
+
+    name: str
+    wanted: str
+    usual: str
+    holds: Callable[[float], bool]
+
+    def __call__(self, value: float) -> None:
+        if not is_number(value) or not self.holds(value):
+            raise InputError(f"{self.name} is {value!r}; it must be {self}")
+
+    def __str__(self) -> str:
+        return f"{self.wanted}; {self.usual}"
 
 
-def at_least_zero(name: str, usual: str) -> Check:
-    """A check that `name` is a finite number, 0 or more."""
-    return _check(name, lambda value: value >= 0, "a finite number, 0 or more", usual)
+def finite(name: str, usual: str) -> Range:
+    """`name` is a finite number; `usual` says more, such as published values."""
+    return Range(name, "a finite number", usual, lambda _: True)
 
 
-def above_zero(name: str, usual: str) -> Check:
-    """A check that `name` is a finite number above 0."""
-    return _check(name, lambda value: value > 0, "a finite number above 0", usual)
+def at_least_zero(name: str, usual: str) -> Range:
+    """`name` is a finite number, 0 or more."""
+    return Range(name, "a finite number, 0 or more", usual, lambda value: value >= 0)
+
+
+def above_zero(name: str, usual: str) -> Range:
+    """`name` is a finite number above 0."""
+    return Range(name, "a finite number above 0", usual, lambda value: value > 0)
 
 
 def between(
     name: str, low: float, high: float, usual: str, *, above_low: bool = False, below_high: bool = False
-) -> Check:
-    """A check that `name` is from `low` to `high`, or strictly `above_low` and `below_high`."""
+) -> Range:
+    """`name` is from `low` to `high`, or strictly `above_low` and `below_high`."""
 
     def holds(value: float) -> bool:
         return (low < value if above_low else low <= value) and (value < high if below_high else value <= high)
 
     start = f"above {low:g}" if above_low else f"from {low:g}"
     end = f"below {high:g}" if below_high else f"{high:g}"
-    return _check(name, holds, f"a finite number {start} to {end}", usual)
+    return Range(name, f"a finite number {start} to {end}", usual, holds)
 
 
-def check_beta(beta: float) -> None:
-    """Raise `InputError` unless `beta` (scale of the rewards, per nat) is a finite number above 0."""
-    if not is_number(beta) or not beta > 0:
-        raise InputError(
-            f"beta is {beta!r}; it must be a finite number above 0 (published runs use 0.01 to 0.3): "
-            "it scales every reward, and at 0 nothing is learned"
-        )
+check_beta = above_zero(
+    "beta", "published runs use 0.01 to 0.3, per nat: it scales every reward, and at 0 nothing is learned"
+)
+check_hard_gamma = at_least_zero("gamma", "0 is DPO; the paper's Figure 1 has 1")
+"""Of 1 - p, the hard emphasis: no exponent from 0 on turns a gradient round."""
+check_detached_gamma = at_least_zero("gamma", "0 is no factor; FocalPO's own, which is differentiated, has 0.05")
+"""Of a p^gamma that is not differentiated: as a mere weight it turns no gradient round."""
+check_gamma_of_eq3 = between(
+    "gamma",
+    0,
+    1,
+    "0 is no factor; above 1, (1-p)^-gamma grows faster than the loss of a well ranked pair falls, and it is pushed"
+    " back; the paper uses 0.05",
+)
 
 
 def check_gamma(gamma: float) -> str | None:
@@ -84,25 +109,6 @@ def check_gamma(gamma: float) -> str | None:
     return None
 
 
-def check_hard_gamma(gamma: float) -> None:
-    """Check the exponent of 1 - p, the hard emphasis: no gamma from 0 on turns a gradient round."""
-    at_least_zero("gamma", "0 is DPO; the paper's Figure 1 has 1")(gamma)
-
-
-def check_detached_gamma(gamma: float) -> None:
-    """Check the exponent of a p^gamma that is not differentiated: as a mere weight it turns no gradient round."""
-    at_least_zero("gamma", "0 is no factor; FocalPO's own, which is differentiated, has 0.05")(gamma)
-
-
-def check_gamma_of_eq3(gamma: float) -> None:
-    """Check the exponent of Eq. 3's (1-p)^-gamma: above 1 the loss of well ranked pairs grows without bound."""
-    if not is_number(gamma) or not 0 <= gamma <= 1:
-        raise InputError(
-            f"gamma is {gamma!r}; it must be a finite number from 0 (no factor) to 1: above, (1-p)^-gamma grows faster"
-            " than the loss of a well ranked pair falls, and it is pushed back; the paper uses 0.05"
-        )
-
-
 def check_dropout(dropout: float, *, allowed: bool) -> None:
     """Raise `InputError` unless the adapters' dropout (probability) is 0 or deliberately allowed."""
     if dropout > 0 and not allowed:
@@ -110,14 +116,6 @@ def check_dropout(dropout: float, *, allowed: bool) -> None:
             f"dropout is {dropout}, which makes policy and reference differ by noise at every step; "
             "use 0.0, or set allow_dropout to true to accept that"
         )
-
-
-def _check(name: str, holds: Callable[[float], bool], wanted: str, usual: str) -> Check:
-    def check(value: float) -> None:
-        if not is_number(value) or not holds(value):
-            raise InputError(f"{name} is {value!r}; it must be {wanted}; {usual}")
-
-    return check
 
 
 def is_number(value: object) -> TypeGuard[float]:

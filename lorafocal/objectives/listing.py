@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lorafocal import recipes
+from lorafocal.bounds import Range
 from lorafocal.objectives import entry_of
-from lorafocal.objectives.entry import OTHERS, SCORES, Entry
+from lorafocal.objectives.entry import OTHERS, SCORES, Entry, Parameter
 from lorafocal.objectives.factor import refusal
 from lorafocal.objectives.registry import FAMILIES
 
@@ -29,6 +30,11 @@ def needs_of(entry: Entry) -> list[str]:
         "a pass over the whole step first": entry.whole_step,
     }
     return [words for words, needed in found.items() if needed]
+
+
+def _range(parameter: Parameter) -> str | None:
+    """What it must be, with published values."""
+    return str(parameter.check) if isinstance(parameter.check, Range) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class Described:
             "name": self.name,
             "what": self.what,
             "parameters": {
-                key: {"default": of.default, "stated": of.stated, "help": of.help}
+                key: {"default": of.default, "stated": of.stated, "help": of.help, "range": _range(of)}
                 for key, of in self.entry.parameters.items()
             },
             "needs": needs_of(self.entry),
@@ -77,6 +83,7 @@ class Described:
         for key, of in self.entry.parameters.items():
             given = f"to be stated; {of.default:g} in its config" if of.stated else f"{of.default:g}"
             lines.append(f"  objective.{key} ({given}): {of.help}")
+            lines += [f"      {told}"] if (told := _range(of)) else []
         lines += ["", f"needs: {'; '.join(needs_of(self.entry)) or 'nothing but the pairs'}"]
         factor = "takes the focal factor (objective.focal)" if self.takes_factor else "takes no focal factor around it"
         return "\n".join([*lines, factor, f"a config that trains it: {self.config}"])
