@@ -134,7 +134,7 @@ def test_a_guide_beside_stored_log_probs_gives_the_run_with_a_live_reference(tmp
     ("settings", "said"),
     [
         (SOFT | {"peft_config": lora(use_dora=True)}, "averag"),
-        (MOVING | {"model": "whole"}, "no adapter for moving"),
+        (MOVING | {"model": "whole"}, "the reference moving is one of adapters"),
         ({"reference": "adapter", "peft_config": lora(init_lora_weights="olora")}, "another base"),
     ],
 )
