@@ -93,8 +93,7 @@ class Entry:
     @property
     def of_logps(self) -> bool:
         """Whether a pair's loss can be told from its log-probs alone."""
-        more = (self.lengths, self.scores, self.collisions, self.divergences, self.token_weights, self.guide)
-        return not any((*more, self.others, self.whole_step))
+        return not (self.lengths or self.scores or self.collisions or self.beyond_rows)
 
     @property
     def beyond_rows(self) -> str | None:
