@@ -94,16 +94,16 @@ def test_a_run_with_evaluations_is_the_plain_one_and_goes_on_with_the_same_bits(
 def test_a_step_that_ran_out_of_memory_is_packed_again_in_whole_buckets(tmp_path, monkeypatch):
     settings = {"tokens_per_pack": 4 * BUCKET}
     plain, run = made(tmp_path / "plain", compiled=False, **settings), made(tmp_path / "run", **settings)
-    calls, sequence_logps, rows = CompiledCalls(run), comparison.sequence_logps, []
+    calls, token_logps, rows = CompiledCalls(run), comparison.token_logps, []
 
-    def limited(model: Any, pack: Any) -> Any:
+    def limited(model: Any, pack: Any, *more: Any) -> Any:
         if pack.num_rows > 2 * BUCKET:
             raise torch.OutOfMemoryError("CUDA out of memory")
         rows.append(pack.num_rows)
-        return sequence_logps(model, pack)
+        return token_logps(model, pack, *more)
 
     plain.train()
-    monkeypatch.setattr(comparison, "sequence_logps", limited)
+    monkeypatch.setattr(comparison, "token_logps", limited)
     run.train()
     assert run._retry.shrunk
     assert {*rows} <= {BUCKET, 2 * BUCKET}

@@ -395,13 +395,13 @@ def test_a_signal_while_a_model_is_loaded_is_not_lost(swept: Any, monkeypatch: p
 @pytest.mark.engine
 def test_with_a_stored_reference_no_run_computes_one(root: Path, swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards: list[Any] = []
-    original = lorafocal.reference.sequence_logps
+    original = lorafocal.reference.token_logps
 
-    def counted(model: Any, pack: Any) -> Any:
+    def counted(model: Any, pack: Any, *more: Any) -> Any:
         forwards.append(pack.pair_ids)
-        return original(model, pack)
+        return original(model, pack, *more)
 
-    monkeypatch.setattr(lorafocal.reference, "sequence_logps", counted)
+    monkeypatch.setattr(lorafocal.reference, "token_logps", counted)
     stored = {"reference__kind": "cached", "reference__store": str(root / "references")}
     rates = "training.learning_rate=1e-3,1e-2"
     cached = swept(rates, file=write_config(root, "stored.yaml", **stored))
