@@ -74,7 +74,9 @@ def between(
 
 
 check_beta = above_zero(
-    "beta", "published runs use 0.01 to 0.3, per nat: it scales every reward, and at 0 nothing is learned"
+    "beta",
+    "it scales every reward, and at 0 nothing is learned; published runs have 0.01 to 0.3 on whole answers, 2 to 10 on"
+    " means a token",
 )
 check_hard_gamma = at_least_zero("gamma", "0 is DPO; the paper's Figure 1 has 1")
 """Of 1 - p, the hard emphasis: no exponent from 0 on turns a gradient round."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorafocal import bounds
 from lorafocal.objectives.entry import BETA, IMPLICIT, Entry, Parameter
 
-TAU = Parameter(
+EVENNESS = Parameter(
     10.0,
     bounds.above_zero("tau", "its recipes have 10 and 20, and 3 for one model"),
     "how evenly targets are shared out; the larger, the more alike",
@@ -76,7 +76,7 @@ STEPS: dict[str, Entry] = {
                 "mean target margin over beta; 0 is DPO",
                 stated=True,
             ),
-            "tau": TAU,
+            "tau": EVENNESS,
         },
         odds="gamma_po.gamma_dpo",
         draws=True,
@@ -91,7 +91,7 @@ STEPS: dict[str, Entry] = {
                 bounds.at_least_zero("gamma_beta_ratio", "its recipes have 0.15 to 0.5"),
                 "mean target margin over beta, nats a token",
             ),
-            "tau": TAU,
+            "tau": EVENNESS,
         },
         odds="gamma_po.gamma_simpo",
         reference=False,
