@@ -62,7 +62,7 @@ def _ours_triton(device: str) -> Head:
     from lorafocal.ops.elementwise import load
     from lorafocal.ops.logps import token_logps
 
-    fold: Any = load("triton").head_fold
+    fold = load("triton").head_fold_
     return lambda hidden, weight, labels: token_logps(hidden, weight, labels, fold=fold)
 
 

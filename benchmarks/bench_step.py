@@ -21,6 +21,10 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 0.05}  # of a loss near 0.7, at every 
 COMPARED_STEPS = 3  # after that, roundings of Adam's first steps have grown
 WITH_PASS = "pairs/s, reference pass included"  # as for one epoch
 BETTER = {"pairs/s": 1, WITH_PASS: 1, "pairs/CPU s": 1, "peak GiB": -1}
+TRIED = (  # off by default on a GPU, until they win here
+    ("Triton's elementwise kernels", {"elementwise_kernels": "triton"}),
+    ("compiled layers", {"compile_layers": True}),
+)
 MODELS = ("tiny", "llama-3.2-1b", "mistral-7b", "llama-3-8b")
 
 
@@ -130,7 +134,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="ultrafeedback-like", help="a distribution's name, or a file of preferences")
     parser.add_argument("--label", help="what the results call a file; its path is never recorded")
     parser.add_argument("--sweep", action="store_true", help="find TRL's best batch, live and precomputed, first")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 2, 1], help="that are tried; 8 is the default's")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 2, 1], help="that are tried; 8, the default's, is too")
     parser.add_argument("--peers", action="store_true", help="also TRL + Liger, PEFT by hand, unsloth")
     parser.add_argument("--steps", type=int, default=4, help=f"timed steps a run, of {PAIRS_PER_STEP} pairs each")
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts")
@@ -172,8 +176,9 @@ def compare(given: argparse.Namespace, folder: str, at: Session) -> None:
     best: list[Case] = []
     if given.sweep:
         short = prepared("short", 1)
-        sizes = [size for size in given.batches if size <= pairs_per_step]
-        grid = [peer("trl", short, size, precompute=flag) for flag in (False, True) for size in sizes]
+        sizes = {size for size in given.batches if size <= pairs_per_step}
+        grid = [peer("trl", short, size) for size in sorted(sizes)]
+        grid += [peer("trl", short, size, precompute=True) for size in sorted(sizes | {pairs_per_step})]
         best = best_of(grid, benchmark, at)
     whole = prepared("whole", 1 if given.dry_run else given.steps)
     default = peer("trl", whole, pairs_per_step, checkpointing=given.device == "cuda")
@@ -181,6 +186,8 @@ def compare(given: argparse.Namespace, folder: str, at: Session) -> None:
     cases += [replace(case, settings={**case.settings, **whole}) for case in best if case.how != default.how]
     if given.peers:
         cases += [peer(name, whole, min(4, pairs_per_step)) for name in ("trl + liger", "peft by hand", "unsloth")]
+    if given.device == "cuda":
+        cases += [ours(whole, stored=True, how=f"packs, stored reference, {how}", more=more) for how, more in TRIED]
     run(benchmark, cases, at, name="step")
 
 

@@ -34,6 +34,7 @@ def newest(rows: Iterable[Row], unit: str) -> dict[str, list[Row]]:
     for row in rows:
         if row["unit"] == unit:
             title = ", ".join(filter(None, (row[name] for name in ("device", "model", "dtype", "data"))))
+            title += f", threads {row['threads']}"
             found.setdefault(title, {})[row["implementation"], row["settings"], row["batch"]] = row
     return {title: list(cases.values()) for title, cases in found.items()}
 

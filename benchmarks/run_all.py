@@ -26,7 +26,9 @@ Main = Callable[[Sequence[str]], None]
 
 _EIGHT = ["--model", "llama-3-8b", "--data", "256+2x384"]
 ON_A_CPU: list[tuple[Main, list[str]]] = [
-    (bench_step.main, ["--repeats", "2", "--peers", "--sweep", "--batches", "1"]),
+    (bench_step.main, ["--repeats", "2", "--peers", "--sweep"]),
+    (bench_step.main, ["--repeats", "1", "--data", "256+2x384"]),
+    (bench_step.main, ["--repeats", "1", "--data", "armorm-like"]),
     (bench_reference.main, ["--repeats", "1"]),
     (bench_lora.main, ["--repeats", "2"]),
     (bench_logps.main, ["--repeats", "2"]),

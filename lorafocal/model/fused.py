@@ -1,9 +1,9 @@
 """The one removable door through which fused functions come into a policy: `fuse` and `unfuse`.
 
-It exchanges the `forward` of generic blocks and touches no attention code: gated MLP blocks, linear layers that read
-one tensor (query, key, value), single adapted layers, RMS norms. Parameters, names, saved files and the adapter switch
-stay as they are. Each block is tried on random input beside its own forward first; what is not known, or computes
-something else, stays as it is and is reported by name.
+It exchanges the `forward` of generic blocks and rewrites no attention code: gated MLP blocks, linear layers that read
+one tensor (query, key, value), single adapted layers, RMS norms, rotary embeddings. Parameters, names, saved files and
+the adapter switch stay as they are. Each block is tried on random input beside its own forward first; what is not
+known, or computes something else, stays as it is and is reported by name.
 
 Bytes a token that a fused Llama layer keeps, with numbers of w bytes, hidden width D, inner width F, keys and values of
 width K each, H heads and R the sum of its adapters' ranks (where the attention keeps queries, keys, values, its output
@@ -12,8 +12,8 @@ and a sum a head):
     none    w (4 D + 2 K + 2 F + R) + 4 H + 8        8B, bf16, r = 16: 92.4 KiB
     mlp     w (4 D + 2 K + R) + 4 H + 8              36.4 KiB
 
-Rotary embeddings are functions inside attention code, which is not rewritten: they keep transformers' own, whose
-backward saves nothing of a token's size.
+Rotary embeddings are functions that attention code calls by name. That code is not rewritten: a copy of its forward
+finds another function under the name, one that saves nothing of a token's size either.
 """
 
 from __future__ import annotations
@@ -33,7 +33,17 @@ from lorafocal.errors import InputError
 from lorafocal.model.adapters import AdapterSwitch, adapter_layers
 from lorafocal.model.head import causal_lm
 from lorafocal.model.quantized import base_dtype, quantization_of
-from lorafocal.model.stand_ins import Arithmetic, FusedLinear, FusedMlp, FusedNorm, SharedInput, StandIn, read
+from lorafocal.model.stand_ins import (
+    Arithmetic,
+    FusedLinear,
+    FusedMlp,
+    FusedNorm,
+    FusedRotary,
+    SharedInput,
+    StandIn,
+    read,
+    rotary,
+)
 from lorafocal.ops.elementwise import GEGLU, TORCH, Elementwise, load
 
 RECOMPUTE = ("none", "mlp")
@@ -62,7 +72,8 @@ class FusedReport:
     shared: int  # groups of linear layers that read one tensor
     linears: int  # single linear layers
     norms: int
-    elementwise: str  # torch or triton
+    rotary: int  # attention blocks that turn queries and keys
+    elementwise: str  # torch, or triton and its version
     recompute: str  # none, or mlp
     fallbacks: dict[str, int]  # why PEFT's or transformers' own forward stays, and for how many blocks or layers
 
@@ -71,7 +82,8 @@ class FusedReport:
 
     def __str__(self) -> str:
         counts = {"MLP blocks": self.mlps, "shared inputs": self.shared, "linear layers": self.linears}
-        said = [f"{count} {what}" for what, count in (counts | {"norms": self.norms}).items() if count]
+        counts |= {"norms": self.norms, "rotary embeddings": self.rotary}
+        said = [f"{count} {what}" for what, count in counts.items() if count]
         line = f"fused ({self.elementwise}): {', '.join(said) or 'nothing'}"
         line += "; gate and up computed again" if self.recompute == "mlp" else ""
         left = ", ".join(f"{count} for {reason}" for reason, count in self.fallbacks.items())
@@ -144,9 +156,10 @@ class _Door:
                 self._shared([module])
         for module in self.modules:
             self._norm(module)
+            self._rotary(module)
 
     def report(self) -> FusedReport:
-        counts = {kind: self.fused[kind] for kind in ("mlps", "shared", "linears", "norms")}
+        counts = {kind: self.fused[kind] for kind in ("mlps", "shared", "linears", "norms", "rotary")}
         recompute = "mlp" if self.recompute else "none"
         return FusedReport(**counts, elementwise=self.functions.name, recompute=recompute, fallbacks=dict(self.left))
 
@@ -218,6 +231,16 @@ class _Door:
                 return
         self.left[f"{type(module).__name__}, which rounds or computes otherwise"] += 1
 
+    def _rotary(self, module: nn.Module) -> None:
+        own = FusedRotary.own_function(module)
+        if own is None or "forward" in vars(module):
+            return
+        if _turns_halves(own, next(module.parameters()), self.dtype):
+            FusedRotary(module, self.functions).install()
+            self.fused["rotary"] += 1
+        else:
+            self.left[f"a rotary embedding ({type(module).__name__}) of another formula"] += 1
+
     def _input(self, layer: nn.Module) -> Tensor:
         return _random(_PROBE_TOKENS, _width(layer), next(layer.parameters()), self.dtype)
 
@@ -246,6 +269,16 @@ class _Door:
             return float("inf")
         apart, size = (ours.double() - theirs.double()).norm(dim=-1), theirs.double().norm(dim=-1)
         return float(torch.where(apart == 0, 0.0, apart / size).max())
+
+
+def _turns_halves(own: Callable[..., Any], like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a rotary embedding gives the very bits of `elementwise.rope`."""
+    values = _random(5, _PROBE_TOKENS * 8, like, dtype).view(1, 5, _PROBE_TOKENS, 8)
+    probe = values[:, :2], values[:, 2:3], values[:, 3], values[:, 4]  # queries, keys, cos, sin
+    try:
+        return all(map(torch.equal, own(*probe), rotary(own, TORCH, *probe)))
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # one that is called otherwise
+        return False
 
 
 def _width(layer: nn.Module) -> int:

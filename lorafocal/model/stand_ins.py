@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafocal.model.quantized import library, word_of
 from lorafocal.ops.elementwise import Elementwise, Gated
 from lorafocal.ops.lora import Adapter, Linear, Norm, Normed, gated_mlp, shared_linear
+from lorafocal.ops.rotary import rotated
 
 
 class Arithmetic(NamedTuple):
@@ -289,3 +291,54 @@ class FusedLinear(StandIn):
 
     def fused(self, x: Tensor) -> Tensor | None:
         return self.shared.of(self.position, x)
+
+
+ROTARY = "apply_rotary_pos_emb"  # how attention code calls it, in every family of transformers that has one
+
+
+class FusedRotary(StandIn):
+    """An attention block: its own code, which finds another function under the name of its rotary embedding."""
+
+    def __init__(self, module: nn.Module, functions: Elementwise) -> None:
+        super().__init__(module)
+        self.copy = _with_rotary(type(module).forward, functions)
+
+    @staticmethod
+    def own_function(module: nn.Module) -> Callable[..., Any] | None:
+        """The rotary embedding that the module's forward calls, if it calls one by this name."""
+        forward: Any = type(module).forward
+        called = getattr(getattr(forward, "__code__", None), "co_names", ())
+        return forward.__globals__.get(ROTARY) if ROTARY in called else None
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        # a compiler writes its own kernel, and would look names up in the module that the copy says it is from
+        forward = type(self.module).forward if torch.compiler.is_compiling() else self.copy
+        return forward(self.module, *given, **named)
+
+
+def _with_rotary(forward: Any, functions: Elementwise) -> Callable[..., Any]:
+    """A copy of an attention's forward that turns queries and keys by `rotated`."""
+    names = forward.__globals__ | {ROTARY: partial(rotary, forward.__globals__[ROTARY], functions)}
+    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def rotary(
+    own: Callable[..., Any],
+    functions: Elementwise,
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, H_kv, T, D)
+    cos: Tensor,  # (1 or B, T, D)
+    sin: Tensor,
+    *more: Any,
+    **named: Any,
+) -> Any:
+    """(query, key) turned; by `own` where it is asked for something else: other axes, parts of a head, two dtypes."""
+    fits = not (more or named) and query.ndim == 4 and key.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
+    fits = fits and query.shape[-1] == key.shape[-1] == cos.shape[-1] and query.shape[2] == key.shape[2] == cos.shape[1]
+    fits = fits and query.shape[0] == key.shape[0] and cos.shape[0] in (1, query.shape[0])
+    fits = fits and query.dtype == key.dtype == cos.dtype == sin.dtype and not (cos.requires_grad or sin.requires_grad)
+    if not fits:
+        return own(query, key, cos, sin, *more, **named)
+    return rotated(query, cos, sin, functions), rotated(key, cos, sin, functions)

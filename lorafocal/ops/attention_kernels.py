@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -175,11 +176,20 @@ def flash_attn_2() -> Kernel:
 
 
 def flash_attn_3() -> Kernel:
-    return Kernel("flash-attn 3", importlib.import_module("flash_attn_interface").flash_attn_varlen_func)
+    return Kernel(f"flash-attn {_version('flash-attn-3', '3')}", importlib.import_module("flash_attn_interface").flash_attn_varlen_func)
 
 
 def flash_attn_4() -> Kernel:
-    return Kernel("flash-attn 4", importlib.import_module("flash_attn.cute").flash_attn_varlen_func)
+    function = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
+    return Kernel(f"flash-attn {_version('flash-attn-4', '4')}", function)
+
+
+def _version(distribution: str, otherwise: str) -> str:
+    """What is installed, or what is known where a wheel was built by hand."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return otherwise
 
 
 def first_that_works(

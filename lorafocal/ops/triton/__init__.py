@@ -3,6 +3,8 @@
 Imported by `elementwise.load("triton")` alone: nothing else needs Triton. Each rounds where its definition does.
 """
 
+import triton
+
 from lorafocal.ops.elementwise import Elementwise
 from lorafocal.ops.triton.head import head_fold_
 from lorafocal.ops.triton.norm import rms_norm, rms_norm_backward
@@ -10,5 +12,6 @@ from lorafocal.ops.triton.rope import rope, rope_backward
 from lorafocal.ops.triton.swiglu import swiglu, swiglu_backward_
 
 TRITON = Elementwise(
-    "triton", swiglu, swiglu_backward_, rms_norm, rms_norm_backward, rope, rope_backward, head_fold_
+    f"triton {triton.__version__}", swiglu, swiglu_backward_, rms_norm, rms_norm_backward, rope, rope_backward,
+    head_fold_,
 )  # fmt: skip
