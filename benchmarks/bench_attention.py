@@ -82,7 +82,9 @@ def _padded(lengths: Lengths, device: str) -> tuple[int, int, Attention]:
     mask = seen & there[:, None, None, :]
 
     def padded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        groups = query.shape[1] // key.shape[1]  # repeated, as transformers does: with a mask no fast kernel has groups
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
     return len(sequences), width, padded
 

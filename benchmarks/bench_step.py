@@ -134,7 +134,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="ultrafeedback-like", help="a distribution's name, or a file of preferences")
     parser.add_argument("--label", help="what the results call a file; its path is never recorded")
     parser.add_argument("--sweep", action="store_true", help="find TRL's best batch, live and precomputed, first")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 2, 1], help="that are tried; 8, the default's, is too")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 2, 1], help="tried; 8, the default's, is too")
     parser.add_argument("--peers", action="store_true", help="also TRL + Liger, PEFT by hand, unsloth")
     parser.add_argument("--steps", type=int, default=4, help=f"timed steps a run, of {PAIRS_PER_STEP} pairs each")
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts")

@@ -29,13 +29,16 @@ Row = dict[str, str]
 
 
 def newest(rows: Iterable[Row], unit: str) -> dict[str, list[Row]]:
-    """Rows of `unit` by what they are of (device, model, dtype, data): the last one of each case."""
+    """Rows of `unit` by what they are of (device, model, dtype, data, threads): of each the last commit's, newest last."""
     found: dict[str, dict[tuple[str, ...], Row]] = {}
     for row in rows:
         if row["unit"] == unit:
             title = ", ".join(filter(None, (row[name] for name in ("device", "model", "dtype", "data"))))
             title += f", threads {row['threads']}"
-            found.setdefault(title, {})[row["implementation"], row["settings"], row["batch"]] = row
+            cases = found.setdefault(title, {})
+            if cases and next(iter(cases.values()))["commit"] != row["commit"]:
+                cases.clear()  # other commits are not put beside each other
+            cases[row["implementation"], row["settings"], row["batch"]] = row
     return {title: list(cases.values()) for title, cases in found.items()}
 
 

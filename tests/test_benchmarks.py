@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from lorafocal.ops.elementwise import TORCH
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -84,8 +88,27 @@ def test_no_repetition_is_begun_when_time_is_up(harness, at, monkeypatch):
     at.deadline = 0.0  # long ago
     answers(harness, monkeypatch, {"lorafocal": [{"pairs/s": 1.0}], "trl": []})
     benchmark = harness.Benchmark("fake", {}, {"pairs/s": 1})
-    found = harness.alternate(benchmark, cases_of(harness, "lorafocal", "trl"), at)
-    assert found == [[{"pairs/s": 1.0}], [{"skipped": "time was up"}]]
+    found = harness.alternate(benchmark, cases_of(harness, "lorafocal", "trl", "lorafocal"), at)
+    assert found == [[{"pairs/s": 1.0}], [{"skipped": "time was up"}], [{"skipped": "time was up"}]]
+
+
+def test_what_only_a_gpu_would_reach_is_there(harness, monkeypatch):
+    """A dry run skips Triton's head, so a wrong name would end the first run on a card."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("lorafocal.ops.elementwise.load", lambda name: TORCH)
+    heads = importlib.import_module("bench_logps")
+    hidden, weight, labels = torch.randn(5, 4), torch.randn(9, 4), torch.arange(5)
+    given = [heads.HEADS[name]("cuda")(hidden, weight, labels) for name in ("ours", "ours, triton", "naive")]
+    torch.testing.assert_close(given[0], given[1])
+    torch.testing.assert_close(given[0], given[2])
+
+
+def test_a_run_that_hangs_ends_with_the_time_that_was_given(harness, at, monkeypatch):
+    at.deadline = 0.0
+    monkeypatch.setattr(harness, "LEAST_S", 0.2)
+    monkeypatch.setattr(harness, "HERE", at.results)
+    (at.results / "worker.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    assert harness.worker("any", {}, at) == {"skipped": "did not end in time"}
 
 
 @pytest.mark.engine

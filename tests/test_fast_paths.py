@@ -69,7 +69,10 @@ def gradients(run: FocalPOTrainer, batch: StepBatch) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.row("35")
-@pytest.mark.parametrize(("dtype", "tier"), [(torch.float32, "none"), (torch.float32, "mlp"), (torch.float64, "none"), (torch.float64, "mlp")])
+@pytest.mark.parametrize(
+    ("dtype", "tier"),
+    [(torch.float32, "none"), (torch.float32, "mlp"), (torch.float64, "none"), (torch.float64, "mlp")],
+)
 def test_along_a_trajectory_gradients_are_those_without_any_fast_path(tmp_path, monkeypatch, dtype, tier):
     if dtype == torch.float64:
         monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_its_own_dtype)

@@ -177,6 +177,7 @@ class _Door:
             stand_in.gated = gated
             if self._agree(stand_in, x):
                 stand_in.gated, stand_in.recompute = own, self.recompute
+                self._check_kernels(block, self._difference(stand_in, x))
                 stand_in.install()
                 self._done.update(getattr(block, name) for name in names)
                 self.fused["mlps"] += 1
@@ -226,6 +227,7 @@ class _Door:
             stand_in = FusedNorm(module, form, eps, TORCH)
             if self._difference(stand_in, x) == 0:
                 stand_in.functions = self.functions
+                self._check_kernels(module, self._difference(stand_in, x))
                 stand_in.install()
                 self.fused["norms"] += 1
                 return
@@ -235,7 +237,11 @@ class _Door:
         own = FusedRotary.own_function(module)
         if own is None or "forward" in vars(module):
             return
-        if _turns_halves(own, next(module.parameters()), self.dtype):
+        values = _random(5, _PROBE_TOKENS * 8, next(module.parameters()), self.dtype).view(1, 5, _PROBE_TOKENS, 8)
+        probe = values[:, :2], values[:, 2:3], values[:, 3], values[:, 4]  # queries, keys, cos, sin
+        if _turns_halves(own, probe):
+            ours, theirs = (torch.cat(rotary(own, functions, *probe), 1) for functions in (self.functions, TORCH))
+            self._check_kernels(module, float((ours - theirs).norm() / theirs.norm()))
             FusedRotary(module, self.functions).install()
             self.fused["rotary"] += 1
         else:
@@ -257,10 +263,20 @@ class _Door:
         exact = base == 0 or (self.four_bit and base <= _TOLERANCE[self.dtype])
         return exact and self._difference(stand_in, x) <= _TOLERANCE[self.dtype]
 
+    def _check_kernels(self, module: nn.Module, difference: float) -> None:
+        """Refuse functions that are further from the definitions, in a module that these compute, than rounding is."""
+        if self.functions is not TORCH and not difference <= _TOLERANCE[self.dtype]:
+            raise InputError(
+                f"kernels.elementwise: {self.functions.name} computes something else than torch does on this device"
+                f" ({type(module).__name__}, off by {difference:.2g}): use torch, and report the card and the versions"
+            )
+
     def _difference(self, stand_in: StandIn, x: Tensor) -> float:
         """The largest of a row: norm of the difference over the norm; infinite where outputs cannot be compared."""
         try:
             ours, theirs = self._run(stand_in.fused, x), self._run(stand_in.module, x)
+        except torch.OutOfMemoryError:  # says nothing of the block
+            raise
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # a block that is called otherwise
             return float("inf")
         if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
@@ -271,10 +287,8 @@ class _Door:
         return float(torch.where(apart == 0, 0.0, apart / size).max())
 
 
-def _turns_halves(own: Callable[..., Any], like: Tensor, dtype: torch.dtype) -> bool:
+def _turns_halves(own: Callable[..., Any], probe: Sequence[Tensor]) -> bool:
     """Whether a rotary embedding gives the very bits of `elementwise.rope`."""
-    values = _random(5, _PROBE_TOKENS * 8, like, dtype).view(1, 5, _PROBE_TOKENS, 8)
-    probe = values[:, :2], values[:, 2:3], values[:, 3], values[:, 4]  # queries, keys, cos, sin
     try:
         return all(map(torch.equal, own(*probe), rotary(own, TORCH, *probe)))
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # one that is called otherwise

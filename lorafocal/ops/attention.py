@@ -21,7 +21,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from lorafocal.errors import InputError
-from lorafocal.ops.attention_kernels import Kernel, KernelChoice, Needs, a_call_a_segment, autograd_anywhere, choose
+from lorafocal.ops.attention_kernels import (
+    HALF,
+    Kernel,
+    KernelChoice,
+    Needs,
+    a_call_a_segment,
+    autograd_anywhere,
+    choose,
+)
 from lorafocal.ops.plain_attention import softmax_attention
 from lorafocal.ops.segments import PairSpan, Segments, segments_of, visible
 
@@ -56,7 +64,7 @@ def sdpa_shared_prefix_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The same with one SDPA call a segment, or one softmax where SDPA would drop a cap or sinks."""
-    grouped = query.shape[1] != key.shape[1]
+    groups = query.shape[1] // key.shape[1]
     written_out = softcap is not None or sinks is not None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, span: PairSpan | None = None) -> Tensor:
@@ -67,7 +75,10 @@ def sdpa_shared_prefix_attention(
             return softmax_attention(q, k, v, seen, scaling=scaling, softcap=softcap, sinks=sinks).transpose(1, 2)
         causal = span is None and q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
         mask = None if causal else segments.mask(q.shape[2], k.shape[2], window, q.device, span)
-        out = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
+        together = groups > 1 and _takes_groups(q, mask)
+        if groups > 1 and not together:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=together)
         return out.transpose(1, 2)
 
     # Split once: the backward of a slice is a zero tensor of the whole row, one a slice.
@@ -82,6 +93,12 @@ def sdpa_shared_prefix_attention(
             keys, values = (torch.cat((x[:, : span.prompt], y), dim=1) for x, y in ((k, keys), (v, values)))
             outputs.append(attend(rejected, keys, values))
     return torch.cat(outputs, dim=1).transpose(1, 2)
+
+
+def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA shares keys among heads: on CUDA its flash kernel alone does, in 16 bits and without a mask; else
+    it would write out and keep all scores."""
+    return not query.is_cuda or (mask is None and query.dtype in HALF)
 
 
 def varlen_shared_prefix_attention(

@@ -176,7 +176,8 @@ def flash_attn_2() -> Kernel:
 
 
 def flash_attn_3() -> Kernel:
-    return Kernel(f"flash-attn {_version('flash-attn-3', '3')}", importlib.import_module("flash_attn_interface").flash_attn_varlen_func)
+    function = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+    return Kernel(f"flash-attn {_version('flash-attn-3', '3')}", function)
 
 
 def flash_attn_4() -> Kernel:
@@ -241,6 +242,8 @@ def check_bottom_right(
         try:
             with autograd_anywhere():
                 error = _distance(kernel, device, dtype, head_dim, needs, window)
+        except torch.OutOfMemoryError:  # says nothing of the kernel
+            raise
         except BROKEN as problem:
             return f"does not run here: {_one_line(problem)}"
         if not error <= (0.05 if dtype in HALF else 1e-4):

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax
@@ -288,6 +289,9 @@ class Head:
         return rows.to(self.wide) @ matrix
 
 
+_ADDS_INTO_WIDE = Version(torch.__version__) >= Version("2.10")  # before, what is added to had to be narrow too
+
+
 def _multiplies_into_wide(weight: Tensor) -> bool:
     """Whether this device multiplies low-precision matrices into fp32 output without widening the inputs."""
     return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
@@ -295,7 +299,9 @@ def _multiplies_into_wide(weight: Tensor) -> bool:
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, accumulated in total's dtype, without a second tensor of its size."""
-    if _multiplies_into_wide(left):
+    if _multiplies_into_wide(left) and not _ADDS_INTO_WIDE:
+        total += torch.mm(left, right.to(left.dtype), out_dtype=total.dtype)
+    elif _multiplies_into_wide(left):
         torch.addmm(total, left, right.to(left.dtype), out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left, right.to(left.dtype))

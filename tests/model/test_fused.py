@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import AdapterSwitch, add_frozen_copy, attach_lora
-from lorafocal.model.fused import FusedReport, fuse, unfuse
+from lorafocal.model.fused import FusedReport, _Door, fuse, unfuse
 from lorafocal.model.load import load_base
 from lorafocal.model.stand_ins import FusedLinear, FusedRotary
 from lorafocal.ops.elementwise import TORCH
@@ -251,6 +251,18 @@ def test_a_rotary_embedding_of_another_formula_stays_and_is_told_by_name(monkeyp
     report = assert_same_step(policy)
     assert (report.rotary, report.mlps) == (0, 2)
     assert report.fallbacks["a rotary embedding (LlamaAttention) of another formula"] == 2
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope"])
+def test_kernels_that_compute_something_else_on_this_device_are_refused(name):
+    def off(x: Tensor, *given: Any) -> Any:
+        return getattr(TORCH, name)(1.5 * x + 1.0, *given)
+
+    door = _Door(tiny_policy(), TORCH, recompute=False)
+    door.functions = replace(TORCH, **{name: off})
+    with pytest.raises(InputError, match=r"computes something else than torch does on this device \(Llama"):
+        door.open()
 
 
 def test_several_active_adapters_are_told_by_name():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from lorafocal.errors import InputError
+from lorafocal.ops import attention
 from lorafocal.ops.attention import (
     PairSpan,
     Segments,
@@ -369,3 +373,33 @@ def test_the_real_kernel_equals_the_definition(window):
     assert kernel is not None
     ours = varlen_shared_prefix_attention(*leaves, segments, scaling=SCALING, window=window, kernel=kernel)
     assert (ours - exact).abs().max() <= 3 * (twin - exact).abs().max() + 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_where_sdpa_cannot_share_keys_among_heads_they_are_repeated(monkeypatch, window):
+    """On CUDA fp32 or a mask would otherwise be the kernel that keeps all scores."""
+    segments = Segments.of((PairSpan(0, 40, 50, 30), PairSpan(120, 3, 4, 2)))
+    query, key, value = (torch.randn(1, heads, 129, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    options = {"scaling": 0.3, "window": window}
+    together = sdpa_shared_prefix_attention(query, key, value, segments, **options)
+    calls = []
+
+    def counted(q, k, v, *given, enable_gqa, **named):
+        calls.append((k.shape[1], enable_gqa))
+        return scaled_dot_product_attention(q, k, v, *given, enable_gqa=enable_gqa, **named)
+
+    monkeypatch.setattr(attention, "_takes_groups", lambda query, mask: False)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    torch.testing.assert_close(sdpa_shared_prefix_attention(query, key, value, segments, **options), together)
+    assert {*calls} == {(4, False)}
+
+
+def test_keys_are_shared_among_heads_by_cuda_s_flash_kernel_alone():
+    def on(cuda: bool, dtype: torch.dtype) -> Any:
+        return SimpleNamespace(is_cuda=cuda, dtype=dtype)
+
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    assert attention._takes_groups(on(False, torch.float32), mask)
+    assert attention._takes_groups(on(True, torch.bfloat16), None)
+    assert not attention._takes_groups(on(True, torch.bfloat16), mask)
+    assert not attention._takes_groups(on(True, torch.float32), None)
