@@ -64,3 +64,17 @@ def test_a_chunk_of_logits_is_all_the_head_adds_to_the_peak(fold):
     before = torch.cuda.memory_allocated()
     token_logps(hidden, weight, labels, None, LogitTransform(), rows_per_chunk=256, fold=function)
     assert torch.cuda.max_memory_allocated() - before < 1.1 * chunk * (4 + 2) + 2 * hidden.numel() * 4
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("width", [4109, 128256])
+def test_log_probs_are_equal_to_the_last_bit_whatever_is_asked_for_beside_them(width, transform):
+    """What the identity probe of a policy and its live reference relies on."""
+    fold = elementwise.load("triton").head_fold_
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(64, width, generator=generator, device="cuda") * 4
+    labels = torch.randint(width, (64,), generator=generator, device="cuda")
+    alone = fold(logits.clone(), labels, None, transform).logps
+    for dtype in (None, torch.bfloat16, torch.float32):
+        for collisions in (None, torch.empty(64, dtype=torch.float64, device="cuda")):
+            assert torch.equal(fold(logits.clone(), labels, dtype, transform, collisions).logps, alone)

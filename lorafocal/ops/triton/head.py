@@ -1,8 +1,11 @@
-"""The log-prob head's fold: the kernel of `head_fold_` in `lorafocal.ops.logps`.
+"""The log-prob head's fold: the kernels of `head_fold_` in `lorafocal.ops.logps`.
 
-One program a row, two passes over it: a running maximum and sum of exponentials, one of each a lane, so that lanes
-meet once a row; then the error, written once in the dtype of the product that follows. 2.5 passes over the fp32 chunk
-for a bf16 error, where the definition takes 7.5.
+One program a row reads it once: a running maximum and sums, one of each a lane, so that lanes meet once a row. Where a
+gradient is asked for, a second kernel reads it again and writes the error in the dtype of the product that follows:
+2.5 passes over the fp32 chunk for a bf16 error, where the definition takes 7.5.
+
+The first is compiled once whatever is asked for beside it: a kernel that also wrote errors would be laid out by their
+dtype and sum in another order, and policy and reference would differ in their last bits.
 """
 
 from __future__ import annotations
@@ -40,43 +43,46 @@ def _slope(logits, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _fold(  # type: ignore[no-untyped-def]
-    logits, labels, logps, error, collisions, stride, width,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, DIFFERENTIATED: tl.constexpr, COLLIDING: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+def _log_probs(  # type: ignore[no-untyped-def]
+    logits, labels, logps, tops, totals, collisions, width,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    source = logits + row * stride
-    label = tl.load(labels + row)
-    picked = _transformed(tl.load(source + label), SCALE, SOFTCAP)  # before an error may take the logits' place
+    source = logits + row * width
     lowest = -1e38  # finite: a lane that sees no entry contributes exp(lowest - top) = 0, not nan
-    tops = tl.full((BLOCK,), lowest, WIDE)
-    totals = tl.zeros((BLOCK,), WIDE)
+    highest = tl.full((BLOCK,), lowest, WIDE)
+    sums = tl.zeros((BLOCK,), WIDE)
     squares = tl.zeros((BLOCK,), WIDE)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = _transformed(tl.load(source + at, mask=at < width, other=0.0), SCALE, SOFTCAP)
         values = tl.where(at < width, values, lowest)
-        higher = tl.maximum(tops, values)
-        shrunk, added = tl.exp(tops - higher), tl.exp(values - higher)
-        totals = totals * shrunk + added
-        if COLLIDING:
-            squares = squares * shrunk * shrunk + added * added
-        tops = higher
-    top = tl.max(tops, axis=0)
-    total = tl.sum(totals * tl.exp(tops - top), axis=0)
+        higher = tl.maximum(highest, values)
+        shrunk, added = tl.exp(highest - higher), tl.exp(values - higher)
+        sums = sums * shrunk + added
+        squares = squares * shrunk * shrunk + added * added
+        highest = higher
+    top = tl.max(highest, axis=0)
+    total = tl.sum(sums * tl.exp(highest - top), axis=0)
+    square = tl.sum(squares * tl.exp(2.0 * (highest - top)), axis=0)
+    picked = _transformed(tl.load(source + tl.load(labels + row)), SCALE, SOFTCAP)
     tl.store(logps + row, picked - top - tl.log(total))
-    if COLLIDING:
-        square = tl.sum(squares * tl.exp(2.0 * (tops - top)), axis=0)
-        tl.store(collisions + row, (tl.log(square) - 2.0 * tl.log(total)).to(collisions.dtype.element_ty))
-    if DIFFERENTIATED:
-        share = 1.0 / total
-        for start in range(0, width, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            raw = tl.load(source + at, mask=at < width, other=0.0)
-            softmax = tl.exp(_transformed(raw, SCALE, SOFTCAP) - top) * share
-            result = (tl.where(at == label, 1.0, 0.0) - softmax) * _slope(raw, SCALE, SOFTCAP)
-            tl.store(error + row * width + at, result.to(error.dtype.element_ty), mask=at < width)
+    tl.store(tops + row, top)
+    tl.store(totals + row, total)
+    tl.store(collisions + row, tl.log(square) - 2.0 * tl.log(total))
+
+
+@triton.jit
+def _errors(  # type: ignore[no-untyped-def]
+    logits, labels, tops, totals, error, width,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    raw = tl.load(logits + row * width + at, mask=at < width, other=0.0)
+    softmax = tl.exp(_transformed(raw, SCALE, SOFTCAP) - tl.load(tops + row)) * (1.0 / tl.load(totals + row))
+    result = (tl.where(at == tl.load(labels + row), 1.0, 0.0) - softmax) * _slope(raw, SCALE, SOFTCAP)
+    tl.store(error + row * width + at, result.to(error.dtype.element_ty), mask=at < width)
 
 
 def head_fold_(
@@ -88,13 +94,20 @@ def head_fold_(
 ) -> Fold:
     rows, width = logits.shape
     logits = logits.contiguous()
-    logps = torch.empty(rows, dtype=logits.dtype, device=logits.device)
-    error = logits if dtype in (None, logits.dtype) else torch.empty_like(logits, dtype=dtype)
+    logps, tops, totals, squares = (torch.empty(rows, dtype=logits.dtype, device=logits.device) for _ in range(4))
     block, warps = block_and_warps(width, LARGEST_BLOCK)
+    shape = {"SCALE": transform.scale, "SOFTCAP": transform.softcap, "BLOCK": block, "num_warps": warps}
     launch(
-        _fold, (rows,), logits,
-        logits, labels, logps, error, logps if collisions is None else collisions, logits.stride(0), width,
-        SCALE=transform.scale, SOFTCAP=transform.softcap, DIFFERENTIATED=dtype is not None,
-        COLLIDING=collisions is not None, WIDE=wide(logits.dtype), BLOCK=block, num_warps=warps,
+        _log_probs, (rows,), logits,
+        logits, labels, logps, tops, totals, squares, width, WIDE=wide(logits.dtype), **shape,
     )  # fmt: skip
-    return Fold(logps, None if dtype is None else error, 1.0)
+    if collisions is not None:
+        collisions.copy_(squares)
+    if dtype is None:
+        return Fold(logps, None, 1.0)
+    error = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    launch(
+        _errors, (rows, triton.cdiv(width, block)), logits,
+        logits, labels, tops, totals, error, width, **shape,
+    )  # fmt: skip
+    return Fold(logps, error, 1.0)

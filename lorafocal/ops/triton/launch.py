@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,6 @@ def block_and_warps(width: int, largest: int) -> tuple[int, int]:
 
 
 def launch(kernel: Any, grid: Sequence[int], on: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` on the device of `on`, which need not be the current one."""
-    with torch.cuda.device_of(on):
+    """Run `kernel` on the device of `on`, which need not be the current one: compiled graphs see to that themselves."""
+    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(on):
         kernel[tuple(grid)](*arguments, **constants)
