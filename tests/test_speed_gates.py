@@ -195,7 +195,7 @@ def test_a_pack_keeps_no_more_bytes_than_the_planner_says(tier) -> None:
         SHAPE, Setup(dtype="float32", r=R, attention="sdpa", lengths=mean), tier
     )
     assert kept.chosen.requires_grad
-    assert live / pack.num_rows <= planned * 1.02
+    assert live / pack.num_rows <= planned + 48  # ids, positions and sums of tokens, which the planner leaves out
     assert live / pack.num_rows >= planned * 0.9
 
 
