@@ -390,6 +390,19 @@ def test_operations_of_the_papers_own_training(prompt, answer, stored, live):
 
 
 @pytest.mark.row("35")
+def test_a_weight_that_is_trained_whole_adds_the_product_of_its_gradient():
+    """The head's makes its logits again too; an embedding has no product."""
+    shape, at = Shape.of(LLAMA_3_8B), Lengths(256, 384, 384)
+    none, head, tokens, layer = (
+        memory.flops_per_pair(shape, Setup(r=0, modules_to_save=modules), at)
+        for modules in ((), ("lm_head",), ("embed_tokens",), ("layers.3.mlp.up_proj",))
+    )
+    assert head - none == 2 * (2 * 4096 * 128256) * at.answers
+    assert tokens == none
+    assert layer - none == 2 * 4096 * 14336 * at.rows
+
+
+@pytest.mark.row("35")
 def test_the_minimum_has_no_reference_and_nothing_twice():
     shape, at = Shape.of(LLAMA_3_8B), Lengths(256, 384, 384)
     least = memory.minimum_flops_per_pair(shape, Setup(), at)

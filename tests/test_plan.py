@@ -115,6 +115,18 @@ def check_advice(file: Path, gpus: str, given: dict[str, str]) -> list[str]:
     return list(found.advice)
 
 
+@pytest.mark.parametrize("gpus", ["1xH200", "1x20GiB"])
+@pytest.mark.parametrize(("name", "advised"), [("dpo", True), ("tdpo1", False)])
+def test_a_stored_reference_is_advised_where_its_log_probs_are_enough(name, advised, gpus):
+    """Whole distributions cannot be stored: on a card that holds the run, and one that does not."""
+    values = load_config(LORA.parents[1] / f"objectives/{name}.yaml").model_dump()
+    values["model"] = config().model_dump()["model"]
+    values["reference"] = {"kind": "separate_model", "model": "some/model", "identity_probe": None}
+    found = plan(check_config(values), gpus)
+    assert found.machines[0].fits is (gpus == "1xH200")
+    assert any("reference.kind=cached" in line for line in found.advice) is advised
+
+
 @pytest.mark.row("37")
 def test_a_stated_budget_and_tier_are_taken():
     asked = config("packing.tokens=4608", "training.activation_checkpointing=full", "kernels.adapters=peft")

@@ -80,6 +80,3 @@ def relative_time(shape: Shape, setup: Setup, tier: str, tokens: int) -> float:
     """Operations a pair, and what small packs add to them."""
     knee = _KNEE if setup.quantization is None else _KNEE_QUANTIZED
     return flops_per_pair(shape, setup, tier=tier) * (1 + knee / tokens)
-
-
-# ---- operations ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafocal.memory.residents import adapter_parameters
+from lorafocal.memory.residents import low_rank_tensors
 from lorafocal.ops.shapes import Lengths, Setup, Shape
 
 
@@ -19,7 +19,7 @@ def flops_per_pair(
 
     Through frozen matrices of N entries, 2N a row forward and 2N backward; trained ones and adapters 4N backward;
     attention 4 a visible pair, head and dimension, two and a half times that backward; the head 4HV a completion token,
-    8HV in full-parameter training, where its logits are computed again for the gradient of its weights.
+    8HV where it is trained, whose logits are computed again for the gradient of its weights.
     Divergences take one product with the head more: for the second gradient, or where the head is trained for the
     reference's logits again (its own pass leaves their first time to the policy's).
     `shared`: the prompt is computed once, not once an answer. `live_reference` adds a forward without adapters (by
@@ -33,11 +33,12 @@ def flops_per_pair(
         rows, seen = rows + at.prompt, seen + alone.visible(shape.sliding_window)
     base = 2 * shape.linear_parameters * rows
     attention = 4 * shape.query_size * seen * shape.layers
-    adapters = 0 if setup.full else 2 * adapter_parameters(shape, setup) * rows
+    adapters = 2 * sum(low_rank_tensors(shape, setup)) * rows
+    linears = (named for layer in range(shape.layers) for named in shape.layer_linears(layer))
+    of_whole_weights = 2 * sum(linear.entries for name, linear in linears if setup.saves(name)) * rows
     head = 2 * shape.head_parameters * at.answers
-    passes, head_passes = (3, 4) if setup.full else (2, 2)
-    head_passes += setup.divergences
-    total = passes * base + 3 * adapters + 3.5 * attention + head_passes * head
+    head_passes = (4 if setup.saves("lm_head") else 2) + setup.divergences
+    total = 2 * base + of_whole_weights + 3 * adapters + 3.5 * attention + head_passes * head
     if tier == "full":
         total += base + adapters + attention
     elif tier == "mlp":

@@ -33,8 +33,8 @@ def _matrix_bytes(linear: Linear, setup: Setup) -> int:
     return -(-linear.entries // 2) + scales + WIDE * 16
 
 
-def trained_tensors(shape: Shape, setup: Setup) -> Iterator[int]:
-    """Entries of each tensor that is trained; all are held in fp32."""
+def low_rank_tensors(shape: Shape, setup: Setup) -> Iterator[int]:
+    """Entries of each tensor of the low-rank layers."""
     for layer in range(shape.layers):
         for name, linear in shape.layer_linears(layer):
             if rank := setup.rank_of(name):
@@ -42,6 +42,11 @@ def trained_tensors(shape: Shape, setup: Setup) -> Iterator[int]:
                 yield rank * linear.rows
                 if setup.use_dora:
                     yield linear.rows
+
+
+def trained_tensors(shape: Shape, setup: Setup) -> Iterator[int]:
+    """Entries of each tensor that is trained; all are held in fp32."""
+    yield from low_rank_tensors(shape, setup)
     for name, sizes in shape.modules():
         if setup.saves(name) and not (setup.full and shape.tied and name == "lm_head"):
             yield from sizes

@@ -48,7 +48,7 @@ def _changes(work: Work, machine: Machine) -> Iterator[tuple[str, Work]]:
         yield "packing.tokens=auto: as many as fit", replace(work, tokens=None)
     if work.tiers != memory.TIERS:
         yield "training.activation_checkpointing=auto: recompute what must be", replace(work, tiers=memory.TIERS)
-    if setup.reference == "separate_model":
+    if setup.reference == "separate_model" and _can_be_stored(setup):
         yield "reference.kind=cached: the second model leaves the GPU", _with(work, reference="cached")
     whole = setup.engine in memory.WHOLE
     if whole and not setup.optim.startswith("paged"):
@@ -70,6 +70,11 @@ _OFFLOADED = {
     "optimizer": "gradients and moments lie in the machine's memory",
     "all": "all that is split lies in the machine's memory",
 }
+
+
+def _can_be_stored(setup: memory.Setup) -> bool:
+    """Whether `reference.kind=cached` gives the same: log-probs of the answers' tokens are all that is compared."""
+    return setup.reference in ("disabled_adapter", "frozen_copy", "separate_model") and not setup.divergences
 
 
 def _with(work: Work, **changed: Any) -> Work:
@@ -103,7 +108,7 @@ def _all_changes(work: Work, machine: Machine) -> str | None:
 
 
 def _faster(work: Work, found: OnMachine) -> Iterator[str]:
-    if work.setup.reference in ("disabled_adapter", "frozen_copy", "separate_model"):  # others cannot be stored
+    if _can_be_stored(work.setup):
         saved = forward_flops(work) / step_flops(work, found.choice.tier)
         yield (
             f"reference.kind=cached: {saved:.0%} less work a step, for one pass over the pairs before the first, which"

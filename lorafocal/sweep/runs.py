@@ -125,11 +125,18 @@ def cache_references(left: Sequence[Planned], *, quiet: bool) -> Iterator[CacheR
 
 
 def _reference_inputs(config: Config) -> str:
-    """What a stored reference depends on, as one text: the adapter only where it does not start with B = 0."""
-    values, adapter = config.model_dump(mode="json"), config.adapter
-    parts = [values["model"], values["data"], values["reference"], adapter and adapter.start_from]
+    """What a look-up depends on that a grid may vary, as one text: the answers, what is kept of each, whose they are.
+
+    Of an adapter that starts with B = 0 that is what is trained beside A and B: DoRA's magnitudes, a layer each, too.
+    """
+    values, adapter, objective = config.model_dump(mode="json"), config.adapter, config.objective.entry
+    parts = [values["model"], values["data"], values["reference"]]
+    parts += [objective.scores, objective.others, objective.token_weights is not None]  # scores drop pairs
     if adapter is not None and adapter.init not in STARTS_AS_THE_BASE:
         parts += [values["adapter"], values["training"]["seed"]]
+    elif adapter is not None:
+        parts += [adapter.start_from, adapter.modules_to_save, adapter.trainable_tokens]
+        parts += [adapter.use_dora and adapter.targets]
     return json.dumps(parts, sort_keys=True)
 
 
