@@ -29,7 +29,7 @@ Row = dict[str, str]
 
 
 def newest(rows: Iterable[Row], unit: str) -> dict[str, list[Row]]:
-    """Rows of `unit` by what they are of (device, model, dtype, data, threads): of each the last commit's, newest last."""
+    """Rows of `unit` by what they are of (device, model, dtype, data, threads), of each those of the last commit."""
     found: dict[str, dict[tuple[str, ...], Row]] = {}
     for row in rows:
         if row["unit"] == unit:
