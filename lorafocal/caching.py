@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from lorafocal.store import COMMAND, Answer, Context, ReferenceStore, Score, ans
 CHUNK_BYTES = 64 << 20  # of a tensor that are copied to the host and hashed at a time
 SHARD_ROWS = 512  # pairs a part of the store: what a kill costs at most
 SAY_EVERY_S = 10.0
+WIDER = 4  # times the rows of a training pack fit a pass that keeps nothing for a backward, in every tier
 SPOT_PAIRS = 16
 SLACK = 4.0  # largest difference from the store that is taken for noise, in noises
 STORED_ROUNDING = 2.0**-21  # relative: what fp32 sums of a few thousand tokens may differ by when nothing else does
@@ -161,13 +163,16 @@ def cache_reference(
     rank: int = 0,
     world: int = 1,
 ) -> CacheReport:
-    """Compute and store what the store lacks of `pairs`: each distinct answer once, in packs of `collator`.
+    """Compute and store what the store lacks of `pairs`: each distinct answer once.
+
+    Packs are those of `collator`, on a GPU wider ones, and smaller again where its memory is too small for them.
 
     `model` is without an engine's wrapper: ranks compute shares of their own, of whole prompts, and meet at the end.
     Every `SHARD_ROWS` pairs a part is written, so that a killed call goes on where it was. Raises InputError for a
-    log-prob that is not a finite number, and for an altered or foreign part.
+    log-prob that is not a finite number, an altered or foreign part, and a pair that alone is too much for the GPU.
     """
     start = said = time.monotonic()
+    collator = _wider(collator, next(model.parameters()).device)
     prompts = dict.fromkeys(tuple(answer.prompt_ids) for answer in answers_of(pairs))
     share = {*list(prompts)[rank::world]}
     mine = [answer for answer in store.missing(pairs, per_token=per_token) if tuple(answer.prompt_ids) in share]
@@ -175,7 +180,7 @@ def cache_reference(
     if rows:
         store.check_writable()
     for first in range(0, len(rows), SHARD_ROWS):
-        scores = score(model, rows[first : first + SHARD_ROWS], collator)
+        scores, collator = _score_within_memory(model, rows[first : first + SHARD_ROWS], collator)
         store.write(scores if per_token else [replace(one, token_logps=None) for one in scores])
         done += len(scores)
         if time.monotonic() - said > SAY_EVERY_S:
@@ -184,6 +189,33 @@ def cache_reference(
     launch.meet()
     asked = {answer.key for answer in answers_of(pairs) if tuple(answer.prompt_ids) in share}
     return CacheReport(len(mine), len(asked) - len(mine), time.monotonic() - start, world)
+
+
+def _wider(collator: PairCollator, device: torch.device) -> PairCollator:
+    """A matrix in few bits is de-quantised once a pack. Compiled layers keep the lengths they have graphs for."""
+    if device.type != "cuda" or collator.bucket > 1:
+        return collator
+    return replace(collator, tokens_per_pack=WIDER * collator.tokens_per_pack)
+
+
+def _score_within_memory(
+    model: nn.Module, rows: Sequence[tuple[Answer, ...]], collator: PairCollator
+) -> tuple[list[Score], PairCollator]:
+    """`score`, in packs that are halved until they fit; the collator that made them is for what follows too."""
+    alone = max(collator.rows_alone(_as_pair(number, row)) for number, row in enumerate(rows))
+    while True:
+        try:
+            return score(model, rows, collator), collator
+        except torch.OutOfMemoryError as error:
+            if collator.tokens_per_pack <= alone:
+                raise InputError(
+                    f"reference store: the device ran out of memory with one pair of {alone} token rows: lower"
+                    " `data.max_length`, or quantise the base (`model.quantization`)"
+                ) from error
+        gc.collect()  # here, not while the exception is handled: until then its frames keep the pack's tensors
+        torch.cuda.empty_cache()
+        collator = replace(collator, tokens_per_pack=max(alone, collator.tokens_per_pack // 2))
+        logger.warning("reference store: out of memory, so packs are of %d token rows now", collator.tokens_per_pack)
 
 
 def _rows(answers: Sequence[Answer]) -> list[tuple[Answer, ...]]:

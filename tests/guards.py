@@ -175,7 +175,7 @@ GUARDS: list[Guard] = [
     Guard("F15", "lorafocal.ops.plain_attention:softmax_attention", lambda original: lambda *a, sinks=None, **k: original(*a, **k), "tests/ops/test_attention.py::test_caps_and_sinks_are_those_of_the_models_that_have_them"),
     Guard("F15", "lorafocal.policy:own_attention", lambda _: lambda base: "sdpa", "tests/model/test_architectures.py::test_caps_and_sinks_are_not_dropped_in_either_layout_or_outside"),
     Guard("27", "lorafocal.policy:_arguments", lambda original: lambda *a: {k: v for k, v in original(*a).items() if k != "attention_mask"}, "tests/model/test_architectures.py::test_rows_are_called_with_the_mask_of_their_padding"),
-    Guard("35", "lorafocal.model.fused:_turns_halves", lambda _: lambda *a: True, "tests/model/test_fused.py::test_a_rotary_embedding_of_another_formula_stays_and_is_told_by_name"),
+    Guard("35", "lorafocal.model.fused:_turns_halves", lambda _: lambda *a: True, "tests/model/test_fused_functions.py::test_a_rotary_embedding_of_another_formula_stays_and_is_told_by_name"),
     Guard("F12", "lorafocal.policy:_check_prepared", lambda _: lambda *a: None, "tests/test_assembly.py::test_a_trainer_whose_model_was_prepared_for_another_layout_since_is_refused"),
     Guard("20", "lorafocal.probes:check_future", lambda _: lambda *a: None, "tests/test_probes.py::test_a_model_that_sees_the_future_or_the_padding_is_refused"),
     Guard("F12", "lorafocal.probes:check_packing", lambda _: lambda model: None, "tests/test_probes.py::test_models_that_packs_would_get_wrong_are_refused_by_name_and_train_padded"),

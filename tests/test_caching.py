@@ -262,6 +262,52 @@ def test_a_store_that_cannot_be_written_costs_no_pass(tmp_path, monkeypatch):
         stored(tmp_path / "file", prepared(), pairs(2))
 
 
+def short_of_memory(monkeypatch, most: int) -> list[int]:
+    """Packs of more than `most` token rows fail as on a GPU; the rows of those that were tried."""
+    tried: list[int] = []
+
+    def limited(model, pack, *given):
+        tried.append(pack.num_rows)
+        if pack.num_rows > most:
+            raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+        return token_logps(model, pack, *given)
+
+    monkeypatch.setattr(caching, "token_logps", limited)
+    return tried
+
+
+@pytest.mark.row("35 37")
+def test_packs_that_are_too_large_for_the_memory_are_halved_and_the_answers_stay(tmp_path, monkeypatch, caplog):
+    of, model = pairs(20), prepared()
+    expected = values(stored(tmp_path / "whole", model, of))
+    longest = max(map(PairCollator().rows_alone, of))
+    tried = short_of_memory(monkeypatch, 2 * longest)
+    found = values(stored(tmp_path / "halved", model, of, tokens_per_pack=16 * longest))
+    assert torch.allclose(found, expected, rtol=1e-6)
+    assert max(tried) > 2 * longest >= tried[-1]
+    assert caplog.text.count("out of memory, so packs are of") == 3  # 8, 4 and 2 times the longest
+    tried.clear()
+    monkeypatch.setattr(caching, "SHARD_ROWS", 5)
+    stored(tmp_path / "shards", model, of, tokens_per_pack=16 * longest)
+    assert sum(rows > 2 * longest for rows in tried) <= 3  # what one shard found out, the next ones know
+
+
+def test_a_pair_that_is_too_large_by_itself_is_refused_and_what_was_stored_stays(tmp_path, monkeypatch):
+    of, model = pairs(6), prepared()
+    short_of_memory(monkeypatch, 1)
+    with pytest.raises(InputError, match=r"out of memory with one pair of \d+ token rows: lower `data.max_length`"):
+        stored(tmp_path, model, of)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_packs_are_wider_on_a_gpu_but_where_layers_are_compiled():
+    collator = PairCollator(tokens_per_pack=512)
+    assert caching._wider(collator, torch.device("cpu")) is collator
+    assert caching._wider(collator, torch.device("cuda")).tokens_per_pack == 4 * 512
+    compiled = replace(collator, bucket=256)
+    assert caching._wider(compiled, torch.device("cuda")) is compiled
+
+
 # ---- ranks and kills
 
 

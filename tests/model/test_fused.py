@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,15 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved
-from transformers.models.llama import modeling_llama
 
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import AdapterSwitch, add_frozen_copy, attach_lora
-from lorafocal.model.fused import FusedReport, _Door, fuse, unfuse
+from lorafocal.model.fused import FusedReport, fuse, unfuse
 from lorafocal.model.load import load_base
-from lorafocal.model.stand_ins import FusedLinear, FusedRotary
-from lorafocal.ops.elementwise import TORCH
+from lorafocal.model.stand_ins import FusedLinear
 from tests.model.families import MUST_TRAIN_PACKED, text_policy
 from tests.tiny import VOCABULARY, adapter_gradients, disturb, lora, relative_difference, tiny_base, tiny_policy
 
@@ -213,56 +207,6 @@ def test_adapters_that_are_switched_to_what_is_not_fused_go_through_peft():
     for model in (policy, twin):
         model.base_model.set_adapter(["default", "reference"])
     assert relative_difference(step(policy)[1], step(twin)[1]) == 0
-
-
-def counting(counts: Counter[str], name: str) -> Callable[..., Tensor]:
-    own = getattr(TORCH, name)
-
-    def function(*given: Tensor) -> Tensor:
-        counts[name] += 1
-        return own(*given)
-
-    return function
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
-def test_queries_and_keys_are_turned_by_the_set_s_own_rope_and_by_nothing_else(family):
-    policy = disturb(trainable(text_policy(family)))
-    layers = policy.config.num_hidden_layers
-    expected = step(policy)
-    assert fuse(policy).rotary == layers
-    counts: Counter[str] = Counter()
-    functions = replace(TORCH, **{name: counting(counts, name) for name in ("rope", "rope_backward")})
-    for module in policy.modules():
-        if isinstance(getattr(vars(module).get("forward"), "__self__", None), FusedRotary):
-            FusedRotary(module, functions).install()
-    found = step(policy)
-    assert counts == {"rope": 2 * layers, "rope_backward": 2 * layers}
-    assert relative_difference(found[1], expected[1]) < 1e-12
-    other = text_policy(family)
-    assert torch.equal(logits(other), logits(copy.deepcopy(other)))
-    assert counts["rope"] == 2 * layers  # other models of the family go on as they were
-
-
-@pytest.mark.row("35")
-def test_a_rotary_embedding_of_another_formula_stays_and_is_told_by_name(monkeypatch):
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", interleaved)
-    policy = disturb(tiny_policy(dtype=torch.float64))
-    report = assert_same_step(policy)
-    assert (report.rotary, report.mlps) == (0, 2)
-    assert report.fallbacks["a rotary embedding (LlamaAttention) of another formula"] == 2
-
-
-@pytest.mark.row("35")
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope"])
-def test_kernels_that_compute_something_else_on_this_device_are_refused(name):
-    def off(x: Tensor, *given: Any) -> Any:
-        return getattr(TORCH, name)(1.5 * x + 1.0, *given)
-
-    door = _Door(tiny_policy(), TORCH, recompute=False)
-    door.functions = replace(TORCH, **{name: off})
-    with pytest.raises(InputError, match=r"computes something else than torch does on this device \(Llama"):
-        door.open()
 
 
 def test_several_active_adapters_are_told_by_name():
