@@ -187,7 +187,8 @@ def compare(given: argparse.Namespace, folder: str, at: Session) -> None:
     if given.peers:
         cases += [peer(name, whole, min(4, pairs_per_step)) for name in ("trl + liger", "peft by hand", "unsloth")]
     if given.device == "cuda":
-        cases += [ours(whole, stored=True, how=f"packs, stored reference, {how}", more=more) for how, more in TRIED]
+        tried = [ours(whole, stored=True, how=f"packs, stored reference, {how}", more=more) for how, more in TRIED]
+        cases += [replace(case, tried=True) for case in tried]
     run(benchmark, cases, at, name="step")
 
 

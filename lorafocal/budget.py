@@ -98,7 +98,7 @@ def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPa
         engine=str(args.engine),
         offload=args.offload,
         adapter_kernels="fused" if fused else "peft",
-        attention="flash" if dtype == "bfloat16" else "sdpa",
+        attention="flash" if dtype == "bfloat16" else "repeated",
         lengths=Lengths(*means) if means else Lengths(),
     )
 

@@ -24,6 +24,7 @@ from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import stands_beside
+from lorafocal.model.fused import forget
 from lorafocal.model.head import causal_lm
 from lorafocal.model.quantized import quantization_of
 from lorafocal.policy import compute_dtype, evaluating, token_logps
@@ -32,7 +33,7 @@ from lorafocal.store import COMMAND, Answer, Context, ReferenceStore, Score, ans
 CHUNK_BYTES = 64 << 20  # of a tensor that are copied to the host and hashed at a time
 SHARD_ROWS = 512  # pairs a part of the store: what a kill costs at most
 SAY_EVERY_S = 10.0
-WIDER = 4  # times the rows of a training pack fit a pass that keeps nothing for a backward, in every tier
+WIDER = 4  # times the rows of a training pack, for a pass that keeps nothing for a backward
 SPOT_PAIRS = 16
 SLACK = 4.0  # largest difference from the store that is taken for noise, in noises
 STORED_ROUNDING = 2.0**-21  # relative: what fp32 sums of a few thousand tokens may differ by when nothing else does
@@ -212,6 +213,7 @@ def _score_within_memory(
                     f"reference store: the device ran out of memory with one pair of {alone} token rows: lower"
                     " `data.max_length`, or quantise the base (`model.quantization`)"
                 ) from error
+        forget(model)
         gc.collect()  # here, not while the exception is handled: until then its frames keep the pack's tensors
         torch.cuda.empty_cache()
         collator = replace(collator, tokens_per_pack=max(alone, collator.tokens_per_pack // 2))

@@ -25,7 +25,7 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.model.adapters import attach_lora
 from lorafocal.model.fused import fuse
 from lorafocal.model.head import causal_lm
-from lorafocal.ops import logps
+from lorafocal.ops import attention, logps
 from lorafocal.ops.shapes import Lengths, Setup, Shape
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
@@ -181,8 +181,10 @@ def test_with_a_store_no_reference_forward_is_run_and_one_a_pack_without(tmp_pat
     assert (seen.count(True), seen.count(False)) == (packs, 0 if cached else packs)
 
 
+@pytest.mark.parametrize("keys", ["sdpa", "repeated"])
 @pytest.mark.parametrize("tier", ["none", "mlp"])
-def test_a_pack_keeps_no_more_bytes_than_the_planner_says(tier) -> None:
+def test_a_pack_keeps_no_more_bytes_than_the_planner_says(tier, keys, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_takes_groups", lambda *given: keys == "sdpa")
     policy = attach_lora(base(), tiny.lora(r=R))
     fuse(policy, recompute=tier)
     choose_layout(policy, "packed")
@@ -194,9 +196,7 @@ def test_a_pack_keeps_no_more_bytes_than_the_planner_says(tier) -> None:
     mean = Lengths(
         *(sum(getattr(of, side) for of in LENGTHS) / len(LENGTHS) for side in ("prompt", "chosen", "rejected"))
     )
-    planned = memory.activation_bytes_per_token(
-        SHAPE, Setup(dtype="float32", r=R, attention="sdpa", lengths=mean), tier
-    )
+    planned = memory.activation_bytes_per_token(SHAPE, Setup(dtype="float32", r=R, attention=keys, lengths=mean), tier)
     assert kept.chosen.requires_grad
     assert live / pack.num_rows <= planned + 48  # ids, positions and sums of tokens, which the planner leaves out
     assert live / pack.num_rows >= planned * 0.9

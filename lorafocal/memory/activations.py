@@ -104,8 +104,11 @@ def _attention_bytes(shape: Shape, setup: Setup) -> float:
     second = at.prompt + at.rejected  # keys of the rejected answer's segment, gathered
     if setup.attention == "flash":
         return kept + 2 * shape.kv_size * width * (at.prompt + at.chosen + second) / at.rows
-    joined = shape.query_size + shape.kv_size if shape.family.joined else 0  # values are a view of all three
-    kept += (2 * shape.kv_size * (1 + second / at.rows) + joined) * width
+    if setup.attention == "repeated" and shape.query_size > shape.kv_size:
+        kept += 2 * shape.query_size * width * (1 + at.prompt / at.rows)  # copies of both segments; the originals go
+    else:
+        joined = shape.query_size + shape.kv_size if shape.family.joined else 0  # values are a view of all three
+        kept += (2 * shape.kv_size * (1 + second / at.rows) + joined) * width
     mask = width * at.rejected * second / at.rows
     return kept + mask + (shape.query_size * width if setup.fused else 0)  # segments are joined to one output
 

@@ -293,7 +293,7 @@ class FusedLinear(StandIn):
         return self.shared.of(self.position, x)
 
 
-ROTARY = "apply_rotary_pos_emb"  # how attention code calls it, in every family of transformers that has one
+ROTARY = "apply_rotary_pos_emb"  # how attention code calls it in nearly every family of transformers
 
 
 class FusedRotary(StandIn):
@@ -327,18 +327,20 @@ def _with_rotary(forward: Any, functions: Elementwise) -> Callable[..., Any]:
 def rotary(
     own: Callable[..., Any],
     functions: Elementwise,
-    query: Tensor,  # (B, H, T, D)
-    key: Tensor,  # (B, H_kv, T, D)
-    cos: Tensor,  # (1 or B, T, D)
-    sin: Tensor,
-    *more: Any,
+    *given: Tensor,
     **named: Any,
 ) -> Any:
-    """(query, key) turned; by `own` where it is asked for something else: other axes, parts of a head, two dtypes."""
-    fits = not (more or named) and query.ndim == 4 and key.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
+    """Queries (B, H, T, D) and keys (B, H_kv, T, D) turned by cos and sin, (1 or B, T, D).
+
+    By `own` where it is asked for something else: one of them, other axes, a part of the width, two dtypes.
+    """
+    if named or len(given) != 4:
+        return own(*given, **named)
+    query, key, cos, sin = given
+    fits = query.ndim == 4 and key.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
     fits = fits and query.shape[-1] == key.shape[-1] == cos.shape[-1] and query.shape[2] == key.shape[2] == cos.shape[1]
     fits = fits and query.shape[0] == key.shape[0] and cos.shape[0] in (1, query.shape[0])
     fits = fits and query.dtype == key.dtype == cos.dtype == sin.dtype and not (cos.requires_grad or sin.requires_grad)
     if not fits:
-        return own(query, key, cos, sin, *more, **named)
+        return own(*given)
     return rotated(query, cos, sin, functions), rotated(key, cos, sin, functions)

@@ -75,7 +75,7 @@ def sdpa_shared_prefix_attention(
             return softmax_attention(q, k, v, seen, scaling=scaling, softcap=softcap, sinks=sinks).transpose(1, 2)
         causal = span is None and q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
         mask = None if causal else segments.mask(q.shape[2], k.shape[2], window, q.device, span)
-        together = groups > 1 and _takes_groups(q, mask)
+        together = groups > 1 and _takes_groups(q, v, mask)
         if groups > 1 and not together:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=together)
@@ -95,10 +95,11 @@ def sdpa_shared_prefix_attention(
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
-def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether SDPA shares keys among heads: on CUDA its flash kernel alone does, in 16 bits and without a mask; else
-    it would write out and keep all scores."""
-    return not query.is_cuda or (mask is None and query.dtype in HALF)
+def _takes_groups(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA shares keys among heads: on CUDA its flash kernel alone does, in 16 bits, without a mask, heads of
+    one width up to 256; else it would write out and keep all scores."""
+    one_width = query.shape[-1] == value.shape[-1] <= 256
+    return not query.is_cuda or (mask is None and query.dtype in HALF and one_width)
 
 
 def varlen_shared_prefix_attention(

@@ -298,7 +298,7 @@ def _multiplies_into_wide(weight: Tensor) -> bool:
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in total's dtype, without a second tensor of its size."""
+    """total += left @ right, accumulated in total's dtype; before torch 2.10 with a second tensor of its size."""
     if _multiplies_into_wide(left) and not _ADDS_INTO_WIDE:
         total += torch.mm(left, right.to(left.dtype), out_dtype=total.dtype)
     elif _multiplies_into_wide(left):

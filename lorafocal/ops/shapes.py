@@ -243,7 +243,8 @@ class Setup:
     """How a shape is trained: precision, adapter or all parameters, optimiser, kernels, reference, objective, engine.
 
     Words are the config's. `full` trains every parameter, and what is said of adapters counts for nothing.
-    `adapter_kernels` is "fused" or "peft"; `attention` is "flash" (one variable-length call) or "sdpa" (one a segment).
+    `adapter_kernels` is "fused" or "peft"; `attention` is "flash" (one variable-length call), "sdpa" (one a segment) or
+    "repeated" (one a segment, keys repeated for every head: a GPU in 32 bits).
     """
 
     dtype: str = "bfloat16"

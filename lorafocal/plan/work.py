@@ -173,7 +173,7 @@ def setup_of(config: Config, lengths: Lengths) -> Setup:
         engine="one-process" if engine is None else engine.kind,
         offload="none" if engine is None else engine.offload,
         adapter_kernels="fused" if kernels == "auto" else kernels,
-        attention="flash" if config.model.dtype == "bfloat16" else "sdpa",
+        attention="flash" if config.model.dtype == "bfloat16" else "repeated",
         lengths=lengths,
     )
 

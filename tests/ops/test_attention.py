@@ -388,18 +388,21 @@ def test_where_sdpa_cannot_share_keys_among_heads_they_are_repeated(monkeypatch,
         calls.append((k.shape[1], enable_gqa))
         return scaled_dot_product_attention(q, k, v, *given, enable_gqa=enable_gqa, **named)
 
-    monkeypatch.setattr(attention, "_takes_groups", lambda query, mask: False)
+    monkeypatch.setattr(attention, "_takes_groups", lambda *given: False)
     monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
     torch.testing.assert_close(sdpa_shared_prefix_attention(query, key, value, segments, **options), together)
     assert {*calls} == {(4, False)}
 
 
 def test_keys_are_shared_among_heads_by_cuda_s_flash_kernel_alone():
-    def on(cuda: bool, dtype: torch.dtype) -> Any:
-        return SimpleNamespace(is_cuda=cuda, dtype=dtype)
+    def on(cuda: bool, dtype: torch.dtype, width: int = 128) -> Any:
+        return SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 4, 9, width))
 
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    assert attention._takes_groups(on(False, torch.float32), mask)
-    assert attention._takes_groups(on(True, torch.bfloat16), None)
-    assert not attention._takes_groups(on(True, torch.bfloat16), mask)
-    assert not attention._takes_groups(on(True, torch.float32), None)
+    mask, half = torch.ones(1, 1, dtype=torch.bool), on(True, torch.bfloat16)
+    assert attention._takes_groups(on(False, torch.float32), on(False, torch.float32), mask)
+    assert attention._takes_groups(half, half, None)
+    assert not attention._takes_groups(half, half, mask)
+    assert not attention._takes_groups(on(True, torch.float32), on(True, torch.float32), None)
+    assert not attention._takes_groups(on(True, torch.bfloat16, 192), half, None)
+    wide = on(True, torch.bfloat16, 512)
+    assert not attention._takes_groups(wide, wide, None)

@@ -51,6 +51,14 @@ def test_its_backward_keeps_cos_and_sin_themselves():
     assert [tensor.data_ptr() for tensor in kept] == [cos.data_ptr(), sin.data_ptr()]
 
 
+def test_queries_alone_go_to_the_model_s_own_function():
+    """As Qwen4's indexer has it."""
+    query, _, cos, sin = inputs(1, 1, torch.float64)
+    assert rotary(lambda *given, **named: (len(given), sorted(named)), TORCH, query, cos=cos, sin=sin) == (
+        1, ["cos", "sin"],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("what", ["another axis", "a part of the head", "another dtype", "angles with a gradient"])
 def test_what_it_does_not_compute_goes_to_the_model_s_own_function(what):
     query, key, cos, sin = inputs(1, 1, torch.float64)
