@@ -47,7 +47,7 @@ from lorafocal.objectives import OBJECTIVES, Entry
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.ops.attention_kernels import KernelChoice, choose
 from lorafocal.ops.elementwise import load
-from lorafocal.ops.logps import use_elementwise
+from lorafocal.ops.logps import set_heads
 from lorafocal.policy import plain_attention
 from lorafocal.probes import LayoutChoice, choose_layout
 from lorafocal.references.strategy import Strategy
@@ -247,7 +247,7 @@ def prepare_layers(scorers: Sequence[PeftModel], args: FocalPOConfig, pairs: Seq
     budget, words = assemble_kernels(policy, args, pairs)
     layout = choose_common_layout(scorers, args.layout)
     for model in scorers:  # their heads are there by now
-        use_elementwise(model, load(args.elementwise_kernels))
+        set_heads(model, load(args.elementwise_kernels), budget.head_rows)
     if layout.reason and args.process_index == 0:
         logger.warning("training padded, each prompt twice: %s", layout.reason)
     bucket, compiled = compile_packed(policy, args, layout.layout)

@@ -47,7 +47,8 @@ def settle_budget(
     *,
     fused: bool = True,
 ) -> memory.Choice:
-    """Token rows of a pack and the tier of activations for `policy`, which its engine has placed and not yet begun.
+    """Token rows of a pack, the tier of activations and the head's chunk for `policy`, which its engine has placed and
+    not yet begun.
 
     What `args` states wins; the rest is what `memory.choose` finds for the device's free memory and the lengths of
     `pairs`. The least free memory of all ranks counts: where weights are split, one that recomputed alone would wait
@@ -58,8 +59,6 @@ def settle_budget(
     tier = "none" if args.recompute == "auto" else args.recompute
     alone = PairCollator("padded" if args.layout == "padded" else "packed", others=True).rows_alone
     longest = max(map(alone, pairs), default=1)
-    if stated is not None and args.recompute != "auto":
-        return memory.Choice(stated, tier, "as stated")
     if device.type != "cuda":
         reason = "as stated" if stated else f"on {device.type}"
         return memory.Choice(stated or max(CPU_TOKENS, longest), tier, reason)
@@ -67,7 +66,11 @@ def settle_budget(
         shape = Shape.of(causal_lm(policy).config.to_dict())
         setup = setup_of(policy, args, pairs, fused=fused)
     except InputError as problem:
-        return memory.Choice(stated or max(CPU_TOKENS, longest), tier, str(problem))
+        reason = "as stated" if stated and args.recompute != "auto" else str(problem)
+        return memory.Choice(stated or max(CPU_TOKENS, longest), tier, reason)
+    setup = replace(setup, head_rows=memory.head_rows(shape, setup, whole_bytes(device)))
+    if stated is not None and args.recompute != "auto":
+        return memory.Choice(stated, tier, "as stated", head_rows=setup.head_rows)
     tiers = memory.TIERS if args.recompute == "auto" else (args.recompute,)
     held = memory.residents(shape, setup, args.world_size)
     room = free_bytes(device)
@@ -132,11 +135,18 @@ def _least_anywhere(free: float, device: torch.device) -> float:
 
 def free_bytes(device: torch.device) -> float:
     """Bytes of the device that nothing holds by now, or that this process may still take."""
-    free, whole = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 and later
-        free = min(free, int(torch.cuda.get_per_process_memory_fraction(device) * whole) - reserved)
+    free = min(free, whole_bytes(device) - reserved)
     return free + reserved - torch.cuda.memory_allocated(device)
+
+
+def whole_bytes(device: torch.device) -> int:
+    """Bytes of the device that this process may hold."""
+    _, whole = torch.cuda.mem_get_info(device)
+    if not hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 and later
+        return whole
+    return int(torch.cuda.get_per_process_memory_fraction(device) * whole)
 
 
 # ---- in a step ----------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lorafocal.data.packing import Pack
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.model.compiled import is_compiled, uncompiled
 from lorafocal.objectives import Objective, OtherAnswers, PairInputs, PairLogps, PairLosses
 from lorafocal.objectives.tokens import TokenInputs
-from lorafocal.policy import compared_tokens, evaluating, of_pairs, sequence_logps, sums_of, token_logps
+from lorafocal.policy import compared_tokens, evaluating, of_pairs, sums_of, token_logps
 from lorafocal.reference import Reference, build_guide, build_reference
 from lorafocal.references.strategy import Strategy
 from lorafocal.whole_step import Share, no_share, shared_out
@@ -202,12 +203,20 @@ class Comparison:
         with evaluating(model) if self.noisy else nullcontext():
             return self._guided[1].token_logps(pack)
 
-    def without_noise(self, model: nn.Module, pack: Pack, policy: PairLogps) -> PairLogps:
-        """What the identity probe looks at: `policy`, or a pass without dropout."""
-        if not self.noisy:
-            return policy
-        with evaluating(model), torch.no_grad():  # by the same functions as the reference's, which round alike
-            return self.seen(model, pack).policy if self.objective.entry.divergences else sequence_logps(model, pack)
+    def probed(
+        self, model: nn.Module, pack: Pack, policy: PairLogps, reference: PairLogps
+    ) -> tuple[PairLogps, PairLogps]:
+        """Policy and reference as the identity probe compares them: as they are given, or by a pass of its own.
+
+        That is without dropout, and beside a live reference without compiled layers, whose graphs with and without
+        gradients round otherwise.
+        """
+        graphs = self.kind != "cached" and is_compiled(model)
+        if not self.noisy and not graphs:
+            return policy, reference
+        with evaluating(model), uncompiled(model) if graphs else nullcontext(), torch.no_grad():
+            again = self.seen(model, pack)  # both by the same functions, which round alike
+        return again.policy, reference if again.reference is None else again.reference
 
     def _reference_of(self, model: nn.Module) -> Reference:
         """An engine wraps policy and reference model when training begins."""

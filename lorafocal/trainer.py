@@ -282,14 +282,14 @@ class FocalPOTrainer(Trainer):
         """This pack's share of the step's mean loss."""
         pack = part.pack
         losses, policy, reference = self.compared(model, part)
-        probed = reference is not None and self.state.global_step == 0 and self.args.identity_probe
-        start = self.compared.without_noise(model, pack, policy) if probed else policy
+        probed = self.args.identity_probe and self.state.global_step == 0
+        start = self.compared.probed(model, pack, policy, reference) if probed and reference is not None else None
         if is_filler(pack):
             return policy.chosen.sum().to(losses.losses) * 0.0  # its loss need not be finite: it is made up
         self.health.see_pack(losses.losses, pack.pair_ids, self.state.global_step)
-        if probed and reference is not None:
-            noise = 0.0 if self.stored is None else self.stored.noise
-            check_identity(start, reference, pack.pair_ids, kind=str(self.args.reference), tolerance=noise)
+        if start is not None:
+            noise = self.stored.noise if self.stored else 0.0
+            check_identity(*start, pack.pair_ids, kind=str(self.args.reference), tolerance=noise)
         self.metrics.add(pair_values(self.objective, losses, policy, reference, pack.index.lengths))
         return mean_loss(losses.losses, step_pairs)
 

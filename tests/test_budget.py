@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
-from lorafocal import budget, memory
+from lorafocal import assembly, budget, memory
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.assembly import assemble_kernels
 from lorafocal.budget import settle_budget, setup_of
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import attach_lora
+from lorafocal.ops.logps import LogProbHead
 from lorafocal.ops.shapes import Shape
 from tests.model.families import text_policy
 from tests.tiny import lora, pairs, tiny_base, tiny_policy, trainer
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 DATA = pairs(12)
 LONGEST = max(pair.shared_length for pair in DATA)
+ROWS = 2**26 // 97 // 128 * 128  # of a chunk of the tiny model's logits, where there is memory
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -33,10 +35,10 @@ def arguments(tmp_path, **settings: Any) -> FocalPOConfig:
 
 @pytest.fixture
 def gpu_with(monkeypatch):
-    """A GPU of which so many bytes are free."""
+    """A GPU of which so many bytes are free, and which has many more."""
 
     def of(free: float, share: float = 1.0) -> None:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, max(2e12, 2 * free)))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
@@ -48,7 +50,9 @@ def gpu_with(monkeypatch):
 def test_what_is_stated_wins(tmp_path, gpu_with, device):
     gpu_with(1e12)
     args = arguments(tmp_path, tokens_per_pack=123, recompute="full")
-    assert settle_budget(tiny_policy(), args, device, DATA) == memory.Choice(123, "full", "as stated")
+    rows = None if device == CPU else ROWS
+    expected = memory.Choice(123, "full", "as stated", head_rows=rows)
+    assert settle_budget(tiny_policy(), args, device, DATA) == expected
     stated = settle_budget(tiny_policy(), arguments(tmp_path, tokens_per_pack=123), device, DATA)
     assert (stated.tokens, stated.tier) == (123, "none")
     tier = settle_budget(tiny_policy(), arguments(tmp_path, recompute="mlp"), device, DATA)
@@ -67,7 +71,7 @@ def test_on_a_cpu_packs_are_of_2048_tokens_or_the_longest_pair(tmp_path):
 def test_on_a_gpu_the_budget_is_what_fits_and_a_tighter_one_recomputes(tmp_path, gpu_with):
     policy, args = tiny_policy(), arguments(tmp_path)
     shape = Shape.of(policy.get_base_model().config.to_dict())
-    setup = setup_of(policy, args, DATA, fused=True)
+    setup = replace(setup_of(policy, args, DATA, fused=True), head_rows=ROWS)
     held = memory.gradient_bytes(shape, setup) + memory.optimizer_bytes(shape, setup, on_gpu=True)
 
     def chosen(free: float) -> memory.Choice:
@@ -90,11 +94,27 @@ def test_on_a_gpu_the_budget_is_what_fits_and_a_tighter_one_recomputes(tmp_path,
 def test_a_stated_budget_on_a_gpu_gets_a_tier_in_which_it_fits(tmp_path, gpu_with):
     policy, args = tiny_policy(), arguments(tmp_path, tokens_per_pack=1024)
     shape = Shape.of(policy.get_base_model().config.to_dict())
-    setup = setup_of(policy, args, DATA, fused=True)
+    setup = replace(setup_of(policy, args, DATA, fused=True), head_rows=ROWS)
     held = memory.gradient_bytes(shape, setup) + memory.optimizer_bytes(shape, setup, on_gpu=True)
     gpu_with((memory.pack_bytes(shape, setup, "full", 1024) + held + 1) / (1 - memory.SLACK))
     choice = settle_budget(policy, args, CUDA, DATA)
     assert (choice.tokens, choice.tier) == (1024, "full")
+
+
+def test_the_heads_chunk_follows_from_the_whole_memory_whatever_is_free_and_reaches_the_head(
+    tmp_path, gpu_with, monkeypatch
+):
+    policy = tiny_policy()
+    for free in (1e12, 1e9):
+        gpu_with(free, share=1e8 / 2e12)  # 100 MB: a 64th is 4027 rows of 97 logits in fp32
+        assert settle_budget(policy, arguments(tmp_path), CUDA, DATA).head_rows == 3968
+    gpu_with(1e12, share=1e7 / 2e12)
+    found = settle_budget(policy, arguments(tmp_path), CUDA, DATA)
+    assert found.head_rows == 384
+    monkeypatch.setattr(assembly, "settle_budget", lambda *_, **__: found)
+    run = trainer(tmp_path / "run", DATA)
+    heads = [module for module in run.model.modules() if isinstance(module, LogProbHead)]
+    assert [head.rows_per_chunk for head in heads] == [384]
 
 
 def test_where_nothing_fits_it_is_said(tmp_path, gpu_with, caplog):
@@ -115,7 +135,7 @@ def test_without_an_adapter_the_budget_is_for_what_training_will_hold(tmp_path, 
     monkeypatch.setattr(budget, "_bytes_on", lambda device, model: here if model is policy else 0)
     shape, setup = Shape.of(policy.config.to_dict()), setup_of(policy, args, DATA, fused=False)
     assert (setup.full, setup.dtype, setup.attention, setup.engine) == (True, "bfloat16", "flash", engine)
-    held = memory.residents(shape, setup)
+    setup, held = replace(setup, head_rows=ROWS), memory.residents(shape, setup)
     assert held.before > here
     needed = memory.pack_bytes(shape, setup, "none", 256)
     gpu_with((needed + 1 + held.in_steps) / (1 - memory.SLACK) + held.before - here)

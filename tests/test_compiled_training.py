@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from lorafocal import assembly, comparison
+from lorafocal.errors import InputError
 from lorafocal.model.compiled import compile_layers, decoder_layers
 from lorafocal.policy import evaluating, plain_attention
 from lorafocal.trainer import FocalPOTrainer
 from tests import tiny
-from tests.tiny import lora, pairs, relative_difference, tiny_base
+from tests.tiny import lora, pairs, relative_difference, tiny_base, tiny_policy
 
 BUCKET = 32
 DATA, HELD_OUT = pairs(12), pairs(5, seed=4)
@@ -88,6 +89,36 @@ def test_a_run_with_evaluations_is_the_plain_one_and_goes_on_with_the_same_bits(
     again = made(tmp_path / "run")
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(again).items())
+
+
+@pytest.mark.engine
+@pytest.mark.row("1")
+def test_graphs_that_round_otherwise_without_gradients_are_not_taken_for_another_reference(tmp_path, monkeypatch):
+    """As Inductor's may: sums in another order. The probe compares the layers themselves, by exactly 0 as ever."""
+
+    def rounding(graph, _):
+        def call(*given):
+            found = graph(*given)
+            return found if torch.is_grad_enabled() else tuple(value * (1 + 1e-9) for value in found)
+
+        return call
+
+    monkeypatch.setattr(
+        assembly, "compile_layers", lambda model, bucket: compile_layers(model, bucket, backend=rounding)
+    )
+    plain, run = made(tmp_path / "plain", compiled=False), made(tmp_path / "run")
+    calls = CompiledCalls(run)
+    for one in (plain, run):
+        one.train()
+    assert calls.count > 40
+    assert relative_difference(weights(run), weights(plain)) < 1e-3
+    assert logged(run)[0]["rewards/ties"] < 1.0  # they did round otherwise
+    other = made(tmp_path / "other", model=tiny_policy(trained=True, dtype=torch.float64), peft_config=None)
+    with pytest.raises(InputError, match="by exactly 0"):
+        other.train()
+    monkeypatch.setattr(comparison, "is_compiled", lambda model: False)
+    with pytest.raises(InputError, match="by exactly 0"):
+        made(tmp_path / "off").train()
 
 
 @pytest.mark.engine

@@ -310,6 +310,22 @@ def test_a_token_of_llama_3_8b():
     assert full < 0.27
 
 
+@pytest.mark.row("36")
+def test_the_heads_chunk_is_a_small_part_of_a_device_in_whole_tiles_of_rows():
+    shape = Shape.of(LLAMA_3_8B)
+    sizes = (4, 12, 16, 20, 24, 80, 140)
+    found = [memory.head_rows(shape, Setup(), gib * GIB) for gib in sizes]
+    assert found == [128, 256, 256, 384, 512, 512, 512]  # 2^26 entries are 523 rows
+    for gib, rows in list(zip(sizes, found, strict=True))[1:]:
+        asked = Setup(head_rows=rows)
+        assert memory.head_chunk_bytes(shape, asked) == rows * 128256 * 6 <= gib * GIB / 64
+        assert rows == 512 or (rows + memory.ROW_TILE) * 128256 * 6 > gib * GIB / 64
+        assert choose(shape, asked, gib * GIB, 1024).head_rows == rows
+    narrow, compared = Setup(quantization="nf4"), Setup(divergences=True)
+    assert memory.head_rows(shape, narrow, 24 * GIB) == 512
+    assert memory.head_rows(shape, compared, 24 * GIB) == 256  # three in fp32 at a time
+
+
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 

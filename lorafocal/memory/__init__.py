@@ -8,10 +8,12 @@ they agree with what was counted.
 
 from lorafocal.memory.activations import (
     HEAD_CHUNK_ELEMENTS,
+    ROW_TILE,
     activation_bytes_per_token,
     cast_bytes,
     fixed_bytes,
     head_chunk_bytes,
+    head_rows,
     pack_bytes,
     work_bytes_per_token,
 )
@@ -43,6 +45,7 @@ from lorafocal.ops.shapes import Lengths, Setup, Shape
 __all__ = [
     "HEAD_CHUNK_ELEMENTS",
     "MAX_TOKENS",
+    "ROW_TILE",
     "SHARING",
     "SLACK",
     "TIERS",
@@ -63,6 +66,7 @@ __all__ = [
     "flops_per_pair",
     "gradient_bytes",
     "head_chunk_bytes",
+    "head_rows",
     "held_dtype",
     "minimum_flops_per_pair",
     "optimizer_bytes",

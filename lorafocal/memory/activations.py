@@ -6,6 +6,8 @@ from lorafocal.memory.residents import adapter_parameters
 from lorafocal.ops.shapes import WIDE, Setup, Shape
 
 HEAD_CHUNK_ELEMENTS = 2**26  # entries of the largest logits chunk: 256 MiB in fp32
+ROW_TILE = 128  # rows of a chunk are multiples: a GPU's matrix products work in tiles of as many
+HEAD_SHARE = 1 / 64  # of a device's memory, at most, for a chunk
 
 
 def activation_bytes_per_token(shape: Shape, setup: Setup, tier: str) -> float:
@@ -147,11 +149,28 @@ def head_chunk_bytes(shape: Shape, setup: Setup) -> int:
     With divergences three in fp32, of which one is gone when the error is made.
     A head that is trained has a gradient in fp32 and a cast of its weights beside that.
     """
-    rows = max(1, HEAD_CHUNK_ELEMENTS // shape.vocab_size)
-    narrow = setup.width if setup.width < WIDE else 0
+    rows = setup.head_rows or max(1, HEAD_CHUNK_ELEMENTS // shape.vocab_size)
     trained = shape.head_parameters if setup.saves("lm_head") else 0
-    each = 3 * WIDE if setup.divergences else WIDE + narrow
-    return rows * shape.vocab_size * each + trained * (WIDE + narrow)
+    return rows * shape.vocab_size * _logit_bytes(setup) + trained * (WIDE + _narrow(setup))
+
+
+def head_rows(shape: Shape, setup: Setup, memory_bytes: float) -> int:
+    """Rows of the log-prob head's chunk on a device with so much memory: 2^26 entries, or a 64th of it if that is less.
+
+    In whole tiles, and one at least. The whole memory counts, not what is free of it: a run that goes on later computes
+    the same bits.
+    """
+    most = memory_bytes * HEAD_SHARE / _logit_bytes(setup)
+    return max(int(min(most, HEAD_CHUNK_ELEMENTS)) // shape.vocab_size // ROW_TILE, 1) * ROW_TILE
+
+
+def _logit_bytes(setup: Setup) -> int:
+    """Of one entry of a chunk at its peak."""
+    return 3 * WIDE if setup.divergences else WIDE + _narrow(setup)
+
+
+def _narrow(setup: Setup) -> int:
+    return setup.width if setup.width < WIDE else 0
 
 
 def reference_row_bytes(shape: Shape, setup: Setup) -> float:

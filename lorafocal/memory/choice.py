@@ -25,6 +25,7 @@ class Choice:
     tier: str
     reason: str
     fits: bool = True
+    head_rows: int | None = None  # of a chunk of logits, as in `Setup`
 
 
 def tiers_of(shape: Shape, setup: Setup) -> tuple[str, ...]:
@@ -47,11 +48,11 @@ def choose(shape: Shape, setup: Setup, free_bytes: float, longest_pair: int, tie
     if not roomy:
         tier = min(possible, key=lambda tier: pack_bytes(shape, setup, tier, longest_pair))
         reason = f"the longest pair has {longest_pair} token rows, and {max(0, budgets[tier]) or 'none'} fit"
-        return Choice(longest_pair, tier, reason, fits=False)
+        return Choice(longest_pair, tier, reason, False, setup.head_rows)
     tier = min(roomy, key=lambda tier: relative_time(shape, setup, tier, roomy[tier]))
     others = ", ".join(f"{other} {tokens}" for other, tokens in budgets.items() if other != tier)
     reason = f"{roomy[tier]} token rows fit with tier {tier}" + (f" ({others})" if others else "")
-    return Choice(roomy[tier], tier, reason)
+    return Choice(roomy[tier], tier, reason, head_rows=setup.head_rows)
 
 
 _NO_MLP = (

@@ -8,7 +8,8 @@ generation, run uncompiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,9 +52,30 @@ def compile_layers(model: nn.Module, bucket: int, *, backend: str | Callable[...
 
 def restore_layers(model: nn.Module) -> None:
     """Take the compiled forwards away again; what others have exchanged stays."""
-    for layer in decoder_layers(model):
-        if isinstance(getattr(vars(layer).get("forward"), "__self__", None), _Compiled):
-            del layer.forward
+    for layer in _compiled(model):
+        del layer.forward
+
+
+def is_compiled(model: nn.Module) -> bool:
+    return bool(_compiled(model))
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within, the layers compute with their own forwards."""
+    forwards = _compiled(model)
+    restore_layers(model)
+    try:
+        yield
+    finally:
+        for layer, forward in forwards.items():
+            layer.forward = forward
+
+
+def _compiled(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """The layers that have a compiled forward, with it."""
+    found = {layer: vars(layer).get("forward") for layer in decoder_layers(model)}
+    return {layer: own for layer, own in found.items() if own and isinstance(getattr(own, "__self__", None), _Compiled)}
 
 
 def _not_compiled(model: nn.Module) -> str | None:

@@ -31,9 +31,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import AdapterSwitch, adapter_layers
-from lorafocal.model.head import causal_lm
+from lorafocal.model.head import causal_lm, logit_transform
 from lorafocal.model.quantized import base_dtype, quantization_of
 from lorafocal.model.stand_ins import (
+    NORM_FORMS,
     Arithmetic,
     FusedLinear,
     FusedMlp,
@@ -44,16 +45,13 @@ from lorafocal.model.stand_ins import (
     read,
     rotary,
 )
+from lorafocal.model.trained_modules import plain_modules
 from lorafocal.ops.elementwise import GEGLU, TORCH, Elementwise, load
+from lorafocal.ops.kernel_check import furthest, head_fold_results, rms_norm_results, rope_results, swiglu_results
 
 RECOMPUTE = ("none", "mlp")
 _MLPS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"), _MLPS[0][:2], _MLPS[1][:2])
-_NORM_FORMS: tuple[Callable[[Tensor], Tensor], ...] = (
-    lambda weight: weight,  # Llama, Mistral, Qwen
-    lambda weight: weight.float(),  # OLMo 2
-    lambda weight: weight.float() + 1,  # Gemma
-)
 _PROBE_TOKENS = 3
 _MLP_SCALES = (1.0, 2.0, 60.0)  # activations differ about the first two; the last is beyond what a block clamps at
 _NORM_SCALES = (1.0, 1e-3, 1e3)  # of the second, eps is a good part
@@ -129,7 +127,8 @@ class _Door:
     """One run of `fuse`: what was installed, and what was left and why."""
 
     def __init__(self, policy: nn.Module, functions: Elementwise, *, recompute: bool) -> None:
-        self.modules = list(causal_lm(policy).modules())
+        self.base = causal_lm(policy)
+        self.modules = list(self.base.modules())
         self.functions, self.recompute = functions, recompute
         self.dtype = base_dtype(policy)
         self.arithmetic = Arithmetic(self.dtype, self.dtype == torch.bfloat16)
@@ -157,6 +156,7 @@ class _Door:
         for module in self.modules:
             self._norm(module)
             self._rotary(module)
+        self._head()
 
     def report(self) -> FusedReport:
         counts = {kind: self.fused[kind] for kind in ("mlps", "shared", "linears", "norms", "rotary")}
@@ -177,7 +177,9 @@ class _Door:
             stand_in.gated = gated
             if self._agree(stand_in, x):
                 stand_in.gated, stand_in.recompute = own, self.recompute
-                self._check_kernels(block, self._difference(stand_in, x))
+                if own is not GEGLU:
+                    rows = _random(9, _width(getattr(block, names[2])), x, self.dtype)
+                    self._check_kernels(block, swiglu_results, *(_scaled(of, _MLP_SCALES) for of in rows.split(3)))
                 stand_in.install()
                 self._done.update(getattr(block, name) for name in names)
                 self.fused["mlps"] += 1
@@ -223,11 +225,11 @@ class _Door:
             self.left["norms that are trained" if weight.requires_grad else "norms exchanged by others"] += 1
             return
         x = _scaled(_random(_PROBE_TOKENS, len(weight), weight), _NORM_SCALES)
-        for form in _NORM_FORMS:
+        for form in NORM_FORMS:
             stand_in = FusedNorm(module, form, eps, TORCH)
             if self._difference(stand_in, x) == 0:
                 stand_in.functions = self.functions
-                self._check_kernels(module, self._difference(stand_in, x))
+                self._check_kernels(module, rms_norm_results, x, x.flip(0), form(weight), eps)
                 stand_in.install()
                 self.fused["norms"] += 1
                 return
@@ -240,12 +242,24 @@ class _Door:
         values = _random(5, _PROBE_TOKENS * 8, next(module.parameters()), self.dtype).view(1, 5, _PROBE_TOKENS, 8)
         probe = values[:, :2], values[:, 2:3], values[:, 3], values[:, 4]  # queries, keys, cos, sin
         if _turns_halves(own, probe):
-            ours, theirs = (torch.cat(rotary(own, functions, *probe), 1) for functions in (self.functions, TORCH))
-            self._check_kernels(module, float((ours - theirs).norm() / theirs.norm()))
+            width = getattr(module, "head_dim", 8)
+            rows = _random(_PROBE_TOKENS, 4 * width, next(module.parameters()), self.dtype)
+            x, cos, sin = rows.split([2 * width, width, width], dim=1)
+            self._check_kernels(module, rope_results, x.reshape(-1, 2, width), cos.contiguous(), sin.contiguous())
             FusedRotary(module, self.functions).install()
             self.fused["rotary"] += 1
         else:
             self.left[f"a rotary embedding ({type(module).__name__}) of another formula"] += 1
+
+    def _head(self) -> None:
+        """The log-prob head is installed later, and folds its logits by the same set."""
+        if self.functions is TORCH:
+            return
+        head: Any = plain_modules(self.base.get_output_embeddings())[0]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        logits = 4 * _random(_PROBE_TOKENS, len(head.weight), head.weight, wide)
+        labels = torch.arange(_PROBE_TOKENS, device=logits.device)
+        self._check_kernels(head, head_fold_results, logits, labels, self.dtype, logit_transform(self.base))
 
     def _input(self, layer: nn.Module) -> Tensor:
         return _random(_PROBE_TOKENS, _width(layer), next(layer.parameters()), self.dtype)
@@ -263,12 +277,25 @@ class _Door:
         exact = base == 0 or (self.four_bit and base <= _TOLERANCE[self.dtype])
         return exact and self._difference(stand_in, x) <= _TOLERANCE[self.dtype]
 
-    def _check_kernels(self, module: nn.Module, difference: float) -> None:
-        """Refuse functions that are further from the definitions, in a module that these compute, than rounding is."""
-        if self.functions is not TORCH and not difference <= _TOLERANCE[self.dtype]:
+    @torch.no_grad()
+    def _check_kernels(self, module: nn.Module, results: Callable[..., list[Tensor]], *given: Any) -> None:
+        """Refuse functions that fail, or are further from the definitions than rounding is, at a module's own widths.
+
+        Backwards too, before a step relies on them.
+        """
+        if self.functions is TORCH:
+            return
+        where = f"{type(module).__name__}, {self.functions.name}"
+        try:
+            difference = furthest(results(self.functions, *given), results(TORCH, *given))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise InputError(f"kernels.elementwise: cannot run on this device ({where}): {error}; use torch") from error
+        if not difference <= _TOLERANCE[self.dtype]:
             raise InputError(
-                f"kernels.elementwise: {self.functions.name} computes something else than torch does on this device"
-                f" ({type(module).__name__}, off by {difference:.2g}): use torch, and report the card and the versions"
+                f"kernels.elementwise: something else than torch's is computed on this device ({where}, off by"
+                f" {difference:.2g}): use torch, and report the card and the versions"
             )
 
     def _difference(self, stand_in: StandIn, x: Tensor) -> float:
@@ -281,16 +308,15 @@ class _Door:
             return float("inf")
         if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
             return float("inf")
-        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-            return float("inf")
-        apart, size = (ours.double() - theirs.double()).norm(dim=-1), theirs.double().norm(dim=-1)
-        return float(torch.where(apart == 0, 0.0, apart / size).max())
+        return furthest([ours], [theirs])
 
 
 def _turns_halves(own: Callable[..., Any], probe: Sequence[Tensor]) -> bool:
     """Whether a rotary embedding gives the very bits of `elementwise.rope`."""
     try:
         return all(map(torch.equal, own(*probe), rotary(own, TORCH, *probe)))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # one that is called otherwise
         return False
 

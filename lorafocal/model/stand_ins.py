@@ -144,6 +144,22 @@ class StandIn:
         raise NotImplementedError
 
 
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _widened(weight: Tensor) -> Tensor:
+    return weight.float()
+
+
+def _above_one(weight: Tensor) -> Tensor:
+    return weight.float() + 1
+
+
+# Of Llama, Mistral and Qwen; of OLMo 2; of Gemma. Functions with a name, so that a fused model can be pickled.
+NORM_FORMS: tuple[Callable[[Tensor], Tensor], ...] = (_as_it_is, _widened, _above_one)
+
+
 class FusedNorm(StandIn):
     """A frozen RMS norm; `form` makes the weight that `elementwise.rms_norm` takes of the module's own."""
 
@@ -301,7 +317,15 @@ class FusedRotary(StandIn):
 
     def __init__(self, module: nn.Module, functions: Elementwise) -> None:
         super().__init__(module)
+        self.functions = functions
         self.copy = _with_rotary(type(module).forward, functions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "functions": self.functions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.copy = _with_rotary(type(self.module).forward, self.functions)
 
     @staticmethod
     def own_function(module: nn.Module) -> Callable[..., Any] | None:

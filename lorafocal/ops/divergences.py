@@ -56,7 +56,13 @@ class RowKeeper:
         self.copies = copies
 
     def __call__(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        rows_per_chunk: int | None,
     ) -> Tensor:
         if self.copies:
             weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
@@ -68,9 +74,15 @@ def against(reference: ReferenceRows) -> OfRows:
     """Stands in a log-prob head's place: (N, 3), the columns of `ComparedTokens`."""
 
     def compared(
-        hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        rows_per_chunk: int | None,
     ) -> Tensor:
-        return torch.stack(compare_tokens(hidden, weight, labels, reference, bias, transform), dim=-1)
+        found = compare_tokens(hidden, weight, labels, reference, bias, transform, rows_per_chunk=rows_per_chunk)
+        return torch.stack(found, dim=-1)
 
     return compared
 

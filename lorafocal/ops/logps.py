@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax
 
 from lorafocal.memory import HEAD_CHUNK_ELEMENTS as CHUNK_ELEMENTS
+from lorafocal.memory import ROW_TILE
 
 if TYPE_CHECKING:
     from lorafocal.ops.elementwise import Elementwise
@@ -219,10 +220,14 @@ class _TrainedHeadLogps(torch.autograd.Function):
 
 
 def chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
-    """Slices of at most `rows` rows, as even as they can be: a last chunk of few rows would be a slow product."""
-    total = hidden.shape[0]
-    size = -(-total // max(1, -(-total // rows)))
-    return (slice(start, start + size) for start in range(0, total, size or 1))
+    """Slices of at most `rows` rows, as even as whole tiles of rows make them.
+
+    A last chunk of few rows, or chunks of a few rows more than tiles, would be slow products.
+    """
+    total, tile = hidden.shape[0], ROW_TILE if rows >= ROW_TILE else 1
+    number = max(1, -(-total // (rows // tile * tile)))
+    size = -(-total // (number * tile)) * tile
+    return (slice(start, min(start + size, total)) for start in range(0, total, size or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,8 +312,8 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right.to(left.dtype))
 
 
-OfRows = Callable[[Tensor, Tensor, Tensor, Tensor | None, LogitTransform], Tensor]
-"""(N, ...) of hidden rows (N, D), the head's weight (V, D), labels (N,), bias (V,) or None, and its transform."""
+OfRows = Callable[[Tensor, Tensor, Tensor, Tensor | None, LogitTransform, int | None], Tensor]
+"""(N, ...) of hidden rows (N, D), the head's weight (V, D), labels (N,), bias (V,) or None, transform, rows a chunk."""
 
 
 class LogProbHead(nn.Linear):
@@ -325,6 +330,7 @@ class LogProbHead(nn.Linear):
     collisions: Tensor | None = None  # (N,)
     by: OfRows | None = None
     fold: HeadFold = staticmethod(head_fold_)
+    rows_per_chunk: int | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> logits (B, T, V) without labels; (1, N) log-probs in nats with them, fp32 or wider."""
@@ -336,14 +342,15 @@ class LogProbHead(nn.Linear):
         if torch.is_autocast_enabled(hidden.device.type) and self.weight.dtype == torch.float32:  # masters: bf16 rows
             flat = flat.to(torch.get_autocast_dtype(hidden.device.type))
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 sums would be off by 0.04 nats a token
+            given = flat, self.weight, self.labels, self.bias, self.transform
             if self.by is not None:
-                return self.by(flat, self.weight, self.labels, self.bias, self.transform)[None]
+                return self.by(*given, self.rows_per_chunk)[None]
             asked: dict[str, Any] = {"fold": self.fold, "collisions": self.collisions}
-            return token_logps(flat, self.weight, self.labels, self.bias, self.transform, **asked)[None]
+            return token_logps(*given, rows_per_chunk=self.rows_per_chunk, **asked)[None]
 
 
-def use_elementwise(model: nn.Module, elementwise: Elementwise) -> None:
-    """Let every `LogProbHead` of `model` fold its logits with the chosen set of functions."""
+def set_heads(model: nn.Module, elementwise: Elementwise, rows_per_chunk: int | None = None) -> None:
+    """Let every `LogProbHead` of `model` fold its logits with the chosen set of functions, so many rows at a time."""
     for module in model.modules():
         if isinstance(module, LogProbHead):
-            module.fold = elementwise.head_fold_
+            module.fold, module.rows_per_chunk = elementwise.head_fold_, rows_per_chunk

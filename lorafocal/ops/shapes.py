@@ -267,6 +267,7 @@ class Setup:
     adapter_kernels: str = "fused"
     attention: str = "flash"
     lengths: Lengths = Lengths()
+    head_rows: int | None = None  # of a chunk of logits; without a device's memory, as many as make 2^26 entries
 
     @property
     def width(self) -> int:

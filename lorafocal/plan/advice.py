@@ -9,7 +9,7 @@ from typing import Any
 from lorafocal import memory
 from lorafocal.compatibility import OFFLOADS
 from lorafocal.hardware import GPUS, IN_ONE_MACHINE, Machine
-from lorafocal.plan.machine import OnMachine, forward_flops, free_bytes, on_machine, step_flops
+from lorafocal.plan.machine import OnMachine, forward_flops, free_bytes, on_machine, placed, step_flops
 from lorafocal.plan.work import Work
 
 
@@ -83,7 +83,7 @@ def _with(work: Work, **changed: Any) -> Work:
 
 def _max_length(work: Work, machine: Machine) -> int | None:
     """The largest max_length, in steps of 64, whose longest pair fits."""
-    free = free_bytes(work, machine)
+    free, work = free_bytes(work, machine), placed(work, machine)
     fit = max(
         memory.tokens_that_fit(work.shape, work.setup, free, tier, work.longest)
         for tier in memory.tiers_of(work.shape, work.setup)

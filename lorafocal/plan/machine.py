@@ -67,7 +67,7 @@ class OnMachine:
 
 def on_machine(work: Work, machine: Machine, tflops: float | None = None, price: float | None = None) -> OnMachine:
     """Memory, choice and speed of `work` on `machine`, each GPU with its share of the pairs."""
-    work = _shared(work, machine)
+    work = placed(work, machine)
     shape, setup = work.shape, work.setup
     held = memory.residents(shape, setup, machine.count)
     room = _room(machine, held)
@@ -107,11 +107,11 @@ def on_machine(work: Work, machine: Machine, tflops: float | None = None, price:
     )
 
 
-def _shared(work: Work, machine: Machine) -> Work:
-    """The run as several GPUs train it where it names no engine: each with the whole model."""
-    if machine.count == 1 or work.setup.engine != "one-process":
-        return work
-    return replace(work, setup=replace(work.setup, engine="ddp"))
+def placed(work: Work, machine: Machine) -> Work:
+    """The run as `machine` trains it: its head's chunk; several GPUs, where no engine is named, each with the model."""
+    engine = "ddp" if machine.count > 1 and work.setup.engine == "one-process" else work.setup.engine
+    rows = memory.head_rows(work.shape, work.setup, machine.gpu.memory_bytes)
+    return replace(work, setup=replace(work.setup, engine=engine, head_rows=rows))
 
 
 def _residents(work: Work, held: memory.Residents, gpus: int) -> Iterator[Part]:
@@ -151,7 +151,7 @@ def _of_a_pack(work: Work, room: float, tier: str, tokens: float) -> Iterator[Pa
     yield Part("activations", tokens * per_token, f"{per_token / 2**20:.2f} MiB a token row, tier {tier}")
     if casts:
         yield Part("bfloat16 weights", casts, "of the matrices, cast for a pack's products")
-    yield Part("head and workspaces", rest, "logits of a chunk, one layer's backward")
+    yield Part("head and workspaces", rest, f"logits of {setup.head_rows} rows, one layer's backward")
     slack = memory.SLACK * max(0.0, room)
     yield Part("driver and slack", DRIVER_BYTES + slack, f"1 GiB, and {memory.SLACK:.0%} of what is left")
 
@@ -163,7 +163,7 @@ def _room(machine: Machine, held: memory.Residents) -> float:
 
 def free_bytes(work: Work, machine: Machine) -> float:
     """What a GPU has for packs, as a run finds it: without residents, driver and slack."""
-    work = _shared(work, machine)
+    work = placed(work, machine)
     held = memory.residents(work.shape, work.setup, machine.count)
     return memory.room_for_packs(_room(machine, held), held)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.adapters import AdapterSwitch, add_frozen_copy, attach_lora
 from lorafocal.model.fused import FusedReport, fuse, unfuse
 from lorafocal.model.load import load_base
-from lorafocal.model.stand_ins import FusedLinear
+from lorafocal.model.stand_ins import FusedLinear, StandIn
 from tests.model.families import MUST_TRAIN_PACKED, text_policy
 from tests.tiny import VOCABULARY, adapter_gradients, disturb, lora, relative_difference, tiny_base, tiny_policy
 
@@ -400,3 +401,15 @@ def test_compiled_layers_trace_fused_functions_without_a_break():
     for layer in policy.get_base_model().model.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(logits(policy), before)
+
+
+def test_a_fused_policy_can_be_pickled_and_stays_fused():
+    policy = tiny_policy()
+    report = fuse(policy)
+    assert min(report.norms, report.rotary, report.mlps) > 0
+    copied = pickle.loads(pickle.dumps(policy))
+    assert torch.equal(logits(copied), logits(policy))
+    standing = [{name for name, module in of.named_modules() if StandIn.of(module)} for of in (policy, copied)]
+    assert standing[0] == standing[1]
+    parts = {id(part) for part in copied.modules()}
+    assert all(id(StandIn.of(module).module) in parts for module in copied.modules() if StandIn.of(module))

@@ -15,9 +15,9 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interle
 from transformers.models.llama import modeling_llama
 
 from lorafocal.errors import InputError
-from lorafocal.model.fused import _Door, fuse
+from lorafocal.model.fused import _Door, fuse, unfuse
 from lorafocal.model.stand_ins import FusedRotary
-from lorafocal.ops.elementwise import TORCH
+from lorafocal.ops.elementwise import TORCH, Elementwise
 from tests.model.families import text_policy
 from tests.model.test_fused import assert_same_step, logits, step, trainable
 from tests.tiny import disturb, relative_difference, tiny_policy
@@ -64,12 +64,36 @@ def test_a_rotary_embedding_of_another_formula_stays_and_is_told_by_name(monkeyp
 
 
 @pytest.mark.row("35")
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope"])
-def test_kernels_that_compute_something_else_on_this_device_are_refused(name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("rms_norm", "LlamaRMSNorm"),
+        ("rms_norm_backward", "LlamaRMSNorm"),
+        ("swiglu", "LlamaMLP"),
+        ("swiglu_backward_", "LlamaMLP"),
+        ("rope", "LlamaAttention"),
+        ("rope_backward", "LlamaAttention"),
+        ("head_fold_", "Linear"),
+    ],
+)
+def test_kernels_that_compute_something_else_on_this_device_are_refused(name, where, dtype):
     def off(x: Tensor, *given: Any) -> Any:
         return getattr(TORCH, name)(1.5 * x + 1.0, *given)
 
-    door = _Door(tiny_policy(), TORCH, recompute=False)
-    door.functions = replace(TORCH, **{name: off})
-    with pytest.raises(InputError, match=r"computes something else than torch does on this device \(Llama"):
+    def failing(*given: Any) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    policy = tiny_policy(dtype=dtype)
+
+    def opened(functions: Elementwise) -> Counter[str]:
+        unfuse(policy)
+        door = _Door(policy, TORCH, recompute=False)
+        door.functions = functions
         door.open()
+        return door.fused
+
+    assert opened(replace(TORCH))["mlps"] == 2  # the definitions under another name
+    for function, said in ((off, rf"something else than torch's.*\({where}, "), (failing, rf"{where}.*kernel image")):
+        with pytest.raises(InputError, match=said):
+            opened(replace(TORCH, **{name: function}))

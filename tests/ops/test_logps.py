@@ -14,11 +14,12 @@ from lorafocal.ops.elementwise import TORCH
 from lorafocal.ops.logps import (
     LogitTransform,
     LogProbHead,
+    chunks,
     head_fold_,
+    set_heads,
     token_collisions_plain,
     token_logps,
     token_logps_plain,
-    use_elementwise,
 )
 
 TRANSFORMS = [
@@ -298,11 +299,25 @@ def test_the_chosen_functions_fold_the_heads_logits():
     model, hidden = nn.Sequential(nn.Linear(8, 8), head()), torch.randn(1, 3, 8)
     model[1].labels = torch.tensor([0, 1, 2])
     expected = model(hidden)
-    use_elementwise(model, replace(TORCH, head_fold_=noted))
+    set_heads(model, replace(TORCH, head_fold_=noted))
     assert torch.equal(model(hidden), expected)
     with torch.no_grad():
         assert torch.equal(model(hidden), expected)
     assert asked == [torch.float32, None]
+    set_heads(model, replace(TORCH, head_fold_=noted), 2)
+    assert torch.equal(model(hidden), expected)
+    assert asked[2:] == [torch.float32] * 2  # so many rows at a time
+
+
+@pytest.mark.row("36")
+@pytest.mark.parametrize(("total", "rows", "most"), [(1100, 523, 384), (13000, 523, 512), (300, 2048, 384), (50, 7, 7)])
+def test_chunks_are_even_but_for_whole_tiles_of_rows(total, rows, most):
+    sizes = [at.stop - at.start for at in chunks(torch.empty(total, 1), rows)]
+    assert (sum(sizes), max(sizes)) == (total, min(total, most))
+    assert len(sizes) == -(-total // (rows // 128 * 128 or rows))  # no more than there must be
+    tile = 128 if rows >= 128 else 1
+    assert all(size % tile == 0 for size in sizes[:-1])
+    assert not list(chunks(torch.empty(0, 1), rows))
 
 
 @pytest.mark.parametrize("trained", [False, True])

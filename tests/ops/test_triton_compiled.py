@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
 
 from lorafocal.ops.triton import TRITON
 from lorafocal.ops.triton.launch import block_and_warps, launch
 from tests.triton_cases import TRANSFORMS
 from tests.triton_compiled import SHAPES, TARGETS, Launch, caught, compiled, launches
+from tests.triton_table import MARKED, PAGE, SHAPE, table
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,16 @@ def test_every_kernel_compiles_without_spills(capability, dtype, tmp_path):
             assert result.spilled == 0, f"{name} at {shape}: {result}"
             assert result.registers <= 128, f"{name} at {shape}: {result}"  # two programs of 8 warps a multiprocessor
     assert len(seen) >= 9
+
+
+@pytest.mark.engine
+def test_the_page_s_table_of_registers_is_of_these_kernels():
+    """Its figures too, where this is the Triton that it was written with."""
+    (written,) = MARKED.findall(PAGE.read_text(encoding="utf-8"))
+    rows = [line.split("|")[1].strip() for line in written.splitlines() if line.startswith("| ")][1:]
+    assert rows == list(launches(SHAPE, torch.bfloat16))
+    if written.startswith(f"Triton {triton.__version__},"):
+        assert written.endswith(table()), "run python -m tests.triton_table"
 
 
 def test_what_is_compiled_is_what_is_launched():

@@ -1,0 +1,53 @@
+"""What a set of elementwise functions computes, forwards and backwards: compared with the definitions on a device.
+
+Each `*_results` runs one function and its backward by the set `of`; `furthest` says how far two sets are apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorafocal.ops.elementwise import Elementwise
+from lorafocal.ops.logps import LogitTransform
+
+
+def swiglu_results(of: Elementwise, gate: Tensor, up: Tensor, upstream: Tensor) -> list[Tensor]:
+    """For inputs of (T, F)."""
+    return [of.swiglu(gate, up), *of.swiglu_backward_(upstream.clone(), gate, up)]
+
+
+def rms_norm_results(of: Elementwise, x: Tensor, upstream: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
+    """For rows of (T, D) and a weight (D,)."""
+    y, rstd = of.rms_norm(x, weight, eps)
+    return [y, rstd[:, None], of.rms_norm_backward(upstream, x, weight, rstd)]
+
+
+def rope_results(of: Elementwise, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """For x (T, H, D) and angles (T, D)."""
+    return [of.rope(x, cos, sin), of.rope_backward(x, cos, sin)]
+
+
+def head_fold_results(
+    of: Elementwise, logits: Tensor, labels: Tensor, dtype: torch.dtype, transform: LogitTransform
+) -> list[Tensor]:
+    """For logits (T, V) and labels (T,), with an error in `dtype` and without one."""
+    collisions = logits.new_empty(len(logits))
+    alone = of.head_fold_(logits.clone(), labels, None, transform, collisions)
+    both = of.head_fold_(logits.clone(), labels, dtype, transform, None)
+    assert both.error is not None  # a dtype was asked for
+    return [alone.logps[:, None], both.logps[:, None], collisions[:, None], both.error * both.factor]
+
+
+def furthest(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The largest of all rows: norm of the difference over the norm; infinite where there is nothing to compare."""
+    if [(one.shape, one.dtype) for one in ours] != [(one.shape, one.dtype) for one in theirs]:
+        return float("inf")
+    return max(map(_furthest_row, ours, theirs))
+
+
+def _furthest_row(ours: Tensor, theirs: Tensor) -> float:
+    apart, size = (ours.double() - theirs.double()).norm(dim=-1), theirs.double().norm(dim=-1)
+    return float(torch.where(apart == 0, 0.0, apart / size).max())
