@@ -229,7 +229,8 @@ class _Door:
             stand_in = FusedNorm(module, form, eps, TORCH)
             if self._difference(stand_in, x) == 0:
                 stand_in.functions = self.functions
-                self._check_kernels(module, rms_norm_results, x, x.flip(0), form(weight), eps)
+                upstream = _random(2 * _PROBE_TOKENS, len(weight), weight)[_PROBE_TOKENS:]
+                self._check_kernels(module, rms_norm_results, x, upstream, form(weight), eps)
                 stand_in.install()
                 self.fused["norms"] += 1
                 return
@@ -244,8 +245,8 @@ class _Door:
         if _turns_halves(own, probe):
             width = getattr(module, "head_dim", 8)
             rows = _random(_PROBE_TOKENS, 4 * width, next(module.parameters()), self.dtype)
-            x, cos, sin = rows.split([2 * width, width, width], dim=1)
-            self._check_kernels(module, rope_results, x.reshape(-1, 2, width), cos.contiguous(), sin.contiguous())
+            x, cos, sin = (part.contiguous() for part in rows.split([2 * width, width, width], dim=1))
+            self._check_kernels(module, rope_results, x.view(-1, 2, width), cos, sin)
             FusedRotary(module, self.functions).install()
             self.fused["rotary"] += 1
         else:
@@ -257,7 +258,7 @@ class _Door:
             return
         head: Any = plain_modules(self.base.get_output_embeddings())[0]
         wide = torch.promote_types(self.dtype, torch.float32)
-        logits = 4 * _random(_PROBE_TOKENS, len(head.weight), head.weight, wide)
+        logits = 4 * _random(_PROBE_TOKENS, head.out_features, head.weight, wide)
         labels = torch.arange(_PROBE_TOKENS, device=logits.device)
         self._check_kernels(head, head_fold_results, logits, labels, self.dtype, logit_transform(self.base))
 

@@ -34,7 +34,7 @@ def head_fold_results(
     of: Elementwise, logits: Tensor, labels: Tensor, dtype: torch.dtype, transform: LogitTransform
 ) -> list[Tensor]:
     """For logits (T, V) and labels (T,), with an error in `dtype` and without one."""
-    collisions = logits.new_empty(len(logits))
+    collisions = logits.new_empty(len(logits), dtype=torch.float64)
     alone = of.head_fold_(logits.clone(), labels, None, transform, collisions)
     both = of.head_fold_(logits.clone(), labels, dtype, transform, None)
     assert both.error is not None  # a dtype was asked for

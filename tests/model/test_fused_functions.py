@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved
 from transformers.models.llama import modeling_llama
@@ -85,15 +86,44 @@ def test_kernels_that_compute_something_else_on_this_device_are_refused(name, wh
         raise RuntimeError("no kernel image is available")
 
     policy = tiny_policy(dtype=dtype)
-
-    def opened(functions: Elementwise) -> Counter[str]:
-        unfuse(policy)
-        door = _Door(policy, TORCH, recompute=False)
-        door.functions = functions
-        door.open()
-        return door.fused
-
-    assert opened(replace(TORCH))["mlps"] == 2  # the definitions under another name
     for function, said in ((off, rf"something else than torch's.*\({where}, "), (failing, rf"{where}.*kernel image")):
         with pytest.raises(InputError, match=said):
-            opened(replace(TORCH, **{name: function}))
+            opened(policy, replace(TORCH, **{name: function}))
+
+
+@pytest.mark.row("35")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_round_otherwise_are_taken(dtype):
+    """Each computes in float64, and rounds once: no probe asks for what cancels."""
+    assert opened(tiny_policy(dtype=dtype), replace(TORCH, **{name: wider(name) for name in FUNCTIONS}))["mlps"] == 2
+
+
+FUNCTIONS = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward_", "rope", "rope_backward", "head_fold_")
+
+
+def wider(name: str) -> Callable[..., Any]:
+    function = getattr(TORCH, name)
+
+    def widened(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def call(*given: Any) -> Any:
+        expected = function(given[0].clone(), *given[1:])  # all that may be written over; collisions are filled in
+        if name == "head_fold_":
+            fold = function(*map(widened, given[:4]), None)
+            error = None if fold.error is None else fold.error.to(expected.error.dtype)
+            return expected._replace(logps=fold.logps.to(expected.logps), error=error, factor=expected.factor)
+        found = function(*map(widened, given))
+        if isinstance(found, Tensor):
+            return found.to(expected.dtype)
+        return tuple(one.to(other.dtype) for one, other in zip(found, expected, strict=True))
+
+    return call
+
+
+def opened(policy: PeftModel, functions: Elementwise) -> Counter[str]:
+    unfuse(policy)
+    door = _Door(policy, TORCH, recompute=False)
+    door.functions = functions  # on a CPU
+    door.open()
+    return door.fused
