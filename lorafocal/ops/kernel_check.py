@@ -38,7 +38,8 @@ def head_fold_results(
     alone = of.head_fold_(logits.clone(), labels, None, transform, collisions)
     both = of.head_fold_(logits.clone(), labels, dtype, transform, None)
     assert both.error is not None  # a dtype was asked for
-    return [alone.logps[:, None], both.logps[:, None], collisions[:, None], both.error * both.factor]
+    error = both.error.double() * both.factor  # of which either may be the wider
+    return [alone.logps[:, None], both.logps[:, None], collisions[:, None], error]
 
 
 def furthest(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

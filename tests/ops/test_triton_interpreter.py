@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ TOLERANCES = {"torch.float32": 2e-6, "torch.float64": 1e-13}
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, list]:
+def found() -> dict[str, Any]:
     """What one process in which kernels are interpreted found: {"case dtype": [worst difference, where]}."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.triton_interpreted"], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -36,6 +37,13 @@ def found() -> dict[str, list]:
 def test_a_kernel_equals_its_definition(name, dtype, found):
     difference, where = found[f"{name} {dtype}"]
     assert difference <= TOLERANCES[dtype], where
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.float64", "torch.bfloat16"])
+def test_the_check_before_the_first_step_takes_the_kernels(dtype, found):
+    assert "2 MLP blocks" in found[f"a model {dtype}"]
+    assert "2 rotary embeddings" in found[f"a model {dtype}"]
 
 
 def test_triton_without_a_cuda_device_is_refused_by_name(monkeypatch):
