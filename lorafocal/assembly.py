@@ -262,7 +262,7 @@ def assemble_kernels(
     fused, adapters = None, isinstance(policy, PeftModel)
     if args.adapter_kernels == "auto" and adapters:
         fused = fuse(policy, args.elementwise_kernels)
-    elif args.recompute == "mlp" or (adapters and args.elementwise_kernels != "torch"):
+    elif args.recompute == "mlp" or args.elementwise_kernels != "torch":
         stray = "recompute=mlp" if args.recompute == "mlp" else f"elementwise_kernels={args.elementwise_kernels}"
         raise InputError(
             f"{stray} is a matter of the fused adapter functions: "

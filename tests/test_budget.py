@@ -190,6 +190,11 @@ def test_what_only_fused_functions_have_is_refused_without_them(tmp_path, settin
         trainer(tmp_path, DATA, adapter_kernels="peft", **{setting: value})
 
 
+def test_kernels_of_adapters_are_refused_where_every_weight_is_trained(tmp_path):
+    with pytest.raises(InputError, match=r"elementwise_kernels=triton .*without an adapter, leave it out"):
+        trainer(tmp_path, DATA, model=tiny_base(), objective="sft", elementwise_kernels="triton")
+
+
 def test_a_trainer_says_how_it_computes(tmp_path):
     run = trainer(tmp_path, DATA, tokens_per_pack=None, recompute="mlp")
     assert run.budget.tokens == run.data_collator.tokens_per_pack == 2048

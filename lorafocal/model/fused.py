@@ -180,6 +180,7 @@ class _Door:
                 if own is not GEGLU:
                     rows = _random(9, _width(getattr(block, names[2])), x, self.dtype)
                     self._check_kernels(block, swiglu_results, *(_scaled(of, _MLP_SCALES) for of in rows.split(3)))
+                    self._check_near(block, self._difference(stand_in, x))
                 stand_in.install()
                 self._done.update(getattr(block, name) for name in names)
                 self.fused["mlps"] += 1
@@ -231,6 +232,7 @@ class _Door:
                 stand_in.functions = self.functions
                 upstream = _random(2 * _PROBE_TOKENS, len(weight), weight)[_PROBE_TOKENS:]
                 self._check_kernels(module, rms_norm_results, x, upstream, form(weight), eps)
+                self._check_near(module, self._difference(stand_in, x))
                 stand_in.install()
                 self.fused["norms"] += 1
                 return
@@ -243,10 +245,12 @@ class _Door:
         values = _random(5, _PROBE_TOKENS * 8, next(module.parameters()), self.dtype).view(1, 5, _PROBE_TOKENS, 8)
         probe = values[:, :2], values[:, 2:3], values[:, 3], values[:, 4]  # queries, keys, cos, sin
         if _turns_halves(own, probe):
-            width = getattr(module, "head_dim", 8)
-            rows = _random(_PROBE_TOKENS, 4 * width, next(module.parameters()), self.dtype)
-            x, cos, sin = (part.contiguous() for part in rows.split([2 * width, width, width], dim=1))
-            self._check_kernels(module, rope_results, x.view(-1, 2, width), cos, sin)
+            config, width = self.base.config.get_text_config(), getattr(module, "head_dim", 8)
+            for name in ("num_attention_heads", "num_key_value_heads"):  # a kernel is compiled for each number
+                heads = getattr(config, name, None) or 2
+                rows = _random(_PROBE_TOKENS, (heads + 2) * width, next(module.parameters()), self.dtype)
+                x, cos, sin = (part.contiguous() for part in rows.split([heads * width, width, width], dim=1))
+                self._check_kernels(module, rope_results, x.view(-1, heads, width), cos, sin)
             FusedRotary(module, self.functions).install()
             self.fused["rotary"] += 1
         else:
@@ -258,9 +262,10 @@ class _Door:
             return
         head: Any = plain_modules(self.base.get_output_embeddings())[0]
         wide = torch.promote_types(self.dtype, torch.float32)
-        logits = 4 * _random(_PROBE_TOKENS, head.out_features, head.weight, wide)
-        labels = torch.arange(_PROBE_TOKENS, device=logits.device)
-        self._check_kernels(head, head_fold_results, logits, labels, self.dtype, logit_transform(self.base))
+        transform, vocabulary = logit_transform(self.base), int(head.out_features)
+        logits = 4 / abs(transform.scale) * _random(_PROBE_TOKENS, vocabulary, head.weight, wide)
+        labels = torch.tensor([0, vocabulary // 2, vocabulary - 1], device=logits.device)  # in several blocks
+        self._check_kernels(head, head_fold_results, logits, labels, self.dtype, transform)
 
     def _input(self, layer: nn.Module) -> Tensor:
         return _random(_PROBE_TOKENS, _width(layer), next(layer.parameters()), self.dtype)
@@ -286,17 +291,22 @@ class _Door:
         """
         if self.functions is TORCH:
             return
-        where = f"{type(module).__name__}, {self.functions.name}"
         try:
             difference = furthest(results(self.functions, *given), results(TORCH, *given))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            raise InputError(f"kernels.elementwise: cannot run on this device ({where}): {error}; use torch") from error
-        if not difference <= _TOLERANCE[self.dtype]:
+        except self.functions.failures as error:
             raise InputError(
-                f"kernels.elementwise: something else than torch's is computed on this device ({where}, off by"
-                f" {difference:.2g}): use torch, and report the card and the versions"
+                f"kernels.elementwise: {self.functions.name} cannot run on this device ({type(module).__name__}:"
+                f" {type(error).__name__}: {error}): use torch"
+            ) from error
+        self._check_near(module, difference)
+
+    def _check_near(self, module: nn.Module, difference: float) -> None:
+        if self.functions is not TORCH and not difference <= _TOLERANCE[self.dtype]:
+            raise InputError(
+                f"kernels.elementwise: {self.functions.name} computes something else than torch does on this device"
+                f" ({type(module).__name__}, off by {difference:.2g}): use torch, and report the card and the versions"
             )
 
     def _difference(self, stand_in: StandIn, x: Tensor) -> float:

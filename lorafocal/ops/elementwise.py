@@ -40,6 +40,7 @@ class Elementwise:
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     rope_backward: Callable[[Tensor, Tensor, Tensor], Tensor]
     head_fold_: HeadFold
+    failures: tuple[type[Exception], ...] = (RuntimeError,)  # that say that they cannot be compiled or run here
 
     @property
     def gated(self) -> Gated:

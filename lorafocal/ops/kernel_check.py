@@ -38,7 +38,7 @@ def head_fold_results(
     alone = of.head_fold_(logits.clone(), labels, None, transform, collisions)
     both = of.head_fold_(logits.clone(), labels, dtype, transform, None)
     assert both.error is not None  # a dtype was asked for
-    error = both.error.double() * both.factor  # of which either may be the wider
+    error = (both.error.double() * both.factor).to(both.error.dtype)  # whose factor may be a tensor or a number
     return [alone.logps[:, None], both.logps[:, None], collisions[:, None], error]
 
 
@@ -46,9 +46,9 @@ def furthest(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """The largest of all rows: norm of the difference over the norm; infinite where there is nothing to compare."""
     if [(one.shape, one.dtype) for one in ours] != [(one.shape, one.dtype) for one in theirs]:
         return float("inf")
-    return max(map(_furthest_row, ours, theirs))
+    return float(torch.stack([*map(_furthest_row, ours, theirs)]).max())  # NaN among them is the largest
 
 
-def _furthest_row(ours: Tensor, theirs: Tensor) -> float:
+def _furthest_row(ours: Tensor, theirs: Tensor) -> Tensor:
     apart, size = (ours.double() - theirs.double()).norm(dim=-1), theirs.double().norm(dim=-1)
-    return float(torch.where(apart == 0, 0.0, apart / size).max())
+    return torch.where(apart == 0, 0.0, apart / size).max()

@@ -19,6 +19,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.fused import _Door, fuse, unfuse
 from lorafocal.model.stand_ins import FusedRotary
 from lorafocal.ops.elementwise import TORCH, Elementwise
+from lorafocal.ops.logps import Fold
 from tests.model.families import text_policy
 from tests.model.test_fused import assert_same_step, logits, step, trainable
 from tests.tiny import disturb, relative_difference, tiny_policy
@@ -86,7 +87,15 @@ def test_kernels_that_compute_something_else_on_this_device_are_refused(name, wh
         raise RuntimeError("no kernel image is available")
 
     policy = tiny_policy(dtype=dtype)
-    for function, said in ((off, rf"something else than torch's.*\({where}, "), (failing, rf"{where}.*kernel image")):
+
+    def nothing(*given: Any) -> Any:
+        found = getattr(TORCH, name)(*given)
+        wrong = found if isinstance(found, Tensor) else found[-1] if isinstance(found[-1], Tensor) else found[0]
+        wrong.fill_(float("nan"))
+        return found
+
+    other = rf"something else than torch does.*\({where}, "
+    for function, said in ((off, other), (nothing, other + "off by nan"), (failing, rf"{where}.*kernel image")):
         with pytest.raises(InputError, match=said):
             opened(policy, replace(TORCH, **{name: function}))
 
@@ -110,9 +119,9 @@ def wider(name: str) -> Callable[..., Any]:
     def call(*given: Any) -> Any:
         expected = function(given[0].clone(), *given[1:])  # all that may be written over; collisions are filled in
         if name == "head_fold_":
-            fold = function(*map(widened, given[:4]), None)
-            error = None if fold.error is None else fold.error.to(expected.error.dtype)
-            return expected._replace(logps=fold.logps.to(expected.logps), error=error, factor=expected.factor)
+            fold = function(*map(widened, given[:4]), None)  # as Triton's: all of the factor is in the error
+            error = None if fold.error is None else (fold.error * fold.factor).to(expected.error.dtype)
+            return Fold(fold.logps.to(expected.logps), error, 1.0)
         found = function(*map(widened, given))
         if isinstance(found, Tensor):
             return found.to(expected.dtype)
