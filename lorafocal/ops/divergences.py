@@ -72,19 +72,9 @@ class RowKeeper:
 
 def against(reference: ReferenceRows) -> OfRows:
     """Stands in a log-prob head's place: (N, 3), the columns of `ComparedTokens`."""
-
-    def compared(
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        transform: LogitTransform,
-        rows_per_chunk: int | None,
-    ) -> Tensor:
-        found = compare_tokens(hidden, weight, labels, reference, bias, transform, rows_per_chunk=rows_per_chunk)
-        return torch.stack(found, dim=-1)
-
-    return compared
+    return lambda hidden, weight, labels, bias, transform, rows: torch.stack(
+        compare_tokens(hidden, weight, labels, reference, bias, transform, rows_per_chunk=rows), dim=-1
+    )
 
 
 def token_divergences_plain(
