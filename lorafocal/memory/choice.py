@@ -48,7 +48,7 @@ def choose(shape: Shape, setup: Setup, free_bytes: float, longest_pair: int, tie
     if not roomy:
         tier = min(possible, key=lambda tier: pack_bytes(shape, setup, tier, longest_pair))
         reason = f"the longest pair has {longest_pair} token rows, and {max(0, budgets[tier]) or 'none'} fit"
-        return Choice(longest_pair, tier, reason, False, setup.head_rows)
+        return Choice(longest_pair, tier, reason, fits=False, head_rows=setup.head_rows)
     tier = min(roomy, key=lambda tier: relative_time(shape, setup, tier, roomy[tier]))
     others = ", ".join(f"{other} {tokens}" for other, tokens in budgets.items() if other != tier)
     reason = f"{roomy[tier]} token rows fit with tier {tier}" + (f" ({others})" if others else "")
