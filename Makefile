@@ -11,6 +11,8 @@ WHEELS := $(VENV)/wheels
 TORCHAO := $(VENV)/torchao
 PIP := -m pip --disable-pip-version-check --no-input
 # --no-compile: bytecode for the few modules that are imported comes by itself, for the rest it takes a minute
+# ... also where a container's environment would have none written, and every process spend 10 seconds more on imports
+unexport PYTHONDONTWRITEBYTECODE
 
 # Models in the tests are tiny: a second thread only gets in the way of the second worker.
 export OMP_NUM_THREADS ?= 1
