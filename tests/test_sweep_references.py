@@ -51,6 +51,13 @@ def test_points_share_a_pass_where_they_look_the_same_up(
     assert len(list(cache_references(points, quiet=True))) == passes
 
 
+def test_sums_are_not_computed_apart_from_tokens(root: Path, tmp_path: Path) -> None:
+    points = Grid.read(stored_config(root, tmp_path / "store"), ["objective.name=dpo,ld-dpo"], ()).points
+    tokens, sums = cache_references(points, quiet=True)
+    assert tokens.computed > 0 == sums.computed
+    assert sums.found == tokens.computed
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("axis", ["objective.name=dpo,ld-dpo", "adapter.use_dora=false,true"])
 def test_every_point_finds_what_it_looks_up(root: Path, tmp_path: Path, axis: str) -> None:

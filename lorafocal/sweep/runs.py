@@ -113,13 +113,16 @@ def _is_left(journal: Journal, entry: Planned) -> bool:
 
 
 def cache_references(left: Sequence[Planned], *, quiet: bool) -> Iterator[CacheReport]:
-    """Compute what the runs will look up, once for all that share it, before the first of them loads a model."""
+    """Compute what the runs will look up, once for all that share it, before the first of them loads a model.
+
+    Log-probs of tokens first: their sums, which other runs look up, are then there.
+    """
     shared: dict[str, Config] = {}
     for entry in left:
         reference = entry.config.reference
         if reference is not None and reference.kind == "cached":
             shared.setdefault(_reference_inputs(entry.config), entry.config)
-    for config in shared.values():
+    for config in sorted(shared.values(), key=lambda config: config.objective.entry.token_weights is None):
         yield run.cache_reference(config, quiet=quiet)
         gc.collect()
 
