@@ -71,7 +71,7 @@ class Session:
     threads: int
     repeats: int
     deadline: float | None = None  # of time.monotonic()
-    in_here: bool = False  # instead of in processes of their own: for a dry run
+    in_here: bool = False  # instead of in processes of their own: a dry run, or what no process disturbs
     devices: set[str] = field(default_factory=set)
 
     @property

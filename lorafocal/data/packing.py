@@ -6,7 +6,6 @@ Nothing downstream shifts, masks or knows the layout.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -15,6 +14,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from lorafocal.data.bins import fill_bins, padded_bins
 from lorafocal.data.differing import differs_of
 from lorafocal.data.tokens import TokenizedPair, by_twos
 from lorafocal.data.turns import Turns, scored, scored_turns
@@ -284,33 +284,6 @@ def turns_of(pairs: Sequence[TokenizedPair]) -> Tensor | None:
     return torch.tensor([turn for side in _sides(pairs) for turn in scored_turns(*side)])
 
 
-def fill_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Items of the given lengths into as few bins of at most `budget` as longest-first placing finds.
-
-    The longest remaining item goes to the emptiest bin (longest processing time first), so bins come out level; a
-    bin is added where one does not fit. An item longer than the budget gets a bin of its own. Every index occurs
-    exactly once, each bin in ascending order, bins by their first index.
-    """
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = max(1, -(-sum(lengths) // budget))
-    while (bins := _level_bins(longest_first, lengths, budget, count)) is None:
-        count += 1
-    return sorted(sorted(members) for members in bins if members)
-
-
-def _level_bins(order: list[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
-    """`order` over `count` bins, or None where an item fits nowhere but would fit an empty bin."""
-    fill = [(0, which) for which in range(count)]
-    bins: list[list[int]] = [[] for _ in range(count)]
-    for item in order:
-        used, which = heapq.heappop(fill)
-        if used and used + lengths[item] > budget:
-            return None
-        bins[which].append(item)
-        heapq.heappush(fill, (used + lengths[item], which))
-    return bins
-
-
 LAYOUTS = ("packed", "padded")
 
 
@@ -370,7 +343,7 @@ class PairCollator:
             return []
         if self.layout == "padded":
             rows = list(map(self._sequences, pairs))
-            return _padded_bins([pair.longest for pair in pairs], self.tokens_per_pack, rows=rows)
+            return padded_bins([pair.longest for pair in pairs], self.tokens_per_pack, rows=rows)
         budget = max(self.tokens_per_pack // self.bucket, 1) * self.bucket  # still the budget after rounding up
         return fill_bins([pair.shared_length for pair in pairs], budget)
 
@@ -414,17 +387,3 @@ class PairCollator:
 
 def _without_rejected(pair: TokenizedPair) -> TokenizedPair:
     return replace(pair, rejected_ids=[], rejected_turns=None, reference_tokens=None)
-
-
-def _padded_bins(lengths: Sequence[int], budget: int, *, rows: Sequence[int]) -> list[list[int]]:
-    """Neighbours in length together, while their padded rows, `rows` of each pair, stay within the budget."""
-    bins: list[list[int]] = []
-    used = 0
-    for item in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if bins and (used + rows[item]) * lengths[item] <= budget:
-            bins[-1].append(item)
-            used += rows[item]
-        else:
-            bins.append([item])
-            used = rows[item]
-    return bins

@@ -15,8 +15,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorafocal.config import Config
+from lorafocal.data.bins import fill_bins
 from lorafocal.data.hygiene import ScoreOrder, score_order
-from lorafocal.data.packing import fill_bins
 from lorafocal.data.places import printable
 from lorafocal.data.prepare import Drop, Part, SourceSummary, check_sources, prepare_data, template_notes
 from lorafocal.data.tokens import TokenizedPair

@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from lorafocal.data.packing import PairCollator, fill_bins, fill_up, looked_up, pad_sequences, share_prefixes
+from lorafocal.data.packing import PairCollator, fill_up, looked_up, pad_sequences, share_prefixes
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.policy import sequence_logps
@@ -58,23 +56,6 @@ def test_which_token_pads_is_invisible_even_if_it_is_the_eos():
         pack = pad_sequences(batch, pad_token_id=pad)
         assert pack.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
         assert 1 in pack.index.labels.tolist()
-
-
-@settings(max_examples=100, derandomize=True)
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100))
-def test_bins_hold_every_item_once_within_the_budget(lengths, budget):
-    bins = fill_bins(lengths, budget)
-    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
-    for members in bins:
-        assert sum(lengths[i] for i in members) <= budget or len(members) == 1
-
-
-def test_realistic_lengths_fill_their_bins():
-    """128 lognormal pairs of about 800 tokens into 8192-token bins: at most 5 % of the rows stay empty."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (torch.randn(128, generator=generator).mul(0.6).exp() * 700).long().clamp(20, 4000).tolist()
-    bins = fill_bins(lengths, 8192)
-    assert len(bins) <= -(-sum(lengths) // 8192) + 1
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
