@@ -125,7 +125,9 @@ def main(words: Sequence[str] | None = None) -> None:
         "device": given.device, "dtype": dtype, "rows": rows, "width": width, "vocabulary": vocabulary,
         "threads": given.threads, "times": 1 if given.dry_run else 5,
     }  # fmt: skip
-    cases = [Case(who, how, {**common, "head": head}, f"{rows} tokens") for who, head, how in CASES]
+    cases = [
+        Case(who, how, {**common, "head": head}, f"{rows} tokens", tried="triton" in head) for who, head, how in CASES
+    ]
     columns = {"model": f"head {width} x {vocabulary}", "dtype": dtype, "data": "random"}
     run(Benchmark("bench_logps", columns, {"tokens/s": 1, "extra GiB": -1}, check_same), cases, at, name="logps")
 

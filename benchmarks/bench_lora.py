@@ -101,7 +101,10 @@ def main(words: Sequence[str] | None = None) -> None:
         named = [kind for kind in kinds if (kind[2].get("quantization") == "nf4") == (quantization == "nf4")]
         if quantization:
             named += [("peft", "its own forward, NF4", {"fused": False, "quantization": "nf4"})]
-        cases = [Case(who, how, {**common, **more}, f"{tokens} tokens") for who, how, more in named]
+        cases = [
+            Case(who, how, {**common, **more}, f"{tokens} tokens", tried="elementwise" in more)
+            for who, how, more in named
+        ]
         columns = {"model": model, "dtype": quantization or dtype, "data": "random"}
         better = {"tokens/s, a layer": 1, "saved KiB a token and layer": -1}
         run(Benchmark("bench_lora", columns, better, check_same), cases, at, name="lora")

@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ ROOT = HERE.parent
 OURS = "lorafocal"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "triton", "unsloth")
 SKIPPED = "skipped"
-LEAST_S = 120  # that a run may take, however little time is left
+LEAST_S = 60  # that a run may take, however little time is left
 
 Result = dict[str, Any]  # numbers by unit; "_note" goes with them; what else starts with "_" is for checks alone
 
@@ -142,19 +143,19 @@ def measured(module: str, settings: Mapping[str, Any]) -> Result:
         return {SKIPPED: str(why)}
 
 
-def alternate(benchmark: Benchmark, cases: Sequence[Case], at: Session) -> list[list[Result]]:
-    """Every case once a repetition, one after the other; results by case, of the repetitions that were finished.
+def alternate(benchmark: Benchmark, cases: Sequence[Case], at: Session, found: list[list[Result]]) -> None:
+    """Every case once a repetition, one after the other, into the empty lists of `found`, one a case.
 
-    A case that was skipped is not tried again. Ends the program where one of ours fails.
+    A case that was skipped is not tried again. Ends the program where one of ours fails, or where they do not agree,
+    of which nothing is left.
     """
-    found: list[list[Result]] = [[] for _ in cases]
     for repetition in range(at.repeats):
         for case, results in zip(cases, found, strict=True):
             if len(results) < repetition or (results and SKIPPED in results[0]):
                 continue
             if repetition and at.over:
                 print(f"time is up in repetition {repetition + 1} of {at.repeats}", flush=True)
-                return found
+                return
             late = at.over and any(found)  # something is always measured
             result = {SKIPPED: "time was up"} if late else worker(benchmark.module, case.settings, at)
             if case.implementation == OURS and "_failed" in result and not case.tried:
@@ -162,8 +163,11 @@ def alternate(benchmark: Benchmark, cases: Sequence[Case], at: Session) -> list[
             if not (repetition and SKIPPED in result):
                 results.append(result)
             print(f"  {case.implementation:<12} {case.how:<44} {_words(result)}", flush=True)
-        benchmark.check([r for results in found for r in results[-1:] if SKIPPED not in r])
-    return found
+        try:
+            benchmark.check([r for results in found for r in results[-1:] if SKIPPED not in r])
+        except SystemExit:
+            found[:] = [[] for _ in cases]
+            raise
 
 
 def _words(result: Result) -> str:
@@ -227,12 +231,15 @@ def record(rows: Sequence[Mapping[str, Any]], name: str, at: Session, environmen
 
 
 def run(benchmark: Benchmark, cases: Sequence[Case], at: Session, *, name: str) -> list[list[Result]]:
-    """Measure, record and print."""
+    """Measure, record and print; what was measured before the program ends is recorded too."""
     print(f"{benchmark.module}: {', '.join(filter(None, benchmark.columns.values()))}", flush=True)
     environment = environment_columns(at.threads)  # now: the commit may have moved on by the end
-    found = alternate(benchmark, cases, at)
-    rows = rows_of(benchmark, cases, found)
-    record(rows, name, at, environment)
+    found: list[list[Result]] = [[] for _ in cases]
+    try:
+        alternate(benchmark, cases, at, found)
+    finally:
+        rows = rows_of(benchmark, cases, found)
+        record(rows, name, at, environment)
     for row in rows:
         if row["unit"].startswith("x "):
             print(f"{row['implementation']:<22} {row['settings']:<64} {row['unit']:<28} {row['median']:>8}")
@@ -257,7 +264,9 @@ def _version(name: str) -> str:
 
 
 def commit() -> str:
-    """The commit, with `+changes` where the tree differs from it; empty outside a repository."""
+    """The commit, with `+changes` where the tree differs from it; empty outside a repository, or without git."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from harness import Skip
 from inputs import SEED, read_rows, read_tokenizer
 from measuring import DTYPES, wait
@@ -159,6 +158,7 @@ def same_start(policy: PeftModel) -> PeftModel:
 
 def train_trl(job: Job, *, base: Callable[[], Any] | None = None) -> Trained:
     """TRL's DPO; `base` gives another model, with its adapter on."""
+    from datasets import Dataset  # where it is needed: a machine may have neither
     from trl import DPOConfig, DPOTrainer  # here, so that its memory is not counted as ours
 
     class Timed(DPOTrainer):

@@ -49,7 +49,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def pack(count: int = 2) -> Pack:
     sizes = (int(AT.prompt), int(AT.chosen), int(AT.rejected))
     pairs = [TokenizedPair(str(i), *([2 + i + j] * size for j, size in enumerate(sizes))) for i in range(count)]
-    (only,) = PairCollator("packed", 4096)(pairs).packs
+    (only,) = PairCollator("packed", 1 << 16)(pairs).packs
     return only
 
 

@@ -43,13 +43,19 @@ def answers(harness, monkeypatch, given: dict[str, list]) -> None:
     monkeypatch.setattr(harness, "worker", lambda module, settings, at: next(left[settings["name"]]))
 
 
+def alternated(harness, benchmark, cases, at) -> list[list]:
+    found: list[list] = [[] for _ in cases]
+    harness.alternate(benchmark, cases, at, found)
+    return found
+
+
 def test_ratios_are_taken_within_repetitions_and_say_how_much_better_ours_is(harness, at, monkeypatch):
     ours = [{"pairs/s": 8.0, "GiB": 1.0}, {"pairs/s": 4.0, "GiB": 1.0}, {"pairs/s": 6.0, "GiB": 1.0}]
     theirs = [{"pairs/s": 2.0, "GiB": 3.0}, {"pairs/s": 1.0, "GiB": 4.0}, {"pairs/s": 1.0, "GiB": 5.0}]
     answers(harness, monkeypatch, {"lorafocal": ours, "trl": theirs})
     benchmark = harness.Benchmark("fake", {"model": "m"}, {"pairs/s": 1, "GiB": -1})
     cases = cases_of(harness, "lorafocal", "trl")
-    rows = harness.rows_of(benchmark, cases, harness.alternate(benchmark, cases, at))
+    rows = harness.rows_of(benchmark, cases, alternated(harness, benchmark, cases, at))
     found = {(row["implementation"], row["unit"]): (row["median"], row["spread"]) for row in rows}
     assert found["lorafocal / trl", "x pairs/s"] == (4.0, 1.0)  # of 4, 4, 6
     assert found["lorafocal / trl", "x GiB"] == (4.0, 1.0)
@@ -62,7 +68,7 @@ def test_what_cannot_run_is_recorded_with_its_reason_and_not_tried_again(harness
     answers(harness, monkeypatch, runs)
     benchmark = harness.Benchmark("fake", {}, {"pairs/s": 1})
     cases = cases_of(harness, "lorafocal", "liger")
-    rows = harness.rows_of(benchmark, cases, harness.alternate(benchmark, cases, at))
+    rows = harness.rows_of(benchmark, cases, alternated(harness, benchmark, cases, at))
     assert [(row["unit"], row["note"]) for row in rows if row["implementation"] == "liger"] == [
         ("skipped", "needs a GPU")
     ]
@@ -75,20 +81,37 @@ def test_a_peer_that_fails_later_keeps_what_it_had_and_one_of_ours_ends_the_prog
     answers(harness, monkeypatch, runs)
     benchmark = harness.Benchmark("fake", {}, {"pairs/s": 1})
     cases = cases_of(harness, "lorafocal", "trl")
-    rows = harness.rows_of(benchmark, cases, harness.alternate(benchmark, cases, at))
+    rows = harness.rows_of(benchmark, cases, alternated(harness, benchmark, cases, at))
     assert {(row["implementation"], row["runs"]) for row in rows} == {
         ("lorafocal", 3), ("trl", 1), ("lorafocal / trl", 1)
     }  # fmt: skip
     answers(harness, monkeypatch, {"lorafocal": [broken]})
     with pytest.raises(SystemExit, match="out of memory"):
-        harness.alternate(benchmark, cases_of(harness, "lorafocal"), at)
+        alternated(harness, benchmark, cases_of(harness, "lorafocal"), at)
+
+
+@pytest.mark.parametrize("fault", ["fails", "disagrees"])
+def test_what_was_measured_before_the_end_is_recorded_unless_it_disagrees(harness, at, monkeypatch, fault):
+    broken = {"skipped": "failed: out of memory", "_failed": True}
+    ours = [{"pairs/s": 1.0}, broken if fault == "fails" else {"pairs/s": 1.0, "_loss": 2.0}]
+    answers(harness, monkeypatch, {"lorafocal": ours, "trl": [{"pairs/s": 2.0}] * 2})
+
+    def check(results) -> None:
+        if any("_loss" in result for result in results):
+            raise SystemExit("they do not compute the same thing")
+
+    benchmark = harness.Benchmark("fake", {"model": "m"}, {"pairs/s": 1}, check)
+    with pytest.raises(SystemExit, match="out of memory" if fault == "fails" else "the same thing"):
+        harness.run(benchmark, cases_of(harness, "lorafocal", "trl"), at, name="fake")
+    recorded = (at.results / "fake.csv").read_text(encoding="utf-8")
+    assert (recorded.count("pairs/s") > 0) is (fault == "fails")
 
 
 def test_no_repetition_is_begun_when_time_is_up(harness, at, monkeypatch):
     at.deadline = 0.0  # long ago
     answers(harness, monkeypatch, {"lorafocal": [{"pairs/s": 1.0}], "trl": []})
     benchmark = harness.Benchmark("fake", {}, {"pairs/s": 1})
-    found = harness.alternate(benchmark, cases_of(harness, "lorafocal", "trl", "lorafocal"), at)
+    found = alternated(harness, benchmark, cases_of(harness, "lorafocal", "trl", "lorafocal"), at)
     assert found == [[{"pairs/s": 1.0}], [{"skipped": "time was up"}], [{"skipped": "time was up"}]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.checkpoint import load_state, save_state
+from lorafocal.engines.whole import Whole
 from lorafocal.errors import InputError
 from lorafocal.model.load import load_base
 from lorafocal.optimizers import kind_of, of_bitsandbytes, separate_rates
@@ -270,7 +272,9 @@ def test_paged_moments_come_back_paged_and_bit_for_bit(tmp_path, optim):
 
     def parts(parameter, optimizer):
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        return {"parameters": {"x": parameter}, "optimizer": optimizer, "scheduler": schedule}
+        engine = Whole(SimpleNamespace(engine="one-process", world_size=1))
+        engine.optimizer = optimizer
+        return {"parameters": {"x": parameter}, "engine": engine, "scheduler": schedule}
 
     parameter, optimizer = made()
     for number in range(3):

@@ -20,7 +20,7 @@ from lorafocal.data.tokens import TokenizedPair, by_twos
 from lorafocal.data.turns import Turns, scored, scored_turns
 from lorafocal.errors import InputError
 from lorafocal.objectives.inputs import PairLogps, PairScores
-from lorafocal.ops.attention import PairSpan, Segments
+from lorafocal.ops.segments import PairSpan, Segments, integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,8 @@ def share_prefixes(pairs: Sequence[TokenizedPair]) -> Pack:
             other_rows += row.add(one.prompt_ids, one.completion_ids, *(other.completion_ids for other in two))
     index = _index(chosen_rows + rejected_rows + other_rows, pairs)
     return Pack(
-        torch.tensor([row.input_ids]),
-        torch.tensor([row.position_ids]),
+        integers(row.input_ids)[None],
+        integers(row.position_ids)[None],
         index,
         tuple(pair.id for pair in pairs),
         segments=Segments.of(tuple(row.spans)),
@@ -263,8 +263,8 @@ def _index(rows: list[list[int]], pairs: Sequence[TokenizedPair]) -> CompletionI
     labels = [token for ids, turns in sides for token in scored(ids, turns)]
     lengths = torch.tensor([len(row) for row in rows])
     return CompletionIndex(
-        torch.tensor([position for row in rows for position in row]),
-        torch.tensor(labels),
+        integers([position for row in rows for position in row]),
+        integers(labels),
         torch.arange(len(rows)).repeat_interleave(lengths),
         lengths,
     )
@@ -281,7 +281,7 @@ def turns_of(pairs: Sequence[TokenizedPair]) -> Tensor | None:
     """The turn of each scored token, (N,); those of further answers are of turn 0. None where nothing has several."""
     if not any(pair.several_turns for pair in pairs):
         return None
-    return torch.tensor([turn for side in _sides(pairs) for turn in scored_turns(*side)])
+    return integers([turn for side in _sides(pairs) for turn in scored_turns(*side)])
 
 
 LAYOUTS = ("packed", "padded")

@@ -102,12 +102,8 @@ class Kernel:
             options |= dict.fromkeys(scale, scaling)
         else:
             query = query * (scaling * query.shape[-1] ** 0.5)
-        if query.shape[1] != key.shape[1]:
-            if "enable_gqa" in takes:
-                options["enable_gqa"] = True
-            elif "cu_seqlens_q" not in takes:  # torch before enable_gqa; flash-attn always takes groups
-                groups = query.shape[1] // key.shape[1]
-                key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if query.shape[1] != key.shape[1] and "enable_gqa" in takes:  # without the word, groups are always taken
+            options["enable_gqa"] = True
         out = self.function(query, key, value, **options)
         return out[0] if isinstance(out, tuple) else out
 

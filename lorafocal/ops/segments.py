@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,12 +88,12 @@ class Segments:
                 key_lengths.append(span.prompt + span.rejected)
         return cls(
             spans,
-            torch.tensor(keys, dtype=torch.int64),
+            integers(keys),
             _cumulative(query_lengths),
             _cumulative(key_lengths),
-            torch.tensor(first, dtype=torch.int64),
-            torch.tensor(second, dtype=torch.int64),
-            torch.tensor(shared, dtype=torch.int64),
+            integers(first),
+            integers(second),
+            integers(shared),
             max(query_lengths),
             max(key_lengths),
         )
@@ -121,6 +123,11 @@ class Segments:
             made = causal_mask(queries, keys, window, device) if pair is None else visible((pair,), window, device)
             self._made[key] = made
         return self._made[key]
+
+
+def integers(values: Sequence[int]) -> Tensor:
+    """(n,) int64: what `torch.tensor` makes of them, in a tenth of the time."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
 
 
 def _cumulative(lengths: list[int]) -> Tensor:

@@ -158,8 +158,11 @@ def test_the_stand_in_has_the_kernels_exact_signature():
 
 
 def test_an_older_kernel_without_window_scale_and_groups_gives_the_same():
+    """Before `enable_gqa`, torch's kernel took groups without a word: keys are not repeated, nor kept so."""
+
     def old_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         assert is_causal
+        assert (query.shape[1], key.shape[1]) == (4, 2)
         return varlen_stand_in(
             query,
             key,
@@ -170,6 +173,7 @@ def test_an_older_kernel_without_window_scale_and_groups_gives_the_same():
             max_k,
             scale=query.shape[-1] ** -0.5,
             window_size=(-1, 0),
+            enable_gqa=True,
         )
 
     segments = Segments.of(spans((3, 4, 2), (1, 1, 5)))
