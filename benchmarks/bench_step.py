@@ -141,6 +141,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and one answer")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     given = parser.parse_args(words)
+    if given.warmup < 1:
+        parser.error("--warmup: the clock starts at the end of a step, so 1 or more")
     at = session(given)
     with tempfile.TemporaryDirectory() as folder:
         compare(given, folder, at)

@@ -50,12 +50,16 @@ ON_A_GPU: list[tuple[Main, list[str]]] = [
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    given = options(argparse.ArgumentParser(description="every benchmark")).parse_args(words)
+    parser = options(argparse.ArgumentParser(description="every benchmark"))
+    parser.set_defaults(repeats=None)  # each has its own
+    given = parser.parse_args(words)
     end = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     device = "cpu" if given.dry_run else given.device  # a dry run of the GPU's list needs none
     shared = ["--device", device, "--threads", str(given.threads)]
     if given.results is not None:
         shared += ["--results", str(given.results)]
+    if given.repeats is not None:
+        shared += ["--repeats", str(given.repeats)]
     if given.dry_run:
         shared.append("--dry-run")
     for benchmark, own in ON_A_GPU if given.device == "cuda" else ON_A_CPU:

@@ -348,6 +348,7 @@ class StoredReference:
     def of(cls, model: nn.Module, args: FocalPOConfig, collator: PairCollator) -> StoredReference:
         """Call it before the first step: the identity of `model` is read from its weights as they are."""
         kernels = f"{args.adapter_kernels} {load(args.elementwise_kernels).name}" + " compiled" * args.compile_layers
+        kernels += " tf32" * bool(args.tf32)
         attention = attention_of(model, args.device).name
         context = context_of(model, layout=collator.layout, attention=attention, kernels=kernels)
         per_token = OBJECTIVES[args.objective].token_weights is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
 from lorafocal.objectives import OBJECTIVES
-from lorafocal.ops.shapes import Lengths, Setup, Shape
+from lorafocal.ops.shapes import Lengths, Setup, Shape, attention_on_a_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def settle_budget(
     """
     stated = args.tokens_per_pack
     tier = "none" if args.recompute == "auto" else args.recompute
-    alone = PairCollator("padded" if args.layout == "padded" else "packed", others=True).rows_alone
+    layout, rejected = "padded" if args.layout == "padded" else "packed", OBJECTIVES[args.objective].rejected
+    alone = PairCollator(layout, rejected=rejected, others=True).rows_alone
     longest = max(map(alone, pairs), default=1)
     if device.type != "cuda":
         reason = "as stated" if stated else f"on {device.type}"
@@ -89,6 +90,8 @@ def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPa
     dtype = str(arithmetic_of(policy)).removeprefix("torch.")
     sides = [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     means = [sum(side) / len(sides) for side in zip(*sides, strict=True)]
+    if means and not OBJECTIVES[args.objective].rejected:
+        means[2] = 0
     return Setup(
         dtype=dtype,
         quantization=quantization_of(policy),
@@ -101,7 +104,7 @@ def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPa
         engine=str(args.engine),
         offload=args.offload,
         adapter_kernels="fused" if fused else "peft",
-        attention="flash" if dtype == "bfloat16" else "repeated",
+        attention=attention_on_a_gpu(dtype),
         lengths=Lengths(*means) if means else Lengths(),
     )
 
@@ -116,7 +119,13 @@ def _adapter_of(policy: PeftModel, args: FocalPOConfig) -> dict[str, Any]:
         "use_dora": adapter.use_dora,
         "dropout": adapter.lora_dropout if args.allow_dropout else 0.0,
         "modules_to_save": adapter.modules_to_save or (),
+        "trainable_tokens": _count(adapter.trainable_token_indices or ()),
     }
+
+
+def _count(tokens: Mapping[str, Sequence[int]] | Sequence[int]) -> int:
+    """Of trained tokens, as PEFT takes them: those of the embeddings, or of several modules by name."""
+    return sum(map(len, tokens.values())) if isinstance(tokens, Mapping) else len(tokens)
 
 
 def _bytes_on(device: torch.device, model: nn.Module) -> int:

@@ -313,7 +313,13 @@ def _keys(part: Mapping[str, Tensor]) -> list[bytes]:
 
 
 def _sums_of(parts: Iterable[Mapping[str, Tensor]]) -> dict[bytes, float]:
-    return {key: logps for part in parts for key, logps in zip(_keys(part), part["logps"].tolist(), strict=True)}
+    """Where tokens came later, their sums do not replace those that a run may have begun with."""
+    with_tokens: dict[bytes, float] = {}
+    alone: dict[bytes, float] = {}
+    for part in parts:
+        found = with_tokens if "token_logps" in part else alone
+        found.update(zip(_keys(part), part["logps"].tolist(), strict=True))
+    return with_tokens | alone
 
 
 def _holds(folder: Path, key: bytes) -> bool:

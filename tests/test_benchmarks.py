@@ -134,6 +134,24 @@ def test_a_run_that_hangs_ends_with_the_time_that_was_given(harness, at, monkeyp
     assert harness.worker("any", {}, at) == {"skipped": "did not end in time"}
 
 
+def test_repetitions_that_are_asked_for_are_those_of_every_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    everything = importlib.import_module("run_all")
+    given: list[list[str]] = []
+    monkeypatch.setattr(everything, "ON_A_CPU", [(given.append, ["--repeats", "2"])])
+    everything.main(["--repeats", "7"])
+    everything.main([])
+    asked, usual = (words[::-1] for words in given)
+    assert asked[asked.index("--repeats") - 1] == "7"  # the last one counts
+    assert usual[usual.index("--repeats") - 1] == "2"
+
+
+def test_a_step_before_the_clock_is_needed(harness, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    with pytest.raises(SystemExit):
+        importlib.import_module("bench_step").main(["--dry-run", "--warmup", "0"])
+
+
 @pytest.mark.engine
 def test_a_run_is_a_process_of_its_own(harness, at):
     answer = harness.worker("bench_packing", {"fill": "ours", "budget": 8, "steps": [[3, 5, 4, 4]]}, at)

@@ -171,6 +171,20 @@ def test_the_setup_is_the_policys(tmp_path):
     assert setup.lengths.rows == pytest.approx(sum(pair.shared_length for pair in DATA) / len(DATA))
 
 
+@pytest.mark.parametrize(("tokens", "count"), [(None, 0), ([1, 2], 2), ({"embed_tokens": [3]}, 1)])
+def test_trained_tokens_are_counted(tmp_path, tokens, count):
+    policy = attach_lora(tiny_base(), lora(trainable_token_indices=tokens))
+    assert setup_of(policy, arguments(tmp_path), DATA, fused=True).trainable_tokens == count
+
+
+def test_an_answer_that_is_not_trained_on_takes_no_room(tmp_path):
+    args = arguments(tmp_path, objective="sft")
+    lengths = setup_of(tiny_policy(), args, DATA, fused=True).lengths
+    assert lengths.rejected == 0 < lengths.chosen
+    long = [replace(DATA[0], chosen_ids=[3] * 1500, rejected_ids=[4] * 1500)]
+    assert settle_budget(tiny_policy(), args, CPU, long).tokens == budget.CPU_TOKENS
+
+
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "glm", "llama"])
 def test_gate_and_up_are_not_computed_again_of_itself_where_no_mlp_is_fused(tmp_path, monkeypatch, gpu_with, family):
     """However well that would suit the memory."""

@@ -13,6 +13,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from lorafocal import caching
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.assembly import StoredReference
 from lorafocal.caching import cache_reference, context_of, fingerprint, score, spot_check
 from lorafocal.data.packing import PairCollator, share_prefixes
 from lorafocal.data.tokens import OtherAnswer, TokenizedPair
@@ -141,6 +143,19 @@ def test_bases_in_few_bits_are_contexts_of_their_own(tmp_path):
 
 
 # ---- log-probs
+
+
+@pytest.mark.row("35")
+def test_products_in_tf32_are_another_context(tmp_path):
+    model, args = (
+        prepared(),
+        FocalPOConfig(output_dir=str(tmp_path), use_cpu=True, reference="cached", reference_store="s"),
+    )
+    plain = StoredReference.of(model, args, PairCollator()).store.context
+    args.tf32 = True  # refused at its start where no GPU has it
+    assert StoredReference.of(model, args, PairCollator()).store.context.differences(plain.as_dict()) == [
+        "kernels is auto torch there and auto torch tf32 here"
+    ]
 
 
 @pytest.mark.row("35")

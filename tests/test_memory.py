@@ -418,6 +418,18 @@ def test_a_weight_that_is_trained_whole_adds_the_product_of_its_gradient():
     assert layer - none == 2 * 4096 * 14336 * at.rows
 
 
+def test_trained_tokens_of_a_tied_model_have_a_head_that_is_trained():
+    """The weight that both ends read has a gradient, and is put together for each pass."""
+    tied, apart = (Shape.of(LLAMA_3_8B | {"tie_word_embeddings": tie}) for tie in (True, False))
+    plain, tokens = Setup(), Setup(trainable_tokens=3)
+    weight = tied.head_parameters
+    assert memory.head_chunk_bytes(tied, tokens) - memory.head_chunk_bytes(tied, plain) == weight * (4 + 2 + 2)
+    product = 2 * weight * plain.lengths.answers
+    assert memory.flops_per_pair(tied, tokens) - memory.flops_per_pair(tied, plain) == 2 * product
+    assert memory.head_chunk_bytes(apart, tokens) == memory.head_chunk_bytes(apart, plain)
+    assert memory.flops_per_pair(apart, tokens) == memory.flops_per_pair(apart, plain)
+
+
 @pytest.mark.row("35")
 def test_the_minimum_has_no_reference_and_nothing_twice():
     shape, at = Shape.of(LLAMA_3_8B), Lengths(256, 384, 384)

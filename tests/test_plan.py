@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -185,6 +186,43 @@ def test_rows_of_local_files_are_counted(tmp_path):
     found = plan(config(f"data.train={tmp_path / 'train.jsonl'}", "data.eval=null", "data.held_out=0.1"), "1xH100")
     assert (found.work.pairs, found.work.held_out, found.work.steps) == (576, 64, 5)
     assert not [line for line in found.assumed if line.startswith("data:")]
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.JSON", "p.json.gz", "p.csv", "p.csv.gz"])
+def test_rows_are_those_that_training_reads(tmp_path, name):
+    """A quoted cell of a CSV has lines of its own; a packed file's bytes are no rows."""
+    rows = [{"prompt": f"q{i}", "chosen": "a\nb\n", "rejected": "c"} for i in range(50)]
+    if ".csv" in name:
+        text = "prompt,chosen,rejected\n" + "".join(f'q{i},"a\nb\n",c\n' for i in range(50))
+    elif ".jsonl" in name:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        text = json.dumps(rows)
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    values = config().model_dump()
+    values["data"] |= {"train": str(tmp_path / name)}
+    assert plan(check_config(values), "1xH100").work.pairs == 50
+
+
+def test_changes_that_are_not_enough_together_end():
+    """Two ways to offload are each other's alternative; both were proposed for ever."""
+    found = plan(config(file=FULL), "1xRTX3080")
+    assert not found.machines[0].fits
+
+
+def test_one_answer_is_one_answer_long():
+    sft = plan(config("objective={name: sft}", "reference=null", "data.max_length=8192"), "1xH200").work
+    assert sft.longest == 8192
+    assert plan(config("data.max_length=8192"), "1xH200").work.longest == 2 * 8192
+
+
+def test_unsloths_models_train_padded():
+    plain, unsloth = (
+        plan(config("packing.layout=auto", *words), "1xH100").work for words in ([], ["model.backend=unsloth"])
+    )
+    assert (plain.shared, unsloth.shared) == (True, False)
 
 
 @pytest.mark.row("37")

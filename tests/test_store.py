@@ -103,6 +103,17 @@ def test_the_tokens_own_log_probs_are_kept_on_demand(tmp_path):
     assert len(store.look_up(of)) == 5
 
 
+def test_sums_stay_where_tokens_come_later(tmp_path):
+    """A run that goes on reads the bits that it began with; whichever part's name comes first."""
+    of = pairs(5)
+    for number in range(6):
+        folder = tmp_path / str(number)
+        before = filled(folder, of).look_up(of)
+        store = ReferenceStore(folder, CONTEXT)
+        store.write([replace(one, logps=one.logps - 1e-3 * (1 + number)) for one in scores(of, tokens=True)])
+        assert store.look_up(of) == before
+
+
 def test_tokens_are_looked_up_beside_the_sums(tmp_path):
     of = pairs(5)
     store = filled(tmp_path, of)

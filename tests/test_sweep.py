@@ -63,13 +63,14 @@ class Recorder:
         self.loss: Callable[[float], float] = lambda rate: rate
         self.failing: dict[str, Exception | type[BaseException]] = {}
         self.base = "b"
+        self.trained: Callable[[str], int] = lambda name: 21
 
     def __call__(self, config: Any, *, resume: bool, quiet: bool, runs_dir: Path, callbacks: Any) -> RunSummary:
         assert callbacks is during.callbacks  # a section `evaluation` holds in every run
         self.asked.append((config.name, resume))
         folder = runs_dir / config.name
         folder.mkdir(exist_ok=True)
-        data = {"eval": {"pairs": 5}, "train": {"pairs": 21}}
+        data = {"eval": {"pairs": 5}, "train": {"pairs": self.trained(config.name)}}
         (folder / "manifest.json").write_text(json.dumps({"base": self.base, "data": data}))
         if config.name in self.failing:
             raise self.failing[config.name]
@@ -205,6 +206,15 @@ def test_runs_on_other_inputs_are_never_compared(recorder: Recorder, swept: Any)
         swept(RATES)
     recorder.base = "b"
     assert states(swept("training.learning_rate=1e-3")) == {"lr0.001": "finished", "lr0.01": "refused"}
+
+
+@pytest.mark.parametrize("axis", ["data.steps.0.select.keep=0.5,0.8", "data.train={0}/train.jsonl,{0}/eval.jsonl"])
+def test_training_pairs_may_be_the_axis(recorder: Recorder, swept: Any, root: Path, axis: str) -> None:
+    recorder.trained = len
+    file = write_config(root, "steps.yaml", data__steps=[{"select": {"by": "length_gap", "keep": 0.5}}])
+    swept("training.learning_rate=1e-3", file=file)
+    report = swept("training.learning_rate=1e-3", axis.format(root), file=file)
+    assert list(states(report).values()) == ["finished"] * 2
 
 
 def test_two_sweeps_of_one_folder_do_not_run_at_once(recorder: Recorder, swept: Any, tmp_path: Path) -> None:

@@ -147,11 +147,18 @@ def head_chunk_bytes(shape: Shape, setup: Setup) -> int:
     """Peak of the log-prob head beside what it saves: a chunk's logits in fp32, and their error where narrower.
 
     With divergences three in fp32, of which one is gone when the error is made.
-    A head that is trained has a gradient in fp32 and a cast of its weights beside that.
+    A head that is trained has a gradient in fp32 and a cast of its weights beside that; a tied one of which tokens are
+    trained is put together for each pass.
     """
     rows = setup.head_rows or max(1, HEAD_CHUNK_ELEMENTS // shape.vocab_size)
-    trained = shape.head_parameters if setup.saves("lm_head") else 0
-    return rows * shape.vocab_size * _logit_bytes(setup) + trained * (WIDE + _narrow(setup))
+    together = setup.width * (shape.tied and setup.trainable_tokens > 0)
+    trained = shape.head_parameters * (WIDE + _narrow(setup) + together) if trains_head(shape, setup) else 0
+    return rows * shape.vocab_size * _logit_bytes(setup) + trained
+
+
+def trains_head(shape: Shape, setup: Setup) -> bool:
+    """Whether the head's weight has a gradient: trained whole, or tied to embeddings of which tokens are trained."""
+    return setup.saves("lm_head") or (shape.tied and setup.trainable_tokens > 0)
 
 
 def head_rows(shape: Shape, setup: Setup, memory_bytes: float) -> int:
@@ -178,7 +185,7 @@ def reference_row_bytes(shape: Shape, setup: Setup) -> float:
 
     Where the head is trained, the policy's pass keeps it, and it counts there.
     """
-    if not setup.divergences or setup.saves("lm_head"):
+    if not setup.divergences or trains_head(shape, setup):
         return 0
     return setup.width * shape.hidden_size * setup.lengths.answers / setup.lengths.rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorafocal.memory.activations import trains_head
 from lorafocal.memory.residents import low_rank_tensors
 from lorafocal.ops.shapes import Lengths, Setup, Shape
 
@@ -37,7 +38,7 @@ def flops_per_pair(
     linears = (named for layer in range(shape.layers) for named in shape.layer_linears(layer))
     of_whole_weights = 2 * sum(linear.entries for name, linear in linears if setup.saves(name)) * rows
     head = 2 * shape.head_parameters * at.answers
-    head_passes = (4 if setup.saves("lm_head") else 2) + setup.divergences
+    head_passes = (4 if trains_head(shape, setup) else 2) + setup.divergences
     total = 2 * base + of_whole_weights + 3 * adapters + 3.5 * attention + head_passes * head
     if tier == "full":
         total += base + adapters + attention

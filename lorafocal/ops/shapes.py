@@ -238,6 +238,11 @@ def _causal(length: float, window: int | None) -> float:
     return window * (window + 1) / 2 + (length - window) * window
 
 
+def attention_on_a_gpu(dtype: str) -> str:
+    """The word of `Setup.attention` for a model that computes in `dtype`: variable-length kernels are for 16 bits."""
+    return "flash" if dtype == "bfloat16" else "repeated"
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """How a shape is trained: precision, adapter or all parameters, optimiser, kernels, reference, objective, engine.

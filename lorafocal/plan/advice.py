@@ -88,7 +88,7 @@ def _max_length(work: Work, machine: Machine) -> int | None:
         memory.tokens_that_fit(work.shape, work.setup, free, tier, work.longest)
         for tier in memory.tiers_of(work.shape, work.setup)
     )
-    shorter = fit // 2 // 64 * 64
+    shorter = fit * work.max_length // work.longest // 64 * 64
     return shorter if 128 <= shorter < work.max_length else None
 
 
@@ -97,7 +97,7 @@ def _all_changes(work: Work, machine: Machine) -> str | None:
     words: list[str] = []
     while True:
         following = [
-            (said, changed) for said, changed in _changes(work, machine) if said.partition("=")[0] not in words
+            (said, changed) for said, changed in _changes(work, machine) if said.partition(":")[0] not in words
         ]
         if not following:
             return None

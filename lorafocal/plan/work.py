@@ -14,12 +14,14 @@ from lorafocal.config import Config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape
 from lorafocal.objectives import OBJECTIVES
+from lorafocal.ops.shapes import attention_on_a_gpu
 from lorafocal.schema import Adapter, Reference
 from lorafocal.schema.steps import pairs_left
 
 TYPICAL = Lengths(200, 305, 305)  # UltraFeedback's means
 TYPICAL_PAIRS, TYPICAL_HELD_OUT = 61_135, 2_000  # binarised UltraFeedback's splits
-COUNTED_BELOW = 2**28  # bytes of a file whose rows are counted
+COUNTED_BELOW = {".jsonl": 2**28, ".parquet": 2**36}  # bytes of a file whose rows are counted
+READ_BELOW = 2**26  # of one that must be read for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Work:
     @property
     def longest(self) -> int:
         """Token rows of the longest pair that `max_length` admits, with next to no prompt."""
-        return 2 * self.max_length
+        return (2 if self.setup.lengths.rejected else 1) * self.max_length
 
     @property
     def rows_per_pair(self) -> float:
@@ -82,7 +84,7 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
         evaluations=_evaluations(fields, steps, steps_an_epoch) if held_out else 0,
         pairs_per_step=training.pairs_per_step,
         max_length=config.data.max_length,
-        shared=config.packing.layout != "padded",
+        shared=config.packing.layout != "padded" and config.model.backend == "transformers",
         tokens=tokens if isinstance(tokens, int) else None,
         tiers=memory.TIERS if tier == "auto" else (tier,),
         first_passes=int(objective.whole_step),
@@ -173,7 +175,7 @@ def setup_of(config: Config, lengths: Lengths) -> Setup:
         engine="one-process" if engine is None else engine.kind,
         offload="none" if engine is None else engine.offload,
         adapter_kernels="fused" if kernels == "auto" else kernels,
-        attention="flash" if config.model.dtype == "bfloat16" else "repeated",
+        attention=attention_on_a_gpu(config.model.dtype),
         lengths=lengths,
     )
 
@@ -261,13 +263,16 @@ def _count(config: Config, name: str) -> int | None:
 
 
 def _rows(file: Path) -> int | None:
-    if not file.is_file() or file.stat().st_size > COUNTED_BELOW:
+    from lorafocal.data.readers import extension_of, read_rows  # here: pyarrow takes a while
+
+    kind = extension_of(file)
+    if kind is None or not file.is_file() or file.stat().st_size > COUNTED_BELOW.get(kind, READ_BELOW):
         return None
-    if file.suffix == ".parquet":
+    if kind == ".parquet":
         from pyarrow import parquet
 
         return int(parquet.read_metadata(file).num_rows)
-    if file.suffix == ".json":
-        return len(_json(file))
-    with file.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+    if kind == ".jsonl":
+        with file.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    return sum(1 for _ in read_rows(file))

@@ -85,11 +85,12 @@ class Journal:
         folder = self.folder / self.entries[identity].point.slug
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         found = {name: manifest.get(name) for name in IDENTITY}
-        if "data.train" in self.axes:
-            found["data"] = {"eval": found["data"]["eval"]}
         if self.inputs is None:
             self.inputs = found  # on disk with the run's outcome
-        if told := changes(self.inputs, found, ()):
+        before = self.inputs
+        if any(axis == "data.train" or axis.startswith("data.steps.") for axis in self.axes):
+            before, found = ({**inputs, "data": {"eval": inputs["data"]["eval"]}} for inputs in (before, found))
+        if told := changes(before, found, ()):
             reason = "\n  ".join(["it was trained or measured on other inputs than the runs before it:", *told])
             self.note(identity, status="refused", reason=reason)
             raise InputError(
