@@ -120,6 +120,14 @@ def check_config(values: Mapping[str, Any], source: str = "config") -> Config:
         raise InputError("\n  ".join([f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}", *lines])) from None
 
 
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `section.key=value` overrides in order. Raises InputError for what they leave no run of."""
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        apply_override(values, override)
+    return check_config(values, source=f"{config.name} with {' '.join(overrides)}")
+
+
 def resolved_yaml(config: Config) -> str:
     """All values of a run, defaults included, as YAML that `load_config` reads back to an equal `Config`."""
     return dump_yaml(config.model_dump(mode="json"))

@@ -102,6 +102,24 @@ def test_every_piece_of_advice_for_a_run_that_does_not_fit_is_enough(gpus, given
     check_advice(LORA, gpus, given)
 
 
+@pytest.mark.parametrize(
+    ("given", "never"),
+    [
+        ({"adapter.init": "pissa", "reference.kind": "frozen_copy"}, "quantization"),
+        ({"adapter": "{start_from: STORED}", "reference.kind": "frozen_copy"}, "adapter.r"),
+        ({"stages": "2"}, "zero3"),
+    ],
+    ids=["rewritten base", "continued adapter", "stages"],
+)
+def test_nothing_is_advised_that_would_be_refused(given, never, tmp_path):
+    """Each change may train by itself, and not beside what this config says."""
+    stored = {"r": 64, "target_modules": ["q_proj", "v_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored), encoding="utf-8")
+    given = {key: value.replace("STORED", str(tmp_path)) for key, value in given.items()}
+    advice = [*check_advice(LORA, "1x16GiB", given), *check_advice(LORA, "2x16GiB", given)]
+    assert not any(never in line for line in advice), advice
+
+
 def check_advice(file: Path, gpus: str, given: dict[str, str]) -> list[str]:
     """What was advised, a line each, all of it tried."""
     found = plan(config(*(f"{key}={value}" for key, value in given.items()), file=file), gpus)

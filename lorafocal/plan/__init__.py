@@ -85,7 +85,7 @@ def plan(
     assumed += _of_exchange(found)
     if gpus is None and not any(each.speed for each in found):
         assumed.append(f"time: not known, for the table has no speeds in {work.setup.dtype}; --gpus with --tflops says")
-    to_change = tuple(advice(work, found[0])) if len(found) == 1 else ()
+    to_change = tuple(advice(config, work, found[0])) if len(found) == 1 else ()
     return Plan(work, found, to_change, tuple(assumed))
 
 

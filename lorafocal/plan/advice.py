@@ -4,81 +4,98 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from lorafocal import memory
 from lorafocal.compatibility import OFFLOADS
+from lorafocal.config import Config, changed
+from lorafocal.errors import InputError
 from lorafocal.hardware import GPUS, IN_ONE_MACHINE, Machine
 from lorafocal.plan.machine import OnMachine, forward_flops, free_bytes, on_machine, placed, step_flops
-from lorafocal.plan.work import Work
+from lorafocal.plan.work import Work, trained_otherwise
+
+Planned = tuple[Config, Work]
 
 
-def advice(work: Work, found: OnMachine) -> Iterator[str]:
-    """What makes a run fit that does not, each line enough by itself; or what makes one that fits faster."""
+def advice(config: Config, work: Work, found: OnMachine) -> Iterator[str]:
+    """What makes a run fit that does not, each line enough by itself; or what makes one that fits faster.
+
+    Only what leaves a run that trains is advised: each change is tried on the config first.
+    """
+    planned = config, work
     if found.fits:
-        yield from _faster(work, found)
+        yield from _faster(planned, found)
         return
-    changes = [(words, changed) for words, changed in _changes(work, found.machine) if _fits(changed, found.machine)]
+    changes = [(words, then) for words, then in _changes(planned, found.machine) if _fits(then, found.machine)]
     yield from (words for words, _ in changes)
-    if not changes and (both := _all_changes(work, found.machine)):
-        yield both
+    if not changes and (several := _all_changes(planned, found.machine)):
+        yield several
     larger = sorted(GPUS.values(), key=lambda gpu: gpu.memory_mib)
-    enough = [gpu.name for gpu in larger if _fits(work, Machine(found.machine.count, gpu))]
+    enough = [gpu.name for gpu in larger if _fits(planned, Machine(found.machine.count, gpu))]
     if enough:
         yield f"--gpus {found.machine.count}x{enough[0]}: the smallest card of the table that holds it as it is"
-    if work.setup.full and (count := _enough_cards(work, found.machine)):
-        yield f"--gpus {count}x{found.machine.gpu.name} engine.kind=zero3: each holds a part of the weights"
+    if work.setup.full and (count := _enough_cards(planned, found.machine)):
+        yield f"--gpus {count}x{found.machine.gpu.name} {_SPLIT}: each holds a part of the weights"
 
 
-def _enough_cards(work: Work, machine: Machine) -> int | None:
-    """The smallest number of cards in one machine that hold the run between them, where that is more than now."""
-    split = _with(work, engine="zero3", offload="none")
-    counts = (count for count in (2, 4, IN_ONE_MACHINE) if count > machine.count)
-    return next((count for count in counts if _fits(split, Machine(count, machine.gpu))), None)
-
-
-def _fits(work: Work, machine: Machine) -> bool:
-    return on_machine(work, machine).fits
-
-
-def _changes(work: Work, machine: Machine) -> Iterator[tuple[str, Work]]:
-    """Single changes to a config, the least intrusive first."""
-    setup = work.setup
-    if work.tokens is not None:
-        yield "packing.tokens=auto: as many as fit", replace(work, tokens=None)
-    if work.tiers != memory.TIERS:
-        yield "training.activation_checkpointing=auto: recompute what must be", replace(work, tiers=memory.TIERS)
-    if setup.reference == "separate_model" and _can_be_stored(setup):
-        yield "reference.kind=cached: the second model leaves the GPU", _with(work, reference="cached")
-    whole = setup.engine in memory.WHOLE
-    if whole and not setup.optim.startswith("paged"):
-        yield "training.optim=paged_adamw_8bit: moments in 8 bits, paged", _with(work, optim="paged_adamw_8bit")
-    if setup.quantization is None and not setup.full:
-        yield "model.quantization=nf4: the base in 4 bits", _with(work, quantization="nf4")
-    if setup.r > 16 and not setup.full:
-        yield "adapter.r=16: a smaller adapter", _with(work, r=16)
-    if machine.count > 1 and setup.engine != "zero3" and setup.quantization is None:
-        yield "engine.kind=zero3: each GPU holds a part of the weights", _with(work, engine="zero3", offload="none")
-    for offload in OFFLOADS.get(setup.engine, ()):
-        if offload != setup.offload:
-            yield f"engine.offload={offload}: {_OFFLOADED[offload]}", _with(work, offload=offload)
-    if shorter := _max_length(work, machine):
-        yield f"data.max_length={shorter}: longer pairs are dropped", replace(work, max_length=shorter)
-
-
+_SPLIT = "engine.kind=zero3"
 _OFFLOADED = {
     "optimizer": "gradients and moments lie in the machine's memory",
     "all": "all that is split lies in the machine's memory",
 }
 
 
-def _can_be_stored(setup: memory.Setup) -> bool:
-    """Whether `reference.kind=cached` gives the same: log-probs of the answers' tokens are all that is compared."""
-    return setup.reference in ("disabled_adapter", "frozen_copy", "separate_model") and not setup.divergences
+def _enough_cards(planned: Planned, machine: Machine) -> int | None:
+    """The smallest number of cards in one machine that hold the run between them, where that is more than now."""
+    split = _with(planned, _SPLIT)
+    counts = (count for count in (2, 4, IN_ONE_MACHINE) if count > machine.count)
+    return next((count for count in counts if split and _fits(split, Machine(count, machine.gpu))), None)
 
 
-def _with(work: Work, **changed: Any) -> Work:
-    return replace(work, setup=replace(work.setup, **changed))
+def _with(planned: Planned, override: str) -> Planned | None:
+    """The run with one `section.key=value`; None where no such run trains, or it changes nothing."""
+    config, work = planned
+    try:
+        config = changed(config, [override])
+    except InputError:
+        return None
+    then = trained_otherwise(work, config)
+    return None if then == work else (config, then)
+
+
+def _fits(planned: Planned, machine: Machine) -> bool:
+    return on_machine(planned[1], machine).fits
+
+
+def _changes(planned: Planned, machine: Machine) -> Iterator[tuple[str, Planned]]:
+    """Single changes that leave a run that trains, each with its words."""
+    for override, why in _candidates(planned[1], machine):
+        if then := _with(planned, override):
+            yield f"{override}: {why}", then
+
+
+def _candidates(work: Work, machine: Machine) -> Iterator[tuple[str, str]]:
+    """Overrides that take less memory, and why, the least intrusive first."""
+    setup = work.setup
+    yield "packing.tokens=auto", "as many as fit"
+    yield "training.activation_checkpointing=auto", "recompute what must be"
+    if setup.reference == "separate_model":
+        yield _STORED, "the second model leaves the GPU"
+    if setup.engine in memory.WHOLE and not setup.optim.startswith("paged"):
+        yield "training.optim=paged_adamw_8bit", "moments in 8 bits, paged"
+    if setup.quantization is None:
+        yield _IN_4_BITS, "the base in 4 bits"
+    if setup.r > 16:
+        yield "adapter.r=16", "a smaller adapter"
+    if machine.count > 1 and setup.quantization is None:
+        yield _SPLIT, "each GPU holds a part of the weights"
+    for offload in OFFLOADS.get(setup.engine, ()):
+        yield f"engine.offload={offload}", _OFFLOADED[offload]
+    if shorter := _max_length(work, machine):
+        yield f"data.max_length={shorter}", "longer pairs are dropped"
+
+
+_STORED = "reference.kind=cached"
+_IN_4_BITS = "model.quantization=nf4"
 
 
 def _max_length(work: Work, machine: Machine) -> int | None:
@@ -92,30 +109,36 @@ def _max_length(work: Work, machine: Machine) -> int | None:
     return shorter if 128 <= shorter < work.max_length else None
 
 
-def _all_changes(work: Work, machine: Machine) -> str | None:
+def _all_changes(planned: Planned, machine: Machine) -> str | None:
     """Changes taken together, one after the other until the run fits."""
-    words: list[str] = []
+    overrides: list[str] = []
     while True:
         following = [
-            (said, changed) for said, changed in _changes(work, machine) if said.partition(":")[0] not in words
+            (override, then)
+            for words, then in _changes(planned, machine)
+            if (override := words.partition(":")[0]) not in overrides
         ]
         if not following:
             return None
-        said, work = following[0]
-        words.append(said.partition(":")[0])
-        if _fits(work, machine):
-            return f"together: {' '.join(words)}"
+        override, planned = following[0]
+        overrides.append(override)
+        if _fits(planned, machine):
+            return f"together: {' '.join(overrides)}"
 
 
-def _faster(work: Work, found: OnMachine) -> Iterator[str]:
-    if _can_be_stored(work.setup):
+def _faster(planned: Planned, found: OnMachine) -> Iterator[str]:
+    config, work = planned
+    if work.setup.reference in _ONE_START and _with(planned, _STORED):
         saved = forward_flops(work) / step_flops(work, found.choice.tier)
         yield (
-            f"reference.kind=cached: {saved:.0%} less work a step, for one pass over the pairs before the first, which"
+            f"{_STORED}: {saved:.0%} less work a step, for one pass over the pairs before the first, which"
             " later runs on these pairs share"
         )
     held = work.setup.quantization is None and work.setup.dtype == "bfloat16"
-    if found.choice.tier != "none" and held and not work.setup.full:
-        changed = on_machine(_with(work, quantization="nf4"), found.machine)
-        if changed.choice.tier == "none":
-            yield "model.quantization=nf4: leaves room to keep all activations"
+    if found.choice.tier != "none" and held and (smaller := _with(planned, _IN_4_BITS)):
+        if on_machine(smaller[1], found.machine).choice.tier == "none":
+            yield f"{_IN_4_BITS}: leaves room to keep all activations"
+
+
+# References that log-probs stored before the first step stand for; the others move, or are several.
+_ONE_START = ("disabled_adapter", "frozen_copy", "separate_model")

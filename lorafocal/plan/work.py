@@ -67,9 +67,8 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
     stated_steps = fields.get("max_steps", -1)
     of_epochs = math.ceil(fields.get("num_train_epochs", 1) * steps_an_epoch)
     steps = stated_steps * (config.stages or 1) if stated_steps > 0 else of_epochs
-    tier, tokens = training.activation_checkpointing, config.packing.tokens
-    shape, setup = shape_of(config), setup_of(config, lengths)
-    assumed += _not_counted(shape, setup)
+    shape, how = shape_of(config), _how(config, lengths)
+    assumed += _not_counted(shape, how["setup"])
     if objective.others:
         assumed.append(
             "further answers: what they cost is not counted; each pair's row is longer by theirs, their prompts again"
@@ -77,19 +76,32 @@ def work_of(config: Config, *, pairs: int | None = None, lengths: Lengths | None
     return Work(
         name=config.name,
         shape=shape,
-        setup=setup,
         pairs=trained,
         held_out=held_out,
         steps=steps,
         evaluations=_evaluations(fields, steps, steps_an_epoch) if held_out else 0,
         pairs_per_step=training.pairs_per_step,
-        max_length=config.data.max_length,
-        shared=config.packing.layout != "padded" and config.model.backend == "transformers",
-        tokens=tokens if isinstance(tokens, int) else None,
-        tiers=memory.TIERS if tier == "auto" else (tier,),
         first_passes=int(objective.whole_step),
         assumed=tuple(assumed),
+        **how,
     )
+
+
+def trained_otherwise(work: Work, config: Config) -> Work:
+    """The same pairs and steps, trained as `config` says, which differs from that of `work` in nothing else."""
+    return replace(work, **_how(config, work.setup.lengths))
+
+
+def _how(config: Config, lengths: Lengths) -> dict[str, Any]:
+    """How a step is computed, whatever its pairs."""
+    tier, tokens = config.training.activation_checkpointing, config.packing.tokens
+    return {
+        "setup": setup_of(config, lengths),
+        "max_length": config.data.max_length,
+        "shared": config.packing.layout != "padded" and config.model.backend == "transformers",
+        "tokens": tokens if isinstance(tokens, int) else None,
+        "tiers": memory.TIERS if tier == "auto" else (tier,),
+    }
 
 
 def _pairs(config: Config, stated: int | None, assumed: list[str]) -> tuple[int, int]:
