@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from lorafocal import memory
 from lorafocal.compatibility import OFFLOADS
@@ -127,7 +126,7 @@ def _all_changes(planned: Planned, machine: Machine) -> str | None:
 
 
 def _faster(planned: Planned, found: OnMachine) -> Iterator[str]:
-    config, work = planned
+    _, work = planned
     if work.setup.reference in _ONE_START and _with(planned, _STORED):
         saved = forward_flops(work) / step_flops(work, found.choice.tier)
         yield (
