@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lorafocal.versions import __version__
+
 if TYPE_CHECKING:
     from lorafocal.config import Config, load_config
     from lorafocal.errors import InputError
     from lorafocal.model.load import load_base
     from lorafocal.objectives import dpo, focalpo
     from lorafocal.trainer import FocalPOConfig, FocalPOTrainer
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",

@@ -137,7 +137,7 @@ def latest_complete(run_dir: Path) -> Latest:
     Reads only. A process that is going to write calls `publish.recover(run_dir)` first.
     """
     skipped: list[str] = []
-    for path in _checkpoints(run_dir):
+    for path in checkpoints(run_dir):
         reason = why_incomplete(path)
         if reason is None:
             return Latest(path, skipped)
@@ -154,14 +154,14 @@ def rotate(run_dir: Path, keep: int, *, newest: Path | None = None) -> list[str]
     if keep < 1:
         raise InputError(f"training.save_total_limit is {keep}: at least one checkpoint must be kept")
     newest = newest or latest_complete(run_dir).path
-    complete = [path for path in _checkpoints(run_dir) if why_incomplete(path, hashes=False) is None]
+    complete = [path for path in checkpoints(run_dir) if why_incomplete(path, hashes=False) is None]
     removed = [path for path in reversed(complete[keep:]) if path != newest]
     for path in removed:
         discard(path)
     return [path.name for path in removed]
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
+def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoint folders, newest first."""
     found = [path for path in run_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)

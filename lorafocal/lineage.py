@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError
+from lorafocal.versions import __version__
 
 LINEAGE_FILE = "lorafocal.json"
 # 2: a base may have been quantised in training, which a reader of 1 would take for a float one.
@@ -139,7 +139,7 @@ class Lineage:
 
         `start` repeats the last parent for people; it is not read.
         """
-        version = self.lorafocal or installed_version()
+        version = self.lorafocal or __version__
         start = self.start
         return {
             "format": self._format(),
@@ -205,11 +205,3 @@ def lineage_of(folder: Path) -> Lineage | None:
             f"{path} is not a lineage file ({type(error).__name__}: {error}). "
             "Restore it from the run, or delete it to treat the adapter as one of another tool."
         ) from error
-
-
-def installed_version() -> str:
-    """Version of the installed package, or `unknown` when it runs from a bare source tree."""
-    try:
-        return importlib.metadata.version("lorafocal")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -12,7 +12,6 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from lorafocal.publish import sha256
 from lorafocal.resume import MAY_CHANGE
 from lorafocal.schema import Reference
 from lorafocal.trainer import FocalPOTrainer
+from lorafocal.versions import installed
 
 LIBRARIES = (
     "lorafocal", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "safetensors",
@@ -72,7 +72,7 @@ def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mappin
         "seeds": {"adapter": config.training.seed, "order": config.training.data_seed},
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in dict.fromkeys((*LIBRARIES, config.model.backend))},
+            **{name: installed(name) for name in dict.fromkeys((*LIBRARIES, config.model.backend))},
         },
         "effective_batch": {"pairs": pairs, "pairs_per_process": math.ceil(pairs / processes)},
         "processes": processes,
@@ -213,10 +213,3 @@ def notes_of_changes(run: Path, part: str, pairs: Sequence[TokenizedPair]) -> tu
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -236,6 +236,17 @@ def check_free(target: Path, replace: bool = False) -> None:
         raise InputError(f"{target} exists already; choose another name or remove it")
 
 
+def check_ours(target: Path, ours: re.Pattern[str], what: str) -> None:
+    """Refuse (`InputError`) what is no folder of files named like `ours`: `what` replaces it as a whole."""
+    check_free(target, replace=True)
+    foreign = sorted(path.name for path in target.iterdir() if not ours.fullmatch(path.name)) if target.is_dir() else []
+    if foreign:
+        raise InputError(
+            f"{target} holds {foreign[0]!r}, which is no part of {what}, and {what} replaces its folder; choose another"
+            " --out"
+        )
+
+
 def check_folder_of(path: Path) -> None:
     """Refuse (`InputError`) a file whose folder is not there, before anything is computed for it."""
     if not path.parent.is_dir():

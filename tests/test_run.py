@@ -27,6 +27,7 @@ from lorafocal.reference import DisabledAdapterReference
 from lorafocal.report.numbers import parts
 from lorafocal.report.read import read_run
 from lorafocal.run import RunSummary
+from lorafocal.versions import installed
 from tests.tiny import pairs, trainer
 from tests.toy_run import HELD_OUT, PAIRS, STEPS, all_lines, metric_lines, run_config, write_inputs
 
@@ -94,7 +95,7 @@ def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, b
     assert manifest["engine"] == {"kind": "one-process", "offload": "none"}
     assert manifest["recipe"] is None
     assert manifest["reference_adapters"] is None  # compared with the base itself
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == installed("torch")
     policy = PeftModel.from_pretrained(load_base(str(root / "base"), dtype="float32"), finished.folder / "adapter")
     lora = {name: parameter for name, parameter in policy.named_parameters() if "lora_" in name}
     assert (manifest["adapter"]["kind"], manifest["adapter"]["rank"]) == (["lora"], policy.peft_config["default"].r)

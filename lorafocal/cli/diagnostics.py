@@ -15,16 +15,10 @@ from lorafocal.cli.options import (
     folder_made,
     no_loading_bars,
     numbers,
+    page_place,
     print_report,
 )
 from lorafocal.errors import InputError
-
-
-def page_place(path: Path | None) -> Path | None:
-    """A web page to be written: its name says so, and so no data are replaced by it."""
-    if path is not None and path.suffix != ".html":
-        raise InputError(f"--out {path}: the page is one .html file; name it so")
-    return folder_made(path)
 
 
 def list_place(path: Path | None) -> Path | None:

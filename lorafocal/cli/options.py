@@ -38,6 +38,16 @@ def folder_made(path: Path | None) -> Path | None:
     return path
 
 
+def page_place(path: Path | None) -> Path | None:
+    """A web page to be written: its name says so, and so no data are replaced by it."""
+    folder_made(path)
+    if path is not None:
+        from lorafocal.report.html import check_place
+
+        check_place(path)
+    return path
+
+
 def result_place(path: Path | None) -> Path | None:
     """A file for a result: in a folder that is there then, and none that holds anything else, as what is judged."""
     folder_made(path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorafocal import launch
-from lorafocal.cli.options import JsonOption, OverridesArgument, no_loading_bars, print_report
+from lorafocal.cli.options import JsonOption, OverridesArgument, no_loading_bars, page_place, print_report
 from lorafocal.errors import InputError
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def check(
     config: Annotated[Path, typer.Argument(help="The YAML file that describes the run.")],
     overrides: OverridesArgument = None,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Also write the findings as one web page.")
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Also write the findings as one web page.", callback=page_place),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,9 +123,10 @@ def check(
 
     report = check_data(checked)
     if html is not None:
-        from lorafocal.report.check_page import write_check_page
+        from lorafocal.report.check_page import check_page
+        from lorafocal.report.html import write_page
 
-        write_check_page(report, html)
+        write_page(html, check_page(report))
     print_report(report, as_json)
 
 

@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from lorafocal.data.encoding import Encoder
 from lorafocal.data.sources import Preference
 from lorafocal.data.tokens import OtherAnswer, TokenizedData, TokenizedPair, tokenize_preferences, with_columns
 from lorafocal.publish import write_atomically
+from lorafocal.versions import installed
 
 SCHEMA = 2  # raise it when equal inputs come to give other tokens, or an entry another shape
 LIBRARIES = ("lorafocal", "transformers", "tokenizers", "jinja2")
@@ -86,7 +86,7 @@ def cache_key(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerB
     encoder = Encoder.of(tokenizer, given)  # leaves the backend without the truncation or padding of an earlier call
     content = {
         "schema": SCHEMA,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: installed(name) for name in LIBRARIES},
         "options": {name: value for name, value in options.items() if value is not None}
         | {"chat_template_kwargs": given},
         "class": type(tokenizer).__qualname__,

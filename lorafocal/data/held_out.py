@@ -16,6 +16,7 @@ from lorafocal.data.templates import is_conversation
 from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
 from lorafocal.data.turns import is_sound
 from lorafocal.errors import InputError
+from lorafocal.publish import write_atomically
 
 HELD_OUT_FILE = "held_out.jsonl"
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -25,13 +26,16 @@ _TURNS = ("chosen_turns", "rejected_turns")  # of completions of several turns a
 def write_held_out(path: Path, pairs: Iterable[TokenizedPair]) -> None:
     """One JSON object a line: `{"id", "prompt_ids", "chosen_ids", "rejected_ids"}`, with turns where there are several.
 
+    The file is whole or as it was.
+
     `chosen_turns` and `rejected_turns` are those of a `TokenizedPair`.
     """
-    with path.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            record = {"id": pair.id} | {side: list(getattr(pair, side)) for side in _SIDES}
-            record |= {side: turns for side in _TURNS if (turns := getattr(pair, side)) is not None}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    lines = []
+    for pair in pairs:
+        record = {"id": pair.id} | {side: list(getattr(pair, side)) for side in _SIDES}
+        record |= {side: turns for side in _TURNS if (turns := getattr(pair, side)) is not None}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines))
 
 
 def read_held_out(path: Path) -> list[TokenizedPair]:

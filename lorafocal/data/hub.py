@@ -13,7 +13,7 @@ from typing import Any
 from lorafocal.data.places import OnBadRow
 from lorafocal.data.readers import EXTENSIONS, extension_of
 from lorafocal.data.sources import Pairing, Preferences, preferences_from_rows, read_preferences
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 REVISION = re.compile(r"[0-9a-f]{40}")
@@ -88,7 +88,7 @@ def load_split(name: str, revision: str | None, split: str) -> Any:
     try:
         rows = load_dataset(name, revision=revision, split=split)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise InputError(
             f"{name}, split {split}: it cannot be loaded ({line}); check name, revision and split, and the connection "
             "if it is not in the cache. Data sets with a loading script are not run: export their rows to a file"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from lorafocal.errors import InputError
 from lorafocal.publish import check_folder_of, sha256, text_sha256, write_atomically
+from lorafocal.versions import installed
 
 FORMAT = 1
 BENCHMARKS = (
@@ -154,13 +154,7 @@ def file_hashes(*paths: Path) -> dict[str, str]:
 
 def package_versions(*packages: str) -> dict[str, str]:
     """A result's `versions`: those of lorafocal and of the named packages that are installed."""
-    found = {}
-    for package in ("lorafocal", *packages):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {package: found for package in ("lorafocal", *packages) if (found := installed(package)) is not None}
 
 
 def _read_score(path: Path, name: str, record: Any) -> Score:

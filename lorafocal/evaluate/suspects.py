@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafocal.checkpoint import step_of
+from lorafocal.checkpoint import checkpoints, step_of
 from lorafocal.config import load_config
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.leave_out import digest, line_of
@@ -34,6 +34,7 @@ from lorafocal.objectives.pairwise import rewards
 from lorafocal.policy import sequence_logps
 from lorafocal.publish import check_folder_of, why_incomplete, write_atomically
 from lorafocal.reference import DisabledAdapterReference
+from lorafocal.report.html import check_place, write_page
 from lorafocal.report.suspects_page import suspects_page
 from lorafocal.run import CONFIG_FILE
 from lorafocal.schema import Config
@@ -73,9 +74,9 @@ def find_suspects(
     if len(states) == 1:
         found = replace(found, notes=(*found.notes, ONE_STATE))
     if out is not None:
-        _write(out, suspects_page(found))
+        write_page(out, suspects_page(found))
     if write is not None:
-        _write(write, "".join(f"{each.line}\n" for each in found.to_leave_out))
+        _write_list(write, found)
     return replace(found, page=out, written=write)
 
 
@@ -106,18 +107,18 @@ class _Data:
 def _check_places(out: Path | None, write: Path | None, limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it is a number of pairs, 1 or more")
-    if out is not None and out.suffix != ".html":
-        raise InputError(f"{out}: the page of suspects is one .html file; name it so by --out")
+    if out is not None:
+        check_place(out)
     if out is not None and write is not None and out.resolve() == write.resolve():
         raise InputError(f"{out} cannot be both the page and the list: give --out and --write two names")
-    for path in (out, write):
-        if path is not None:
-            check_folder_of(path)
+    if write is not None:
+        check_folder_of(write)
 
 
-def _write(path: Path, content: str) -> None:
+def _write_list(path: Path, found: Suspects) -> None:
+    lines = "".join(f"{each.line}\n" for each in found.to_leave_out)
     try:
-        write_atomically(path, content.encode("utf-8", "replace"))
+        write_atomically(path, lines.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another") from error
 
@@ -135,8 +136,8 @@ def _states(run: Path) -> list[_State]:
         raise InputError(
             f"{run} is no run folder: it has no {CONFIG_FILE}; give what `lorafocal train` wrote, runs/<name>"
         )
-    checkpoints = [path.parent for path in run.glob(f"checkpoint-*/{ADAPTER_DIR}") if (path / ADAPTER_CONFIG).is_file()]
-    kept = {step_of(path): path / ADAPTER_DIR for path in checkpoints if why_incomplete(path, hashes=False) is None}
+    adapters = (path for path in checkpoints(run) if (path / ADAPTER_DIR / ADAPTER_CONFIG).is_file())
+    kept = {step_of(path): path / ADAPTER_DIR for path in adapters if why_incomplete(path, hashes=False) is None}
     end = next((run / name for name in (ADAPTER_DIR, MODEL_DIR) if (run / name).is_dir()), None)
     if end is not None and (lineage := lineage_of(end)) is not None:
         kept.setdefault(lineage.steps, end)

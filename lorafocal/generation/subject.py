@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lorafocal import recipes
+from lorafocal.checkpoint import checkpoints
 from lorafocal.data.held_out import HELD_OUT_FILE
 from lorafocal.errors import InputError
 from lorafocal.generation.speech import Speech
@@ -129,10 +130,10 @@ def speaker_folder(target: Path) -> Path:
     for folder in (target, target / MODEL_DIR):
         if (folder / MODEL_CONFIG).is_file():
             return folder
-    checkpoints = sorted(target.glob(f"checkpoint-*/{ADAPTER_DIR}"), key=lambda path: path.stat().st_mtime)
-    if checkpoints:
+    newest = next((path for path in checkpoints(target) if (path / ADAPTER_DIR).is_dir()), None)
+    if newest is not None:
         raise InputError(
-            f"{target} has no finished adapter; its newest checkpoint has one: name that, {checkpoints[-1]}"
+            f"{target} has no finished adapter; its newest checkpoint has one: name that, {newest / ADAPTER_DIR}"
         )
     raise InputError(
         f"{target} holds no adapter and no model; name a run, an adapter folder or a merged model's folder"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
 from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_base
@@ -263,7 +263,7 @@ def read_config(name: str, revision: str | None = None) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"no model can be read from {name} ({reason}). A base that lies elsewhere is named with --base."
         ) from error

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 
 BLOCK = 64  # widths are its multiples: 4-bit layers are quantised by blocks of 64 weights
 HEAD_DIM = 16  # even in halves and quarters, which some rotations take
@@ -72,7 +72,7 @@ def shrunk(config: PreTrainedConfig, *, tokens: int, eos: int, all_layers: bool 
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"no tiny {config.model_type} could be described: {str(error).splitlines()[0]}") from error
+        raise InputError(f"no tiny {config.model_type} could be described: {first_line(error)}") from error
 
 
 def build(config: PreTrainedConfig, *, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -85,7 +85,7 @@ def build(config: PreTrainedConfig, *, dtype: torch.dtype, seed: int) -> PreTrai
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in door.from_config(config).parameters())
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"no tiny {config.model_type} could be built: {str(error).splitlines()[0]}") from error
+        raise InputError(f"no tiny {config.model_type} could be built: {first_line(error)}") from error
     if count > MOST_PARAMETERS:
         raise InputError(
             f"the tiny {config.model_type} would still have {count:,} parameters: its config has sizes whose names are"

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafocal.ops.plain_attention import causal_mask, softmax_attention
+from lorafocal.versions import installed
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -173,20 +173,12 @@ def flash_attn_2() -> Kernel:
 
 def flash_attn_3() -> Kernel:
     function = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
-    return Kernel(f"flash-attn {_version('flash-attn-3', '3')}", function)
+    return Kernel(f"flash-attn {installed('flash-attn-3') or 3}", function)
 
 
 def flash_attn_4() -> Kernel:
     function = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
-    return Kernel(f"flash-attn {_version('flash-attn-4', '4')}", function)
-
-
-def _version(distribution: str, otherwise: str) -> str:
-    """What is installed, or what is known where a wheel was built by hand."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return otherwise
+    return Kernel(f"flash-attn {installed('flash-attn-4') or 4}", function)
 
 
 def first_that_works(

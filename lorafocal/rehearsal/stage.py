@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from lorafocal import launch
 from lorafocal.config import Config, check_config
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.model.adapters import linear_names
 from lorafocal.model.load import DTYPES, check_place, check_shape, planned
 from lorafocal.model.quantized import prequantized
@@ -122,7 +122,7 @@ def architecture(config: Config) -> tuple[PreTrainedConfig, str | None]:
         try:
             return AutoConfig.for_model(**shape), config.model.quantization
         except (ValueError, TypeError, StrictDataclassError) as reason:
-            raise InputError(f"model.shape describes no model: {str(reason).splitlines()[0]}") from reason
+            raise InputError(f"model.shape describes no model: {first_line(reason)}") from reason
     check_shape(found, shape or {})
     stored = prequantized(found, name)
     if stored is not None:

@@ -15,7 +15,6 @@ import transformers
 
 from lorafocal.card import CARD_FILE, bundle_card
 from lorafocal.data.held_out import write_held_out
-from lorafocal.lineage import installed_version
 from lorafocal.model.saved import SavedAdapter
 from lorafocal.publish import sha256
 from lorafocal.release import verify
@@ -23,6 +22,7 @@ from lorafocal.release.gate import GateEvidence
 from lorafocal.release.merge import MergeReport
 from lorafocal.release.package import merged_lineage, package_adapter
 from lorafocal.release.survival import survival_table
+from lorafocal.versions import __version__
 
 GATE_FILE, MANIFEST_FILE = "gate.json", "manifest.json"
 RULE = "rms(merged - live) <= max_drift * rms(live - reference) + 1e-6 * rms(live)"
@@ -79,7 +79,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {
         "format": 1,
-        "lorafocal": installed_version(),
+        "lorafocal": __version__,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

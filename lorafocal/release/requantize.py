@@ -21,7 +21,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from lorafocal.card import CARD_FILE, compressed_card
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.lineage import Lineage
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import local_device
@@ -123,7 +123,7 @@ def _open(folder: Path, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
             .eval()
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"this model cannot be stored so ({reason}): export it --as merged") from error
 
 

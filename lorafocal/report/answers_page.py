@@ -9,8 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lorafocal.errors import InputError
-from lorafocal.publish import write_atomically
 from lorafocal.report import html
 from lorafocal.report.answers import Entry, SideBySide, Verdict, side_by_side
 
@@ -75,13 +73,9 @@ def write_answers_page(
     Raises InputError where `out` cannot be written, or is none of a page's names.
     """
     target = Path(out)
-    if target.suffix != ".html":
-        raise InputError(f"{target}: the page of answers is one .html file; name it so by --out")
+    html.check_place(target)
     shown = side_by_side(answers, verdicts, prompts=prompts)
-    try:
-        write_atomically(target, answers_page(shown).encode("utf-8", "replace"))
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}); choose another --out") from error
+    html.write_page(target, answers_page(shown))
     return AnswersReport(shown, target)
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from html import escape
-from pathlib import Path
 
 from lorafocal.data.prepare import listed
-from lorafocal.errors import InputError
-from lorafocal.publish import write_atomically
 from lorafocal.report import html
 from lorafocal.report.check import PADDED_BATCH, CheckReport, PartCheck, ShownPair, source_text
 
@@ -21,15 +18,6 @@ _STYLE = """
 .pair .rejected { background: #b4530933; }
 @media print { .pair span { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
-
-
-def write_check_page(report: CheckReport, path: Path) -> None:
-    """Write the page; complete or not at all. Raises InputError where `path` cannot be written."""
-    content = check_page(report)
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --html") from error
 
 
 def check_page(report: CheckReport) -> str:

@@ -24,9 +24,9 @@ from lorafocal.model.saved import SavedAdapter, run_of
 from lorafocal.objectives import Objective, PairLogps, objective_from
 from lorafocal.objectives.pairwise import dpo_weight, rewards
 from lorafocal.policy import token_logps
-from lorafocal.publish import check_folder_of, write_atomically
 from lorafocal.report.explanation import Answer, Explanation, Token, Weighing
 from lorafocal.report.find_pair import FoundPair, find_pair
+from lorafocal.report.html import check_place, write_page
 from lorafocal.report.token_texts import token_texts
 
 OWN_BASE = "its own base, the adapter off"
@@ -51,7 +51,7 @@ def explain(
     Raises InputError where there is no such pair or no reference, before any weights are loaded.
     """
     if out is not None:
-        check_folder_of(out)
+        check_place(out)
     subject = find_subject(run, base=base)
     compared = None if reference is None else compared_with(subject, reference, base=base)
     if compared is None:
@@ -68,16 +68,8 @@ def explain(
         )
     explanation = _explanation(subject, compared, objective, found)
     if out is not None:
-        write_explanation(explanation, out)
+        write_page(out, explanation.html())
     return explanation
-
-
-def write_explanation(explanation: Explanation, path: Path) -> None:
-    """Write the page; complete or not at all. Raises InputError where `path` cannot be written."""
-    try:
-        write_atomically(path, explanation.html().encode("utf-8", "replace"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out") from error
 
 
 def _check_starts_at_its_base(subject: Subject) -> None:

@@ -6,6 +6,10 @@ import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+
+from lorafocal.errors import InputError
+from lorafocal.publish import check_folder_of, write_atomically
 
 # Nothing may be fetched, whatever text a run brings: pictures come as data, the style from this page.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -110,3 +114,19 @@ def picture(light: bytes, dark: bytes, *, description: str, caption: str = "") -
 
 def _data(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def check_place(path: Path) -> None:
+    """Refuse (`InputError`) a name that is no page's, which may be that of data, and a folder that is not there."""
+    if path.suffix != ".html":
+        raise InputError(f"{path}: the page is one .html file; name it so")
+    check_folder_of(path)
+
+
+def write_page(path: Path, page: str) -> None:
+    """The page in the file `path`; complete or not at all. Raises InputError where it cannot be written."""
+    check_place(path)
+    try:
+        write_atomically(path, page.encode("utf-8", "replace"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place for the page") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafocal.errors import InputError
 from lorafocal.evaluate.result import read_result
-from lorafocal.publish import check_free, published
+from lorafocal.publish import check_ours, published
 from lorafocal.report import html
 from lorafocal.report.paper import Cell, PaperTables, Row, Table, all_cells, letter, mark_of, paper_tables
 from lorafocal.report.paper_plot import table_png
@@ -53,7 +53,7 @@ def write_paper(results: Sequence[Path], out: Path) -> PaperReport:
     """
     tables = paper_tables([read_result(Path(path)) for path in results])
     target = Path(out)
-    _check_ours(target)
+    check_ours(target, _OURS, "a report beside the paper")
     pictures = {f"table-{table.number}.png": table_png(table, tables.legend, LIGHT) for table in tables.tables}
     dark = {f"table-{table.number}.png": table_png(table, tables.legend, DARK) for table in tables.tables}
     files: dict[str, bytes] = {
@@ -179,16 +179,3 @@ _STYLE = """
 .scroll { margin: 0 0 1.4rem; } th, td { white-space: nowrap; }
 td:nth-child(2), th:nth-child(2) { text-align: left; color: var(--soft); }
 """
-
-
-def _check_ours(target: Path) -> None:
-    """Refuse a folder that holds more than an earlier report: it would be replaced as a whole."""
-    check_free(target, replace=True)
-    foreign = (
-        sorted(path.name for path in target.iterdir() if not _OURS.fullmatch(path.name)) if target.is_dir() else []
-    )
-    if foreign:
-        raise InputError(
-            f"{target} holds {foreign[0]!r}, which is no part of a report beside the paper, and such a report replaces"
-            " its folder; choose another --out"
-        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafocal.errors import InputError
-from lorafocal.publish import published
+from lorafocal.publish import check_ours, published
 from lorafocal.report import provenance
 from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite, parts
 from lorafocal.report.page import Picture, number_text, page
@@ -79,7 +79,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportSummary
         raise InputError("several runs share one report: say where it goes, --out DIR")
     records = read_runs(runs)
     target = Path(runs[0]) / REPORT_DIR if out is None else Path(out)
-    _check_ours(target)
+    check_ours(target, _OURS, "a report")
     curves = [
         Picture(panel_png(panel, records, LIGHT), panel_png(panel, records, DARK), panel.title)
         for panel in drawable(records)
@@ -108,15 +108,3 @@ def _margin_pictures(records: Sequence[RunRecord]) -> dict[int, Picture]:
             words = f"Margins of held-out pairs of {record.name} at first, middle and last evaluation"
             pictures[number] = Picture(light, dark, words)
     return pictures
-
-
-def _check_ours(target: Path) -> None:
-    """Refuse a folder that holds more than an earlier report: it would be replaced as a whole."""
-    if not target.is_dir():
-        return
-    foreign = sorted(path.name for path in target.iterdir() if _OURS.fullmatch(path.name) is None)
-    if foreign:
-        raise InputError(
-            f"{target} holds {foreign[0]!r}, which is no part of a report, and a report replaces its folder;"
-            " choose another --out"
-        )

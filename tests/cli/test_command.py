@@ -60,6 +60,7 @@ def test_help_names_the_verbs_and_the_module_runs() -> None:
 def trainings(monkeypatch: pytest.MonkeyPatch, summary: Summary) -> list[Any]:
     """The calls of `run.train`, in whose place and in that of its watchers nothing happens."""
     stand_in(monkeypatch, "evaluate.during", "callbacks", ())
+    stand_in(monkeypatch, "stages", "train_stages", None)  # which takes more of `run` than its stand-in has
     return stand_in(monkeypatch, "run", "train", summary)
 
 
@@ -171,17 +172,29 @@ def test_a_backend_starts_before_anything_heavy(
 
 
 def test_check_reads_the_config_and_writes_the_page(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path
 ) -> None:
     checks = stand_in(monkeypatch, "report.check", "check_data", Report())
-    pages = stand_in(monkeypatch, "report.check_page", "write_check_page", None)
-    assert call(monkeypatch, "check", file, "objective.beta=0.2", "--html", "page.html", "--json") == 0
+    stand_in(monkeypatch, "report.check_page", "check_page", "<p>checked</p>")
+    page = tmp_path / "page.html"
+    assert call(monkeypatch, "check", file, "objective.beta=0.2", "--html", page, "--json") == 0
     [((config,), _)] = checks
     assert config.objective.beta == 0.2
-    assert [arguments[1] for arguments, _ in pages] == [Path("page.html")]
+    assert page.read_text(encoding="utf-8") == "<p>checked</p>"
     said = capsys.readouterr()
     assert json.loads(said.out) == {"pairs": 3, "name": "Zoë"}
     assert "warning: objective.gamma" in said.err
+
+
+def test_a_page_of_the_check_never_replaces_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path
+) -> None:
+    checks = stand_in(monkeypatch, "report.check", "check_data", Report())
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("{}\n", encoding="utf-8")
+    assert call(monkeypatch, "check", file, "--html", rows) == 2
+    assert "pairs.jsonl: the page is one .html file" in capsys.readouterr().err
+    assert (rows.read_text(encoding="utf-8"), checks) == ("{}\n", [])
 
 
 def test_from_trl_prints_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

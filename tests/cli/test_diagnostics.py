@@ -57,8 +57,8 @@ def test_what_explain_and_suspects_write_replaces_no_data(
     stand_in(monkeypatch, "report.explain", "explain", Report())
     calls = stand_in(monkeypatch, "evaluate.suspects", "find_suspects", Report())
     for asked, message in [
-        ("explain runs/a --pair p --out rows.jsonl", "--out rows.jsonl: the page is one .html file"),
-        ("suspects runs/a --out rows.jsonl", "--out rows.jsonl: the page is one .html file"),
+        ("explain runs/a --pair p --out rows.jsonl", "rows.jsonl: the page is one .html file"),
+        ("suspects runs/a --out rows.jsonl", "rows.jsonl: the page is one .html file"),
         ("suspects runs/a --write rows.jsonl", "--write would replace what it did not write: rows.jsonl"),
         ("suspects runs/a --write .", ". is a folder: name a file in it"),
     ]:

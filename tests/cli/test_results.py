@@ -188,11 +188,13 @@ def test_the_real_functions_take_what_the_command_gives() -> None:
     from lorafocal.release.merge import merge_adapter
     from lorafocal.release.push import push
     from lorafocal.report.check import check_data
-    from lorafocal.report.check_page import write_check_page
+    from lorafocal.report.check_page import check_page
+    from lorafocal.report.html import write_page
     from lorafocal.report.write import write_report
 
     inspect.signature(check_data).bind("config")
-    inspect.signature(write_check_page).bind("report", Path("p"))
+    inspect.signature(check_page).bind("report")
+    inspect.signature(write_page).bind(Path("p"), "page")
     inspect.signature(write_report).bind([Path("a")], None)
     inspect.signature(score_file).bind("adapter", Path("p"), base=None, reference=None, beta=None, out=None)
     inspect.signature(merge_adapter).bind([Path("a")], Path("o"), **ASKED)

@@ -114,7 +114,7 @@ def test_versions_and_schema_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch
     keys = [cache_key(rows(), tokenizer, OPTIONS)]
     monkeypatch.setattr(cache, "SCHEMA", cache.SCHEMA + 1)
     keys.append(cache_key(rows(), tokenizer, OPTIONS))
-    monkeypatch.setattr(cache, "version", lambda name: "0")
+    monkeypatch.setattr(cache, "installed", lambda name: "0")
     keys.append(cache_key(rows(), tokenizer, OPTIONS))
     assert len(set(keys)) == 3
 

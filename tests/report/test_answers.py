@@ -161,7 +161,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(files: list[Path
         side_by_side(files, prompts=tmp_path / "question.jsonl")
     with pytest.raises(InputError, match=r"one \.html file"):
         write_answers_page(files, tmp_path / "page")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="does not exist"):
         write_answers_page(files, tmp_path / "absent" / "page.html")
     assert not (tmp_path / "page").exists()
 

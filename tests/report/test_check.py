@@ -15,7 +15,7 @@ from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.report.check import CheckReport, check_data, length_bias, part_notes, quantiles, savings, shortened
-from lorafocal.report.check_page import check_page, write_check_page
+from lorafocal.report.check_page import check_page
 from tests.saved_run import save_base
 from tests.test_fuzz import values
 from tests.tiny import pairs
@@ -153,19 +153,12 @@ class Balanced(HTMLParser):
 
 def test_the_page_is_whole_and_what_rows_say_is_text(base: Path, tmp_path: Path) -> None:
     report = check_rows(base, [plain(n, id=f"<script>{n}") for n in range(4)])
-    write_check_page(report, tmp_path / "check.html")
-    text = (tmp_path / "check.html").read_text(encoding="utf-8")
-    assert text == check_page(report)
+    text = check_page(report)
     parser = Balanced()
     parser.feed(text)
     assert not parser.open
     assert "script" not in parser.seen
     assert "&lt;script&gt;" in text
-
-
-def test_a_page_that_cannot_be_written_is_said(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="choose another --html"):
-        write_check_page(check_rows(base, [plain(1)]), tmp_path / "missing" / "check.html")
 
 
 def test_what_rows_hold_does_not_reach_the_terminal_raw() -> None:

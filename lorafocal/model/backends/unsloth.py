@@ -27,7 +27,7 @@ from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorafocal import launch
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -289,4 +289,4 @@ def refuse_what_it_would_do(model: Any, room: int) -> None:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: {first_line(error)}"
