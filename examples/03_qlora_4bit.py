@@ -7,8 +7,8 @@
 common forms are recognised. `lorafocal train mine/run/config.yaml --tiny` rehearses such a run on any machine.
 
 What must fit on the GPU, `lorafocal plan mine/run/config.yaml --gpus 1xRTX4090` says beforehand; how much is computed
-at once is chosen by the memory there is (memory and speed, never the result). A merge needs the whole model as
-floats, 16 GB in bfloat16 and twice that while it is checked in float32: `--no-merge` leaves it for
+at once is chosen by the memory there is (memory and speed, never the result). A merge writes the whole model as
+floats, 16 GB in bfloat16, and checks it, from disk where it does not fit the memory: `--no-merge` leaves it for
 `lorafocal merge mine/run/adapter --out mine/merged` on a larger machine.
 """
 
@@ -65,8 +65,8 @@ def main(given: argparse.Namespace) -> None:
     print(score_file(str(adapter), held_out, out=given.out / "scores.jsonl").table())
     print(f"adapter       {adapter}\nscores        {given.out / 'scores.jsonl'}")
 
-    # Onto the base that training saw, its 4-bit weights turned back to floats: the adapter has learned to work with
-    # their rounding. Merged into the original weights it would be another model.
+    # Onto the base that training saw, its 4-bit weights turned back to floats, or onto the original weights: whichever
+    # ends nearer to the adapter on held-out pairs.
     if given.merge:
         print(merge_adapter(adapter, given.out / "merged", dtype=given.dtype, gate_dtype=given.gate_dtype).table())
         print(f"merged model  {given.out / 'merged'}")

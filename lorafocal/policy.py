@@ -1,6 +1,6 @@
-"""Sequence log-probabilities of a pack under the policy: the one forward that everything is scored with.
+"""Log-probabilities of a pack under the policy: the one forward that everything is scored with.
 
-Training, the reference, evaluation, `score` and the merge gate all call `sequence_logps`, so they cannot differ.
+Training, the reference, evaluation, `score` and the merge gate call `token_logps` or its sums, so they cannot differ.
 The *wrapped* model is called, through its public arguments only, so the hooks of DDP, ZeRO and FSDP fire.
 """
 

@@ -16,6 +16,7 @@ from lorafocal.compatibility import (
     BASES,
     ENGINES,
     FULL,
+    QUANTIZED,
     REFERENCES,
     RULES,
     STARTS,
@@ -101,7 +102,8 @@ architecture ([architectures.md](architectures.md)), and `auto` finds out.
 
 OPTIMISERS = """\
 AdamW of torch, and of bitsandbytes in 8 bits or paged (`adamw_8bit`, `paged_adamw_32bit`, `paged_adamw_8bit`), go with
-every cell, LoRA+ with each of them; paging needs a GPU and is refused without one.
+every cell in one process and under DDP, LoRA+ with each of them; paging needs a GPU and is refused without one. Under
+ZeRO and FSDP2 the optimiser is torch's AdamW ([several processes](several-processes.md)).
 """
 
 
@@ -196,9 +198,9 @@ def _references(notes: Notes) -> str:
 
 
 NONE = """
-`none` is supervised tuning (`objective: sft`). A `separate_model` is any model of the same tokenizer, float or
-quantised. `cached` holds log-probs of the policy as it starts (`docs/reference-store.md`), so it goes with every
-adapter that trains. `adapter` is a finished one and `several` are base and finished ones together
+`none` is for objectives that need no reference, as `sft` and `simpo`. A `separate_model` is any model of the same
+tokenizer, float or quantised. `cached` holds log-probs of the policy as it starts (`docs/reference-store.md`), so it
+goes with every adapter that trains. `adapter` is a finished one and `several` are base and finished ones together
 ([references.md](references.md)); a reference that is `moving` copies the policy from time to time, or averages with it
 (`moving-soft` here: `mixing` below 1). None of them needs a second model.
 """
@@ -211,9 +213,22 @@ def _engines(notes: Notes) -> str:
         "adapters on quantised bases": Cell("nf4", frozenset({"lora"}), "disabled_adapter"),
     }
     rows = [
-        [title(engine), *(notes.mark(replace(cell, engine=engine)) for cell in columns.values())] for engine in ENGINES
+        [title(engine), *(_in_an_engine(notes, replace(cell, engine=engine)) for cell in columns.values())]
+        for engine in ENGINES
     ]
     return _table(["engine", *columns], rows) + _full(notes)
+
+
+def _in_an_engine(notes: Notes, cell: Cell) -> str:
+    """The mark of a cell, and of its neighbours that the engine refuses."""
+    others = {}
+    if FULL not in cell.adapter:
+        others["trainable_tokens"] = replace(cell, adapter=cell.adapter | {"trainable_tokens"})
+        others["moving"] = replace(cell, reference="moving")
+    if cell.base in QUANTIZED:
+        others["int8"] = replace(cell, base="int8")
+    marks = [f"{_code(word)} {mark}" for word, other in others.items() if (mark := notes.mark(other)) != "trains"]
+    return notes.mark(cell) + (f", but not {', '.join(marks)}" if marks else "")
 
 
 def _full(notes: Notes) -> str:

@@ -39,7 +39,7 @@ PriceOption = Annotated[
     str | None,
     typer.Option("--price", metavar="IN,OUT", help="USD for a million tokens read and written, for the estimate."),
 ]
-YesOption = Annotated[bool, typer.Option("--yes", help="Ask the judge without asking you first.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Ask the server without asking you first.")]
 
 OF_A_SERVER = ("key_variable", "concurrency", "timeout", "attempts", "per_minute")
 say = partial(typer.echo, err=True)

@@ -141,15 +141,16 @@ FATES: dict[str, Fate] = {
     "beta": _translated(lambda given: {"beta": given.values["beta"]}),
     "loss_type": _refused(
         "only sigmoid, DPO's loss, is translated, to objective focalpo or dpo. Stated by hand, robust is objective"
-        " robust-dpo, sigmoid_norm dpo-norm, and sft sft; what TRL has other trainers for (ORPO, KTO, CPO, SimPO,"
-        " AlphaPO) is orpo, kto, cpo, simpo or alphapo",
+        " robust-dpo, sigmoid_norm dpo-norm, and sft sft; hinge and ipo are hinge and ipo, exo_pair"
+        " exo, discopop discopop; what TRL has other trainers for (ORPO, KTO, CPO, SimPO, AlphaPO) is orpo, kto, cpo,"
+        " simpo or alphapo",
         "sigmoid", ["sigmoid"],
     ),
     "loss_weights": _refused(_LOSS, None, [1.0]),
-    "label_smoothing": _refused("it belongs to losses that are refused (exo_pair; robust: objective robust-dpo)", 0.0),
+    "label_smoothing": _refused("of losses that are stated by hand (robust: objective robust-dpo, exo_pair: exo)", 0.0),
     "ld_alpha": _refused(f"{_LOSS}; its loss is objective ld-dpo, with this as alpha", None, 1.0),
     "use_weighting": _refused(f"{_LOSS}; its weighted loss is objective wpo", False),
-    "f_divergence_type": _refused(f"{_LOSS}; use reverse_kl", "reverse_kl"),
+    "f_divergence_type": _refused(f"{_LOSS}; others are objective f-dpo-forward-kl, -js, -alpha", "reverse_kl"),
     "f_alpha_divergence_coef": _no_effect(_ONLY_OF.format("f_divergence_type alpha_divergence")),
     "discopop_tau": _no_effect(_ONLY_OF.format("loss_type discopop")),
     "router_aux_loss_coef": _refused("no load-balancing loss is added here; give 0.0", None, 0.0),
@@ -190,7 +191,7 @@ FATES: dict[str, Fate] = {
 FATES |= {
     "max_prompt_length": _refused("TRL 1 has none; lorafocal's truncation: recipe cuts prompts to it", None),
     "max_completion_length": _refused("TRL 1 has none; cut by max_length", None),
-    "reference_free": _refused("a reference is always there", False),
+    "reference_free": _refused("DPO has a reference here; simpo and cpo are objectives without one", False),
     "rpo_alpha": _refused(_LOSS, None),
     "generate_during_eval": _refused("sample from the finished adapter instead", False),
     "force_use_ref_model": _refused("give the reference's kind instead: reference separate_model", False),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from lorafocal.endpoints.endpoint import Endpoint, Question
+from lorafocal.endpoints.endpoint import OPENAI_URL, Endpoint, Question
 from lorafocal.endpoints.refusals import Unanswered, refusal
 from lorafocal.endpoints.reply import MalformedReply, Reply, parse_body
 from lorafocal.errors import InputError
@@ -44,7 +44,7 @@ class Client:
         pace = Pace(endpoint.requests_per_minute)
         self._client = self._openai.OpenAI(
             api_key=endpoint.credential() or NO_KEY,
-            base_url=endpoint.url,
+            base_url=endpoint.url or OPENAI_URL,
             timeout=endpoint.timeout_s,
             max_retries=endpoint.attempts - 1,
             http_client=self._openai.DefaultHttpxClient(event_hooks={"request": [pace.wait]}),

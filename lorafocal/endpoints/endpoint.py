@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from lorafocal.errors import InputError
 
-OPENAI_KEY = "OPENAI_API_KEY"
+OPENAI_URL, OPENAI_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
+OPENAI_ELSEWHERE = "OPENAI_BASE_URL"  # by which the package sends questions and key to another server
 _OWN = ("model", "messages", "stream", "n")  # of a request: said by the endpoint and the question, or always one
 
 
@@ -39,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A model behind a URL (None: OpenAI's own, or what OPENAI_BASE_URL says), and how hard it may be asked.
+    """A model behind a URL (None: OpenAI's own), and how hard it may be asked.
 
     `key_variable`: the environment variable that holds the key. Where none is named, OPENAI_API_KEY is read for
     OpenAI's own address, and another server gets no key at all: a key goes only where its owner sends it.
@@ -60,6 +61,12 @@ class Endpoint:
             raise InputError("the name of the model to ask is empty")
         if self.url is not None:
             _check_url(self.url)
+        elif os.environ.get(OPENAI_ELSEWHERE, OPENAI_URL).rstrip("/") != OPENAI_URL:
+            raise InputError(
+                f"{OPENAI_ELSEWHERE} is set, and no --server: it is not followed, for a key goes only where a command"
+                f" says. Name that server by --server URL (with --key-variable {OPENAI_KEY} where it is to have that"
+                f" key), or unset {OPENAI_ELSEWHERE} to ask OpenAI's own"
+            )
         for name in ("concurrency", "attempts"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is 1 or more, not {getattr(self, name)}")

@@ -98,7 +98,7 @@ def _against_targets(
 
 
 def read_targets(path: Path, field: str = TARGET) -> dict[str, str]:
-    """Right answers by prompt: `field` of each row of a file of prompts.
+    """Right answers by prompt: `field` of each row of a file of prompts; of a chosen completion its first turn.
 
     Raises InputError naming the row that has none, or that contradicts an earlier one.
     """

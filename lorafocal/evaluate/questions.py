@@ -34,8 +34,8 @@ def questions(
 ) -> tuple[Question, ...]:
     """The first `count` distinct prompts of the pairs that are used, or as many as there are.
 
-    Of pairs with one prompt the first is taken. `options` are the chat template's. Prompts are whole, whatever
-    truncation leaves of them in training.
+    Of pairs with one prompt the first is taken, of a completion of several turns the first one. `options` are the chat
+    template's. Prompts are whole, whatever truncation leaves of them in training.
     """
     kept = {pair.id for pair in part.tokens.pairs}
     plain, chat = (Speech.of(tokenizer, options, templated=templated) for templated in (False, True))
@@ -47,6 +47,6 @@ def questions(
         if preference.id not in kept or (key := repr(prompt)) in found:
             continue
         ids = plain.prompt_ids(prompt) if isinstance(prompt, str) else chat.conversation_ids(prompt)
-        [chosen] = contents(preference.chosen)
-        found[key] = Question(preference.id, prompt, ids, chosen)
+        answer, *_ = contents(preference.chosen)
+        found[key] = Question(preference.id, prompt, ids, answer)
     return tuple(found.values())

@@ -6,8 +6,10 @@ import logging
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
 from lorafocal.endpoints import Endpoint, Question, ask
+from lorafocal.endpoints.endpoint import OPENAI_URL
 from lorafocal.endpoints.refusals import quotable
 from lorafocal.errors import InputError
 from tests.openai_server import Server, a_page, cut, malformed, serving, slow, status
@@ -165,3 +167,18 @@ def test_openais_own_address_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(InputError, match="OPENAI_API_KEY holds no key for judge"):
         Endpoint("judge").credential()
+
+
+@pytest.mark.row("S8")
+def test_an_address_in_the_environment_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package would send it questions and OpenAI's key, which no option of the command said."""
+    with serving() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        with pytest.raises(InputError, match=r"OPENAI_BASE_URL is set.*--server URL"):
+            Endpoint("judge")
+        assert Endpoint("judge", server.url).credential() is None
+    assert server.requests == []
+
+
+def test_openais_own_address_is_the_packages() -> None:
+    assert str(OpenAI(api_key="none").base_url).rstrip("/") == OPENAI_URL

@@ -229,6 +229,9 @@ def test_questions_are_distinct_prompts_as_generation_reads_them(root: Path) -> 
     assert {isinstance(question.prompt, str) for question in asked} == {True, False}
     twice = replace(part, preferences=[preference for preference in part.preferences for _ in range(2)])
     assert questions(twice, tokenizer, {}, 3) == asked[:3]
+    said = [{"role": role, "content": text} for role, text in zip(("assistant", "user") * 2, "abcd", strict=True)][:3]
+    of_turns = replace(part, preferences=[replace(each, chosen=said) for each in part.preferences])
+    assert {question.chosen for question in questions(of_turns, tokenizer, {}, 3)} == {"a"}
 
 
 def test_a_reward_model_says_which_answers_beat_the_chosen_ones(root: Path, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ a test makes the table again.
   time on transformers' own attention. Gemma-2 and VaultGemma cap their attention scores, for which transformers has
   only an attention that rounds its softmax to fp32 (to that they agree within 1e-6): they are compared with ours, one
   sequence at a time. Where a bound is 1e-5, the model itself rounds to fp32 within.
-- Soft-capped scores and attention sinks train packed on a CPU and in fp32; on a GPU in bf16 their kernel does not have
-  them, so `auto` takes the twin.
+- Soft-capped scores and attention sinks train packed everywhere: on a GPU in bf16 by a kernel that has them, else
+  segment by segment.
 - Of an image-text model the text part trains. Mixtures of experts: routing depends on a token alone, and auxiliary
   losses do not enter; adapters go on linear layers, so not on fused experts.
 - A family can be refused here and yet train in one of its variants: what counts is what `auto` finds at load.

@@ -65,7 +65,7 @@ def start() -> ModuleType:
     if importlib.util.find_spec("unsloth") is None:
         raise InputError(
             "model.backend: unsloth is not installed. It needs older libraries than the tested ones, and so an"
-            " environment of its own: `pip install lorafocal -r requirements/unsloth.txt` there (docs/unsloth.md)."
+            " environment of its own: `pip install . -r requirements/unsloth.txt` there (docs/unsloth.md)."
             f" {_ELSEWHERE}"
         )
     if early := [name for name in _CHANGED if name in sys.modules]:
