@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 from transformers.training_args import OptimizerNames
@@ -24,6 +23,7 @@ from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.ops.shapes import Lengths, Setup, Shape, attention_on_a_gpu
+from lorafocal.together import least
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def settle_budget(
     if setup.full or setup.engine not in memory.WHOLE:  # what is here now is widened, or split, when training begins
         copies = 2 if setup.reference == "separate_model" else 1
         room += copies * _bytes_on(device, policy) - held.before
-    free = _least_anywhere(memory.room_for_packs(room, held), device)
+    free = least(memory.room_for_packs(room, held), device)
     choice = memory.choose(shape, setup, free, max(longest, stated or 0), tiers)
     if not choice.fits:
         logger.warning("packs may not fit into the device's memory: %s. If they do not, %s", choice.reason, SMALLER)
@@ -131,15 +131,6 @@ def _count(tokens: Mapping[str, Sequence[int]] | Sequence[int]) -> int:
 def _bytes_on(device: torch.device, model: nn.Module) -> int:
     """What the parameters of `model` take of the device."""
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.device.type == device.type)
-
-
-def _least_anywhere(free: float, device: torch.device) -> float:
-    """Collective: the smallest of all ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return free
-    least = torch.tensor(free, dtype=torch.float64, device=device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return float(least)
 
 
 def free_bytes(device: torch.device) -> float:

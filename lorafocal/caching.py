@@ -26,8 +26,9 @@ from lorafocal.errors import InputError
 from lorafocal.model.adapters import stands_beside
 from lorafocal.model.fused import forget
 from lorafocal.model.head import causal_lm
+from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
-from lorafocal.policy import compute_dtype, evaluating, token_logps
+from lorafocal.policy import evaluating, token_logps
 from lorafocal.store import COMMAND, Answer, Context, ReferenceStore, Score, answers_of
 
 CHUNK_BYTES = 64 << 20  # of a tensor that are copied to the host and hashed at a time
@@ -57,7 +58,7 @@ def context_of(model: nn.Module, *, layout: str, attention: str, kernels: str) -
         weights_sha256=fingerprint(model),
         model_sha256=_architecture_sha256(model),
         quantization=quantization,
-        dtype=str(compute_dtype(model)).removeprefix("torch."),
+        dtype=str(arithmetic_of(model)).removeprefix("torch."),
         device=next(model.parameters()).device.type,
         layout=layout,
         attention=attention,
@@ -310,7 +311,7 @@ def spot_check(
     tolerance = _tolerance(model, noise, live, longest=max(len(answer.completion_ids) for answer in answers))
     gaps = (stored - live[0]).abs()
     worst = int(gaps.argmax())
-    dtype = str(compute_dtype(model)).removeprefix("torch.")
+    dtype = str(arithmetic_of(model)).removeprefix("torch.")
     found = SpotCheck(len(chosen), len(pairs), float(gaps[worst]), noise, tolerance, dtype)
     if not gaps[worst] <= tolerance:
         whose = answers[worst].name if worst < len(answers) else "a token of a checked pair"
@@ -328,7 +329,7 @@ def _tolerance(model: nn.Module, noise: float, live: Tensor, *, longest: int) ->
     Packs of one size may happen to run on the same kernels, and another machine's on others: it is at least what comes
     of one rounding a token, which add up like a random walk. int8 rounds activations as bf16 does.
     """
-    rounding = torch.bfloat16 if quantization_of(model) == "int8" else compute_dtype(model)
+    rounding = torch.bfloat16 if quantization_of(model) == "int8" else arithmetic_of(model)
     return SLACK * max(noise, torch.finfo(rounding).eps * longest**0.5) + STORED_ROUNDING * float(live.abs().max())
 
 

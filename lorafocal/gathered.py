@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorafocal.objectives.inputs import OF_BOTH, OF_PAIRS, OtherAnswers, PairInputs, PairLogps, PairScores
+from lorafocal.together import grouped
 
 _PAIR_COLUMNS = tuple(spec.name for spec in fields(PairInputs) if spec.name not in ("others", "num_groups"))
 _ANSWER_COLUMNS = OtherAnswers._fields
@@ -110,17 +111,13 @@ def _split(table: Tensor, widths: Mapping[str, int]) -> dict[str, Tensor]:
 # ---- exchanges
 
 
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _rank() -> int:
-    return dist.get_rank() if _together() else 0
+    return dist.get_rank() if grouped() else 0
 
 
 def _of_all(row: Tensor) -> Tensor:
     """Collective: (n,) of each rank as (world, n)."""
-    if not _together():
+    if not grouped():
         return row[None]
     found = [torch.empty_like(row) for _ in range(dist.get_world_size())]
     dist.all_gather(found, row)
@@ -129,7 +126,7 @@ def _of_all(row: Tensor) -> Tensor:
 
 def _rows_of_all(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """Collective: (n, k) of each rank, each of its own n, behind one another; `counts` are all ranks' n."""
-    if not _together() or not rows.shape[1]:
+    if not grouped() or not rows.shape[1]:
         return rows
     slots = rows.new_zeros(max(counts), rows.shape[1])
     slots[: len(rows)] = rows

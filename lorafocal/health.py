@@ -14,9 +14,9 @@ from lorafocal import launch
 from lorafocal.data.held_out import write_held_out
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import Engine
-from lorafocal.engines.agreement import anywhere
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.objectives import Objective
+from lorafocal.together import anywhere
 
 logger = logging.getLogger(__name__)
 

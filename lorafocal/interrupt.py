@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorafocal.together import greatest
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -71,11 +72,8 @@ class StopOnSignal(TrainerCallback):
 
 def agreed(heard: signal.Signals | None, device: torch.device) -> signal.Signals | None:
     """A signal that any process has heard (the largest number), or None; every process must call."""
-    if not dist.is_initialized():
-        return heard
-    number = torch.tensor(heard or 0, device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return signal.Signals(int(number)) if number else None
+    number = int(greatest(heard or 0, device))
+    return signal.Signals(number) if number else None
 
 
 def left_to_the_trainer(worker: int) -> None:

@@ -19,6 +19,7 @@ from lorafocal.objectives import Objective
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.objectives.pairwise import PairLosses, dpo_weight
 from lorafocal.tensor_files import check_keys
+from lorafocal.together import grouped
 
 PAIRS = "num_pairs"
 MOMENTS = {  # added up to make something else of, and not logged themselves
@@ -267,6 +268,6 @@ class PairTable:
 
 def summed_over_ranks(values: Tensor) -> Tensor:
     """`values`, summed in place over all ranks."""
-    if dist.is_available() and dist.is_initialized():
+    if grouped():
         dist.all_reduce(values)
     return values

@@ -62,11 +62,6 @@ def _set_attention(base: PreTrainedModel, name: str) -> None:
         raise InputError(f"{type(base).__name__} does not let its attention be exchanged")
 
 
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """What the model computes in: bf16 is autocast, with adapters, masters and log-probs in fp32."""
-    return arithmetic_of(model)
-
-
 def token_logps(model: nn.Module, pack: Pack, collisions: Tensor | None = None) -> Tensor:
     """Log-probability of each completion token in nats, (N,), in the order of `pack.index`.
 
@@ -98,7 +93,7 @@ def reference_rows(model: nn.Module, pack: Pack, *, other: bool = False) -> Refe
 def _scored(model: nn.Module, pack: Pack, collisions: Tensor | None = None, by: OfRows | None = None) -> Tensor:
     """What the head returns of the completion tokens, (1, N, ...)."""
     _check_prepared(model, pack)
-    index, device, dtype = pack.index, pack.input_ids.device, compute_dtype(model)
+    index, device, dtype = pack.index, pack.input_ids.device, arithmetic_of(model)
     arguments = _arguments(model, pack)
     rows = None if "logits_to_keep" in arguments else index.positions
     with (

@@ -18,10 +18,11 @@ from lorafocal.data.packing import Pack, pad_sequences, share_prefixes
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
+from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
 from lorafocal.model.trained_modules import embeddings_of
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
-from lorafocal.policy import compute_dtype, evaluating, plain_attention, prepare_policy, takes_segments, token_logps
+from lorafocal.policy import evaluating, plain_attention, prepare_policy, takes_segments, token_logps
 
 WAY_OUT = "Set `packing.layout: padded`, or use an architecture that trains packed (docs/architectures.md)"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -45,8 +46,8 @@ def choose_layout(model: nn.Module, layout: str) -> LayoutChoice:
 
     "auto" is packed where the probes pass, else padded with the reason. Raises InputError naming what failed.
     """
-    if compute_dtype(model) not in TOLERANCE:
-        raise InputError(f"the model is in {compute_dtype(model)}, which is not supported: load it in bfloat16")
+    if arithmetic_of(model) not in TOLERANCE:
+        raise InputError(f"the model is in {arithmetic_of(model)}, which is not supported: load it in bfloat16")
     reason = ""
     if layout != "padded":
         try:
@@ -157,13 +158,13 @@ def _rounding(model: nn.Module) -> float:
     """What a token may move by when others change: nothing, but where experts multiply the tokens sent to them
     together, and so in an order that the others have a part in."""
     experts = any("expert" in name for name, _ in model.named_modules())
-    return TOLERANCE[compute_dtype(model)] if experts else 0.0
+    return TOLERANCE[arithmetic_of(model)] if experts else 0.0
 
 
 def _tolerance(model: nn.Module) -> float:
     """What rounding explains between a pack and one sequence alone: int8 rounds activations to 8 bits, as bf16 does."""
     eight_bits = quantization_of(model) == "int8"
-    return TOLERANCE[torch.bfloat16 if eight_bits else compute_dtype(model)]
+    return TOLERANCE[torch.bfloat16 if eight_bits else arithmetic_of(model)]
 
 
 def check_causal(model: nn.Module, pair: TokenizedPair, name: str) -> None:
@@ -195,7 +196,7 @@ def _alone(model: nn.Module, prompt_ids: list[int], completion_ids: list[int]) -
     """Token log-probs of one completion from plain logits."""
     device = next(model.parameters()).device
     ids = torch.tensor([[*prompt_ids, *completion_ids]], device=device)
-    dtype = compute_dtype(model)
+    dtype = arithmetic_of(model)
     with plain_attention(model), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from lorafocal import launch
@@ -17,16 +19,43 @@ from lorafocal.publish import hidden, published
 EXPECTED = (InputError, OSError, SafetensorError)  # what files may meet; anything else ends the process, and the launch
 
 
+def grouped() -> bool:
+    """Whether this process computes in a group with others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def greatest(number: float, device: torch.device) -> float:
+    """Collective: the largest of all ranks."""
+    return _reduced(number, device, "max")
+
+
+def least(number: float, device: torch.device) -> float:
+    """Collective: the smallest of all ranks."""
+    return _reduced(number, device, "min")
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Collective: whether `flag` is true on any rank."""
+    return bool(greatest(flag, device))
+
+
+def _reduced(number: float, device: torch.device, how: str) -> float:
+    if not grouped():
+        return number
+    found = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(found, op={"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how])
+    return float(found)
+
+
 def of_all_ranks(number: int) -> list[int]:
     """Collective: each rank's number, by rank."""
     if launch.world_size() == 1:
         return [number]
-    import torch
     from accelerate import PartialState
 
     slots = torch.zeros(launch.world_size(), dtype=torch.int64, device=PartialState().device)
     slots[launch.rank()] = number
-    torch.distributed.all_reduce(slots)
+    dist.all_reduce(slots)
     return slots.tolist()
 
 

@@ -13,9 +13,10 @@ import yaml
 from transformers import BitsAndBytesConfig
 
 from lorafocal.card import adapter_card, bundle_card, compressed_card, merged_card
+from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage, lineage_of
-from lorafocal.model.quantized import QUANTIZATIONS, bitsandbytes_config
+from lorafocal.model.quantized import bitsandbytes_config
 
 HUB = BaseIdentity("org/model", "0" * 40, "ab" * 32)
 LINEAGE = Lineage(
@@ -185,7 +186,7 @@ def test_a_card_of_sft_claims_no_preferences() -> None:
 
 
 @pytest.mark.row("9", "42")
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZED)
 def test_the_card_of_an_adapter_on_a_quantised_base_opens_that_base(quantization: str) -> None:
     card = adapter_card(replace(LINEAGE, quantization=quantization))
     name = quantization.replace("-double", " (double quantisation)").replace("nf4", "NF4").replace("fp4", "FP4")

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lorafocal import memory
-from lorafocal.compatibility import OFFLOADS
+from lorafocal.compatibility import OFFLOADS, QUANTIZED
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape, choose
 from lorafocal.model.adapters import adapter_parameters, attach_lora
 from lorafocal.model.load import load_base
-from lorafocal.model.quantized import QUANTIZATIONS
 from tests.test_activation_bytes import FAMILIES, TINY
 from tests.tiny import lora
 
@@ -61,7 +60,7 @@ def test_a_float_base_is_counted_to_the_byte(tmp_path, family, dtype):
 
 
 @pytest.mark.row("37")
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZED)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_quantised_base_is_counted_to_the_byte(tmp_path, quantization, tied):
     shape = written(tmp_path, hidden_size=96, intermediate_size=200, head_dim=24, tie_word_embeddings=tied)

@@ -23,12 +23,12 @@ from torch.nn import Parameter
 from transformers.training_args import OptimizerNames
 
 from lorafocal.compatibility import FOUR_BIT
-from lorafocal.engines.agreement import anywhere
 from lorafocal.engines.whole import Whole
 from lorafocal.errors import InputError
 from lorafocal.model.compiled import decoder_layers
 from lorafocal.model.master import check_one_width, hold_masters, needs_masters, widen
 from lorafocal.model.quantized import word_of
+from lorafocal.together import anywhere
 
 if TYPE_CHECKING:
     from lorafocal.arguments import FocalPOConfig

@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
 
-from lorafocal.engines.agreement import anywhere
 from lorafocal.engines.whole import SAMPLE
 from lorafocal.engines.zero_parts import Part, link_states, own_entries, parts_of, refresh_weights, set_entries
 from lorafocal.errors import InputError
@@ -32,6 +31,7 @@ from lorafocal.memory.shards import BUCKET_ENTRIES
 from lorafocal.model.adapters import adapter_layers
 from lorafocal.model.compiled import decoder_layers
 from lorafocal.model.master import arithmetic_of, check_one_width
+from lorafocal.together import anywhere
 
 if TYPE_CHECKING:
     from lorafocal.arguments import FocalPOConfig

@@ -31,7 +31,8 @@ from lorafocal.generation.presets import Sampling
 from lorafocal.generation.speech import Speech
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length
-from lorafocal.policy import compute_dtype, plain_attention
+from lorafocal.model.master import arithmetic_of
+from lorafocal.policy import plain_attention
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import public_name, text_sha256
 from lorafocal.report.read import RunRecord
@@ -173,7 +174,7 @@ class AnswersOnTheWay(TrainerCallback):
         """None where memory does not suffice. What the device's cache took is given back to the training."""
         model, tokenizer = self._trainer.model, self._trainer.processing_class
         prompts = [self._asked[place].ids for place in batch]
-        bfloat16 = compute_dtype(model) == torch.bfloat16
+        bfloat16 = arithmetic_of(model) == torch.bfloat16
         try:
             with plain_attention(model), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16):
                 return complete_batch(model, tokenizer, prompts, [(place,) for place in batch], sampling, self._ends)

@@ -77,7 +77,7 @@ def load_base(
 ) -> PreTrainedModel:
     """A frozen base in train mode on the local device (the GPU of this rank where there is one).
 
-    `quantization` is one of `model.quantized.QUANTIZATIONS`; a checkpoint that is quantised already is loaded as it is.
+    `quantization` is one of `compatibility.QUANTIZED`; a checkpoint that is quantised already is loaded as it is.
     Raises InputError for an unknown dtype (fp16 among them), a base that is missing, pickled, quantised otherwise, no
     causal model, needs remote code or has other values than `shape` (a config's `model.shape`) states, for one whose
     index leads out of its folder, before anything there is read, and for one that carries an adapter.

@@ -18,6 +18,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.adapters import FROZEN_COPY, adapter_parameters, of_adapter, twin_of
 from lorafocal.references.averaging import LowRank, averaged
 from lorafocal.tensor_files import check_keys, differs
+from lorafocal.together import grouped
 
 REFERENCE_FILE = "reference.safetensors"  # of a checkpoint
 
@@ -91,7 +92,7 @@ def _tell_rank(layer: LoraLayer) -> None:
 
 def _from_first(change: LowRank) -> LowRank:
     """Collective: the first process's, for rounding may differ between machines."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not grouped() or dist.get_world_size() == 1:
         return change
     rank = torch.tensor([change.a.shape[0]], device=change.a.device)
     dist.broadcast(rank, 0)

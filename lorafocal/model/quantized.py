@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError, first_line
 from lorafocal.model.adapters import LINEAR, linear_names
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import embeddings_of
 
-FOUR_BIT = {"nf4": ("nf4", False), "nf4-double": ("nf4", True), "fp4": ("fp4", False), "fp4-double": ("fp4", True)}
-QUANTIZATIONS = (*FOUR_BIT, "int8")
 MOSTLY = 0.9  # share of the inner weights that must be quantised: routers and convolutions are far below the rest
 
 
@@ -33,16 +32,16 @@ def bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
 
     Raises InputError for an unknown word, and where bitsandbytes is missing or broken.
     """
-    if quantization not in QUANTIZATIONS:
-        raise InputError(f"model.quantization: {quantization!r} is unknown; choose one of {', '.join(QUANTIZATIONS)}")
+    if quantization not in QUANTIZED:
+        raise InputError(f"model.quantization: {quantization!r} is unknown; choose one of {', '.join(QUANTIZED)}")
     library()
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    kind, double = FOUR_BIT[quantization]
+    kind, _, double = quantization.partition("-")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=double,
+        bnb_4bit_use_double_quant=double == "double",
         bnb_4bit_compute_dtype=dtype,
     )
 

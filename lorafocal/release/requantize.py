@@ -21,11 +21,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from lorafocal.card import CARD_FILE, compressed_card
+from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError, first_line
 from lorafocal.lineage import Lineage
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import local_device
-from lorafocal.model.quantized import MOSTLY, QUANTIZATIONS, bitsandbytes_config, inner_weights
+from lorafocal.model.quantized import MOSTLY, bitsandbytes_config, inner_weights
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.release import verify
 from lorafocal.release.gate import GateEvidence, GateReport, compare
@@ -33,7 +34,7 @@ from lorafocal.release.merge import MergeReport
 from lorafocal.release.package import merged_lineage
 
 FP8 = "fp8"
-COMPRESSED = (*QUANTIZATIONS, FP8)
+COMPRESSED = (*QUANTIZED, FP8)
 REPORT_FILE = "quantize.json"
 _MADE_ANEW = {CARD_FILE, "config.json", "generation_config.json", "model.safetensors.index.json"}
 

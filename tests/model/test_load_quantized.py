@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError
 from lorafocal.model import load as load_module
 from lorafocal.model import quantized
 from lorafocal.model.load import load_base
-from lorafocal.model.quantized import QUANTIZATIONS, bitsandbytes_config, describe, quantization_of, word_of
+from lorafocal.model.quantized import bitsandbytes_config, describe, quantization_of, word_of
 from tests.tiny import tiny_base
 
 pytestmark = pytest.mark.slow
@@ -58,7 +59,7 @@ def layers(model: nn.Module) -> list[Any]:
 # --- checkpoints that are quantised already -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", QUANTIZATIONS)
+@pytest.mark.parametrize("word", QUANTIZED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stored_base_computes_the_bits_of_one_quantised_on_loading(tmp_path, llama, word, dtype):
     fresh = load_base(llama, dtype=dtype, quantization=word)

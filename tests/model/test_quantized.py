@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from lorafocal.compatibility import QUANTIZED
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import attach_lora, linear_names
 from lorafocal.model.load import load_base
 from lorafocal.model.quantized import (
-    QUANTIZATIONS,
     bitsandbytes_config,
     check_loaded,
     dequantized_weight,
@@ -66,7 +66,7 @@ def layers(model: nn.Module) -> list[Any]:
 
 @pytest.mark.row("9")
 @pytest.mark.parametrize("family", ["llama", "llama tied", "gpt2", "gpt_neox", "llava"])
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZED)
 def test_every_inner_linear_layer_is_quantised_and_nothing_else_of_the_text_part(folders, family, quantization):
     model = load_base(str(folders[family]), quantization=quantization)
     names = linear_names(model)
@@ -178,7 +178,7 @@ def test_an_unknown_word_is_refused(llama):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
+@pytest.mark.parametrize("quantization", [None, *QUANTIZED])
 def test_a_layer_multiplies_by_its_dequantised_weight_and_so_does_its_gradient(folders, family, quantization):
     model = load_base(str(folders[family]), dtype="float32", quantization=quantization)
     for name in linear_names(model):
@@ -202,13 +202,13 @@ def test_the_error_of_each_kind_is_as_large_as_its_bits(llama):
             ).norm()
             / exact.norm()
         )
-        for word in QUANTIZATIONS
+        for word in QUANTIZED
     }
     assert errors["int8"] < 0.02 < errors["nf4"] < 0.12 < errors["fp4"] < 0.2
     assert abs(errors["nf4-double"] - errors["nf4"]) < 0.01
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_evaluation_computes_what_training_does(llama, quantization, dtype):
     model = load_base(llama, dtype=dtype, quantization=quantization)
@@ -227,7 +227,7 @@ def gradients(policy: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.row("9")
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_after_an_evaluation_are_those_before_bit_for_bit(llama, quantization, dtype, monkeypatch):
     repacking_cpu(monkeypatch)
@@ -326,7 +326,7 @@ def test_packs_equal_one_at_a_time_on_quantised_bases(tmp_path, llama, dtype, ro
 
 @pytest.mark.gpu
 @pytest.mark.row("9", "60")
-@pytest.mark.parametrize("word", QUANTIZATIONS)
+@pytest.mark.parametrize("word", QUANTIZED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_a_gpu_layers_are_quantised_there_and_gradients_outlive_an_evaluation(llama, word, dtype):
     model = load_base(llama, dtype=dtype, quantization=word)

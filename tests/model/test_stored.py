@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import attach_lora
 from lorafocal.model.load import load_base
-from lorafocal.model.quantized import QUANTIZATIONS
 from lorafocal.model.stored import check_as_stored
 from tests.model.families import random_model
 from tests.tiny import disturb, lora, pairs, tiny_base, trainer
@@ -29,7 +29,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
+@pytest.mark.parametrize("quantization", [None, *QUANTIZED])
 def test_what_was_loaded_is_what_is_stored_with_and_without_an_adapter(
     base: str, dtype: str, quantization: str | None
 ) -> None:

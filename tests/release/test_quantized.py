@@ -13,12 +13,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
+from lorafocal.compatibility import QUANTIZED
 from lorafocal.data.held_out import write_held_out
 from lorafocal.data.packing import share_prefixes
 from lorafocal.lineage import lineage_of
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import load_base
-from lorafocal.model.quantized import QUANTIZATIONS, dequantized_weight, quantization_of, word_of
+from lorafocal.model.quantized import dequantized_weight, quantization_of, word_of
 from lorafocal.model.saved import WEIGHTS_FILE, read_adapter
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.release.dequantize import dequantize
@@ -55,7 +56,7 @@ def logps_of(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.row("41", "42")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", QUANTIZED)
 def test_the_merged_weights_are_those_of_training_plus_the_change(
     tmp_path: Path, quantization: str, dtype: str
 ) -> None:
@@ -165,7 +166,7 @@ def test_transposed_layers_and_inner_models_come_back_as_they_were(tmp_path: Pat
 
 def test_dequantize_leaves_a_model_that_computes_the_same(tmp_path: Path) -> None:
     ids = torch.arange(2, 12)[None]
-    for word in QUANTIZATIONS:
+    for word in QUANTIZED:
         model = load_base(str(save_base(tmp_path / word)), dtype="float32", quantization=word).eval()
         with torch.no_grad():
             live = model(ids).logits
