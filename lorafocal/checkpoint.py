@@ -9,7 +9,6 @@ function of seed and epoch.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +22,7 @@ from lorafocal import launch
 from lorafocal.errors import InputError
 from lorafocal.optimizers import kind_of, states_of_bitsandbytes
 from lorafocal.publish import discard, why_incomplete
+from lorafocal.run_folder import CHECKPOINT
 from lorafocal.shard_files import SHARD_BYTES, StoredTensors, shard_name, write_shards
 from lorafocal.tensor_files import WAY_OUT, check_keys, check_like, differs
 from lorafocal.together import all_or_none, of_all_ranks
@@ -34,7 +34,6 @@ PARAMETERS, OPTIMIZER = "parameters", "optimizer"  # stems of the files
 PARAMETERS_FILE, OPTIMIZER_FILE = (shard_name(stem, 0) for stem in (PARAMETERS, OPTIMIZER))  # where there is one
 STATE_FILE = "state.json"
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LIKE_PARAMETER = ("exp_avg", "momentum_buffer", "exp_avg_sq", "max_exp_avg_sq")
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1", "absmax1")  # bitsandbytes' in 8 bits: codes and their scales
 _TABLES = ("qmap1", "qmap2")  # the values that bitsandbytes' 8-bit codes stand for
@@ -163,7 +162,7 @@ def rotate(run_dir: Path, keep: int, *, newest: Path | None = None) -> list[str]
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoint folders, newest first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    found = [path for path in run_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 

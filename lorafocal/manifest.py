@@ -29,6 +29,7 @@ from lorafocal.model.quantized import LoadedBase
 from lorafocal.model.saved import WEIGHTS_FILE
 from lorafocal.publish import sha256
 from lorafocal.resume import MAY_CHANGE
+from lorafocal.run_folder import read_manifest
 from lorafocal.schema import Reference
 from lorafocal.trainer import FocalPOTrainer
 from lorafocal.versions import installed
@@ -37,7 +38,6 @@ LIBRARIES = (
     "lorafocal", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "safetensors",
     "tokenizers", "datasets", "triton",
 )  # fmt: skip
-MANIFEST_FILE = "manifest.json"
 PARTS = {"train": "training", "eval": "held-out"}  # of the data, in words
 EXACT = "exact"  # a run that does nothing otherwise than its recipe
 NO_DEVIATION = frozenset(
@@ -190,15 +190,6 @@ def _beside(pair: TokenizedPair) -> list[Any]:
     others = [[other.prompt_ids, other.completion_ids, other.score] for other in pair.others]
     beside = {"others": others, "group": pair.group, "embedding": pair.embedding}
     return [{name: value for name, value in beside.items() if value}] if any(beside.values()) else []
-
-
-def read_manifest(run: Path) -> Mapping[str, Any]:
-    """What a run says of itself; nothing where that cannot be read."""
-    try:
-        manifest = json.loads((run / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def notes_of_changes(run: Path, part: str, pairs: Sequence[TokenizedPair]) -> tuple[str, ...]:

@@ -18,21 +18,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from lorafocal.publish import write_atomically
+from lorafocal.run_folder import METRICS_FILE
 
 _WINDOW = 20
 _CLEAR_LINE = "\r\x1b[2K"
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one JSON object a logged event to `path`: the logged keys, `epoch` and `step`, sorted.
+    """Appends one JSON object a logged event to the metrics of a run: the logged keys, `epoch` and `step`, sorted.
 
     The file is the lineage of the weights: when training starts or resumes at step n, lines of later steps
     are dropped first (at step 0 all of them: a fresh start). Numbers that are not finite become null, because
     JSON has no word for them.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, run: Path) -> None:
+        self.path = run / METRICS_FILE
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after `step`, and a last line that a killed process left unfinished."""

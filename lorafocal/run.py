@@ -25,7 +25,7 @@ from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
 from lorafocal.errors import InputError
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.manifest import MANIFEST_FILE, assembled, assembled_lines, manifest_of
+from lorafocal.manifest import assembled, assembled_lines, manifest_of
 from lorafocal.model import backends
 from lorafocal.model.adapters import trainable_token_ids
 from lorafocal.model.continued import continue_adapter
@@ -35,14 +35,19 @@ from lorafocal.model.starts import lora_config
 from lorafocal.progress import ProgressLine
 from lorafocal.publish import inside, recover, write_atomically
 from lorafocal.resume import changes, check_resumable
+from lorafocal.run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIR,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    MODEL_DIR,
+    STAGES_FILE,
+    SWEEP_FILE,
+)
 from lorafocal.schema import Adapter
 from lorafocal.together import all_or_none, of_all_ranks
 from lorafocal.trainer import FocalPOTrainer
 
-CONFIG_FILE = "config.yaml"
-ADAPTER_DIR, MODEL_DIR = "adapter", "model"  # what a run makes, by adapters or at full parameters
-SWEEP_FILE = "sweep.json"  # a folder of runs that belong together, no run's own
-STAGES_FILE = "stages.json"  # the same of stages
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
 
 Callbacks = Callable[[Config, FocalPOTrainer, Mapping[str, Part]], Sequence[TrainerCallback]]
@@ -207,10 +212,10 @@ def check_places(config: Config) -> None:
     if config.reference is not None:
         strategy = config.reference.strategy
         for key, folder in (*(("adapter or members", f) for f in strategy.folders), ("guide", strategy.guide)):
-            if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
+            if folder is not None and not (Path(folder) / ADAPTER_CONFIG).is_file():
                 raise InputError(f"reference.{key}: {folder} holds no adapter_config.json; name a finished adapter")
     start = None if config.adapter is None else config.adapter.start_from
-    if start is not None and not (Path(start) / "adapter_config.json").is_file():
+    if start is not None and not (Path(start) / ADAPTER_CONFIG).is_file():
         raise InputError(
             f"adapter.start_from: {start} holds no adapter_config.json; it names the adapter folder of a run"
         )

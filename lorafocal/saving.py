@@ -25,12 +25,12 @@ from lorafocal.model.master import arithmetic_of
 from lorafocal.model.moving import REFERENCE_FILE, reference_state, restore_reference
 from lorafocal.model.save import save_adapter
 from lorafocal.model.save_model import write_papers, write_weights
-from lorafocal.model.saved import CONFIG_FILE
 from lorafocal.model.starts import plain_adapter
 from lorafocal.objectives import Objective
 from lorafocal.publish import check_name, recover, why_incomplete
 from lorafocal.references.strategy import Strategy
 from lorafocal.resume import changes
+from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, MODEL_DIR, last_rewards, read_manifest, run_of
 from lorafocal.tensor_files import read_tensors
 from lorafocal.together import all_or_none, of_all_ranks, published_by_all
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 
 # Of an adapter's configuration: what gives tensors of the same names and shapes another meaning.
 _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -132,7 +131,7 @@ class Trained(Protocol):
 class TrainedAdapter:
     """A policy's adapter: plain PEFT files with its lineage and a card."""
 
-    folder = ADAPTER_FOLDER
+    folder = ADAPTER_DIR
 
     def __init__(self, policy: PeftModel, objective: Objective, reference: Strategy) -> None:
         self._policy = policy
@@ -147,14 +146,14 @@ class TrainedAdapter:
         return self._lineage and replace(self._lineage, steps=steps, pairs_seen=pairs_seen)
 
     def check_same(self, checkpoint: Path) -> None:
-        folder = checkpoint / ADAPTER_FOLDER
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        folder = checkpoint / ADAPTER_DIR
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         differ = changes(_scales(config), _scales(plain_adapter(self._policy)[0].to_dict()), ())
         differ += _otherwise(lineage_of(folder), self.lineage(steps=0, pairs_seen=0))
         _refuse(checkpoint, differ, "continue its adapter in a new run")
 
     def mark(self, checkpoint: Path, progress: TrainerState, engine: Engine, *, pairs_seen: int) -> None:
-        self.write(checkpoint / ADAPTER_FOLDER, progress, engine, pairs_seen=pairs_seen, trained=False)
+        self.write(checkpoint / ADAPTER_DIR, progress, engine, pairs_seen=pairs_seen, trained=False)
         if self._moves and launch.is_main():
             save_file(reference_state(self._policy), checkpoint / REFERENCE_FILE)
 
@@ -166,13 +165,14 @@ class TrainedAdapter:
         values = {name: engine.full(parameter) for name, parameter in adapter_parameters(self._policy).items()}
         if launch.is_main():
             lineage = self.lineage(steps=progress.global_step, pairs_seen=pairs_seen)
-            save_adapter(self._policy, folder, lineage, _results(progress), trained=trained, values=values)
+            results = last_rewards(progress.log_history)
+            save_adapter(self._policy, folder, lineage, results, trained=trained, values=values)
 
 
 class TrainedModel:
     """A policy of which every weight is trained: a model's files, with its lineage and a card."""
 
-    folder = MODEL_FOLDER
+    folder = MODEL_DIR
 
     def __init__(
         self,
@@ -210,7 +210,8 @@ class TrainedModel:
         write_weights(folder, self._policy, engine.full, dtype=self._dtype)
         if launch.is_main():
             lineage = self.lineage(steps=progress.global_step, pairs_seen=pairs_seen)
-            write_papers(folder, self._policy, self._tokenizer, lineage, _results(progress), dtype=self._dtype)
+            results, run = last_rewards(progress.log_history), read_manifest(run_of(folder))
+            write_papers(folder, self._policy, self._tokenizer, lineage, results, dtype=self._dtype, run=run)
 
 
 def what_is_made(
@@ -238,12 +239,6 @@ def publish(target: Path, made: Trained, progress: TrainerState, engine: Engine,
 
 def _made_by(objective: Objective, reference: Strategy) -> dict[str, Any]:
     return {"objective": objective.as_dict(), "reference": in_words(reference)}
-
-
-def _results(progress: TrainerState) -> dict[str, float]:
-    """The rewards of the last evaluation."""
-    last: dict[str, float] = next((e for e in reversed(progress.log_history) if "eval_loss" in e), {})
-    return {key: value for key, value in last.items() if key.startswith("eval_rewards/")}
 
 
 def _refuse(checkpoint: Path, differ: list[str], other: str) -> None:

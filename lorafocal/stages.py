@@ -21,10 +21,11 @@ import torch
 from lorafocal import launch, run
 from lorafocal.config import Config, check_config
 from lorafocal.errors import InputError
-from lorafocal.manifest import MANIFEST_FILE, read_manifest
+from lorafocal.lineage import LINEAGE_FILE
 from lorafocal.publish import write_atomically
 from lorafocal.resume import check_resumable
-from lorafocal.run import ADAPTER_DIR, MODEL_DIR, STAGES_FILE, Callbacks, RunSummary, no_callbacks
+from lorafocal.run import Callbacks, RunSummary, no_callbacks
+from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR, STAGES_FILE, SWEEP_FILE, read_manifest
 from lorafocal.schema.steps import keeps_order
 
 
@@ -147,13 +148,13 @@ def _made(stage: Config) -> str:
 def _done(place: Path, stage: Config) -> RunSummary:
     """Of a stage that had ended before this call."""
     made = _made(stage)
-    lineage = json.loads((place / made / "lorafocal.json").read_text(encoding="utf-8"))
+    lineage = json.loads((place / made / LINEAGE_FILE).read_text(encoding="utf-8"))
     return RunSummary(place, lineage["steps"], lineage["steps"], {}, made)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
     """Refuse a folder that holds something else, or that is not what `resume` says."""
-    if (folder / MANIFEST_FILE).exists() or (folder / run.SWEEP_FILE).exists():
+    if (folder / MANIFEST_FILE).exists() or (folder / SWEEP_FILE).exists():
         raise InputError(f"{folder} holds a run of one stage, or a sweep: give another `name`")
     staged = (folder / STAGES_FILE).exists()
     if staged and not resume:

@@ -146,7 +146,7 @@ class FocalPOTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         output = Path(args.output_dir)
         self.health = HealthCheck(self.engine, self.trained, self._pairs("train_dataset") or [], output)
-        files = (MetricsFile(output / "metrics.jsonl"), ForgetLaterEvaluations(output))
+        files = (MetricsFile(output), ForgetLaterEvaluations(output))
         self.speed = Speed()
         own = (self.health, SetEpoch(self), OwnIntervals(), LossWithEvaluation(), self.speed, *following(self), *files)
         for callback in (*own, *callbacks):

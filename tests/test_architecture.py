@@ -26,7 +26,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 # What stands directly in the package, and on which floor. A module imports from its floor or from lower ones.
 FLOORS = {
     0: "errors config schema values yaml12 training_fields bounds compatibility launch metrics evaluations publish"
-    " tensor_files shard_files together memory hardware recipes versions objectives references ops",
+    " tensor_files shard_files together memory hardware recipes versions run_folder objectives references ops",
     1: "data model lineage card store",
     2: "policy reference comparison whole_step gathered probes caching",
     3: "arguments assembly budget callbacks engines trainer saving optimizers sampler checkpoint health interrupt"
@@ -39,7 +39,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.spl
 # These answer before the heavy libraries are loaded: `lorafocal --help`, and a config's errors.
 LIGHT_FILES = (
     "errors config schema/__init__ schema/sections schema/steps schema/training schema/mistakes values yaml12"
-    " training_fields bounds compatibility launch memory/__init__ hardware recipes versions __init__"
+    " training_fields bounds compatibility launch memory/__init__ hardware recipes versions run_folder __init__"
     " objectives/__init__ objectives/entry objectives/factor objectives/listing"
     " references/__init__ references/strategy"
     " __main__ cli/__init__ cli/options cli/training cli/results cli/evaluation"

@@ -248,7 +248,7 @@ def test_one_sorted_valid_object_a_line() -> None:
 
 
 def test_on_resume_the_file_is_the_lineage(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics = MetricsFile(tmp_path)
     args: Any = SimpleNamespace()
     metrics.on_train_begin(args, state_at(0), CONTROL)
     for step in range(1, 6):
@@ -256,7 +256,7 @@ def test_on_resume_the_file_is_the_lineage(tmp_path: Path) -> None:
     metrics.on_log(args, state_at(6, first_process=False), CONTROL, logs={"loss": 0.0})
     with metrics.path.open("a") as file:
         file.write('{"loss": 0.1, "st')  # killed while writing
-    resumed = MetricsFile(metrics.path)
+    resumed = MetricsFile(metrics.path.parent)
     resumed.on_train_begin(args, state_at(3), CONTROL)
     for step in (4, 5):
         resumed.on_log(args, state_at(step), CONTROL, logs={"loss": 2.0 / step})
@@ -275,19 +275,19 @@ def test_on_resume_the_file_is_the_lineage(tmp_path: Path) -> None:
 def test_lines_that_are_not_whole_are_dropped(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + torn)
-    MetricsFile(path).rewind(3)
+    MetricsFile(path.parent).rewind(3)
     assert path.read_text() == '{"step": 1}\n'
 
 
 def test_a_fresh_start_keeps_nothing_not_even_an_evaluation_before_the_first_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"eval_loss": 0.7, "step": 0}\n{"loss": 0.6, "step": 1}\n')
-    MetricsFile(path).rewind(0)
+    MetricsFile(path.parent).rewind(0)
     assert path.read_text() == ""
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics = MetricsFile(tmp_path)
     for step in (1, 2):
         metrics.append(step, {"loss": 1.0})
         assert len(metrics.path.read_text().splitlines()) == step
@@ -307,7 +307,7 @@ class Square(torch.nn.Module):
 
 def test_in_a_real_training_loop(tmp_path: Path) -> None:
     out = io.StringIO()
-    callbacks: list[TrainerCallback] = [MetricsFile(tmp_path / "metrics.jsonl"), ProgressLine(out)]
+    callbacks: list[TrainerCallback] = [MetricsFile(tmp_path), ProgressLine(out)]
     args = TrainingArguments(
         output_dir=str(tmp_path / "out"),
         max_steps=4,

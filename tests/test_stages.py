@@ -17,9 +17,9 @@ from lorafocal.data.toy import toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import score_file
 from lorafocal.lineage import lineage_of
-from lorafocal.manifest import read_manifest
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.run import train
+from lorafocal.run_folder import read_manifest
 from lorafocal.schema import Data
 from lorafocal.stages import StagedSummary, stage_configs, train_stages
 from lorafocal.trainer import FocalPOTrainer

@@ -26,7 +26,7 @@ from lorafocal.lineage import LINEAGE_FILE, lineage_of
 from lorafocal.metrics import answer_columns, summary, weight_columns
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens
-from lorafocal.model.saved import CONFIG_FILE, MAX_LENGTH, reward_scale, tokenization_of
+from lorafocal.model.saved import MAX_LENGTH, reward_scale, tokenization_of
 from lorafocal.objectives import Objective, objective_from
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.objectives.pairwise import rewards
@@ -34,6 +34,7 @@ from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
 from lorafocal.publish import check_folder_of, write_atomically
 from lorafocal.reference import DisabledAdapterReference
+from lorafocal.run_folder import ADAPTER_CONFIG
 
 PACKS = PairCollator()
 _WIDEST = len("rewards/accuracies_where_wrong")
@@ -296,7 +297,7 @@ def is_its_own_reference(subject: Subject) -> bool:
 
 
 def _is_adapter(target: str) -> bool:
-    return Path(target).is_dir() and (speaker_folder(Path(target)) / CONFIG_FILE).is_file()
+    return Path(target).is_dir() and (speaker_folder(Path(target)) / ADAPTER_CONFIG).is_file()
 
 
 def _trained_beta(subject: Subject) -> float | None:

@@ -23,10 +23,9 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import compared_with, pair_logps, prepared, row_settings
 from lorafocal.evaluate.suspicion import Suspect, Suspects, suspect
-from lorafocal.generation.subject import ADAPTER_DIR, MODEL_DIR, Subject, find_subject
+from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.lineage import lineage_of
 from lorafocal.manifest import notes_of_changes
-from lorafocal.model.saved import CONFIG_FILE as ADAPTER_CONFIG
 from lorafocal.model.saved import exchange_adapter
 from lorafocal.objectives import Objective, PairLogps
 from lorafocal.objectives.objective import objective_from
@@ -36,7 +35,7 @@ from lorafocal.publish import check_folder_of, why_incomplete, write_atomically
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.report.html import check_place, write_page
 from lorafocal.report.suspects_page import suspects_page
-from lorafocal.run import CONFIG_FILE
+from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, CONFIG_FILE, MODEL_DIR
 from lorafocal.schema import Config
 
 

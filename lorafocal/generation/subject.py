@@ -20,19 +20,18 @@ from lorafocal.lineage import LINEAGE_FILE, lineage_of
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import base_fingerprint, check_length, load_base, load_tokenizer
 from lorafocal.model.saved import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     SavedAdapter,
     open_adapter,
     read_adapter,
     read_config,
-    run_of,
     stored_dtype,
     tokenization_of,
 )
 from lorafocal.publish import sha256
+from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, CONFIG_FILE, MANIFEST_FILE, MODEL_DIR, run_of
 
-MODEL_CONFIG, ADAPTER_DIR, MODEL_DIR = "config.json", "adapter", "model"
+MODEL_CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ def find_subject(target: str | Path, *, base: str | None = None) -> Subject:
     if not Path(target).is_dir() and _is_hub_id(str(target)):
         return _model(str(target), str(target).rpartition("/")[2], None, base)
     folder = speaker_folder(Path(target))
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return _model(str(folder), called(folder), folder, base)
     saved = read_adapter(folder, base=base)
     tokenizer = load_tokenizer(saved.base, saved.revision)
@@ -125,7 +124,7 @@ def speaker_folder(target: Path) -> Path:
     if not target.is_dir():
         raise InputError(f"{target}: there is no such folder; name a run, an adapter folder or a merged model")
     for folder in (target, target / ADAPTER_DIR):
-        if (folder / CONFIG_FILE).is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             return folder
     for folder in (target, target / MODEL_DIR):
         if (folder / MODEL_CONFIG).is_file():
@@ -143,7 +142,7 @@ def speaker_folder(target: Path) -> Path:
 def called(folder: Path) -> str:
     """What an adapter or a model is called: as its run or bundle, where it lies in one, with its checkpoint's name."""
     place, run = folder.resolve(), run_of(folder)
-    inside = any((run / file).is_file() for file in ("config.yaml", "manifest.json"))
+    inside = any((run / file).is_file() for file in (CONFIG_FILE, MANIFEST_FILE))
     if not inside or place.name not in (ADAPTER_DIR, MODEL_DIR):
         return place.name
     return run.name if place.parent == run else f"{run.name}-{place.parent.name}"

@@ -18,6 +18,7 @@ from lorafocal.model.saved import WEIGHTS_FILE, exchange_adapter, read_lora_conf
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.publish import sha256
 from lorafocal.references.strategy import BASE, Strategy
+from lorafocal.run_folder import ADAPTER_DIR
 
 GUIDE = f"{FROZEN_COPY}-guide"
 
@@ -92,7 +93,7 @@ def _named(member: str) -> str:
         return BASE
     read_lora_config(Path(member))  # that there is one is said better than by its missing file
     place = Path(member).resolve()
-    named = place.parent.name if place.name == "adapter" else place.name  # a run's own is in RUN/adapter
+    named = place.parent.name if place.name == ADAPTER_DIR else place.name  # a run's own is in RUN/adapter
     return f"{named!r} (sha256 {sha256(Path(member) / WEIGHTS_FILE)[:12]}...)"
 
 

@@ -28,6 +28,7 @@ from lorafocal import launch
 from lorafocal.errors import InputError, first_line
 from lorafocal.model.quantized import bitsandbytes_config, check_loaded, library, prequantized, settle, to_dtype
 from lorafocal.publish import public_name, sha256
+from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SCALES = re.compile(r"(SCB|absmax|scales?|scale_inv)$")  # what quantised weights are multiplied by, in their files
@@ -46,15 +47,15 @@ def check_place(name: str) -> None:
         raise InputError(f"{name}: there is no such folder, and a hub id has the form owner/model")
     if (folder / "config.json").is_file():
         return
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise InputError(
             f"{name} holds an adapter, and no model: training goes on from it by adapter.start_from, and `lorafocal"
             " merge` makes a model of it"
         )
     if (folder / "trainer_state.json").is_file():
         raise InputError(f"{name} is a checkpoint, for --resume alone: a finished run's model is beside it, in model")
-    if (folder / "manifest.json").is_file():
-        made = "model" if (folder / "model").is_dir() else "adapter"
+    if (folder / MANIFEST_FILE).is_file():
+        made = MODEL_DIR if (folder / MODEL_DIR).is_dir() else ADAPTER_DIR
         raise InputError(f"{name} is a run folder; its {made} is {folder / made}")
 
 
@@ -317,7 +318,7 @@ def weight_names(name: str, revision: str | None) -> list[str]:
 
 def _check_no_adapter(name: str, revision: str | None) -> None:
     """Refuse a base with an adapter in its folder (row 52): transformers would load both, and call that the base."""
-    if _file(name, "adapter_config.json", revision) is not None:
+    if _file(name, ADAPTER_CONFIG, revision) is not None:
         raise InputError(
             f"{name} holds a model and an adapter (adapter_config.json) in one place, so that it is not clear which is"
             " meant: move the adapter's files into a folder of their own"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,10 +123,12 @@ def write_papers(
     results: Mapping[str, float] | None = None,
     *,
     dtype: torch.dtype,
+    run: Mapping[str, Any] | None = None,
 ) -> None:
     """Beside the weights in `folder`: config and generation settings as the base has them, tokenizer, lineage, card.
 
-    The training itself becomes the last stage of the lineage, under the digest of the weights that it made. Without a
+    `results` and `run`, the run's manifest, are for the card. The training itself becomes the last stage of the
+    lineage, under the digest of the weights that it made. Without a
     lineage (a base from nowhere) there is no card either.
     """
     name, revision = place_of(model)
@@ -144,5 +147,5 @@ def write_papers(
         stage = lineage.stage(WEIGHTS, str(weights), FULL)
         made = replace(lineage, parents=(*lineage.parents, stage))
         made.write(folder)
-        card = model_card(made, results, dtype=config.dtype)
+        card = model_card(made, results, dtype=config.dtype, run=run)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")

@@ -4,7 +4,6 @@ fit."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -26,11 +25,10 @@ from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_bas
 from lorafocal.model.quantized import dequantized_weight, prequantized, settle, to_dtype
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.objectives import OBJECTIVES
+from lorafocal.run_folder import ADAPTER_CONFIG, CONFIG_FILE, MODEL_DIR, run_of
 from lorafocal.yaml12 import parse_yaml
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
 
 # The compatibility table's words for what can be opened: all of it is in the adapter's file, the base is as it was.
@@ -70,7 +68,7 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
     """
     config = read_lora_config(folder)
     lineage = lineage_of(folder)
-    run = _run_settings(run_of(folder) / "config.yaml")
+    run = _run_settings(run_of(folder) / CONFIG_FILE)
     name, revision = _find_base(folder, base, run, lineage, config)
     base_config = read_config(name, revision)
     quantization = _quantization(folder, name, run, lineage, prequantized(base_config, name))
@@ -88,12 +86,6 @@ def read_adapter(folder: Path, *, base: str | None = None) -> SavedAdapter:
     )
 
 
-def run_of(folder: Path) -> Path:
-    """Where the files of the run lie that left what is in `folder`: beside it, or beside its checkpoint."""
-    above = folder.resolve().parent
-    return above.parent if _CHECKPOINT.fullmatch(above.name) else above
-
-
 def reward_scale(lineage: Lineage | None) -> float | None:
     """The beta of implicit rewards; None where the last objective has others or none: SimPO's beta is no such one."""
     if lineage is None or lineage.objective is None:
@@ -104,7 +96,7 @@ def reward_scale(lineage: Lineage | None) -> float | None:
 
 def tokenization_of(folder: Path) -> dict[str, Any]:
     """How the run that left an adapter or a model in `folder` tokenised its pairs, as far as it lies there."""
-    data = _run_settings(run_of(folder) / "config.yaml").get("data", {})
+    data = _run_settings(run_of(folder) / CONFIG_FILE).get("data", {})
     keys = ("max_length", "truncation", "max_prompt_length", "chat_template_kwargs")
     return {"max_length": MAX_LENGTH} | {key: data[key] for key in keys if data.get(key)}
 
@@ -174,7 +166,7 @@ def _linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 def _what_else(folder: Path) -> str:
     """Where to go from a folder that holds no adapter."""
-    whole = next((place for place in (folder, folder / "model") if (place / "config.json").is_file()), None)
+    whole = next((place for place in (folder, folder / MODEL_DIR) if (place / "config.json").is_file()), None)
     if whole is None:
         return "A run keeps its own in RUN/adapter."
     return f"{whole} is a whole model: nothing is to be merged, and programs that take a model take it as it is."
@@ -182,11 +174,11 @@ def _what_else(folder: Path) -> str:
 
 def read_lora_config(folder: Path) -> LoraConfig:
     """The adapter's PEFT configuration. Raises InputError by the name of the variant where it cannot be opened."""
-    path = folder / CONFIG_FILE
+    path = folder / ADAPTER_CONFIG
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; a run keeps its adapter in RUN/adapter")
     if not path.is_file():
-        raise InputError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}. {_what_else(folder)}")
+        raise InputError(f"{folder} is not an adapter folder: it has no {ADAPTER_CONFIG}. {_what_else(folder)}")
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
             f"{folder} has no {WEIGHTS_FILE}; only safetensors are read: a pickle (.bin) may run code when it is"

@@ -15,6 +15,7 @@ from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.ops.shapes import attention_on_a_gpu
+from lorafocal.run_folder import ADAPTER_CONFIG
 from lorafocal.schema import Adapter, Reference
 from lorafocal.schema.steps import pairs_left
 
@@ -230,7 +231,7 @@ def _not_counted(shape: Shape, setup: Setup) -> Iterator[str]:
 
 
 def _stored_adapter(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise InputError(
             f"adapter.start_from: {folder} is no local folder with an adapter_config.json, so the adapter's size is not"

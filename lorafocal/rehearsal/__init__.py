@@ -26,6 +26,7 @@ from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.evaluate.during import callbacks
 from lorafocal.evaluate.score import score_file
 from lorafocal.rehearsal.stage import Stage, changed_keys, joined_by, set_stage, started
+from lorafocal.run_folder import METRICS_FILE
 
 NOT_REHEARSED = "the real weights and data, their lengths, memory and speed"
 ROUNDING = {"bfloat16": 2e-2, "float32": 1e-4}  # of log-probs in other packs, relative
@@ -93,7 +94,7 @@ def rehearse(config: Config, *, quiet: bool = False) -> Rehearsal | None:
                 f"{error}\n(from a rehearsal of {config.name}, on a tiny model and made-up pairs; where this speaks of"
                 " sizes or pairs, they may be to blame)"
             ) from error
-        lines = [json.loads(line) for line in (summary.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (summary.folder / METRICS_FILE).read_text().splitlines()]
         checkpoints = len(list(summary.folder.glob("checkpoint-*")))
     losses = [line["loss"] for line in lines if "loss" in line]
     return Rehearsal(

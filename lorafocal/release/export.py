@@ -17,9 +17,10 @@ from lorafocal.publish import published
 from lorafocal.release.bundle import write_bundle
 from lorafocal.release.gguf import LOSSLESS, Converted, check_converter, convert
 from lorafocal.release.merge import REPORT_FILE, MergeReport, merge_adapter
-from lorafocal.release.package import merged_lineage, package_adapter, run_manifest
+from lorafocal.release.package import merged_lineage, package_adapter
 from lorafocal.release.requantize import COMPRESSED, Requantized, quantizer, requantize
 from lorafocal.release.verify import PAIRS
+from lorafocal.run_folder import read_manifest, run_of
 
 BUNDLE, MERGED, ADAPTER, GGUF = "bundle", "merged", "adapter", "gguf"
 FORMS = (BUNDLE, MERGED, ADAPTER, *COMPRESSED, GGUF)
@@ -139,7 +140,7 @@ class _Source:
 
     def run(self) -> Mapping[str, Any] | None:
         """The manifest of the one run behind all of it."""
-        return run_manifest(self.adapters[0]) if len(self.adapters) == 1 else None
+        return read_manifest(run_of(self.adapters[0])) if len(self.adapters) == 1 else None
 
 
 def _bundle(source: _Source, folder: Path) -> dict[str, Any]:

@@ -20,17 +20,17 @@ from lorafocal.lineage import MERGED, BaseIdentity, Lineage
 from lorafocal.model.load import DTYPES as GATE_DTYPES
 from lorafocal.model.load import base_fingerprint, load_tokenizer, weight_files
 from lorafocal.model.save_model import PROCESSORS
-from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter, run_of
+from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
 from lorafocal.release.files import strangers
 from lorafocal.release.gate import MAX_DRIFT, GateEvidence, GateReport, check, compare, gate_table
 from lorafocal.release.measure import Live, live_logps, merged_logps
 from lorafocal.release.onto import AUTO, ORIGINAL, TRAINED, Measured, bases_to_try, least_drift, why_kept
-from lorafocal.release.package import run_manifest
 from lorafocal.release.rounding import DTYPES
 from lorafocal.release.survival import LayerSurvival, survival_notes, survival_table
 from lorafocal.release.weights import write_merged
+from lorafocal.run_folder import read_manifest, run_of
 
 FEW_PAIRS = 20  # below this the gate says little
 REPORT_FILE = "merge.json"
@@ -148,7 +148,7 @@ def merge_adapter(
         _keep_only(kept.folder, folder)
         tokenizer.save_pretrained(folder)
         _copy_processors(saved, folder)
-        _write_papers(folder, lineage, report, run_manifest(folders[0]) if len(folders) == 1 else None)
+        _write_papers(folder, lineage, report, read_manifest(run_of(folders[0])) if len(folders) == 1 else None)
         _check_files(folder)
     return report
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.load import load_tokenizer
 from lorafocal.model.save import in_words
-from lorafocal.model.saved import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
+from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter
 from lorafocal.model.serving import serving_section
 from lorafocal.release.combine import combine, lineage_of_saved
-from lorafocal.report.read import METRICS_FILE
-from lorafocal.run import MANIFEST_FILE
+from lorafocal.run_folder import ADAPTER_CONFIG, METRICS_FILE, last_rewards, read_manifest, run_of
 from lorafocal.tensor_files import read_tensors
 
 
@@ -37,18 +35,6 @@ def package_adapter(adapters: Sequence[SavedAdapter], weights: Sequence[float] |
     return folder
 
 
-def run_manifest(adapter: Path) -> Mapping[str, Any] | None:
-    """The manifest of the run that an adapter folder lies in; None for one elsewhere, or an unreadable manifest.
-
-    Read leniently: a card goes without what is not there.
-    """
-    try:
-        found = json.loads((adapter.resolve().parent / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def merged_lineage(folder: Path) -> Lineage:
     """The lineage of a model that `merge_adapter` wrote. Raises InputError where it is gone."""
     found = lineage_of(folder)
@@ -62,12 +48,14 @@ def _copy(saved: SavedAdapter, folder: Path) -> None:
     for name, tensor in read_tensors(saved.folder / WEIGHTS_FILE).items():
         if tensor.numel() == 0 or not tensor.isfinite().all():
             raise InputError(f"{saved.folder / WEIGHTS_FILE}: {name} is empty or not finite: export another checkpoint")
-    record = json.loads((saved.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    record = json.loads((saved.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     record |= {"base_model_name_or_path": lineage.base.name, "revision": lineage.base.revision}
-    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(saved.folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     lineage.write(folder)
-    card = adapter_card(lineage, _results(saved), adapter=in_words(saved.config), run=run_manifest(saved.folder))
+    card = adapter_card(
+        lineage, _results(saved), adapter=in_words(saved.config), run=read_manifest(run_of(saved.folder))
+    )
     (folder / CARD_FILE).write_text(card + serving_section(saved.config), encoding="utf-8")
 
 
@@ -75,7 +63,6 @@ def _results(saved: SavedAdapter) -> dict[str, float]:
     """The rewards of the run's last evaluation, which is that of its finished adapter; nothing where none is there."""
     try:
         lines = (saved.folder.resolve().parent / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        last = [json.loads(line) for line in lines if '"eval_loss"' in line][-1]
-    except (OSError, ValueError, IndexError):
+        return last_rewards(json.loads(line) for line in lines if '"eval_loss"' in line)
+    except (OSError, ValueError):
         return {}
-    return {key: value for key, value in last.items() if key.startswith("eval_rewards/")}

@@ -18,9 +18,8 @@ from lorafocal.evaluate.score import compared_with, is_its_own_reference, prepar
 from lorafocal.evaluations import evaluation_files, read_evaluation
 from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.lineage import lineage_of
-from lorafocal.manifest import read_manifest
 from lorafocal.model.adapters import AdapterSwitch
-from lorafocal.model.saved import SavedAdapter, run_of
+from lorafocal.model.saved import SavedAdapter
 from lorafocal.objectives import Objective, PairLogps, objective_from
 from lorafocal.objectives.pairwise import dpo_weight, rewards
 from lorafocal.policy import token_logps
@@ -28,6 +27,7 @@ from lorafocal.report.explanation import Answer, Explanation, Token, Weighing
 from lorafocal.report.find_pair import FoundPair, find_pair
 from lorafocal.report.html import check_place, write_page
 from lorafocal.report.token_texts import token_texts
+from lorafocal.run_folder import read_manifest, run_of
 
 OWN_BASE = "its own base, the adapter off"
 

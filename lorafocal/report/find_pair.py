@@ -15,9 +15,8 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.generation.subject import Subject
 from lorafocal.manifest import PARTS, notes_of_changes
-from lorafocal.model.saved import run_of
 from lorafocal.objectives import Entry
-from lorafocal.run import CONFIG_FILE
+from lorafocal.run_folder import CONFIG_FILE, run_of
 
 
 class FoundPair(NamedTuple):

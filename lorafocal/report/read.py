@@ -17,9 +17,8 @@ from lorafocal.evaluations import FOLDER, EvaluatedPair, evaluation_files, read_
 from lorafocal.lineage import lineage_of
 from lorafocal.objectives import Objective, objective_from
 from lorafocal.objectives.inputs import PairLogps
+from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, METRICS_FILE, MODEL_DIR, STAGES_FILE
 
-METRICS_FILE, MANIFEST_FILE, ADAPTER_DIR, MODEL_DIR = "metrics.jsonl", "manifest.json", "adapter", "model"
-STAGES_FILE = "stages.json"  # in a folder of stages, no run's own
 SWEEP_PAGE = "sweep.html"
 _MOST_STEPS = 10**12
 

@@ -79,7 +79,7 @@ class SweepReport:
             "axes": {key: list(values) for key, values in record.axes.items()},
             "runs": [point.as_dict() | {"held_out": _finite(point.held_out)} for point in record.points],
             "settings": [_setting_dict(setting) for setting in settings(record.points)],
-            "best": best_dict(record, self.choice),
+            "best": best_dict(self.choice),
             "interrupted_by": self.interrupted_by,
             "page": None if self.page is None else str(self.page),
         }
@@ -247,7 +247,7 @@ def _remark(remark: Remark) -> str:
 # ---- for a program
 
 
-def best_dict(record: SweepRecord, choice: Choice | None) -> dict[str, Any] | None:
+def best_dict(choice: Choice | None) -> dict[str, Any] | None:
     """The best setting and run, and the settings level with it."""
     if choice is None:
         return None

@@ -14,7 +14,7 @@ from lorafocal.publish import write_atomically
 from lorafocal.report.sweep_page import best_dict
 from lorafocal.report.sweep_results import Point, SweepRecord, choose, varied
 from lorafocal.resume import IDENTITY, MAY_CHANGE, changes
-from lorafocal.run import MANIFEST_FILE, SWEEP_FILE
+from lorafocal.run_folder import MANIFEST_FILE, SWEEP_FILE
 from lorafocal.sweep.grid import Grid, Planned, choose_criterion, value_of
 
 
@@ -117,7 +117,7 @@ class Journal:
             "name": record.name,
             "criterion": {"key": self.criterion.key, "why": self.criterion.why},
             "axes": self.axes,
-            "best": best_dict(record, choose(record)),
+            "best": best_dict(choose(record)),
             "points": [entry.point.as_dict() for entry in self.entries.values()],
             "inputs": self.inputs,
             "config": self.config,

@@ -20,7 +20,7 @@ from lorafocal.evaluate.during import callbacks
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.publish import recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
-from lorafocal.run import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
+from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
 from lorafocal.schema import Config
 from lorafocal.sweep.grid import Grid, Planned
 from lorafocal.sweep.journal import Journal, held_out_metrics
