@@ -156,6 +156,9 @@ def test_every_parameter_may_be_trained(root: Path, tmp_path: Path) -> None:
     for name, evaluation in (("plain", None), ("asked", {**ASKED, "every": 1})):
         folder = trained(check_config({**values, "evaluation": evaluation}), tmp_path / name)
         found[name] = sha256(folder / "model" / "model.safetensors")
+        card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+        assert "## Data" in card
+        assert "| training.learning_rate |" in card
     assert found["plain"] == found["asked"]
 
 
