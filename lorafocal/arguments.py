@@ -21,7 +21,7 @@ from lorafocal.objectives.factor import FORMS
 from lorafocal.optimizers import check_device
 from lorafocal.reference import REFERENCES
 from lorafocal.references.strategy import KEYS, Strategy, misfits, refusals, strategy_of, with_defaults
-from lorafocal.training_fields import check_training_fields, classify, forced_values
+from lorafocal.training_fields import check_training_fields, classify, field_problem, forced_values
 
 # Fields of the reference's strategy, by what a config calls them in its section `reference`.
 _OF_THE_STRATEGY = {
@@ -181,12 +181,15 @@ class FocalPOConfig(_Parameters):
     def __post_init__(self) -> None:
         launch.check_launch()
         errors = check_training_fields(self._given())
+        for name in ("learning_rate", "num_train_epochs", "logging_steps"):  # with defaults of ours
+            if problem := field_problem(name, getattr(self, name)):
+                errors.append(f"{name}: {problem}")
         if errors:
             raise InputError("FocalPOConfig: " + "\n".join(errors))
         for name, value in forced_values().items():
             setattr(self, name, value)
-        if self.pairs_per_step < 1:
-            raise InputError(f"pairs_per_step is {self.pairs_per_step}; a step needs at least one pair")
+        if type(self.pairs_per_step) is not int or self.pairs_per_step < 1:
+            raise InputError(f"pairs_per_step is {self.pairs_per_step!r}; a step needs whole pairs, 1 or more")
         if self.loraplus_lr_ratio is not None and not 1 <= self.loraplus_lr_ratio < math.inf:
             raise InputError(
                 f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; LoRA+ gives B a rate of at least A's: 1 to 32"

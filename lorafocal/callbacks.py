@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from lorafocal.evaluations import drop_later
 from lorafocal.model.moving import move
@@ -14,11 +15,9 @@ from lorafocal.model.moving import move
 class SetEpoch(TrainerCallback):
     """Tells the sampler its epoch, from the step count: `set_epoch` does not reach a plain loader's batch sampler."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.sampler.epoch = state.global_step // len(self._trainer.sampler)
+        sampler = kwargs["train_dataloader"].batch_sampler
+        sampler.epoch = state.global_step // len(sampler)
 
 
 class OwnIntervals(TrainerCallback):
@@ -26,6 +25,22 @@ class OwnIntervals(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
+
+
+class EvaluateFirst(TrainerCallback):
+    """Where an epoch ends with a checkpoint, its evaluation comes first: a kill between the two would lose it."""
+
+    def __init__(self) -> None:
+        self._evaluated = -1  # after this step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ends_epoch = not state.global_step % len(kwargs["train_dataloader"])
+        if control.should_save and ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH:
+            control.should_evaluate, self._evaluated = True, state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._evaluated:
+            control.should_evaluate = False
 
 
 class MoveReference(TrainerCallback):

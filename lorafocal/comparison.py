@@ -79,11 +79,12 @@ class Comparison:
         *,
         noisy: bool,
         seed: int = 0,
+        rank: int = 0,
         num_groups: int | None = None,
         strategy: Strategy | None = None,
     ) -> None:
         self.objective, self.kind, self.ref_model, self.noisy, self.seed = objective, kind, ref_model, noisy, seed
-        self.num_groups, self.strategy = num_groups, strategy
+        self.rank, self.num_groups, self.strategy = rank, num_groups, strategy
         self.state: Mapping[str, Tensor] = {}
         self._number = 0
         self._guided: tuple[nn.Module, Reference] | None = None
@@ -164,7 +165,8 @@ class Comparison:
     def _settle_noise(self, place: int) -> None:
         """Both passes of a step over its pack `place` meet the same dropout."""
         if self.noisy:
-            torch.manual_seed(random.Random(f"lorafocal noise {self.seed} {self._number} {place}").getrandbits(63))
+            name = f"lorafocal noise {self.seed} {self.rank} {self._number} {place}"
+            torch.manual_seed(random.Random(name).getrandbits(63))
 
     def _draws(self, pack: Pack) -> Tensor:
         """A random number a pair, (B,) float64, by seed, step and the pair's id."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,16 @@ class HealthCheck(TrainerCallback):
                 " they would never learn. Activation checkpointing with frozen embeddings is a known cause; use"
                 " `activation_checkpointing: true` of lorafocal, or none"
             )
-        if not self._engine.finite(self._parameters):
+        norm = self._engine.largest_norm(self._parameters)
+        if not math.isfinite(norm):
             self._stop("the gradient is not finite", self._step_ids, step)
-        self._before = None if self.moved else self._samples()
+        still = norm == 0  # pairs beyond the target of a hinge, or clipped by a guard, give none
+        self._before = None if self.moved or still else self._samples()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The first step with a learning rate above 0 must change at least one trained tensor."""
+        """The first step with a gradient and a learning rate above 0 must change at least one trained tensor."""
         if self._before is None:
             return
         rates = [group["lr"] for group in kwargs["optimizer"].param_groups]

@@ -5,9 +5,12 @@ Several processes may hear a signal at different moments, or one of them alone: 
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util  # its hook is registered by the import
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,3 +83,18 @@ def left_to_the_trainer(worker: int) -> None:
     """For data workers: launchers send a signal to them too, and a dead worker would end the step half-way."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@cache
+def end_workers_at_exit() -> None:
+    """Whoever starts workers that ignore SIGTERM must end them otherwise: Python's exit sends it, and waits for them.
+
+    Registered once, after multiprocessing's own hook, and so called before it.
+    """
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -41,6 +41,8 @@ def settle(optimizer: Optimizer, parameters: Mapping[str, Parameter], loraplus_l
     """What transformers leaves open of an optimiser made for `parameters`, before the schedule and the first step."""
     if loraplus_lr_ratio is not None:
         separate_rates(optimizer, parameters, loraplus_lr_ratio)
+    # transformers makes one for biases and norms, which adapters are none of, and DeepSpeed leaves empty ones out
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     if of_bitsandbytes(optimizer):
         _settle_bits(optimizer, parameters)
 

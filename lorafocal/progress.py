@@ -126,10 +126,16 @@ class Speed(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.clock.step(self.now())
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._logged = None  # pairs are counted anew by each call
+        self.clock.resume(self.now())
+
     def _resume(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.clock.resume(self.now())
 
-    on_train_begin = on_log = on_evaluate = on_save = _resume
+    on_log = on_evaluate = on_save = _resume
 
 
 class ProgressLine(TrainerCallback):

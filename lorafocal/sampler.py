@@ -5,8 +5,10 @@ accelerate's samplers repeat pairs on ragged data (17 pairs on 2 processes: some
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Iterator, Sequence, Sized
+from array import array
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.tokens import TokenizedPair
-from lorafocal.interrupt import left_to_the_trainer
+from lorafocal.errors import InputError
+from lorafocal.interrupt import end_workers_at_exit, left_to_the_trainer
+from lorafocal.resume import changes
 
 
 def shuffled(num_pairs: int, seed: int, epoch: int) -> list[int]:
@@ -47,11 +51,37 @@ class StepSampler(Sampler[list[int]]):
             yield order[start : start + self.pairs_per_step][self.rank :: self.world]
 
 
+def order_seed(args: FocalPOConfig) -> int | None:
+    """By which each epoch's order is drawn; None keeps that of the data."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return None if args.keep_order else seed
+
+
+def order_of(pairs: Sequence[TokenizedPair], args: FocalPOConfig) -> dict[str, Any]:
+    """What decides which pairs a step sees: with another, a resumed run would see some twice and others never."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+            digest.update(len(ids).to_bytes(4, "little") + array("q", ids).tobytes())
+    return {"pairs_per_step": args.pairs_per_step, "seed": order_seed(args), "tokens_sha256": digest.hexdigest()}
+
+
+def check_same_order(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume (`InputError`) where the rest of the epoch would not be the rest."""
+    if differ := changes(saved, now, ()):
+        raise InputError(
+            "the checkpoint's run took its pairs in other steps (then -> now), and some would be seen twice, others"
+            " never:\n  " + "\n  ".join(differ) + "\nresume with the data and settings of then, or train anew"
+        )
+
+
 def step_loader(pairs: Sized, collator: Any, args: FocalPOConfig, *, seed: int | None) -> DataLoader:
     """Batches of whole steps, this rank's share of each.
 
     Plain and unprepared: accelerate's loader repeats pairs on ragged data.
     """
+    if args.dataloader_num_workers:
+        end_workers_at_exit()
     sampler = StepSampler(len(pairs), args.pairs_per_step, seed=seed, rank=args.process_index, world=args.world_size)
     return DataLoader(
         pairs,  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from lorafocal import launch
-from lorafocal.checkpoint import latest_complete, rotate, save_state, step_of
+from lorafocal.checkpoint import checkpoints, latest_complete, rotate, save_state, step_of
 from lorafocal.errors import InputError
 from lorafocal.lineage import Lineage, lineage_of
 from lorafocal.model.adapters import adapter_parameters
@@ -53,6 +53,7 @@ def find_checkpoint(asked: str | bool | None, run: Path, *, writes: bool) -> Pat
     Raises InputError where there is none, or where the one named is torn.
     """
     if not asked:
+        _warn_of_others(run)
         return None
     newest = 0
     with all_or_none():
@@ -61,6 +62,17 @@ def find_checkpoint(asked: str | bool | None, run: Path, *, writes: bool) -> Pat
         if asked is True and launch.is_main():
             newest = step_of(_newest(run, writes=writes))
     return run / f"checkpoint-{of_all_ranks(newest)[0]}" if asked is True else Path(asked)
+
+
+def _warn_of_others(run: Path) -> None:
+    """A fresh run leaves them where they are, and later the newest of all would be taken for its own."""
+    if launch.is_main() and (others := checkpoints(run)):
+        logger.warning(
+            "%s holds checkpoints of an earlier run up to %s: resuming by True would take the newest of all, so remove"
+            " them or choose another output_dir",
+            run,
+            others[0].name,
+        )
 
 
 def _newest(run: Path, *, writes: bool) -> Path:
@@ -90,7 +102,8 @@ def write_checkpoint(
         recover(run)
     target = run / f"checkpoint-{progress.global_step}"
     with published_by_all(target, replace=True) as folder:
-        made.mark(folder, progress, engine, pairs_seen=training["extra"]["pairs_seen"])
+        with all_or_none():
+            made.mark(folder, progress, engine, pairs_seen=training["extra"]["pairs_seen"])
         save_state(folder, engine=engine, **training)
         if launch.is_main():
             progress.save_to_json(str(folder / STATE_FILE))

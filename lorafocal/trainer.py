@@ -7,8 +7,10 @@ forward and backward. The loss is the sum over pairs divided by the pairs of the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerState,
     set_seed,
@@ -41,9 +42,10 @@ from lorafocal.assembly import (
     reference_identity,
     tokenized,
 )
+from lorafocal.bare_trainer import BareTrainer
 from lorafocal.budget import Retry
 from lorafocal.caching import CacheReport, cache_reference
-from lorafocal.callbacks import ForgetLaterEvaluations, OwnIntervals, SetEpoch, following
+from lorafocal.callbacks import EvaluateFirst, ForgetLaterEvaluations, OwnIntervals, SetEpoch, following
 from lorafocal.checkpoint import load_state
 from lorafocal.comparison import FILLER, Comparison, Part, is_filler
 from lorafocal.data.needs import asked_of_packs
@@ -62,7 +64,7 @@ from lorafocal.objectives import entry_of, mean_loss
 from lorafocal.optimizers import check_given, settle
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
 from lorafocal.reference import check_identity, check_ref_model, check_same_reference
-from lorafocal.sampler import NumberedPairs, step_loader
+from lorafocal.sampler import NumberedPairs, check_same_order, order_of, order_seed, step_loader
 from lorafocal.saving import find_checkpoint, progress_at, publish, what_is_made, write_checkpoint
 from lorafocal.tensor_files import check_keys
 
@@ -73,7 +75,7 @@ logger = logging.getLogger(__name__)
 _MISCOUNTED = ("train_samples_per_second", "total_flos", "eval_steps_per_second", "train_loss")
 
 
-class FocalPOTrainer(Trainer):
+class FocalPOTrainer(BareTrainer):
     """Trains LoRA adapters, or every weight, with FocalPO, DPO and their like, or on the chosen answers (`"sft"`).
 
     `train_dataset` and `eval_dataset` hold TRL preference rows (`prompt`, `chosen`, `rejected`; a `datasets.Dataset`
@@ -146,16 +148,16 @@ class FocalPOTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         output = Path(args.output_dir)
         self.health = HealthCheck(self.engine, self.trained, self._pairs("train_dataset") or [], output)
-        files = (MetricsFile(output), ForgetLaterEvaluations(output))
         self.speed = Speed()
-        own = (self.health, SetEpoch(self), OwnIntervals(), LossWithEvaluation(), self.speed, *following(self), *files)
-        for callback in (*own, *callbacks):
+        files = (MetricsFile(output), ForgetLaterEvaluations(output))
+        logged = (OwnIntervals(), EvaluateFirst(), LossWithEvaluation(), self.speed)
+        for callback in (self.health, SetEpoch(), *logged, *following(self), *files, *callbacks):
             self.add_callback(callback)
         if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
             self.add_callback(ProgressLine())
         self.metrics = PairMetrics(sum_keys(self.objective))
         self.pairs_seen = 0
-        drawn: dict[str, Any] = {"noisy": args.allow_dropout, "seed": args.seed}
+        drawn: dict[str, Any] = {"noisy": args.allow_dropout, "seed": args.seed, "rank": args.process_index}
         drawn |= {"num_groups": len(self.data_collator.groups), "strategy": args.strategy}
         self.compared = Comparison(self.objective, args.reference, self.ref_model, **drawn)
 
@@ -203,11 +205,7 @@ class FocalPOTrainer(Trainer):
         """Whole steps of pairs, in an order of their own each epoch or, with `keep_order`, in that of the data."""
         if self.train_dataset is None:
             raise InputError("train_dataset is missing: there is nothing to train on")
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        seed = None if self.args.keep_order else seed
-        loader = step_loader(self.train_dataset, self.data_collator, self.args, seed=seed)
-        self.sampler = loader.batch_sampler
-        return loader
+        return step_loader(self.train_dataset, self.data_collator, self.args, seed=order_seed(self.args))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Held-out pairs in their own order."""
@@ -222,16 +220,6 @@ class FocalPOTrainer(Trainer):
         if pairs is None:
             raise InputError("eval_dataset is missing: there is nothing to evaluate on")
         return step_loader(NumberedPairs(pairs), self.data_collator, self.args, seed=None)
-
-    def num_examples(self, dataloader: DataLoader) -> int:
-        return len(dataloader.dataset)  # type: ignore[arg-type]
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        """Pairs are counted in `training_step`, over all ranks."""
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not estimated: transformers' formula does not know packs."""
-        return 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As `optim` names it; with LoRA+, two rates."""
@@ -265,7 +253,8 @@ class FocalPOTrainer(Trainer):
     def _step(self, model: nn.Module, batch: StepBatch) -> tuple[Tensor, int]:
         """Gradients add up over packs; only the last one synchronises ranks and lets the optimiser step."""
         if self.args.allow_dropout:
-            set_seed(self.args.seed + self.state.global_step)  # so that a resumed run draws the same noise
+            # so that a resumed run draws the same noise, and each rank its own
+            set_seed(self.args.seed + self.state.global_step * self.args.world_size + self.args.process_index)
         packs, step_pairs = self._in_step(batch)
         step = self.compared.step(model, packs, step_pairs, self.state.global_step)
         total = torch.zeros((), device=self.args.device)
@@ -373,16 +362,21 @@ class FocalPOTrainer(Trainer):
         if found is None:
             return super().train(**kwargs)
         progress = progress_at(found)
-        if 0 < self.args.max_steps <= progress.global_step:
-            return self._restore(found, progress)
+        if progress.global_step >= (last := self._last_step()):
+            return self._restore(found, progress, last)
         return super().train(resume_from_checkpoint=str(found), **kwargs)
 
-    def _restore(self, checkpoint: Path, progress: TrainerState) -> TrainOutput:
+    def _last_step(self) -> int:
+        """By the arguments."""
+        steps = math.ceil(self.args.num_train_epochs * -(-len(self.train_dataset or ()) // self.args.pairs_per_step))
+        return self.args.max_steps if self.args.max_steps > 0 else steps
+
+    def _restore(self, checkpoint: Path, progress: TrainerState, last: int) -> TrainOutput:
         """Take up a run whose last step is done: inside an epoch transformers would train one more."""
         progress.is_local_process_zero = self.is_local_process_zero()
         progress.is_world_process_zero = self.is_world_process_zero()
         self.state = progress
-        self._prepare_for_training(self.args.max_steps, None, str(checkpoint))
+        self._prepare_for_training(last, None, str(checkpoint))
         return TrainOutput(progress.global_step, float("nan"), {})
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -406,19 +400,19 @@ class FocalPOTrainer(Trainer):
                 "pairs_seen": self.pairs_seen,
                 "reference": self.reference_identity,
                 "objective": {name: value.tolist() for name, value in self.compared.state.items()},
+                "order": self._order,
             },
             **self._training(),
         )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Weights come back together with the optimiser's state, strictly, by name."""
-
     def _take_up(self, checkpoint: Path) -> None:
         """Weights, the optimiser's state and the schedule as they were at the checkpoint."""
         self.made.check_same(checkpoint)
-        extra = {"objective": {}, **load_state(checkpoint, **self._training())}  # earlier ones have no state of it
-        check_keys(extra, ("metrics", "pairs_seen", "reference", "objective"), "state.json")
+        unsaid = {"objective": {}, "order": self._order}  # by checkpoints of earlier versions
+        extra = unsaid | load_state(checkpoint, **self._training())
+        check_keys(extra, ("metrics", "pairs_seen", "reference", "objective", "order"), "state.json")
         check_same_reference(extra["reference"], self.reference_identity)
+        check_same_order(extra["order"], self._order)
         self.made.take_up(checkpoint)
         if self.is_world_process_zero():
             self.metrics.load(extra["metrics"])
@@ -426,15 +420,13 @@ class FocalPOTrainer(Trainer):
         left = {name: torch.tensor(value, dtype=torch.float64) for name, value in extra["objective"].items()}
         self.compared.state = {name: value.to(self.args.device) for name, value in left.items()}
 
+    @cached_property
+    def _order(self) -> dict[str, Any]:
+        return order_of(self._pairs("train_dataset") or [], self.args)
+
     def _training(self) -> dict[str, Any]:
         """What a step changes, and who holds it."""
         return {"engine": self.engine, "parameters": self.trained, "scheduler": self.lr_scheduler}
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """None is needed: the order of pairs is a function of seed and epoch, and dropout is off."""
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """None exists: float16 is refused."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Collective: what was trained, as others load it, with its lineage; default: `output_dir`/adapter, or /model.

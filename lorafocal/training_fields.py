@@ -230,6 +230,14 @@ LOGGERS: dict[str, tuple[str, ...]] = {
     "swanlab": ("swanlab",),
 }
 
+# Numbers from 0 to below these, or an optimiser refuses them itself once the model is loaded.
+_BELOW = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), math.inf),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), 1.0),
+}
+
+NO_WARMUP = "lr_scheduler_type constant has none; use constant_with_warmup, or remove it"
+
 # A field without effect unless another one has a certain value: (other field, the value needed, its default).
 _NEEDS: dict[str, tuple[str, Any, Any]] = {
     "logging_steps": ("logging_strategy", "steps", "steps"),
@@ -278,7 +286,7 @@ def check_training_fields(given: Mapping[str, Any]) -> list[str]:
     """One message for each field of `given` (name -> value chosen by the user) that cannot be honoured."""
     errors = []
     for name, value in given.items():
-        problem = _field_problem(name, value)
+        problem = field_problem(name, value)
         if problem:
             errors.append(f"{name}: {problem}")
     return errors + _without_effect(given)
@@ -307,7 +315,8 @@ def _fits(kind: str, value: Any) -> bool:
     return plain is not None and isinstance(value, plain)
 
 
-def _field_problem(name: str, value: Any) -> str | None:
+def field_problem(name: str, value: Any) -> str | None:
+    """What is wrong with one field's value; None where nothing is."""
     try:
         rule = classify(name)
     except InputError as error:
@@ -321,11 +330,17 @@ def _field_problem(name: str, value: Any) -> str | None:
     annotation = installed_fields().get(name)
     if annotation is None:
         return f"the installed transformers does not have this field{_nearest(name)}"
+    if name in _BELOW and type(value) in (int, float) and not 0 <= value < _BELOW[name]:
+        return f"found {shown}; it must be at least 0 and {'finite' if _BELOW[name] == math.inf else 'below 1'}"
     if not accepts(annotation, value):
         example = ", such as 5.0e-6" if annotation == "float" else ""
         return f"found {shown} ({type(value).__name__}); it must be of type {annotation}{example}"
     if rule.choices and value not in rule.choices:
         return f"found {shown}; it must be one of {', '.join(rule.choices)}"
+    if name == "num_train_epochs" and value <= 0:
+        return f"found {shown}; it must be above 0, or nothing is trained"
+    if name == "max_steps" and not (value > 0 or value == -1):
+        return f"found {shown}; it must be above 0 (-1: as many as the epochs have)"
     if name == "optim" and value in _OF_BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         return f"{shown} is of bitsandbytes, which is not installed: pip install 'lorafocal[quant]', or use adamw_torch"
     return _logger_problem(value) if name == "report_to" else None
@@ -352,6 +367,14 @@ def _without_effect(given: Mapping[str, Any]) -> list[str]:
     for name, (other, needed, default) in _NEEDS.items():
         if name in given and given.get(other, default) != needed:
             errors.append(f"{name}: it has no effect unless {other} is {needed}; set that, or remove {name}")
+    if given.get("warmup_steps") and given.get("lr_scheduler_type") == "constant":
+        errors.append(f"warmup_steps: {NO_WARMUP}")
+    if given.get("optim") == "sgd":
+        errors += [
+            f"{name}: SGD has none; remove it" for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if name in given
+        ]
+    if given.get("eval_delay") and given.get("eval_strategy") == "no":
+        errors.append("eval_delay: nothing is evaluated, by eval_strategy no; remove one of the two")
     if given.get("max_steps", -1) != -1 and "num_train_epochs" in given:
         errors.append("num_train_epochs: max_steps is given too and decides alone; remove one of the two")
     return errors

@@ -55,7 +55,7 @@ def norm_in_its_own_dtype(self: Any, x: Tensor) -> Tensor:
 def steps_of(run: FocalPOTrainer) -> list[list[TokenizedPair]]:
     loader, found = run.get_train_dataloader(), []
     while len(found) < STEPS:
-        run.sampler.epoch = len(found)
+        loader.batch_sampler.epoch = len(found)
         found += [list(batch.pairs) for batch in loader]
     return found[:STEPS]
 

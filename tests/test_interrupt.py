@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from torch.utils.data import DataLoader
@@ -19,3 +21,29 @@ def test_data_workers_outlive_a_signal_that_asks_the_trainer_to_finish_its_step(
     (worker,) = batches._workers  # type: ignore[attr-defined]
     os.kill(worker.pid, number)
     assert [int(batch) for batch in [first, *batches]] == list(range(40))
+
+
+WORKERS = """
+from types import SimpleNamespace
+from lorafocal.sampler import step_loader
+args = SimpleNamespace(
+    pairs_per_step=2, process_index=0, world_size=1, dataloader_num_workers=1, dataloader_prefetch_factor=None,
+    dataloader_persistent_workers={persistent},
+)
+batches = iter(step_loader(range(64), list, args, seed=1))
+next(batches)
+{end}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("persistent", "end", "code"),
+    [(True, "[*batches]", 0), (False, "raise RuntimeError('in mid-epoch')", 1)],
+    ids=["persistent workers", "an error in mid-epoch"],
+)
+def test_a_process_ends_though_its_workers_ignore_what_it_sends_them(persistent: bool, end: str, code: int) -> None:
+    """Python's exit sends daemons SIGTERM and waits for them without limit."""
+    script = WORKERS.format(persistent=persistent, end=end)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == code, ended.stderr

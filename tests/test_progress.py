@@ -19,6 +19,7 @@ from lorafocal.progress import (
     LossWithEvaluation,
     MetricsFile,
     ProgressLine,
+    Speed,
     StepClock,
     clock_text,
     evaluation_line,
@@ -284,6 +285,17 @@ def test_a_fresh_start_keeps_nothing_not_even_an_evaluation_before_the_first_ste
     path.write_text('{"eval_loss": 0.7, "step": 0}\n{"loss": 0.6, "step": 1}\n')
     MetricsFile(path.parent).rewind(0)
     assert path.read_text() == ""
+
+
+def test_speed_is_that_of_each_training_by_itself() -> None:
+    """A second call counts its pairs anew: less than the first's."""
+    times = iter([0.0, 1.0, 2.0, 3.0, 4.0])
+    speed = Speed(now=lambda: next(times))
+    for seen in (100, 10):
+        called: tuple[Any, Any, Any] = (None, TrainerState(), TrainerControl())
+        speed.on_train_begin(*called)
+        speed.on_step_end(*called)
+        assert "pairs_per_s" not in speed.measured(seen)
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_logged(tmp_path: Path) -> None:

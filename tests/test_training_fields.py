@@ -190,11 +190,23 @@ def test_choices_exist_in_transformers() -> None:
         {"save_steps": 10, "save_strategy": "no"},
         {"logging_steps": 10, "logging_strategy": "epoch"},
         {"max_steps": 10, "num_train_epochs": 2},
+        {"warmup_steps": 10, "lr_scheduler_type": "constant"},
+        {"adam_beta1": 0.95, "optim": "sgd"},
+        {"eval_delay": 2, "eval_strategy": "no"},
     ],
 )
 def test_fields_that_another_makes_meaningless_are_refused(given: dict[str, Any]) -> None:
     [problem] = check_training_fields(given)
     assert "remove" in problem
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"num_train_epochs": 0}, "above 0"), ({"max_steps": 0}, "above 0"), ({"learning_rate": -1e-6}, "at least 0")],
+)
+def test_a_run_of_nothing_is_refused(given: dict[str, Any], words: str) -> None:
+    [problem] = check_training_fields(given)
+    assert words in problem
 
 
 def test_fields_that_go_together_pass() -> None:

@@ -117,7 +117,7 @@ def encode_sides(sides: Iterable[Side], encoder: Encoder) -> dict[Side, SideIds]
     """Ids by prompt and answer."""
     found = seams(sides, encoder)
     crossed = {side for side, seam in found.items() if not seam.holds}
-    rest = encode(encoder.tokenizer, (answer for prompt, answer in found if (prompt, answer) in crossed))
+    rest = encode_inner(encoder.tokenizer, (answer for prompt, answer in found if (prompt, answer) in crossed))
     return {
         side: SideIds(seam.prompt_ids, rest[side[1]], True)
         if side in crossed
@@ -189,6 +189,21 @@ def seams(sides: Iterable[Side], encoder: Encoder) -> dict[Side, Seam]:
 def seam_holds(prompt_ids: Ids, joint_ids: Ids) -> bool:
     """Whether the joint tokenisation leaves the prompt's tokens as they are."""
     return joint_ids[: len(prompt_ids)] == prompt_ids
+
+
+def encode_inner(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, Ids]:
+    """Token ids by text as they are behind other text: Llama-2's tokenizer and its like put a space before a first."""
+    distinct = list(dict.fromkeys(texts))
+    alone = encode(tokenizer, [_ANCHOR, *distinct])
+    behind = encode(tokenizer, (_ANCHOR + text for text in distinct))
+    anchor = alone[_ANCHOR]
+    return {
+        text: ids[len(anchor) :] if (ids := behind[_ANCHOR + text])[: len(anchor)] == anchor else alone[text]
+        for text in distinct
+    }
+
+
+_ANCHOR = "\n"  # which no tokenizer makes one token of with a letter behind it
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, Ids]:

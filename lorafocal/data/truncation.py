@@ -110,7 +110,8 @@ def truncate(pair: TokenizedPair, truncation: str, limits: Limits) -> TokenizedP
     kept = rule(two, limits)
     if kept is None:
         return None
-    length = max(len(kept.chosen_ids), len(kept.rejected_ids))
+    room = limits.max_length - len(kept.prompt_ids)  # a cut of several turns may leave less than there was room for
+    length = room if truncation == "keep_start" else max(len(kept.chosen_ids), len(kept.rejected_ids))
     others: list[OtherAnswer] = []
     for other in pair.others:
         if other.prompt_ids == pair.prompt_ids:

@@ -53,8 +53,11 @@ class Engine(Protocol):
     def ungraded(self, parameters: Mapping[str, Parameter]) -> list[str]:
         """Collective: names of the parameters that the step's packs gave no gradient."""
 
-    def finite(self, parameters: Mapping[str, Parameter]) -> bool:
-        """Collective: whether the step's gradient is finite, on all ranks; asked before the weights change."""
+    def largest_norm(self, parameters: Mapping[str, Parameter]) -> float:
+        """Collective: of the step's gradients of single tensors, over all ranks; infinite where one is not finite.
+
+        Asked before the weights change.
+        """
 
     def step(self) -> None:
         """What Trainer's `optimizer.step()` leaves to the engine: clipping and stepping where those are the engine's.

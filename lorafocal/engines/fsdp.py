@@ -23,12 +23,12 @@ from torch.nn import Parameter
 from transformers.training_args import OptimizerNames
 
 from lorafocal.compatibility import FOUR_BIT
-from lorafocal.engines.whole import Whole
+from lorafocal.engines.whole import Whole, norm_of
 from lorafocal.errors import InputError
 from lorafocal.model.compiled import decoder_layers
 from lorafocal.model.master import check_one_width, hold_masters, needs_masters, widen
 from lorafocal.model.quantized import word_of
-from lorafocal.together import anywhere
+from lorafocal.together import greatest
 
 if TYPE_CHECKING:
     from lorafocal.arguments import FocalPOConfig
@@ -101,9 +101,9 @@ class Sharded(Whole):
     def rest(self) -> None:
         self._policy.reshard()  # after an evaluation the module still has what no layer owns as one piece
 
-    def finite(self, parameters: Mapping[str, Parameter]) -> bool:
-        norms = torch._foreach_norm([_local(p.grad) for p in parameters.values() if p.grad is not None])
-        return not anywhere(not torch.isfinite(torch.stack(norms)).all(), self._device)
+    def largest_norm(self, parameters: Mapping[str, Parameter]) -> float:
+        own = norm_of([_local(p.grad) for p in parameters.values() if p.grad is not None])
+        return greatest(own, self._device)
 
     def sample(self, parameter: Any) -> Tensor:
         return super().sample(_local(parameter))

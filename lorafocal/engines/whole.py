@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from lorafocal.trainer import FocalPOTrainer
 
 SAMPLE = 4096  # entries of a tensor that are looked at to see whether it has moved
+
+
+def norm_of(gradients: list[Tensor]) -> float:
+    """The largest norm of them; 0 of none, infinite where one is not finite."""
+    if not gradients:
+        return 0.0
+    largest = float(torch.stack(torch._foreach_norm(gradients)).max())
+    return largest if math.isfinite(largest) else math.inf
 
 
 class Whole:
@@ -57,9 +66,8 @@ class Whole:
     def ungraded(self, parameters: Mapping[str, Parameter]) -> list[str]:
         return [name for name, parameter in parameters.items() if parameter.grad is None]
 
-    def finite(self, parameters: Mapping[str, Parameter]) -> bool:
-        norms = torch._foreach_norm([p.grad for p in parameters.values() if p.grad is not None])
-        return bool(torch.isfinite(torch.stack(norms)).all())  # DDP has made them equal on all ranks
+    def largest_norm(self, parameters: Mapping[str, Parameter]) -> float:
+        return norm_of([p.grad for p in parameters.values() if p.grad is not None])  # DDP made them equal on all ranks
 
     def step(self) -> None:
         """Trainer clips and steps."""

@@ -24,14 +24,14 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
 
-from lorafocal.engines.whole import SAMPLE
+from lorafocal.engines.whole import SAMPLE, norm_of
 from lorafocal.engines.zero_parts import Part, link_states, own_entries, parts_of, refresh_weights, set_entries
 from lorafocal.errors import InputError
 from lorafocal.memory.shards import BUCKET_ENTRIES
 from lorafocal.model.adapters import adapter_layers
 from lorafocal.model.compiled import decoder_layers
 from lorafocal.model.master import arithmetic_of, check_one_width
-from lorafocal.together import anywhere
+from lorafocal.together import greatest
 
 if TYPE_CHECKING:
     from lorafocal.arguments import FocalPOConfig
@@ -192,10 +192,8 @@ class Zero:
         dist.all_reduce(graded, op=dist.ReduceOp.MAX)
         return [name for name, found in zip(parameters, graded.tolist(), strict=True) if not found]
 
-    def finite(self, parameters: Mapping[str, Parameter]) -> bool:
-        own = [gradient for part in self._parts for gradient in part.gradients()]
-        finite = not own or bool(torch.isfinite(torch.stack(torch._foreach_norm(own))).all())
-        return not anywhere(not finite, self._device)
+    def largest_norm(self, parameters: Mapping[str, Parameter]) -> float:
+        return greatest(norm_of([gradient for part in self._parts for gradient in part.gradients()]), self._device)
 
     def step(self) -> None:
         """DeepSpeed clips, steps, and lets its gradients go."""

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafocal.schema.mistakes import all_at_once
-from lorafocal.training_fields import RULES, check_training_fields, installed_fields
+from lorafocal.training_fields import NO_WARMUP, RULES, check_training_fields, installed_fields
 from lorafocal.values import Tier
-
-# Numbers from 0 to below these, or an optimiser refuses them itself once the model is loaded.
-_BELOW = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), math.inf),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), 1.0),
-}
 
 
 class Training(BaseModel):
@@ -58,9 +51,7 @@ def _training_problems(fields: dict[str, Any], section: dict[str, Any]) -> Itera
     for message in check_training_fields(passed):
         name, _, text = message.partition(": ")
         yield name, text
-    for name in passed.keys() & _BELOW.keys():
-        value, below = passed[name], _BELOW[name]
-        if type(value) in (int, float) and not 0 <= value < below:
-            yield name, f"found {value!r}; it must be at least 0 and {'finite' if below == math.inf else 'below 1'}"
+    if section.get("warmup_ratio") and fields.get("lr_scheduler_type") == "constant":
+        yield "warmup_ratio", NO_WARMUP
     if "warmup_steps" in fields and "warmup_ratio" in section:
         yield "warmup_steps", "warmup_ratio is given too; remove one of the two"

@@ -264,6 +264,17 @@ def test_groups_are_numbered_and_embeddings_are_rows() -> None:
 
 
 @pytest.mark.parametrize(("name", "settings"), [("triple-po", {"nll_weight": 0.5}), ("selm", {"alpha": 0.5})])
+def test_an_answer_keeps_the_room_that_a_cut_of_turns_left_free() -> None:
+    """The chosen completion's cut ends where its user speaks, short of the room: others need not end there too."""
+    turns = [0] * 4 + [-1] * 8 + [1] * 4
+    other = OtherAnswer([5] * 10, [3] * 8)
+    dialogue = TokenizedPair("a", [5] * 10, [1] * 16, [2] * 3, chosen_turns=turns, others=(other,))
+    kept = truncate(dialogue, "keep_start", Limits(20))
+    assert kept is not None
+    assert (len(kept.chosen_ids), len(kept.rejected_ids)) == (4, 3)
+    assert kept.others == (other,)
+
+
 def test_packs_change_nothing_in_training(tmp_path: Path, name: str, settings: dict[str, float]) -> None:
     batch = with_others(pairs(12), counts=(1,))
     found = []

@@ -216,6 +216,23 @@ def test_a_tokenizer_that_prepends_a_space_does_not_do_so_at_the_seam() -> None:
     assert tokenizer.convert_ids_to_tokens(tokenized.chosen_ids) == ["▁yes", "</s>"]
 
 
+@pytest.mark.row("25")
+@pytest.mark.parametrize("before", ["answer: ", "answer:"])
+def test_an_answer_behind_a_prompts_space_gets_no_second_one(before: str) -> None:
+    """Encoded alone it would begin with `▁`, as Llama-2's tokenizer begins every text."""
+    words = [*SPECIAL, "▁", "▁yes", "yes", "▁no", "no", "▁answer:", "\n", "?"]
+    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="?"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split("▁", "merged_with_next")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    [tokenized] = tokenize_preferences([pair(before, "yes", "no")], tokenizer, max_length=20).pairs
+    first = ["▁answer:", "▁"] if before.endswith(" ") else ["▁answer:"]
+    assert tokenizer.convert_ids_to_tokens(tokenized.prompt_ids)[-len(first) :] == first
+    assert tokenizer.convert_ids_to_tokens(tokenized.chosen_ids)[:-1] == ["yes"]
+
+
 PIECES = st.lists(st.sampled_from([*SPECIAL, "y", "e", "s", " ", "\n", "answer:", "é"]), max_size=8).map("".join)
 
 

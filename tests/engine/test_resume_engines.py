@@ -53,15 +53,16 @@ def own(kind: str, engine: str) -> tuple[Part, Part]:
     return Part(kind, engine), Part(kind, engine, engine, SAVED)
 
 
-ALONE_FIRST = own("full", ALONE)
+ALONE_FIRST = (*own("full", ALONE), *own("lora", ALONE))
 TOGETHER = (
     *own("full", "zero2"), *own("full", "zero3"), *own("full", "fsdp2"), Part("full", "zero3", ALONE, SAVED),
     *own("bf16", "zero1"), *own("bf16", "fsdp2"), Part("bf16", "fsdp2", "zero1", SAVED),
-    *own("lora", "zero3"), *own("lora", "fsdp2"),
+    *own("lora", "zero3"), *own("lora", "fsdp2"), Part("lora", "zero2", ALONE, SAVED),
 )  # fmt: skip
 IN_BETWEEN = Part("full", ALONE, "zero3", SAVED)
+BACK = Part("lora", ALONE, "zero3", SAVED)
 LAST = Part("full", "fsdp2", f"{ALONE}-after-zero3", 2 * SAVED)
-GONE_ON = [part for part in (*ALONE_FIRST, *TOGETHER, IN_BETWEEN, LAST) if part.begun]
+GONE_ON = [part for part in (*ALONE_FIRST, *TOGETHER, IN_BETWEEN, BACK, LAST) if part.begun]
 
 
 def make(root: Path, part: Part) -> FocalPOTrainer:
@@ -106,7 +107,7 @@ def all_of(root: Path, parts: tuple[Part, ...]) -> Callable[[int], None]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("engines")
     tiny_base(tie_word_embeddings=True).save_pretrained(root / "base")
-    for parts, world in ((ALONE_FIRST, 1), (TOGETHER, 2), ((IN_BETWEEN,), 1), ((LAST,), 2)):
+    for parts, world in ((ALONE_FIRST, 1), (TOGETHER, 2), ((IN_BETWEEN, BACK), 1), ((LAST,), 2)):
         assert forked_ranks(all_of(root, parts), root, world) == [0] * world
     return root
 

@@ -6,10 +6,12 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
 import lorafocal.publish
 import lorafocal.shard_files
@@ -18,6 +20,7 @@ from lorafocal import launch
 from lorafocal.checkpoint import latest_complete, rotate, save_state
 from lorafocal.errors import InputError
 from lorafocal.publish import recover, why_incomplete
+from lorafocal.saving import write_checkpoint
 from lorafocal.together import all_or_none, of_all_ranks, published_by_all
 from tests.engine.forked import forked_ranks
 from tests.small_run import Run
@@ -183,6 +186,25 @@ def test_a_taken_name_is_refused_on_every_rank(run_dir: Path, tmp_path: Path) ->
             published_by_all(run_dir / "checkpoint-1"),
         ):
             kill_self()
+
+    assert forked_ranks(work, tmp_path) == [0, 0]
+    assert [path.name for path in run_dir.iterdir()] == ["checkpoint-1"]
+
+
+def test_what_is_made_fails_on_both_where_the_rank_that_writes_it_fails(run_dir: Path, tmp_path: Path) -> None:
+    """The others would wait for it in the save's next exchange."""
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        if launch.is_main():
+            raise OSError(28, "No space left on device")
+
+    def work(rank: int) -> None:
+        made: Any = SimpleNamespace(mark=full_disk)
+        run = trained(2)
+        with pytest.raises(OSError if rank == 0 else InputError, match="No space" if rank == 0 else "rank 0 could not"):
+            write_checkpoint(
+                run_dir, TrainerState(global_step=2), made=made, keep=None, engine=run.engine, extra={"pairs_seen": 0}
+            )
 
     assert forked_ranks(work, tmp_path) == [0, 0]
     assert [path.name for path in run_dir.iterdir()] == ["checkpoint-1"]

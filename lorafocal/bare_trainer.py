@@ -1,0 +1,51 @@
+"""transformers' Trainer without what it would do of its own accord: here steps are counted, kept and resumed by us."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer
+
+from lorafocal.errors import InputError
+
+
+class BareTrainer(Trainer):
+    """What is left: its loop, its schedule, its callbacks and its logs."""
+
+    def add_callback(self, callback: Any) -> None:
+        """Raises InputError for one that chooses among checkpoints, of which none is marked as the best here."""
+        if isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback:
+            raise InputError(
+                "EarlyStoppingCallback stops by the best checkpoint, and none is chosen during training: keep"
+                " checkpoints (save_steps), compare them by `lorafocal score`, and go on from the best"
+            )
+        super().add_callback(callback)
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """There are no predictions: `evaluate(rows)` measures pairs."""
+        raise InputError(
+            "predict: pairs have none; `evaluate(rows)` gives their metrics, `lorafocal score` each pair's"
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Pairs."""
+        return len(dataloader.dataset)  # type: ignore[arg-type]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        """Pairs are counted in `training_step`, over all ranks."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: transformers' formula does not know packs."""
+        return 0
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights come back together with the optimiser's state, strictly, by name."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """None is needed: the order of pairs is a function of seed and epoch, and dropout is off."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """None exists: float16 is refused."""

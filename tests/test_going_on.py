@@ -1,0 +1,121 @@
+"""A Python run that goes on: no more than was left to do, in the same steps, nothing lost at the end of an epoch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from lorafocal.errors import InputError
+from lorafocal.trainer import FocalPOTrainer
+from tests.tiny import lora, pairs, trainer
+
+DATA = pairs(16)
+EPOCHS = {"max_steps": -1, "pairs_per_step": 4, "save_strategy": "steps", "lr_scheduler_type": "constant"}
+
+
+def weights(run: FocalPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+
+
+def test_a_finished_run_of_a_share_of_epochs_is_not_trained_further(tmp_path: Path) -> None:
+    settings = EPOCHS | {"num_train_epochs": 1.5, "save_steps": 1}
+    run = trainer(tmp_path, DATA, **settings)
+    run.train()
+    again = trainer(tmp_path, DATA, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == run.state.global_step == 6
+    before, after = weights(run), weights(again)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not (tmp_path / "checkpoint-7").exists()
+
+
+@pytest.mark.row("55")
+@pytest.mark.parametrize(
+    ("settings", "data", "key"),
+    [
+        ({"pairs_per_step": 2}, DATA, "pairs_per_step: 4 -> 2"),
+        ({"seed": 7}, DATA, "seed: 42 -> 7"),
+        ({"keep_order": True}, DATA, "seed: 42 -> "),
+        ({}, [*DATA[1:], DATA[0]], "tokens_sha256"),
+        ({}, [replace(DATA[0], chosen_ids=[3]), *DATA[1:]], "tokens_sha256"),
+    ],
+    ids=["step", "seed", "order", "turned", "changed"],
+)
+def test_another_order_of_pairs_is_refused(settings, data, key, tmp_path: Path) -> None:
+    """Resumed so, some pairs would be seen twice in the epoch, and others never."""
+    kept = {"save_strategy": "steps", "save_steps": 2, "pairs_per_step": 4, "max_steps": 2}
+    trainer(tmp_path, DATA, **kept).train()
+    with pytest.raises(InputError, match=rf"seen twice(?s:.*){key}"):
+        trainer(tmp_path, data, **(kept | {"max_steps": 4} | settings)).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_of_an_earlier_run_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    with caplog.at_level(logging.WARNING, "lorafocal"):
+        trainer(tmp_path, DATA, **kept).train()
+        assert "earlier run" not in caplog.text
+        trainer(tmp_path, DATA, **kept).train()
+    assert "holds checkpoints of an earlier run up to checkpoint-4" in caplog.text
+
+
+def test_an_epochs_evaluation_is_in_the_checkpoint_that_ends_it(tmp_path: Path) -> None:
+    """Written between the two, a kill would lose it: the resumed run begins the next epoch."""
+    run = trainer(tmp_path, DATA, DATA[:3], **EPOCHS, num_train_epochs=2, save_steps=4, eval_strategy="epoch")
+    run.train()
+    for step in (4, 8):
+        log = json.loads((tmp_path / f"checkpoint-{step}/trainer_state.json").read_text())["log_history"]
+        assert [line["step"] for line in log if "eval_loss" in line] == list(range(4, step + 1, 4))
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
+
+
+class Looks(TrainerCallback):
+    """A callback of a user that asks for the loader, and the pairs that each epoch began with."""
+
+    def __init__(self) -> None:
+        self.run: FocalPOTrainer | None = None
+        self.first: list[list[int]] = []
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        assert self.run is not None
+        self.run.get_train_dataloader()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % 4 == 0:
+            self.first.append(next(iter(kwargs["train_dataloader"].batch_sampler)))
+
+
+@pytest.mark.row("F2")
+def test_who_asks_for_the_loader_does_not_stop_the_epochs_order(tmp_path: Path) -> None:
+    looks = Looks()
+    run = trainer(tmp_path, DATA, **EPOCHS, num_train_epochs=3)
+    run.add_callback(looks)
+    looks.run = run
+    run.train()
+    assert len({tuple(first) for first in looks.first}) == len(looks.first) == 3
+
+
+def test_steps_without_any_gradient_move_nothing_and_are_no_fault(tmp_path: Path) -> None:
+    """As where every margin is beyond a hinge's, or a guard takes all gradients away."""
+    run = trainer(tmp_path, DATA, max_steps=2)
+    before = weights(run)
+    for parameter in run.trained.values():
+        parameter.register_hook(torch.zeros_like)
+    run.train()
+    assert not run.health.moved
+    after = weights(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_chooses_among_checkpoints_or_predicts_is_refused_by_name(tmp_path: Path) -> None:
+    run = trainer(tmp_path, DATA, peft_config=lora())
+    with pytest.raises(InputError, match="EarlyStoppingCallback stops by the best checkpoint"):
+        run.add_callback(EarlyStoppingCallback())
+    with pytest.raises(InputError, match=r"predict: .*evaluate"):
+        run.predict(DATA)
