@@ -35,8 +35,10 @@ def test_every_piece_of_advice_for_a_run_that_does_not_fit_is_enough(gpus, given
         ({"adapter.init": "pissa", "reference.kind": "frozen_copy"}, "quantization"),
         ({"adapter": "{start_from: STORED}", "reference.kind": "frozen_copy"}, "adapter.r"),
         ({"stages": "2"}, "zero3"),
+        ({"reference": "{kind: moving, every: 64, mixing: 0.6}"}, "zero3"),
+        ({"adapter.trainable_tokens": "['<x>']"}, "zero3"),
     ],
-    ids=["rewritten base", "continued adapter", "stages"],
+    ids=["rewritten base", "continued adapter", "stages", "moving", "tokens"],
 )
 def test_nothing_is_advised_that_would_be_refused(given, never, tmp_path):
     """Each change may train by itself, and not beside what this config says."""
@@ -81,12 +83,19 @@ def test_a_stored_reference_is_advised_where_its_log_probs_are_enough(name, advi
         ("8xA100-40", {"engine.kind": "ddp"}, ["engine.kind=zero3"]),
         ("1xH100", {"engine": "null"}, ["--gpus 4xH100 engine.kind=zero3", "--gpus 1xB200"]),
         ("8xRTX4090", {}, ["engine.offload=optimizer", "engine.offload=all"]),
+        ("4xL40S", {}, ["data.max_length=896 data.max_prompt_length=", "--gpus 8xL40S: each"]),
+        ("1xRTX3080", {}, ["together: engine.offload=all data.max_length="]),
     ],
 )
 def test_advice_for_full_parameters_is_enough(gpus, given, said):
     advice = check_advice(FULL, gpus, given)
     assert all(any(line.startswith(words) for line in advice) for words in said), advice
     assert not any("quantization" in line or "adapter" in line for line in advice)
+
+
+def test_a_stored_reference_is_not_advised_to_stages() -> None:
+    assert not any("cached" in line for line in plan(config("stages=3"), "1xRTX4090").advice)
+    assert any("cached" in line for line in plan(config(), "1xRTX4090").advice)
 
 
 def test_changes_that_are_not_enough_together_end():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import sys
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorafocal import launch
-from lorafocal.cli.options import JsonOption, OverridesArgument, no_loading_bars, page_place, print_report
+from lorafocal.cli.options import JsonOption, OverridesArgument, no_loading_bars, numbers, page_place, print_report
 from lorafocal.errors import InputError
 
 if TYPE_CHECKING:
     from lorafocal.config import Config
+    from lorafocal.memory import Lengths
     from lorafocal.run import RunSummary
     from lorafocal.stages import StagedSummary
 
@@ -138,6 +140,10 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option("--tflops", help="TFLOP/s of one GPU as measured; a share of its peak if absent.")
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", metavar="P,C,R", help="Mean tokens of prompts, chosen and rejected answers."),
+    ] = None,
     price: Annotated[float | None, typer.Option("--price", help="Of one GPU for an hour, in any currency.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -146,7 +152,17 @@ def plan(
     from lorafocal.plan import plan as make_plan
 
     checked = load_config(config, _with_engine(overrides, engine))
-    print_report(make_plan(checked, gpus, tflops=tflops, price_per_hour=price), as_json)
+    means = None if lengths is None else _mean_lengths(lengths)
+    print_report(make_plan(checked, gpus, tflops=tflops, lengths=means, price_per_hour=price), as_json)
+
+
+def _mean_lengths(text: str) -> Lengths:
+    from lorafocal.memory import Lengths
+
+    found = numbers("--lengths", text)
+    if len(found) != 3 or not all(0 < length < math.inf for length in found):
+        raise InputError(f"--lengths {text!r}: give three numbers above 0, of prompts, chosen and rejected answers")
+    return Lengths(*found)
 
 
 def cache_reference(

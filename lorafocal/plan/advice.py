@@ -11,6 +11,7 @@ from lorafocal.errors import InputError
 from lorafocal.hardware import GPUS, IN_ONE_MACHINE, Machine
 from lorafocal.plan.machine import OnMachine, forward_flops, free_bytes, on_machine, placed, step_flops
 from lorafocal.plan.work import Work, trained_otherwise
+from lorafocal.schema import Data
 
 Planned = tuple[Config, Work]
 
@@ -32,8 +33,8 @@ def advice(config: Config, work: Work, found: OnMachine) -> Iterator[str]:
     enough = [gpu.name for gpu in larger if _fits(planned, Machine(found.machine.count, gpu))]
     if enough:
         yield f"--gpus {found.machine.count}x{enough[0]}: the smallest card of the table that holds it as it is"
-    if work.setup.full and (count := _enough_cards(planned, found.machine)):
-        yield f"--gpus {count}x{found.machine.gpu.name} {_SPLIT}: each holds a part of the weights"
+    if work.setup.full:
+        yield from _enough_cards(planned, found.machine)
 
 
 _SPLIT = "engine.kind=zero3"
@@ -43,18 +44,20 @@ _OFFLOADED = {
 }
 
 
-def _enough_cards(planned: Planned, machine: Machine) -> int | None:
+def _enough_cards(planned: Planned, machine: Machine) -> Iterator[str]:
     """The smallest number of cards in one machine that hold the run between them, where that is more than now."""
-    split = _with(planned, _SPLIT)
-    counts = (count for count in (2, 4, IN_ONE_MACHINE) if count > machine.count)
-    return next((count for count in counts if split and _fits(split, Machine(count, machine.gpu))), None)
+    split, words = (planned, "") if planned[1].setup.engine == "zero3" else (_with(planned, _SPLIT), f" {_SPLIT}")
+    for count in (2, 4, IN_ONE_MACHINE):
+        if count > machine.count and split is not None and _fits(split, Machine(count, machine.gpu)):
+            yield f"--gpus {count}x{machine.gpu.name}{words}: each holds a part of the weights"
+            return
 
 
-def _with(planned: Planned, override: str) -> Planned | None:
-    """The run with one `section.key=value`; None where no such run trains, or it changes nothing."""
+def _with(planned: Planned, overrides: str) -> Planned | None:
+    """The run with `section.key=value`, one or several; None where no such run trains, or they change nothing."""
     config, work = planned
     try:
-        config = changed(config, [override])
+        config = changed(config, overrides.split())
     except InputError:
         return None
     then = trained_otherwise(work, config)
@@ -67,12 +70,12 @@ def _fits(planned: Planned, machine: Machine) -> bool:
 
 def _changes(planned: Planned, machine: Machine) -> Iterator[tuple[str, Planned]]:
     """Single changes that leave a run that trains, each with its words."""
-    for override, why in _candidates(planned[1], machine):
+    for override, why in _candidates(*planned, machine):
         if then := _with(planned, override):
             yield f"{override}: {why}", then
 
 
-def _candidates(work: Work, machine: Machine) -> Iterator[tuple[str, str]]:
+def _candidates(config: Config, work: Work, machine: Machine) -> Iterator[tuple[str, str]]:
     """Overrides that take less memory, and why, the least intrusive first."""
     setup = work.setup
     yield "packing.tokens=auto", "as many as fit"
@@ -90,9 +93,22 @@ def _candidates(work: Work, machine: Machine) -> Iterator[tuple[str, str]]:
     for offload in OFFLOADS.get(setup.engine, ()):
         yield f"engine.offload={offload}", _OFFLOADED[offload]
     if shorter := _max_length(work, machine):
-        yield f"data.max_length={shorter}", "longer pairs are dropped"
+        yield _shortened(config.data, shorter), _SHORTENED[config.data.truncation]
 
 
+def _shortened(data: Data, length: int) -> str:
+    """Prompts that are cut keep their share of the room."""
+    room = data.max_prompt_length
+    prompts = "" if room is None else f" data.max_prompt_length={room * length // data.max_length}"
+    return f"data.max_length={length}{prompts}"
+
+
+_SHORTENED = {
+    "drop": "longer pairs are dropped",
+    "keep_start": "longer answers lose their ends",
+    "cut_prompt_left": "longer prompts lose their beginnings",
+    "recipe": "longer pairs are cut",
+}
 _STORED = "reference.kind=cached"
 _IN_4_BITS = "model.quantization=nf4"
 
@@ -110,19 +126,17 @@ def _max_length(work: Work, machine: Machine) -> int | None:
 
 def _all_changes(planned: Planned, machine: Machine) -> str | None:
     """Changes taken together, one after the other until the run fits."""
-    overrides: list[str] = []
+    taken: dict[str, str] = {}  # by key: of two ways to offload the second takes the first one's place
+    tried: set[str] = set()
     while True:
-        following = [
-            (override, then)
-            for words, then in _changes(planned, machine)
-            if (override := words.partition(":")[0]) not in overrides
-        ]
-        if not following:
+        following = ((words.partition(":")[0], then) for words, then in _changes(planned, machine))
+        override, planned = next((each for each in following if each[0] not in tried), ("", planned))
+        if not override:
             return None
-        override, planned = following[0]
-        overrides.append(override)
+        tried.add(override)
+        taken[override.partition("=")[0]] = override
         if _fits(planned, machine):
-            return f"together: {' '.join(overrides)}"
+            return f"together: {' '.join(taken.values())}"
 
 
 def _faster(planned: Planned, found: OnMachine) -> Iterator[str]:

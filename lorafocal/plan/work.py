@@ -146,7 +146,7 @@ def _typical(max_length: int, assumed: list[str]) -> Lengths:
     like = "as in UltraFeedback" if scale == 1 else "three quarters of data.max_length together"
     assumed.append(
         f"lengths: prompts of {found.prompt:.0f} and answers of {found.chosen:.0f} tokens on average, {like};"
-        " `lorafocal check` counts yours"
+        " `lorafocal check` counts yours, and --lengths takes them"
     )
     return found
 

@@ -17,6 +17,7 @@ from lorafocal import cli
 from lorafocal.cli.training import ends_tidily
 from lorafocal.config import load_config
 from lorafocal.errors import InputError
+from lorafocal.memory import Lengths
 from tests.command import Report, Summary, call, command, stand_in
 
 pytestmark = pytest.mark.slow
@@ -195,6 +196,19 @@ def test_a_page_of_the_check_never_replaces_data(
     assert call(monkeypatch, "check", file, "--html", rows) == 2
     assert "pairs.jsonl: the page is one .html file" in capsys.readouterr().err
     assert (rows.read_text(encoding="utf-8"), checks) == ("{}\n", [])
+
+
+@pytest.mark.parametrize("lengths", ["67,666", "67,666,0", "67,666,nan", "a,b,c"])
+def test_lengths_of_a_plan_are_three_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: Path, lengths: str
+) -> None:
+    plans = stand_in(monkeypatch, "plan", "plan", Report())
+    assert call(monkeypatch, "plan", file, "--lengths", lengths) == 2
+    assert "--lengths" in capsys.readouterr().err
+    assert plans == []
+    assert call(monkeypatch, "plan", file, "--lengths", "67,666,218") == 0
+    [(_, given)] = plans
+    assert given["lengths"] == Lengths(67, 666, 218)
 
 
 def test_from_trl_prints_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
