@@ -11,7 +11,7 @@ import ast
 import difflib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,17 +61,33 @@ _SCRIPT = "only example scripts of transformers read it"
 _OF_BITSANDBYTES = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd", *_OF_BITSANDBYTES)
 _LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
-_SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-    "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
-)  # fmt: skip
+# What `lr_scheduler_kwargs` may hold for each schedule.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles", "warmup_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles",
+    ),
+}  # fmt: skip
+_NEEDED = {  # one of these, or the schedule fails once the model is loaded
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
 
 RULES: dict[str, FieldRule] = {
     # duration and learning rate
     "num_train_epochs": _supported(),
     "max_steps": _supported(),
     "learning_rate": _supported(),
-    "lr_scheduler_type": _supported(*_SCHEDULES),
+    "lr_scheduler_type": _supported(*SCHEDULES),
     "lr_scheduler_kwargs": _supported(),
     "warmup_steps": _supported(),
     "warmup_ratio": _refused(None, "gone from transformers; warmup_steps below 1 is the same share of all steps"),
@@ -367,6 +383,7 @@ def _without_effect(given: Mapping[str, Any]) -> list[str]:
     for name, (other, needed, default) in _NEEDS.items():
         if name in given and given.get(other, default) != needed:
             errors.append(f"{name}: it has no effect unless {other} is {needed}; set that, or remove {name}")
+    errors += _of_the_schedule(given)
     if given.get("warmup_steps") and given.get("lr_scheduler_type") == "constant":
         errors.append(f"warmup_steps: {NO_WARMUP}")
     if given.get("optim") == "sgd":
@@ -378,6 +395,20 @@ def _without_effect(given: Mapping[str, Any]) -> list[str]:
     if given.get("max_steps", -1) != -1 and "num_train_epochs" in given:
         errors.append("num_train_epochs: max_steps is given too and decides alone; remove one of the two")
     return errors
+
+
+def _of_the_schedule(given: Mapping[str, Any]) -> Iterator[str]:
+    """What `lr_scheduler_kwargs` holds that the schedule does not take, or lacks."""
+    named = given.get("lr_scheduler_type", "linear")
+    schedule, settings = getattr(named, "value", named), given.get("lr_scheduler_kwargs") or {}
+    if schedule not in SCHEDULES or not isinstance(settings, Mapping):
+        return
+    takes = ", ".join(SCHEDULES[schedule]) or "nothing"
+    if strange := [str(key) for key in settings if key not in SCHEDULES[schedule]]:
+        yield f"lr_scheduler_kwargs: {schedule} takes {takes}; remove {', '.join(strange)}"
+    needed = _NEEDED.get(schedule, ())
+    if needed and not settings.keys() & needed:
+        yield f"lr_scheduler_kwargs: {schedule} needs {' or '.join(needed)}"
 
 
 def _nearest(name: str) -> str:

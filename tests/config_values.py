@@ -49,6 +49,7 @@ OTHER_VALUES = {
     "adapter.trainable_tokens": "[5]",
     "model.quantization": "nf4",
     "training.loraplus_lr_ratio": "16",
+    "training.lr_scheduler_type": "cosine",
     "data.train": "another.jsonl",
     "data.eval": "another.jsonl",
     "data.max_length": "77",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from lorafocal import training_fields
 from lorafocal.errors import InputError
 from lorafocal.training_fields import (
     RULES,
+    SCHEDULES,
     accepts,
     check_training_fields,
     classify,
@@ -193,6 +195,8 @@ def test_choices_exist_in_transformers() -> None:
         {"warmup_steps": 10, "lr_scheduler_type": "constant"},
         {"adam_beta1": 0.95, "optim": "sgd"},
         {"eval_delay": 2, "eval_strategy": "no"},
+        {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
+        {"lr_scheduler_kwargs": {"min_lr": 1e-7, "power": 2}, "lr_scheduler_type": "cosine_with_min_lr"},
     ],
 )
 def test_fields_that_another_makes_meaningless_are_refused(given: dict[str, Any]) -> None:
@@ -207,6 +211,23 @@ def test_fields_that_another_makes_meaningless_are_refused(given: dict[str, Any]
 def test_a_run_of_nothing_is_refused(given: dict[str, Any], words: str) -> None:
     [problem] = check_training_fields(given)
     assert words in problem
+
+
+@pytest.mark.newest
+def test_schedules_take_what_the_table_says() -> None:
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from transformers.trainer_utils import SchedulerType
+
+    own = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for schedule, keys in SCHEDULES.items():
+        function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(schedule)]
+        assert {*inspect.signature(function).parameters} - own == {*keys}, schedule
+
+
+@pytest.mark.parametrize("schedule", ["cosine_with_min_lr", "warmup_stable_decay"])
+def test_a_schedule_that_would_fail_without_its_settings_is_refused(schedule: str) -> None:
+    [problem] = check_training_fields({"lr_scheduler_type": schedule})
+    assert f"{schedule} needs" in problem
 
 
 def test_fields_that_go_together_pass() -> None:
