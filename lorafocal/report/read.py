@@ -203,7 +203,7 @@ def _read_tables(folder: Path, notes: list[str]) -> list[PairTable]:
     tables = []
     for step, path in evaluation_files(folder).items():
         try:
-            tables.append(_table(step, read_evaluation(path)))
+            tables.append(pair_table(step, read_evaluation(path)))
         except InputError as error:
             notes.append(f"{FOLDER}/{path.name} was left out: {str(error).replace(str(path), path.name)}")
     if not tables:
@@ -214,7 +214,8 @@ def _read_tables(folder: Path, notes: list[str]) -> list[PairTable]:
     return tables
 
 
-def _table(step: int, rows: Sequence[EvaluatedPair]) -> PairTable:
+def pair_table(step: int, rows: Sequence[EvaluatedPair]) -> PairTable:
+    """The pairs of an evaluation by column. Raises InputError where there are none, or a number is not finite."""
     numbers = [(row.policy_chosen, row.policy_rejected, row.reference_chosen, row.reference_rejected) for row in rows]
     if not numbers or not all(_is_number(value) and math.isfinite(value) for row in numbers for value in row):
         raise InputError("it holds no pair, or log-probs that are not finite numbers")

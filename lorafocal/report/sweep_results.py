@@ -17,8 +17,8 @@ from torch import Tensor
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, read_evaluation
 from lorafocal.objectives import objective_from
-from lorafocal.objectives.inputs import PairLogps
 from lorafocal.objectives.pairwise import rewards
+from lorafocal.report.read import pair_table
 
 LOSS, ACCURACY, MARGIN = "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"
 DISPLACEMENT = "displacement"  # of chosen answers: policy minus reference, nats a completion
@@ -184,12 +184,10 @@ def pair_scores(point: Point, sweep: SweepRecord) -> Tensor | None:
     The loss is the objective's, which all points share where the loss is the criterion; correctness has no scale.
     """
     try:
-        rows = read_evaluation(evaluation_file(sweep.folder / point.slug, point.steps))
+        table = pair_table(point.steps, read_evaluation(evaluation_file(sweep.folder / point.slug, point.steps)))
     except InputError:
         return None
-    columns = [[row.policy_chosen, row.policy_rejected, row.reference_chosen, row.reference_rejected] for row in rows]
-    policy_chosen, policy_rejected, *reference = torch.tensor(columns, dtype=torch.float64).reshape(-1, 4).unbind(1)
-    both = PairLogps(policy_chosen, policy_rejected), PairLogps(*reference)
+    both = table.policy, table.reference
     if not sweep.criterion.lower_is_better:
         chosen, rejected = rewards(*both, beta=1.0)
         return (chosen > rejected).double()
