@@ -63,11 +63,22 @@ def following(trainer: Trainer) -> tuple[TrainerCallback, ...]:
 
 
 class ForgetLaterEvaluations(TrainerCallback):
-    """Where training starts or resumes at step n, evaluations of later steps are those of weights that are gone."""
+    """Where training starts or resumes at step n, evaluations of later steps are those of weights that are gone.
+
+    So is one of step 0, unless it was made just before.
+    """
 
     def __init__(self, run: Path) -> None:
         self._run = run
+        self._training = self._measured = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measured |= not self._training and state.global_step == 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            drop_later(self._run, state.global_step)
+            drop_later(self._run, state.global_step, keep_first=self._measured)
+        self._training, self._measured = True, False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = False

@@ -64,8 +64,11 @@ def read_evaluation(path: Path) -> list[EvaluatedPair]:
     return rows
 
 
-def drop_later(run: Path, step: int, folder: str = FOLDER) -> None:
-    """Remove the evaluations of steps after `step` (at step 0 all of them): the files are those of the weights."""
+def drop_later(run: Path, step: int, folder: str = FOLDER, *, keep_first: bool = False) -> None:
+    """Remove the evaluations of steps after `step`: the files are those of the weights.
+
+    At step 0 all of them, but with `keep_first` that of the weights before the first step.
+    """
     for at, path in evaluation_files(run, folder).items():
-        if step == 0 or at > step:
+        if at > step or (step == 0 and not keep_first):
             path.unlink()

@@ -28,12 +28,14 @@ class MetricsFile(TrainerCallback):
     """Appends one JSON object a logged event to the metrics of a run: the logged keys, `epoch` and `step`, sorted.
 
     The file is the lineage of the weights: when training starts or resumes at step n, lines of later steps
-    are dropped first (at step 0 all of them: a fresh start). Numbers that are not finite become null, because
-    JSON has no word for them.
+    are dropped first (at step 0, a fresh start, all but what was measured just before it). Numbers that are not finite
+    become null, because JSON has no word for them.
     """
 
     def __init__(self, run: Path) -> None:
         self.path = run / METRICS_FILE
+        self._training = False
+        self._measured: list[Mapping[str, Any]] = []  # by evaluations before the first step
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after `step`, and a last line that a killed process left unfinished."""
@@ -52,8 +54,17 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._training = True
         if state.is_world_process_zero:
             self.rewind(state.global_step)
+            for logs in self._measured if state.global_step == 0 else ():
+                self.append(0, logs)
+        self._measured = []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = False
 
     def on_log(
         self,
@@ -65,6 +76,8 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             self.append(state.global_step, logs)
+            if not self._training and state.global_step == 0:
+                self._measured.append(dict(logs))
 
 
 class LossWithEvaluation(TrainerCallback):

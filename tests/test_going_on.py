@@ -12,6 +12,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lorafocal.errors import InputError
+from lorafocal.evaluations import evaluation_files
 from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import lora, pairs, trainer
 
@@ -73,6 +74,18 @@ def test_an_epochs_evaluation_is_in_the_checkpoint_that_ends_it(tmp_path: Path) 
         assert [line["step"] for line in log if "eval_loss" in line] == list(range(4, step + 1, 4))
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
+
+
+def test_what_was_measured_before_training_stays(tmp_path: Path) -> None:
+    """Of this process; what an earlier run left goes."""
+    trainer(tmp_path, DATA, DATA[:3], eval_strategy="steps", eval_steps=2, eval_on_start=True).train()
+    run = trainer(tmp_path, DATA, DATA[:3], max_steps=1)
+    first = run.evaluate()
+    run.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line] == [(0, first["eval_loss"])]
+    assert {line["step"] for line in lines} == {0, 1}
+    assert [*evaluation_files(tmp_path)] == [0]
 
 
 class Looks(TrainerCallback):
