@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 from transformers.training_args import OptimizerNames
 
 from lorafocal.compatibility import FOUR_BIT
@@ -165,10 +166,20 @@ def split(model: nn.Module, *, masters_of: Mapping[str, Parameter] | None = None
         elif masters_of is not None:
             hold_masters(model, masters_of)
         before = [parameter for parameter in unit.parameters() if not isinstance(parameter, DTensor)]
-        fully_shard(unit, ignored_params=eight_bit, **how)
+        with _CodesNeedNoGradient():
+            fully_shard(unit, ignored_params=eight_bit, **how)
         _let_go(before, kept=eight_bit)
     for unit in decoder_layers(model) if four_bit else ():
         _hand_on(unit, four_bit)
+
+
+class _CodesNeedNoGradient(TorchFunctionMode):
+    """`fully_shard` of torch 2.11 makes every part one that needs a gradient, for a moment; integers refuse that."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.requires_grad_ and not args[0].is_floating_point():
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _let_go(parameters: Iterable[Parameter], *, kept: Container[Parameter]) -> None:
