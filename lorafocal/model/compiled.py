@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafocal.errors import InputError
+from lorafocal.model.quantized import base_dtype
+from lorafocal.model.stand_ins import FusedLinear, FusedMlp, FusedNorm, StandIn
+from lorafocal.ops.kernel_check import TOLERANCE
 from lorafocal.ops.segments import Segments, roles
+from lorafocal.ops.trace_check import traced_linears, traced_mlp, traced_norm
 
 # Graphs that one kind of layer may have; past it torch would quietly go on uncompiled.
 MOST_GRAPHS = 64
@@ -31,7 +35,7 @@ def compile_layers(model: nn.Module, bucket: int, *, backend: str | Callable[...
     """Compile the decoder layers for rows that are multiples of `bucket`; None, or why they stay as they are.
 
     Call it last: after adapters, heads and fused functions are in place. Values and gradients stay, up to rounding.
-    Raises InputError for a bucket that is none.
+    Raises InputError for a bucket that is none, and where this torch gets fused functions wrong.
     """
     if bucket < 2:
         raise InputError(f"compiled layers need packs of few lengths: a bucket of {bucket} rounds nothing up")
@@ -41,6 +45,7 @@ def compile_layers(model: nn.Module, bucket: int, *, backend: str | Callable[...
     if reason := _not_compiled(model):
         return reason
     _allow_graphs()
+    _check_traced(model)
     compiled: dict[type, Callable[..., Any]] = {}
     for layer in layers:
         kind = type(layer)
@@ -83,6 +88,28 @@ def _not_compiled(model: nn.Module) -> str | None:
         if "forward" in vars(layer):
             return f"the forward of {type(layer).__name__} has been exchanged already"
     return None
+
+
+def _check_traced(model: nn.Module) -> None:
+    """Refuse a torch that compiles the functions of a fused model into others; see `ops.trace_check`."""
+    stand_ins = [found for layer in decoder_layers(model) for part in layer.modules() if (found := StandIn.of(part))]
+    if not stand_ins:
+        return
+    how = base_dtype(model), next(model.parameters()).device
+    apart = [0.0]
+    for stand_in in stand_ins:
+        if isinstance(stand_in, FusedNorm):
+            apart.append(traced_norm(stand_in.functions, *how))
+        elif isinstance(stand_in, FusedLinear):
+            apart.append(traced_linears(*how))
+        elif isinstance(stand_in, FusedMlp):
+            apart.append(traced_mlp(stand_in.gated, stand_in.recompute, *how))
+    if not max(apart) <= TOLERANCE[how[0]]:
+        raise InputError(
+            f"kernels.compile: torch {torch.__version__} compiles fused functions into something else (values or"
+            f" gradients are off by {max(apart):.2g}): use kernels.compile: false, or kernels.adapters: peft, and"
+            " report the versions"
+        )
 
 
 def _allow_graphs() -> None:

@@ -47,7 +47,14 @@ from lorafocal.model.stand_ins import (
 )
 from lorafocal.model.trained_modules import plain_modules
 from lorafocal.ops.elementwise import GEGLU, TORCH, Elementwise, load
-from lorafocal.ops.kernel_check import furthest, head_fold_results, rms_norm_results, rope_results, swiglu_results
+from lorafocal.ops.kernel_check import (
+    TOLERANCE,
+    furthest,
+    head_fold_results,
+    rms_norm_results,
+    rope_results,
+    swiglu_results,
+)
 
 RECOMPUTE = ("none", "mlp")
 _MLPS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -55,11 +62,6 @@ _SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk
 _PROBE_TOKENS = 3
 _MLP_SCALES = (1.0, 2.0, 60.0)  # activations differ about the first two; the last is beyond what a block clamps at
 _NORM_SCALES = (1.0, 1e-3, 1e3)  # of the second, eps is a good part
-_TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.bfloat16: 0.03,
-}  # of the norm; a wrong formula is off by more
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ class _Door:
             raise InputError(f"kernels.elementwise: {functions.name} computes on CUDA, and the model is on {device}")
 
     def open(self) -> None:
-        if self.dtype not in _TOLERANCE:
+        if self.dtype not in TOLERANCE:
             self.left[f"a base in {str(self.dtype).removeprefix('torch.')}"] += 1
             return
         for module in self.modules:
@@ -280,8 +282,8 @@ class _Door:
         """Whether the stand-in computes what its module does: with adapters off the same bits, but on a 4-bit base."""
         with self.switch.off() if self.switch else nullcontext():
             base = self._difference(stand_in, x)
-        exact = base == 0 or (self.four_bit and base <= _TOLERANCE[self.dtype])
-        return exact and self._difference(stand_in, x) <= _TOLERANCE[self.dtype]
+        exact = base == 0 or (self.four_bit and base <= TOLERANCE[self.dtype])
+        return exact and self._difference(stand_in, x) <= TOLERANCE[self.dtype]
 
     @torch.no_grad()
     def _check_kernels(self, module: nn.Module, results: Callable[..., list[Tensor]], *given: Any) -> None:
@@ -303,7 +305,7 @@ class _Door:
         self._check_near(module, difference)
 
     def _check_near(self, module: nn.Module, difference: float) -> None:
-        if self.functions is not TORCH and not difference <= _TOLERANCE[self.dtype]:
+        if self.functions is not TORCH and not difference <= TOLERANCE[self.dtype]:
             raise InputError(
                 f"kernels.elementwise: {self.functions.name} computes something else than torch does on this device"
                 f" ({type(module).__name__}, off by {difference:.2g}): use torch, and report the card and the versions"

@@ -13,6 +13,9 @@ from torch import Tensor
 from lorafocal.ops.elementwise import Elementwise
 from lorafocal.ops.logps import LogitTransform
 
+# Of the norm of a row, between two ways to compute it; a wrong formula is off by more.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
+
 
 def swiglu_results(of: Elementwise, gate: Tensor, up: Tensor, upstream: Tensor) -> list[Tensor]:
     """For inputs of (T, F)."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lorafocal.ops.elementwise import TORCH, Elementwise, Gated
+from lorafocal.ops.elementwise import Elementwise, Gated
 from lorafocal.ops.logps import first_order
 
 
@@ -54,7 +54,7 @@ class Norm:
 
     weight: Tensor  # (D,)
     eps: float
-    elementwise: Elementwise = TORCH
+    elementwise: Elementwise
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (T, D) -> (T, D); the backward keeps x and one number a row."""
@@ -112,6 +112,22 @@ def gated_mlp(
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
+def _own_outputs(method: _Method) -> _Method:
+    """A forward that gives tensors of its own to a compiler.
+
+    Dynamo of torch 2.11 returns every step of a forward beside its outputs, and an output that is also a step (`y` and
+    `y.addmm_(...)`, `y` and `y.to` its own dtype) then loses its gradient to it without a word.
+    """
+
+    def own(*given: Any) -> Any:
+        found = method(*given)
+        if not torch.compiler.is_compiling():
+            return found
+        return found.view_as(found) if isinstance(found, Tensor) else tuple(y.view_as(y) for y in found)
+
+    return cast(_Method, own)
+
+
 def _as_given(method: _Method) -> _Method:
     """A function's forward or backward in the dtypes it is given, whatever autocast it is called under.
 
@@ -128,6 +144,7 @@ def _as_given(method: _Method) -> _Method:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
+    @_own_outputs
     @_as_given
     def forward(ctx, x, norm):  # type: ignore[no-untyped-def]
         y, rstd = norm.elementwise.rms_norm(x, norm.weight, norm.eps)
@@ -145,6 +162,7 @@ class _Norm(torch.autograd.Function):
 
 class _SharedLinear(torch.autograd.Function):
     @staticmethod
+    @_own_outputs
     @_as_given
     def forward(ctx, x, layers, normed, *trained):  # type: ignore[no-untyped-def]
         outputs, small = _project(x, layers, _weights(layers, x.dtype))
@@ -165,6 +183,7 @@ class _SharedLinear(torch.autograd.Function):
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
+    @_own_outputs
     @_as_given
     def forward(ctx, x, layers, gated, recompute, normed, *trained):  # type: ignore[no-untyped-def]
         pair, down = layers[:2], layers[2:]
@@ -239,7 +258,7 @@ def _towards(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients towards x, (T, in), where `weights` are given, and towards `small`, (T, sum of R)."""
     to_x: Tensor | None = None
-    for gradient, weight in zip(upstream, weights or (), strict=False):
+    for gradient, weight in zip(upstream, () if weights is None else weights, strict=False):
         to_x = gradient @ weight if to_x is None else to_x.addmm_(gradient, weight)
     parts = [
         (gradient @ layer.adapter.b.to(gradient.dtype)).mul_(layer.adapter.scale)

@@ -12,8 +12,10 @@ from torch._dynamo.utils import counters
 
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.errors import InputError
-from lorafocal.model.compiled import compile_layers, decoder_layers, restore_layers
+from lorafocal.model import compiled
+from lorafocal.model.compiled import compile_layers, decoder_layers, is_compiled, restore_layers
 from lorafocal.model.fused import fuse
+from lorafocal.ops import lora, trace_check
 from lorafocal.policy import evaluating, plain_attention, prepare_policy, sequence_logps
 from lorafocal.probes import check_packing
 from tests.tiny import SIZES, pairs, tiny_policy
@@ -102,6 +104,28 @@ def test_fused_adapters_compile_without_breaks_and_equal_plain_layers(recompute)
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert graphs.frame_count == 2
     assert not counters["graph_break"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+def test_fused_functions_that_a_compiler_gets_wrong_are_refused_and_other_models_are_not_tried(recompute, monkeypatch):
+    """Gradients that are lost in what is traced alone, as torch 2.11 lost them."""
+    product = lora.wide_product
+
+    def lost(left: Tensor, right: Tensor) -> Tensor:
+        found = product(left, right)
+        return torch.zeros_like(found) if torch.compiler.is_compiling() else found
+
+    monkeypatch.setattr(lora, "wide_product", lost)
+    for check in (trace_check.traced_linears, trace_check.traced_mlp):
+        monkeypatch.setattr(compiled, check.__name__, check.__wrapped__)  # which remembers nothing
+    policy = policy_for_packs(dtype=torch.float64)
+    assert compile_layers(policy, BUCKET, backend="eager") is None
+    restore_layers(policy)
+    fuse(policy, recompute=recompute)
+    with pytest.raises(InputError, match=r"kernels\.compile: torch .* off by 1\).* kernels\.compile: false"):
+        compile_layers(policy, BUCKET, backend="eager")
+    assert not is_compiled(policy)
 
 
 @pytest.mark.engine

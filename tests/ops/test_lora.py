@@ -79,7 +79,7 @@ def test_a_gated_mlp_equals_the_definition(ranks, gated, recompute):
 
 
 def test_autograd_s_own_check_passes_through_a_norm_whose_output_is_computed_again():
-    layers, norm = mlp_layers(), Norm(random(WIDTH, seed=60), 1e-6)
+    layers, norm = mlp_layers(), Norm(random(WIDTH, seed=60), 1e-6, TORCH)
 
     def block(x: Tensor, *_: Tensor) -> Tensor:
         normed = Normed(x, norm)
@@ -138,7 +138,7 @@ def kept_elements(call) -> tuple[Counter[torch.dtype], Tensor]:
 
 
 def test_what_is_kept_is_what_the_docstring_says():
-    layers, norm = mlp_layers(torch.bfloat16), Norm(random(WIDTH, seed=60, dtype=torch.bfloat16), 1e-6)
+    layers, norm = mlp_layers(torch.bfloat16), Norm(random(WIDTH, seed=60, dtype=torch.bfloat16), 1e-6, TORCH)
     x = random(TOKENS, WIDTH, seed=50, dtype=torch.bfloat16).requires_grad_() * 1
     y, rank = norm(x), 3 + 2 + 4
     count = {
