@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorafocal.data import toy
+from lorafocal.data.cache import default_folder
 from lorafocal.publish import published
 
 
@@ -45,13 +45,13 @@ def toy_base(
 ) -> Path:
     """The folder of the toy base (weights and tokenizer), trained now if the cache does not hold it.
 
-    `cache_dir` is `$XDG_CACHE_HOME/lorafocal` or `~/.cache/lorafocal` where not given. The folder's name is a
+    `cache_dir` is the cache of tokenised data (`data.cache.default_folder`) where not given. The folder's name is a
     checksum of everything that changes the weights, so a changed task, recipe or library trains anew.
     `on_step(step, loss)` is called after each training step (not when the base is found): for a progress
     line.
     """
     recipe = recipe or ToyRecipe()
-    cache = cache_dir or default_cache_dir()
+    cache = cache_dir or default_folder()
     folder = cache / f"toy-base-{content_key(recipe)}"
     if folder.is_dir():
         return folder
@@ -61,12 +61,6 @@ def toy_base(
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     return folder
-
-
-def default_cache_dir() -> Path:
-    """The user's cache directory for this project."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lorafocal"
 
 
 def content_key(recipe: ToyRecipe) -> str:

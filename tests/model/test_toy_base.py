@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafocal.data.toy import toy_tokenizer
 from lorafocal.model import toy_base as module
-from lorafocal.model.toy_base import ToyRecipe, content_key, default_cache_dir, toy_base, toy_config
+from lorafocal.model.toy_base import ToyRecipe, content_key, toy_base, toy_config
 
 TINY = ToyRecipe(
     hidden_size=16,
@@ -107,12 +107,9 @@ def test_two_processes_at_once_leave_one_whole_base(tmp_path: Path) -> None:
     assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in weights(alone).items())
 
 
-def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "lorafocal"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_cache_dir() == tmp_path / "home" / ".cache" / "lorafocal"
+def test_the_cache_is_that_of_tokenised_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORAFOCAL_CACHE", str(tmp_path / "moved"))
+    assert toy_base(recipe=replace(TINY, steps=1)).parent == tmp_path / "moved"
 
 
 def test_the_default_has_about_312_thousand_parameters() -> None:
