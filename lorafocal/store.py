@@ -224,11 +224,16 @@ class ReferenceStore:
             if _holds(folder, absent[0].key)
         ]
         nearest, differ = min(others, key=lambda other: len(other[1]), default=("", []))
-        elsewhere = f" ({nearest} holds it, but {'; '.join(differ)})" if others else ""
+        why = "; ".join(differ) or f"its name is not that of its contents, {self.folder.name}: {self._name_back()}"
+        elsewhere = f" ({nearest} holds it, but {why})" if others else ""
         return (
             f"reference store {self.folder.parent}: {len(absent)} of {asked} {what} are missing, first"
             f" that of {absent[0].name}{elsewhere}. Compute them before training: {COMMAND}"
         )
+
+    def _name_back(self) -> str:
+        """The way out for a folder of this context under another name."""
+        return "move its parts there" if self.folder.exists() else "rename it so"
 
     def _others(self) -> list[tuple[Path, dict[str, Any]]]:
         """The other contexts of the store's folder."""

@@ -269,6 +269,20 @@ def test_a_folder_under_another_contexts_name_is_refused(tmp_path):
         ReferenceStore(tmp_path, other)
 
 
+def test_a_folder_under_a_name_of_its_own_is_told_what_it_should_be_called(tmp_path):
+    store = filled(tmp_path, pairs(4))
+    right = store.folder.name
+    store.folder.rename(tmp_path / "mine")
+    with pytest.raises(InputError, match=rf"mine holds it, but its name is not that .*, {right}: rename it so\)"):
+        ReferenceStore(tmp_path, CONTEXT).look_up(pairs(4))
+    begun = filled(tmp_path, pairs(4)[:1])
+    with pytest.raises(InputError, match=rf"mine holds it, but .*, {right}: move its parts there\)"):
+        begun.look_up(pairs(4))
+    for part in (tmp_path / "mine").glob("part-*"):
+        part.rename(begun.folder / part.name)
+    assert len(begun.look_up(pairs(4))) == 4
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{"])
 def test_parts_of_nobody_knows_what_are_refused(tmp_path, content):
     file = filled(tmp_path, pairs(4)).folder / CONTEXT_FILE
