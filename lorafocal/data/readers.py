@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from gzip import GzipFile
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -129,10 +129,24 @@ def read_json(file: IO[bytes], name: str) -> Iterator[NumberedRow]:
     try:
         rows = decode_json(text) if text.strip() else []
     except ValueError as error:
+        if _is_jsonl(text):
+            right = ".jsonl.gz" if name.lower().endswith(".gz") else ".jsonl"
+            raise InputError(
+                f"{name}: it holds one row a line, and a .json file one list of rows; name it {right}"
+            ) from error
         raise InputError(f"{name}: {json_problem(error)}") from error
     if not isinstance(rows, list):
         raise InputError(f"{name}: a .json file holds one list of rows, not {kind(rows)}; one row a line is .jsonl")
     yield from enumerate(rows, start=1)
+
+
+def _is_jsonl(text: bytes) -> bool:
+    """Whether the first two lines that are not blank are objects of their own."""
+    lines = [*islice((line for line in BytesIO(text) if line.strip()), 2)]
+    try:
+        return len(lines) == 2 and all(isinstance(decode_json(line), dict) for line in lines)
+    except ValueError:
+        return False
 
 
 def decode_json(text: bytes) -> Any:

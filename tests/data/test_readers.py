@@ -172,6 +172,12 @@ WRONG_FILES: dict[str, tuple[str, bytes, str]] = {
     "cut list": ("pairs.json", b'[{"prompt": 1}', "not valid JSON"),
     "latin-1 list": ("pairs.json", '[{"prompt": "é"}]'.encode("latin-1"), "not UTF-8; save the file"),
     "latin-1": ("pairs.jsonl", '{"prompt": "é"}'.encode("latin-1"), "row 1: byte 13 is not UTF-8"),
+    "lines": (
+        "pairs.json",
+        LINE + b"\n\n" + LINE + b'\n{"cut',
+        "one row a line, and a .json file one list of rows; name",
+    ),
+    "broken lines": ("pairs.json", LINE + b'\n{"cut', "not valid JSON (Extra data at line 2, column 1)"),
     "object": ("pairs.json", b'{"data": []}', "one list of rows, not an object"),
     "deep": ("pairs.jsonl", b"[" * 100_000, "row 1: not valid JSON (nested too deeply"),
     "long number": ("pairs.json", b"[" + b"1" * 5000 + b"]", "not valid JSON"),
