@@ -41,8 +41,13 @@ def test_values_are_read_as_yaml() -> None:
         (["training.seed"], "is no axis of a grid; write key=value,value"),
         (["training.seed="], "is no axis of a grid"),
         (["training.seed=1", "training.seed=2"], "--grid training.seed is given twice; list its values once"),
-        (["training.seed=1],[2"], "--grid training.seed"),
-        (["training.seed=&a 1,*a"], "--grid training.seed"),
+        (
+            ["training.seed=1],[2"],
+            r"--grid training\.seed: '1\],\[2' is no list of values; write value,value",
+        ),
+        (["training.seed=&a 1,*a"], "--grid training.seed: '&a 1,\\*a' is no list of values"),
+        (["training.seed=1,,2"], "--grid training.seed: a value is missing in '1,,2'; write one comma between two$"),
+        (["training.seed=,2"], "--grid training.seed: a value is missing in ',2'"),
     ],
 )
 def test_what_is_no_grid_is_refused(grid: list[str], message: str) -> None:

@@ -153,13 +153,25 @@ def parse_grid(grid: Sequence[str]) -> dict[str, list[Any]]:
             )
         if key in axes:
             raise InputError(f"--grid {key} is given twice; list its values once, as {key}=value,value")
-        values = parse_yaml(f"[{listed}]", source=f"--grid {key}")
-        if not isinstance(values, list) or not values:
-            raise InputError(f"--grid {key}: {listed!r} is no list of values")
-        axes[key] = values
+        axes[key] = _values_of(key, listed)
     if not axes:
         raise InputError("a sweep needs --grid: for example --grid training.learning_rate=3e-7,5e-7,1e-6")
     return axes
+
+
+def _values_of(key: str, listed: str) -> list[Any]:
+    """The values that stand behind the `=` of an axis. Raises InputError."""
+    wrong = f"--grid {key}: {listed!r} is no list of values; write value,value, each bracket and quote closed"
+    try:
+        values = parse_yaml(f"[{listed}]", source=f"--grid {key}")
+    except InputError as error:
+        empty = re.search(r"(^|,)\s*,", listed)
+        raise InputError(
+            f"--grid {key}: a value is missing in {listed!r}; write one comma between two" if empty else wrong
+        ) from error
+    if not isinstance(values, list) or not values:
+        raise InputError(wrong)
+    return values
 
 
 def check_axes(axes: Mapping[str, Sequence[Any]], overrides: Sequence[str]) -> None:

@@ -192,6 +192,13 @@ def test_a_best_value_at_the_edge_of_what_was_tried_is_told(losses: Sequence[flo
     assert (told is None) if said is None else (told is not None and said in told)
 
 
+def test_of_two_values_the_best_is_always_at_an_end_and_nothing_is_told() -> None:
+    sweep = record([point({LR: lr}, loss) for lr, loss in ((1e-6, 0.5), (2e-6, 0.6))])
+    choice = choose(sweep)
+    assert choice is not None
+    assert at_the_edge(sweep, choice) is None
+
+
 def test_the_csv_reads_back_to_every_number() -> None:
     points = over_seeds({1e-6: [0.1 + 0.2], 2e-6: [0.5]})
     points.append(point({LR: 3e-6, SEED: 0}, 0.0, status="failed", reason='a, "b"\nc', held_out={}))
