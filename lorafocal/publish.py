@@ -118,6 +118,28 @@ class GrowingFile:
         self._file.close()
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path, doing: str) -> Iterator[None]:
+    """Within, `folder`, which is there, is being `doing` by this process alone. Raises InputError where another is.
+
+    The system's lock on the folder itself ends with the process, however that ends, and leaves no file. In a network's
+    file system it holds on this machine; where there are no locks, nobody is kept out.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder} is being {doing} by another process: wait for it, or stop it first") from error
+        except OSError:
+            pass
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not, while a forked worker has the handle too
+        os.close(handle)
+
+
 def whole_lines(content: bytes) -> list[bytes]:
     """The lines of a growing file, without one that has no end."""
     return content.split(b"\n")[:-1]

@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -33,7 +33,7 @@ from lorafocal.model.load import check_place, check_same_tokens, load_base, load
 from lorafocal.model.quantized import describe
 from lorafocal.model.starts import lora_config
 from lorafocal.progress import ProgressLine
-from lorafocal.publish import inside, recover, write_atomically
+from lorafocal.publish import alone_in, inside, recover, write_atomically
 from lorafocal.resume import changes, check_resumable
 from lorafocal.run_folder import (
     ADAPTER_CONFIG,
@@ -112,6 +112,22 @@ def train(
     args = _arguments(config, folder, settled=began.get("settled", {}))
     if note := launch.idle_gpus(torch.cuda.device_count() if args.device.type == "cuda" else 0):
         say(note)
+    with nothing_left_of(folder), claimed(folder, lambda: _check_folder(folder, resume)):
+        return _train(config, args, began if resume else None, quiet=quiet, inspect=inspect, callbacks=callbacks)
+
+
+def _train(
+    config: Config,
+    args: FocalPOConfig,
+    began: Mapping[str, Any] | None,
+    *,
+    quiet: bool,
+    inspect: Callable[[Mapping[str, Any]], Iterable[str]],
+    callbacks: Callbacks,
+) -> RunSummary:
+    """`train` in the folder of `args`, which is this launch's alone; `began` is the manifest of a run that goes on."""
+    say, folder, resume = _speaker(quiet), Path(args.output_dir), began is not None
+    began = began or {}
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer, data = _tokenized(config, say)
     manifest = manifest_of(config, tokenizer, data)
@@ -119,11 +135,10 @@ def train(
         say(f"note: {note}")
     base = _load(config.model.name, config.model.revision, config)
     loaded = describe(base)
-    with nothing_left_of(folder):
-        trainer = _trainer(config, args, data, tokenizer, base, quiet)
-        trainer.look_up_reference(say)  # what is missing is said before anything is written
-        for callback in callbacks(config, trainer, data):
-            trainer.add_callback(callback)
+    trainer = _trainer(config, args, data, tokenizer, base, quiet)
+    trainer.look_up_reference(say)  # what is missing is said before anything is written
+    for callback in callbacks(config, trainer, data):
+        trainer.add_callback(callback)
     loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
     manifest |= assembled(trainer, loaded)
     for line in assembled_lines(trainer, loaded):
@@ -135,6 +150,13 @@ def train(
         say("no held-out pairs: nothing is evaluated, and a merge will need some by --pairs (give data.held_out: 0.05)")
     if trainer.args.should_save:
         _write_run_files(folder, config, manifest, data)
+    return _trained(trainer, config, folder, checkpoint, resume)
+
+
+def _trained(
+    trainer: FocalPOTrainer, config: Config, folder: Path, checkpoint: Path | None, resume: bool
+) -> RunSummary:
+    """All steps that are left, and what the run makes."""
     stop = StopOnSignal()
     trainer.add_callback(stop)
     try:
@@ -232,18 +254,31 @@ def run_folder(runs_dir: Path, name: str) -> Path:
 
 @contextmanager
 def nothing_left_of(folder: Path) -> Iterator[None]:
-    """Where the input is refused within, take away the folders that were made for it and are empty.
-
-    transformers' trainer makes its own at once.
-    """
+    """Where an error ends what is within, take away the folders that were made for it and are empty."""
     made = [place for place in (folder, folder.parent) if not place.exists()]
     try:
         yield
-    except InputError:
+    except BaseException:
         for place in made if launch.is_main() else ():
             with suppress(OSError):
                 place.rmdir()
         raise
+
+
+@contextmanager
+def claimed(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Within, this launch alone trains in `folder`, which is made where it is not there.
+
+    Collective, of ranks that have joined: rank 0 claims it, and asks `check` again, as another process may have been at
+    work since. Raises InputError on all of them.
+    """
+    with ExitStack() as stack:
+        with all_or_none():
+            if launch.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone_in(folder, "trained in"))
+                check()
+        yield
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -275,6 +310,11 @@ def _arguments(config: Config, folder: Path, *, settled: Mapping[str, Any] = Map
     args = FocalPOConfig(output_dir=str(folder), **arguments)
     launch.check_world(args.world_size)
     return args
+
+
+def join(config: Config) -> None:
+    """Let this process find the others of its launch, as a run of `config` does."""
+    _arguments(config, Path(config.name))
 
 
 def _checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | None:

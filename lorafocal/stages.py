@@ -68,7 +68,8 @@ def train_stages(
         for note in _check_same(folder, config):
             _say(f"note: {note}", quiet)
     run.check_places(stages[0])
-    with run.nothing_left_of(folder):
+    run.join(stages[0])
+    with run.nothing_left_of(folder), run.claimed(folder, lambda: _check_folder(folder, resume)):
         return _train(config, stages, folder, callbacks, resume=resume, quiet=quiet)
 
 
@@ -105,7 +106,6 @@ def _train(
     config: Config, stages: list[Config], folder: Path, callbacks: Callbacks, *, resume: bool, quiet: bool
 ) -> StagedSummary:
     if launch.is_main() and not resume:
-        folder.mkdir(parents=True, exist_ok=True)
         record = {"format": 1, "stages": len(stages), "config": config.model_dump(mode="json")}
         write_atomically(folder / STAGES_FILE, json.dumps(record, indent=1) + "\n")
     ordered = keeps_order(config.data.steps)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from lorafocal.errors import InputError
 from lorafocal.publish import (
     RECORD,
     GrowingFile,
+    alone_in,
     check_name,
     discard,
     inside,
@@ -237,6 +240,54 @@ def test_a_growing_file_where_none_can_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written"):
         GrowingFile(tmp_path / "file" / "lines.jsonl")
+
+
+def test_a_process_is_alone_in_a_folder_until_it_ends_however_it_does(tmp_path: Path) -> None:
+    with alone_in(tmp_path, "swept"):
+        with (
+            pytest.raises(InputError, match="is being trained in by another process: wait"),
+            alone_in(tmp_path, "trained in"),
+        ):
+            pass
+        with pytest.raises(InputError, match="by another process"), alone_in(tmp_path, "swept"):  # nor did that free it
+            pass
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with alone_in(tmp_path, "swept"):
+            os.write(told, b"x")
+            signal.pause()
+        os._exit(0)
+    os.read(ready, 1)
+    with pytest.raises(InputError, match="by another process"), alone_in(tmp_path, "swept"):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with alone_in(tmp_path, "swept"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_forked_worker_that_outlives_the_work_keeps_no_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path, "trained in"):
+        worker = os.fork()
+        if worker == 0:
+            signal.pause()
+    try:
+        with alone_in(tmp_path, "trained in"):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_where_a_file_system_has_no_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlockable(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("lorafocal.publish.fcntl.flock", unlockable)
+    with alone_in(tmp_path, "trained in"):
+        pass
 
 
 EVIL_NAMES = [

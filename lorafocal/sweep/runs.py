@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +15,7 @@ from lorafocal.caching import CacheReport
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.evaluate.during import callbacks
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.publish import recover
+from lorafocal.publish import alone_in, recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
 from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
 from lorafocal.schema import Config
@@ -58,7 +55,7 @@ def sweep(
 def _sweep(asked: Grid, folder: Path, best: str | None, *, quiet: bool) -> SweepReport:
     """Train what is left of the grid into its folder, and compare."""
     say = _silent if quiet else _to_stderr
-    with _alone_in(folder):
+    with alone_in(folder, "swept"):
         recover(folder)
         journal = Journal(folder, asked, best)
         journal.save()
@@ -174,21 +171,6 @@ def _check_one_process() -> None:
             "a sweep runs in one process, because a run that fails on one rank alone would leave the others waiting:"
             f" start it without the launcher. Single points may be trained before it by `{one}`; it takes them up"
         )
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Within, this process alone sweeps `folder`. Raises InputError where another one does."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise InputError(f"{folder} is being swept by another process: wait for it, or stop it first") from error
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _to_stderr(line: str) -> None:

@@ -1,0 +1,136 @@
+"""A run folder is one run's at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorafocal.together
+from lorafocal import run
+from lorafocal.config import check_config
+from lorafocal.errors import InputError
+from lorafocal.publish import alone_in, sha256
+from lorafocal.stages import train_stages
+from lorafocal.trainer import FocalPOTrainer
+from tests.toy_run import metric_lines, run_config, write_inputs
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(root: Path) -> run.RunSummary:
+    return run.train(run_config(root), quiet=True, runs_dir=root / "runs")
+
+
+# --- one run at a time --------------------------------------------------------------------------------------
+
+
+def in_another_process(act: Callable[[], object]) -> str:
+    """What refuses `act` there."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except InputError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    said = os.read(reading, 10_000).decode()
+    os.close(reading)
+    return said
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> list[str]:
+    """What refuses `act`, done once by another process in the first step of a training."""
+    original, refused = FocalPOTrainer.training_step, list[str]()
+
+    def step(self: FocalPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        if not refused:
+            refused.append("not done yet")  # the other process would begin anew here
+            refused[0] = in_another_process(act)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(FocalPOTrainer, "training_step", step)
+    return refused
+
+
+@pytest.mark.slow
+def test_a_run_that_is_being_trained_is_not_resumed_beside(
+    root: Path, unbroken: run.RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(root)
+    refused = meanwhile(monkeypatch, lambda: run.train(config, resume=True, quiet=True, runs_dir=tmp_path))
+    done = run.train(config, quiet=True, runs_dir=tmp_path)
+    assert refused == [f"{tmp_path / 'toy'} is being trained in by another process: wait for it, or stop it first"]
+    assert metric_lines(done.folder) == metric_lines(unbroken.folder)
+    assert sha256(done.folder / ADAPTER) == sha256(unbroken.folder / ADAPTER)
+    assert not list(done.folder.glob(".*"))
+    assert run.train(config, resume=True, quiet=True, runs_dir=tmp_path).steps == done.steps  # it is free again
+
+
+@pytest.mark.slow
+def test_neither_are_stages(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = run_config(root, training__num_train_epochs=1).model_dump(mode="json")
+    config = check_config(values | {"stages": 2, "name": "staged"})
+    refused = meanwhile(monkeypatch, lambda: train_stages(config, resume=True, quiet=True, runs_dir=tmp_path))
+    train_stages(config, quiet=True, runs_dir=tmp_path)
+    assert refused[0].startswith(f"{tmp_path / 'staged'} is being trained in by another process")
+
+
+def test_a_new_run_does_not_begin_where_another_just_has(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at the folder and its claim another one has been there, and has ended."""
+    original = run._arguments
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "toy").mkdir()
+        (tmp_path / "toy" / "manifest.json").write_text("{}")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(run, "_arguments", slow)
+    with pytest.raises(InputError, match="already holds a run"):
+        run.train(run_config(root), quiet=True, runs_dir=tmp_path)
+    assert (tmp_path / "toy" / "manifest.json").read_text() == "{}"
+
+
+def test_a_folder_that_another_process_is_about_to_fill_is_left_to_it(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    with alone_in(tmp_path / "toy", "trained in"), pytest.raises(InputError, match="is being trained in by another"):
+        run.train(run_config(root), quiet=True, runs_dir=tmp_path)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "toy"]
+
+
+def test_the_other_ranks_learn_of_a_refusal_and_claim_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for refused in (True, False):
+        monkeypatch.setattr(lorafocal.together, "of_all_ranks", lambda mine, refused=refused: [int(refused), mine])
+        told = pytest.raises(InputError, match="rank 0 could not do its part") if refused else nullcontext()
+        with alone_in(tmp_path, "trained in"), told, run.claimed(tmp_path, lambda: None):
+            assert not refused
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_a_run_that_ends_before_it_begins_leaves_no_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def ended(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "_tokenized", ended)
+    with pytest.raises(error):
+        run.train(run_config(root), quiet=True, runs_dir=tmp_path / "runs")
+    assert not list(tmp_path.iterdir())
