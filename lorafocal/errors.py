@@ -1,5 +1,9 @@
 """The two ends a run can come to that are not bugs: wrong input, and numbers that went bad; and others' errors told."""
 
+import errno
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # what the system says of a full disk, and of a used-up quota
+
 
 class InputError(ValueError):
     """Wrong input: the message says what is wrong, where (file, row or key), and the way out.

@@ -19,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from lorafocal.errors import InputError
+from safetensors import SafetensorError
+
+from lorafocal.errors import NO_ROOM, InputError
 
 RECORD = "complete.json"
 HASHERS = 8  # files that are read at a time
@@ -56,10 +58,11 @@ def published(target: Path, *, replace: bool = False, record: bool = True) -> It
     partial = hidden(target, "partial")
     partial.mkdir()
     try:
-        yield partial
-        if record:
-            write_record(partial)
-        _sync_tree(partial)
+        with full_disk_named(target):
+            yield partial
+            if record:
+                write_record(partial)
+            _sync_tree(partial)
         check_free(target, replace)
         if target.exists():
             target.replace(hidden(target, "replaced"))
@@ -74,8 +77,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     _refuse_link(path)
     partial = hidden(path, "partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(partial)
+        with full_disk_named(path):
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            _sync(partial)
         partial.replace(path)
         _sync(path.parent)
     finally:
@@ -109,13 +113,30 @@ class GrowingFile:
     def add(self, record: Mapping[str, Any]) -> None:
         """One line, on disk when this returns."""
         line = json.dumps(record).encode() + b"\n"
-        with self._lock:
+        with self._lock, full_disk_named(Path(self._file.name)):
             self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextlib.contextmanager
+def full_disk_named(place: Path) -> Iterator[None]:
+    """Within, a disk without room is an OSError that says where: the file, where the system names it, else `place`.
+
+    The system names no file that it has opened before, and safetensors hands its words on in an error of its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        known = error.errno if isinstance(error, OSError) else None
+        for code in NO_ROOM:
+            if code == known or (known is None and os.strerror(code) in str(error)):
+                name = getattr(error, "filename", None) or str(place)
+                raise OSError(code, os.strerror(code), str(name)) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from lorafocal.checkpoint import latest_complete, step_of
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
-from lorafocal.errors import InputError
+from lorafocal.errors import NO_ROOM, InputError
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.manifest import assembled, assembled_lines, manifest_of
 from lorafocal.model import backends
@@ -33,7 +33,7 @@ from lorafocal.model.load import check_place, check_same_tokens, load_base, load
 from lorafocal.model.quantized import describe
 from lorafocal.model.starts import lora_config
 from lorafocal.progress import ProgressLine
-from lorafocal.publish import alone_in, inside, recover, write_atomically
+from lorafocal.publish import alone_in, full_disk_named, inside, recover, write_atomically
 from lorafocal.resume import changes, check_resumable
 from lorafocal.run_folder import (
     ADAPTER_CONFIG,
@@ -150,7 +150,8 @@ def _train(
         say("no held-out pairs: nothing is evaluated, and a merge will need some by --pairs (give data.held_out: 0.05)")
     if trainer.args.should_save:
         _write_run_files(folder, config, manifest, data)
-    return _trained(trainer, config, folder, checkpoint, resume)
+    with full_disk_told(folder):
+        return _trained(trainer, config, folder, checkpoint, resume)
 
 
 def _trained(
@@ -279,6 +280,22 @@ def claimed(folder: Path, check: Callable[[], None]) -> Iterator[None]:
                 stack.enter_context(alone_in(folder, "trained in"))
                 check()
         yield
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Where the disk is full while a run trains in `folder`: what is kept, and how to go on. Raises InputError."""
+    try:
+        with full_disk_named(folder):
+            yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        last = latest_complete(folder).path
+        kept = f"{last.name} is untouched" if last else "there is no checkpoint yet"
+        place = folder if folder in Path(error.filename).parents else error.filename  # what was torn is gone by now
+        way_out = f"make room, then {'go on' if last else 'begin anew'} by --resume"
+        raise InputError(f"{place}: {error.strerror}; {kept}: {way_out}") from error
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafocal.errors import InputError
+from lorafocal.publish import full_disk_named
 from lorafocal.tensor_files import WAY_OUT, check_saved
 
 SHARD_BYTES = 1_000_000_000  # what a rank holds in the machine's memory while it writes
@@ -60,11 +61,12 @@ def write_shards(
 def _written(file: Path, tensors: Mapping[str, Tensor]) -> Exception | None:
     """Write one file, or say what went wrong."""
     try:
-        save_file(dict(tensors), file)
-        if tensors:
-            check_saved(file, tensors)
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+        with full_disk_named(file):
+            save_file(dict(tensors), file)
+            if tensors:
+                check_saved(file, tensors)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
     except (InputError, OSError, SafetensorError) as error:
         return error
     return None

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lorafocal.errors import InputError
 from lorafocal.publish import (
@@ -17,6 +18,7 @@ from lorafocal.publish import (
     alone_in,
     check_name,
     discard,
+    full_disk_named,
     inside,
     published,
     recover,
@@ -25,6 +27,7 @@ from lorafocal.publish import (
 )
 from tests.killing import moments
 
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # as safetensors says it
 DEAD_PID = 2**22 + 1  # above the largest id Linux gives out
 
 
@@ -240,6 +243,30 @@ def test_a_growing_file_where_none_can_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written"):
         GrowingFile(tmp_path / "file" / "lines.jsonl")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError(FULL)])
+def test_a_full_disk_is_told_with_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/folder'"), published(tmp_path / "folder"):
+        full()
+    file = GrowingFile(tmp_path / "lines")
+    monkeypatch.setattr("lorafocal.publish.os.fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'"):
+        write_atomically(tmp_path / "file", "x")
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/lines'"):
+        file.add({})
+    file.close()
+    assert names(tmp_path) == ["lines"]
+
+
+@pytest.mark.parametrize("error", [OSError("cannot load this"), SafetensorError("torn"), OSError(errno.EIO, "bad")])
+def test_no_other_error_is_told_so(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, full_disk_named(tmp_path):
+        raise error
+    assert caught.value is error
 
 
 def test_a_process_is_alone_in_a_folder_until_it_ends_however_it_does(tmp_path: Path) -> None:

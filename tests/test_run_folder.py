@@ -1,7 +1,8 @@
-"""A run folder is one run's at a time."""
+"""A run folder is one run's at a time, and what is in it outlives a disk that fills up."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+import lorafocal.shard_files
 import lorafocal.together
 from lorafocal import run
 from lorafocal.config import check_config
@@ -19,6 +23,7 @@ from lorafocal.stages import train_stages
 from lorafocal.trainer import FocalPOTrainer
 from tests.toy_run import metric_lines, run_config, write_inputs
 
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # as safetensors says it
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
@@ -134,3 +139,42 @@ def test_a_run_that_ends_before_it_begins_leaves_no_folder(
     with pytest.raises(error):
         run.train(run_config(root), quiet=True, runs_dir=tmp_path / "runs")
     assert not list(tmp_path.iterdir())
+
+
+# --- a full disk --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (2, "checkpoint-2 is untouched: make room, then go on by --resume"),  # of two files each
+        (0, "there is no checkpoint yet: make room, then begin anew by --resume"),
+    ],
+)
+def test_a_disk_that_fills_up_is_told_with_what_is_kept(
+    root: Path, unbroken: run.RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, told: str
+) -> None:
+    written: list[Path] = []
+
+    def save(tensors: Any, file: Path) -> None:
+        if len(written) == files:
+            raise SafetensorError(FULL)
+        save_file(tensors, file)
+        written.append(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lorafocal.shard_files, "save_file", save)
+        with pytest.raises(InputError) as error:
+            run.train(run_config(root), quiet=True, runs_dir=tmp_path)
+    assert str(error.value) == f"{tmp_path / 'toy'}: No space left on device; {told}"
+    done = run.train(run_config(root), resume=True, quiet=True, runs_dir=tmp_path)
+    assert sha256(done.folder / ADAPTER) == sha256(unbroken.folder / ADAPTER)
+    assert metric_lines(done.folder) == metric_lines(unbroken.folder)
+
+
+def test_only_a_full_disk_is_told_so_and_one_elsewhere_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), run.full_disk_told(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied", "x")
+    with pytest.raises(InputError, match=r"^/cache/x: Disk quota exceeded; there is no"), run.full_disk_told(tmp_path):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", "/cache/x")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -103,12 +104,19 @@ def test_what_must_not_be_saved_is_refused_after_all_tensors_have_come(tmp_path:
     write_shards(tmp_path, "part", tensors.items(), rank=1, world=2, most=MOST)  # its files are good
 
 
-def test_a_full_disk_is_met_at_the_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_met_at_the_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def full(tensors: dict[str, Tensor], file: Path) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(lorafocal.shard_files, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*part\.safetensors"):
         write(tmp_path, 1)
 
 

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the user's input is wrong, or a file cannot be read or wri
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from typing import Annotated
@@ -14,7 +15,7 @@ import typer
 
 from lorafocal import __version__, launch
 from lorafocal.cli import diagnostics, evaluation, generation, judging, results, training
-from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.errors import NO_ROOM, InputError, UnhealthyRun
 
 app = typer.Typer(
     name="lorafocal",
@@ -72,6 +73,17 @@ def _options(
     pass
 
 
+def _told(error: OSError) -> str:
+    """What the system says, of which file, and the way out of a disk that cannot be written."""
+    words = (error.strerror, error.filename2 or error.filename)
+    told = ": ".join(str(word) for word in words if word)
+    ways_out = {
+        **dict.fromkeys(NO_ROOM, "make room there, or name another folder by --runs or --out"),
+        errno.EROFS: "name another folder by --runs or --out",
+    }
+    return f"{told}; {ways_out[error.errno]}" if error.errno in ways_out else told
+
+
 def main() -> None:
     """Entry point of the console script; ends the process with one of the exit codes above."""
     code = 0
@@ -85,8 +97,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:  # not the system's word but a library's: a defect here
             raise
-        words = (error.strerror, error.filename2 or error.filename)
-        launch.last_words("lorafocal: " + ": ".join(str(word) for word in words if word))
+        launch.last_words(f"lorafocal: {_told(error)}")
         code = 2
     except UnhealthyRun as error:
         launch.last_words(f"lorafocal: {error}")

@@ -26,7 +26,7 @@ from lorafocal.model.load import base_fingerprint
 from lorafocal.model.save import in_words
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held
 from lorafocal.model.serving import serving_section
-from lorafocal.publish import sha256
+from lorafocal.publish import full_disk_named, sha256
 from lorafocal.release.deltas import LowRank, changes
 from lorafocal.tensor_files import check_saved
 
@@ -61,7 +61,8 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
     lineage = combined_lineage(adapters, lineages, weights)
     config.base_model_name_or_path, config.revision = lineage.base.name, lineage.base.revision
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    with full_disk_named(folder / WEIGHTS_FILE):
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     check_saved(folder / WEIGHTS_FILE, tensors)
     lineage.write(folder)
     card = adapter_card(lineage, adapter=in_words(config)) + serving_section(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -314,6 +315,24 @@ def test_a_place_that_cannot_be_written_is_one_message_and_code_2(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("lorafocal: ")
     assert line.endswith(out)
+
+
+@pytest.mark.usefixtures("adapters")
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "Full", "x"), "Full: x; make room there, or name another folder by --runs or --out"),
+        (OSError(errno.ENOSPC, "Full"), "Full; make room there, or name another folder by --runs or --out"),
+        (OSError(errno.EROFS, "Read-only", "d"), "Read-only: d; name another folder by --runs or --out"),
+        (OSError(errno.EIO, "Bad", "d"), "Bad: d"),
+    ],
+)
+def test_a_disk_without_room_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError, told: str
+) -> None:
+    stand_in(monkeypatch, "release.merge", "merge_adapter", error)
+    assert call(monkeypatch, "merge", "one", "--out", "x") == 2
+    assert capsys.readouterr().err == f"lorafocal: {told}\n"
 
 
 @pytest.mark.usefixtures("adapters")

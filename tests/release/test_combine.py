@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -95,6 +96,17 @@ def test_the_change_is_the_weighted_sum_of_pefts_own(adapters: dict[str, SavedAd
     assert {name.rpartition(".")[2] for name in found} == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
     for name, delta in found.items():
         assert bool(((delta - wanted[name]).abs() <= 2.0**-24 * scale[name] + 1e-15).all()), name
+
+
+def test_a_full_disk_is_the_systems_error_and_named(
+    adapters: dict[str, SavedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lorafocal.release.combine.save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*adapter_model\.safetensors"):
+        combine([adapters["plain"]], [1.0], tmp_path)
 
 
 @pytest.mark.row("5")
