@@ -27,6 +27,7 @@ from lorafocal.together import least
 
 logger = logging.getLogger(__name__)
 
+AS_STATED = "as stated"  # why a budget is what the arguments say
 CPU_TOKENS = 2048  # more are no faster there
 SMALLER = (
     "recompute more (`training.activation_checkpointing: mlp` or `full`), hold less (`model.quantization` under an"
@@ -61,17 +62,17 @@ def settle_budget(
     alone = PairCollator(layout, rejected=rejected, others=True).rows_alone
     longest = max(map(alone, pairs), default=1)
     if device.type != "cuda":
-        reason = "as stated" if stated else f"on {device.type}"
+        reason = AS_STATED if stated else f"on {device.type}"
         return memory.Choice(stated or max(CPU_TOKENS, longest), tier, reason)
     try:
         shape = Shape.of(causal_lm(policy).config.to_dict())
         setup = setup_of(policy, args, pairs, fused=fused)
     except InputError as problem:
-        reason = "as stated" if stated and args.recompute != "auto" else str(problem)
+        reason = AS_STATED if stated and args.recompute != "auto" else str(problem)
         return memory.Choice(stated or max(CPU_TOKENS, longest), tier, reason)
     setup = replace(setup, head_rows=memory.head_rows(shape, setup, whole_bytes(device)))
     if stated is not None and args.recompute != "auto":
-        return memory.Choice(stated, tier, "as stated", head_rows=setup.head_rows)
+        return memory.Choice(stated, tier, AS_STATED, head_rows=setup.head_rows)
     tiers = memory.TIERS if args.recompute == "auto" else (args.recompute,)
     held = memory.residents(shape, setup, args.world_size)
     room = free_bytes(device)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.budget import AS_STATED
 from lorafocal.caching import CacheReport
 from lorafocal.checkpoint import latest_complete, step_of
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
@@ -139,6 +140,8 @@ def _train(
     trainer.look_up_reference(say)  # what is missing is said before anything is written
     for callback in callbacks(config, trainer, data):
         trainer.add_callback(callback)
+    if config.packing.tokens == "auto" and "tokens_per_pack" in began.get("settled", {}):
+        trainer.kernels["packs"] = trainer.kernels["packs"].replace(AS_STATED, "as the run began")
     loaded = replace(loaded, attention=base.config.get_text_config()._attn_implementation)  # the layout's
     manifest |= assembled(trainer, loaded)
     for line in assembled_lines(trainer, loaded):

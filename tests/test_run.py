@@ -257,10 +257,14 @@ def test_packs_of_a_resumed_run_are_those_it_began_with(
     manifest.write_text(json.dumps(began))
     run.train(run_config(root, **changes), resume=True, runs_dir=tmp_path)
     assert json.loads(manifest.read_text())["settled"]["tokens_per_pack"] == 777
-    assert "last bits" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "last bits" not in said
+    assert "packs: 777 token rows, or one longer pair (as the run began)" in said
     run.train(run_config(root, **changes | {"packing__tokens": 60}), resume=True, runs_dir=tmp_path)
     assert json.loads(manifest.read_text())["settled"]["tokens_per_pack"] == 60
-    assert "note: packing.tokens: 'auto' -> 60 (allowed: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "note: packing.tokens: 'auto' -> 60 (allowed: " in said
+    assert "packs: 60 token rows, or one longer pair (as stated)" in said
 
 
 def test_there_must_be_a_run_to_resume(root: Path, tmp_path: Path) -> None:
