@@ -13,6 +13,14 @@ class InputError(ValueError):
     """
 
 
+class FullDisk(InputError):
+    """A run ended because there was no room: `where`, and the way out of a single run."""
+
+    def __init__(self, where: str, way_out: str) -> None:
+        super().__init__(f"{where}; {way_out}")
+        self.where = where
+
+
 class UnhealthyRun(RuntimeError):
     """A run that must not go on; its last checkpoint is untouched. The command line exits with code 1."""
 

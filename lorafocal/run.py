@@ -24,7 +24,7 @@ from lorafocal.checkpoint import latest_complete, step_of
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
-from lorafocal.errors import NO_ROOM, InputError
+from lorafocal.errors import NO_ROOM, FullDisk, InputError
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.manifest import assembled, assembled_lines, manifest_of
 from lorafocal.model import backends
@@ -287,7 +287,7 @@ def claimed(folder: Path, check: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def full_disk_told(folder: Path) -> Iterator[None]:
-    """Where the disk is full while a run trains in `folder`: what is kept, and how to go on. Raises InputError."""
+    """Where the disk is full while a run trains in `folder`: what is kept, and how to go on. Raises FullDisk."""
     try:
         with full_disk_named(folder):
             yield
@@ -298,7 +298,7 @@ def full_disk_told(folder: Path) -> Iterator[None]:
         kept = f"{last.name} is untouched" if last else "there is no checkpoint yet"
         place = folder if folder in Path(error.filename).parents else error.filename  # what was torn is gone by now
         way_out = f"make room, then {'go on' if last else 'begin anew'} by --resume"
-        raise InputError(f"{place}: {error.strerror}; {kept}: {way_out}") from error
+        raise FullDisk(f"{place}: {error.strerror}", f"{kept}: {way_out}") from error
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 import lorafocal.shard_files
 import lorafocal.together
 from lorafocal import run
-from lorafocal.config import check_config
-from lorafocal.errors import InputError
+from lorafocal.config import Config, check_config, resolved_yaml
+from lorafocal.errors import FullDisk, InputError
 from lorafocal.publish import alone_in, sha256
+from lorafocal.rehearsal import rehearse
 from lorafocal.stages import train_stages
+from lorafocal.sweep import sweep
 from lorafocal.trainer import FocalPOTrainer
 from tests.toy_run import metric_lines, run_config, write_inputs
 
@@ -178,3 +180,33 @@ def test_only_a_full_disk_is_told_so_and_one_elsewhere_by_its_own_name(tmp_path:
         raise PermissionError(errno.EACCES, "Permission denied", "x")
     with pytest.raises(InputError, match=r"^/cache/x: Disk quota exceeded; there is no"), run.full_disk_told(tmp_path):
         raise OSError(errno.EDQUOT, "Disk quota exceeded", "/cache/x")
+
+
+def test_a_sweep_ends_with_the_room_and_goes_on_there(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, asked = tmp_path / "run.yaml", list[str]()
+    file.write_text(resolved_yaml(run_config(root)))
+
+    def train(config: Config, **_: Any) -> None:
+        asked.append(config.name)
+        raise FullDisk(f"{config.name}: No space left on device", "go on by --resume")
+
+    monkeypatch.setattr(run, "train", train)
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=r"^lr0\.01: No space left on device; the sweep has ended: make room, then"
+        ):
+            sweep(file, ["training.learning_rate=1e-2,1e-3"], quiet=True, runs_dir=tmp_path)
+    assert asked == ["lr0.01"] * 2
+
+
+def test_of_a_rehearsal_nothing_is_kept_to_go_on_from(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise FullDisk("there: No space left on device", "go on by --resume")
+
+    monkeypatch.setattr(run, "train", full)
+    with pytest.raises(InputError, match=r"^there: No space left on device; make room there, or name .* TMPDIR$"):
+        rehearse(run_config(root), quiet=True)

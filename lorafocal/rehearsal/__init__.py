@@ -22,7 +22,7 @@ from lorafocal import launch, run
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.config import Config
 from lorafocal.data.held_out import HELD_OUT_FILE
-from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.errors import FullDisk, InputError, UnhealthyRun
 from lorafocal.evaluate.during import callbacks
 from lorafocal.evaluate.score import score_file
 from lorafocal.rehearsal.stage import Stage, changed_keys, joined_by, set_stage, started
@@ -89,6 +89,8 @@ def rehearse(config: Config, *, quiet: bool = False) -> Rehearsal | None:
             if summary.interrupted_by is not None:
                 return _stopped(config, stage, summary.interrupted_by)
             scored = _check_saved(stage.config, summary)
+        except FullDisk as error:
+            raise InputError(f"{error.where}; make room there, or name another folder by TMPDIR") from error
         except InputError as error:
             raise InputError(
                 f"{error}\n(from a rehearsal of {config.name}, on a tiny model and made-up pairs; where this speaks of"

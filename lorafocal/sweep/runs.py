@@ -12,7 +12,7 @@ import torch
 
 from lorafocal import launch, run
 from lorafocal.caching import CacheReport
-from lorafocal.errors import InputError, UnhealthyRun
+from lorafocal.errors import FullDisk, InputError, UnhealthyRun
 from lorafocal.evaluate.during import callbacks
 from lorafocal.interrupt import StopOnSignal
 from lorafocal.publish import alone_in, recover
@@ -89,6 +89,8 @@ def _train(journal: Journal, identity: str, *, quiet: bool) -> None:
         summary = run.train(config, resume=begun, quiet=quiet, runs_dir=journal.folder, callbacks=callbacks)
     except UnhealthyRun as error:
         journal.note(identity, status="failed", reason=str(error))
+    except FullDisk as error:  # as it would be for the other runs
+        raise InputError(f"{error.where}; the sweep has ended: make room, then call it again to go on there") from error
     except InputError as error:
         journal.note(identity, status="refused", reason=str(error))
     else:
