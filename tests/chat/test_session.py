@@ -142,7 +142,8 @@ def terminal(run: SavedRun) -> Iterator[SimpleNamespace]:
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
 
     def take_terminal() -> None:
-        """As a shell does, so that a typed Ctrl-C becomes a signal."""
+        """As a shell does, so that a typed Ctrl-C becomes a signal: one that tests in the background ignore."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
