@@ -263,7 +263,6 @@ def test_groups_are_numbered_and_embeddings_are_rows() -> None:
 # ---- in training
 
 
-@pytest.mark.parametrize(("name", "settings"), [("triple-po", {"nll_weight": 0.5}), ("selm", {"alpha": 0.5})])
 def test_an_answer_keeps_the_room_that_a_cut_of_turns_left_free() -> None:
     """The chosen completion's cut ends where its user speaks, short of the room: others need not end there too."""
     turns = [0] * 4 + [-1] * 8 + [1] * 4
@@ -275,6 +274,7 @@ def test_an_answer_keeps_the_room_that_a_cut_of_turns_left_free() -> None:
     assert kept.others == (other,)
 
 
+@pytest.mark.parametrize(("name", "settings"), [("triple-po", {"nll_weight": 0.5}), ("selm", {"alpha": 0.5})])
 def test_packs_change_nothing_in_training(tmp_path: Path, name: str, settings: dict[str, float]) -> None:
     batch = with_others(pairs(12), counts=(1,))
     found = []
