@@ -107,6 +107,7 @@ def test_fused_adapters_compile_without_breaks_and_equal_plain_layers(recompute)
 
 
 @pytest.mark.engine
+@pytest.mark.row("F16")
 @pytest.mark.parametrize("recompute", ["none", "mlp"])
 def test_fused_functions_that_a_compiler_gets_wrong_are_refused_and_other_models_are_not_tried(recompute, monkeypatch):
     """Gradients that are lost in what is traced alone, as torch 2.11 lost them."""
