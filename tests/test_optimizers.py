@@ -113,7 +113,6 @@ def test_on_plain_lora_the_rates_are_pefts():
     assert rates(ours, parameters) == rates(theirs, parameters)
 
 
-@pytest.mark.row("32")
 def test_groups_of_nothing_are_left_out_as_deepspeed_leaves_them(tmp_path):
     """transformers makes one for biases and norms: a checkpoint would have it in one engine and not in another."""
     for ratio, groups in ((None, 1), (16.0, 2)):
@@ -121,6 +120,7 @@ def test_groups_of_nothing_are_left_out_as_deepspeed_leaves_them(tmp_path):
         assert len(run.create_optimizer().param_groups) == groups
 
 
+@pytest.mark.row("32")
 def test_what_is_neither_a_nor_b_keeps_the_plain_rate_and_groups_their_settings():
     names = [
         "q.lora_A.default.weight",
