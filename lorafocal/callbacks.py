@@ -35,7 +35,8 @@ class EvaluateFirst(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ends_epoch = not state.global_step % len(kwargs["train_dataloader"])
-        if control.should_save and ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH:
+        due = args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
+        if control.should_save and ends_epoch and due:
             control.should_evaluate, self._evaluated = True, state.global_step
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

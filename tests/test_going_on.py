@@ -76,6 +76,14 @@ def test_an_epochs_evaluation_is_in_the_checkpoint_that_ends_it(tmp_path: Path) 
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
 
 
+@pytest.mark.parametrize("save", [{"save_steps": 100}, {"save_steps": 4}, {"save_strategy": "epoch"}], ids=str)
+def test_an_evaluation_that_is_delayed_is_not_made_early_for_a_checkpoint(save: dict, tmp_path: Path) -> None:
+    delayed = EPOCHS | {"num_train_epochs": 3, "eval_strategy": "epoch", "eval_delay": 2} | save
+    run = trainer(tmp_path, DATA, DATA[:3], **delayed)
+    run.train()
+    assert [line["step"] for line in run.state.log_history if "eval_loss" in line] == [8, 12]
+
+
 def test_what_was_measured_before_training_stays(tmp_path: Path) -> None:
     """Of this process; what an earlier run left goes."""
     trainer(tmp_path, DATA, DATA[:3], eval_strategy="steps", eval_steps=2, eval_on_start=True).train()
