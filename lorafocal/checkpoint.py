@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,7 @@ STATE_FILE = "state.json"
 _LIKE_PARAMETER = ("exp_avg", "momentum_buffer", "exp_avg_sq", "max_exp_avg_sq")
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1", "absmax1")  # bitsandbytes' in 8 bits: codes and their scales
 _TABLES = ("qmap1", "qmap2")  # the values that bitsandbytes' 8-bit codes stand for
+_OF_EACH_GROUP = {"base_lrs", "_last_lr", "lr_lambdas"}  # of a schedule's state
 _HOW = ("foreach", "fused", "capturable", "differentiable")  # settings of how a step is computed, each engine's own
 
 
@@ -111,6 +113,8 @@ def load_state(
     shapes = _check_values(values, engine, parameters)
     with all_or_none():
         groups = engine.groups(parameters)
+        if len(groups) < len(state["optimizer"]["groups"]):
+            _leave_out_empty(state)
         _check_optimizer(state["optimizer"], tensors, shapes, engine, groups)
         _check_made(state["optimizer"], tensors, engine, parameters)
         _check_scheduler(state["scheduler"], scheduler)
@@ -288,6 +292,15 @@ def _check_moments(alive: Mapping[str, bool]) -> None:
     """Refuses first moments that are all zero: a state that was lost (any step makes some non-zero)."""
     if not all(alive.values()):
         raise InputError(f"{OPTIMIZER_FILE}: every first moment is zero after a step: the optimizer state was lost")
+
+
+def _leave_out_empty(state: Mapping[str, Any]) -> None:
+    """Groups without parameters, which earlier versions saved, and what the schedule keeps of each group."""
+    groups, schedule = state["optimizer"]["groups"], state["scheduler"]["state"]
+    kept = [bool(group["parameters"]) for group in groups]
+    for key in _OF_EACH_GROUP & schedule.keys():
+        schedule[key] = list(compress(schedule[key], kept))
+    groups[:] = compress(groups, kept)
 
 
 def _check_scheduler(saved: Mapping[str, Any], scheduler: LRScheduler) -> None:

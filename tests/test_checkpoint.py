@@ -89,6 +89,27 @@ def test_bfloat16_parameters_come_back_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, run.parameters.values(), strict=True))
 
 
+@pytest.mark.parametrize("empty", [1, 2])
+def test_empty_groups_that_earlier_versions_saved_are_left_out(tmp_path: Path, empty: int) -> None:
+    run = Run()
+    run.train(0, 3)
+    run.save(tmp_path)
+
+    def as_then(state: dict[str, Any]) -> None:
+        groups, schedule = state["optimizer"]["groups"], state["scheduler"]["state"]
+        groups += [groups[0] | {"parameters": []}] * empty
+        for key in ("base_lrs", "_last_lr", "lr_lambdas"):
+            schedule[key] += schedule[key][:1] * empty
+
+    rewrite_state(tmp_path, as_then)
+    fresh = Run()
+    assert fresh.load(tmp_path) == EXTRA
+    assert fresh.everything() == run.everything()
+    fresh.train(3, 5)
+    run.train(3, 5)
+    assert fresh.everything() == run.everything()
+
+
 # --- strict both ways ---------------------------------------------------------------------------------------
 
 
