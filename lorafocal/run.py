@@ -25,7 +25,7 @@ from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arg
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
 from lorafocal.errors import NO_ROOM, FullDisk, InputError
-from lorafocal.interrupt import StopOnSignal
+from lorafocal.interrupt import StopOnSignal, agreed
 from lorafocal.manifest import assembled, assembled_lines, manifest_of
 from lorafocal.model import backends
 from lorafocal.model.adapters import trainable_token_ids
@@ -69,6 +69,7 @@ class RunSummary:
     held_out: Mapping[str, float]  # metrics of the last evaluation; empty without held-out pairs
     made: str = ADAPTER_DIR
     interrupted_by: int | None = None  # signal number
+    signalled_late: int | None = None  # one that came when nothing was left to interrupt
 
     def __str__(self) -> str:
         if self.interrupted_by is not None:
@@ -171,11 +172,12 @@ def _trained(
             (folder / MANIFEST_FILE).unlink()  # the first step was refused: the name is free for what is put right
         raise
     state, made = trainer.state, ADAPTER_DIR if config.adapter is not None else MODEL_DIR
+    late = agreed(stop.heard, trainer.args.device)  # in the last step, or in what followed it
     if stop.received is not None and state.global_step < state.max_steps:
         return RunSummary(folder, state.global_step, state.max_steps, {}, made, int(stop.received))
     held_out = _held_out_metrics(trainer)
     trainer.save_model(str(folder / made))
-    return RunSummary(folder, state.global_step, state.max_steps, held_out, made)
+    return RunSummary(folder, state.global_step, state.max_steps, held_out, made, signalled_late=late and int(late))
 
 
 def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = False) -> CacheReport:

@@ -12,7 +12,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,8 @@ def _train(
             if launch.is_main() and not (folder / stages[0].name / MANIFEST_FILE).exists():
                 (folder / STAGES_FILE).unlink(missing_ok=True)  # nothing was trained: the name is free
             raise
+        if last.interrupted_by is None and number < len(stages):
+            last = replace(last, interrupted_by=last.signalled_late)  # the stages that are left are interrupted by it
         if last.interrupted_by is not None:
             return StagedSummary(folder, len(stages), number, last)
         gc.collect()  # trainer and callbacks hold each other, and with them the model

@@ -115,6 +115,27 @@ def test_a_stage_that_was_stopped_goes_on_where_it_was(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_of_a_stage_stops_before_the_next(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, begun = FocalPOTrainer.training_step, [0]
+
+    def step_and_signal(self: FocalPOTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        begun[0] += 1
+        if begun[0] == 2:  # of two
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FocalPOTrainer, "training_step", step_and_signal)
+        stopped = train_stages(staged(root), quiet=True, runs_dir=tmp_path)
+    assert (stopped.number, stopped.interrupted_by, begun) == (1, signal.SIGTERM, [2])
+    assert (tmp_path / "staged" / "stage-1" / ADAPTER).exists()
+    done = train_stages(staged(root), resume=True, quiet=True, runs_dir=tmp_path)
+    assert (done.number, done.interrupted_by) == (2, None)
+
+
 @pytest.mark.row("55")
 @pytest.mark.slow
 def test_other_pairs_than_those_of_the_first_stage_are_refused(root: Path, tmp_path: Path) -> None:
