@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -401,14 +402,25 @@ def _of_the_schedule(given: Mapping[str, Any]) -> Iterator[str]:
     """What `lr_scheduler_kwargs` holds that the schedule does not take, or lacks."""
     named = given.get("lr_scheduler_type", "linear")
     schedule, settings = getattr(named, "value", named), given.get("lr_scheduler_kwargs") or {}
+    if isinstance(settings, str) and (settings := _object_in(text := settings)) is None:
+        yield f"lr_scheduler_kwargs: {text!r} is no mapping; write key: value, or one JSON object as text"
     if schedule not in SCHEDULES or not isinstance(settings, Mapping):
         return
     takes = ", ".join(SCHEDULES[schedule]) or "nothing"
     if strange := [str(key) for key in settings if key not in SCHEDULES[schedule]]:
         yield f"lr_scheduler_kwargs: {schedule} takes {takes}; remove {', '.join(strange)}"
     needed = _NEEDED.get(schedule, ())
-    if needed and not settings.keys() & needed:
-        yield f"lr_scheduler_kwargs: {schedule} needs {' or '.join(needed)}"
+    found = [key for key in needed if settings.get(key) is not None]
+    if needed and len(found) != 1:
+        yield f"lr_scheduler_kwargs: {schedule} needs {' or '.join(needed)}{', not both' if found else ''}"
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is, as transformers reads it; None where it would stay a text."""
+    try:
+        return json.loads(text) if text.startswith("{") else None
+    except ValueError:
+        return None
 
 
 def _nearest(name: str) -> str:

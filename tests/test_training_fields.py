@@ -230,6 +230,27 @@ def test_a_schedule_that_would_fail_without_its_settings_is_refused(schedule: st
     assert f"{schedule} needs" in problem
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ('{"num_cycles": 0.5}', "needs min_lr or min_lr_rate"),
+        ('{"min_lr": 1e-7, "power": 2}', "remove power"),
+        ('{"min_lr": ', "is no mapping"),
+        ("min_lr=1e-7", "is no mapping"),
+        ({"min_lr": 1e-7, "min_lr_rate": 0.1}, "not both"),
+        ({"min_lr": None}, "needs min_lr or min_lr_rate"),
+    ],
+)
+def test_settings_of_a_schedule_are_looked_at_as_text_too(settings: Any, words: str) -> None:
+    [problem] = check_training_fields({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": settings})
+    assert words in problem
+
+
+def test_settings_of_a_schedule_may_be_json() -> None:
+    given = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-7}'}
+    assert not check_training_fields(given)
+
+
 def test_fields_that_go_together_pass() -> None:
     assert check_training_fields({"eval_steps": 10, "eval_strategy": "steps", "save_steps": 5, "max_steps": 20}) == []
 
