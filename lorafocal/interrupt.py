@@ -95,6 +95,7 @@ def end_workers_at_exit() -> None:
 
 
 def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each, in whatever ends the process
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -39,11 +39,12 @@ next(batches)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("persistent", "end", "code"),
-    [(True, "[*batches]", 0), (False, "raise RuntimeError('in mid-epoch')", 1)],
-    ids=["persistent workers", "an error in mid-epoch"],
+    [(True, "[*batches]", 0), (False, "raise RuntimeError('in mid-epoch')", 1), (False, "", 0)],
+    ids=["persistent workers", "an error in mid-epoch", "in mid-epoch"],
 )
 def test_a_process_ends_though_its_workers_ignore_what_it_sends_them(persistent: bool, end: str, code: int) -> None:
     """Python's exit sends daemons SIGTERM and waits for them without limit."""
     script = WORKERS.format(persistent=persistent, end=end)
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == code, ended.stderr
+    assert ended.stderr.count("Traceback") == code, ended.stderr  # nothing else broke off on the way out
