@@ -26,6 +26,7 @@ from lorafocal.errors import NO_ROOM, InputError
 RECORD = "complete.json"
 HASHERS = 8  # files that are read at a time
 _NAME = re.compile(r"(?!\.)[a-z0-9._-]{1,64}")
+_HELD: set[int] = set()  # handles of the folders that this process is alone in
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<pid>\d{1,10})")
 
 
@@ -147,6 +148,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
     file system it holds on this machine; where there are no locks, nobody is kept out.
     """
     handle = os.open(folder, os.O_RDONLY)
+    _HELD.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,9 +158,20 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
             pass
         yield
     finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not, while a forked worker has the handle too
-        os.close(handle)
+        if handle in _HELD:
+            _HELD.remove(handle)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not, until a worker just forked has let go
+            os.close(handle)
+
+
+def _let_go() -> None:
+    """In a forked worker: with a handle of its own the lock would outlive the process that took it."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def whole_lines(content: bytes) -> list[bytes]:

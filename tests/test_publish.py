@@ -308,6 +308,29 @@ def test_a_forked_worker_that_outlives_the_work_keeps_no_folder(tmp_path: Path) 
         os.waitpid(worker, 0)
 
 
+def test_a_forked_worker_that_outlives_a_killed_process_keeps_no_folder(tmp_path: Path) -> None:
+    """Data workers look for their parent every few seconds, and a run is resumed at once."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with alone_in(tmp_path, "trained in"):
+            worker = os.fork()
+            if worker != 0:
+                os.write(told, worker.to_bytes(8, "little"))
+            signal.pause()
+        os._exit(0)
+    worker = int.from_bytes(os.read(ready, 8), "little")
+    with pytest.raises(InputError, match="by another process"), alone_in(tmp_path, "trained in"):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    try:
+        with alone_in(tmp_path, "trained in"):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
 def test_where_a_file_system_has_no_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unlockable(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
