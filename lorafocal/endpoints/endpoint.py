@@ -61,7 +61,7 @@ class Endpoint:
             raise InputError("the name of the model to ask is empty")
         if self.url is not None:
             _check_url(self.url)
-        elif os.environ.get(OPENAI_ELSEWHERE, OPENAI_URL).rstrip("/") != OPENAI_URL:
+        elif (os.environ.get(OPENAI_ELSEWHERE) or OPENAI_URL).rstrip("/") != OPENAI_URL:
             raise InputError(
                 f"{OPENAI_ELSEWHERE} is set, and no --server: it is not followed, for a key goes only where a command"
                 f" says. Name that server by --server URL (with --key-variable {OPENAI_KEY} where it is to have that"

@@ -180,5 +180,13 @@ def test_an_address_in_the_environment_is_not_followed(monkeypatch: pytest.Monke
     assert server.requests == []
 
 
+@pytest.mark.parametrize("nothing", ["", f"{OPENAI_URL}/"])
+def test_an_address_in_the_environment_that_says_nothing_is_no_other(
+    nothing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", nothing)
+    assert Endpoint("judge").url is None
+
+
 def test_openais_own_address_is_the_packages() -> None:
     assert str(OpenAI(api_key="none").base_url).rstrip("/") == OPENAI_URL
