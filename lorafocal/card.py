@@ -183,10 +183,13 @@ def _measured(dtype: str, gate: str, survival: str) -> list[str]:
 
 
 def _training(run: Mapping[str, Any] | None) -> list[str]:
-    """Data and recipe from a run's manifest, without any value that could be a path; nothing where there is none."""
-    if not run:
+    """Data and recipe from a run's manifest, without any value that could be a path.
+
+    Nothing where there is none: what lies under its name, beside what was saved by hand, may be of another program.
+    """
+    if run is None or not all(isinstance(run.get(part), Mapping) for part in ("config", "data")):
         return []
-    return [_data(run.get("data") or {}), _recipe(run)]
+    return [_data(run["data"]), _recipe(run)]
 
 
 def _data(parts: Mapping[str, Any]) -> str:
@@ -202,11 +205,10 @@ def _data(parts: Mapping[str, Any]) -> str:
 
 
 def _recipe(run: Mapping[str, Any]) -> str:
-    config = run.get("config") or {}
     settings = {
         f"{section}.{key}": value
         for section in ("adapter", "data", "training", "packing")
-        for key, value in (config.get(section) or {}).items()
+        for key, value in (run["config"].get(section) or {}).items()
         if key not in ("train", "eval", "start_from") and _public(value)
     }
     settings |= {f"version of {name}": value for name, value in (run.get("versions") or {}).items() if value}

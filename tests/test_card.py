@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import BitsAndBytesConfig
 
-from lorafocal.card import adapter_card, bundle_card, compressed_card, merged_card
+from lorafocal.card import adapter_card, bundle_card, compressed_card, merged_card, model_card
 from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, LINEAGE_FILE, MERGED, BaseIdentity, Lineage, Stage, lineage_of
@@ -238,6 +238,18 @@ def test_data_and_recipe_come_from_the_manifest_without_places() -> None:
         for private in ("somebody", "private", "zero3", "~logs", "sft", "None"):
             assert private not in card
     assert "## Data" not in adapter_card(LINEAGE)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [{}, {"name": "an app", "icons": []}, {"config": {}, "data": ["x"]}, {"versions": ["1"]}],
+    ids=["nothing", "an app's", "a list of data", "a list of versions"],
+)
+def test_a_manifest_of_another_program_is_no_recipe(manifest: dict[str, object]) -> None:
+    """It may lie in the folder in which somebody saves a model."""
+    card = model_card(LINEAGE, dtype="bfloat16", run=manifest)
+    assert card == model_card(LINEAGE, dtype="bfloat16")
+    assert "## Recipe" not in card
 
 
 def test_the_cards_of_releases_say_how_they_are_checked_and_what_they_cost() -> None:
