@@ -270,6 +270,8 @@ def test_a_stored_adapter_that_is_no_lora_is_refused(tmp_path):
         (None, {"tflops": 400.0}, "--tflops is that of one kind of GPU"),
         (None, {"price_per_hour": 2.0}, "--price is that of one kind of GPU"),
         ("1x24GiB", {"price_per_hour": 2.0}, "state it with --tflops"),
+        ("1xH100", {"lengths": Lengths(67, 1982, 218)}, "2,049 tokens on average.*no pair have more than 2,048"),
+        (None, {"lengths": Lengths(1e308, 1e308, 1e308)}, "inf tokens on average"),
     ],
 )
 def test_what_makes_no_sense_is_refused(gpus, numbers, said):

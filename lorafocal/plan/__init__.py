@@ -70,6 +70,8 @@ def plan(
         if value is not None and gpus is None and name != "pairs":
             raise InputError(f"{name} is that of one kind of GPU: name it too, such as --gpus 1xRTX4090")
     work = work_of(config, pairs=pairs, lengths=lengths)
+    if lengths is not None:
+        _check_lengths(lengths.prompt + max(lengths.chosen, work.setup.lengths.rejected), work.max_length)
     several = IN_ONE_MACHINE if config.engine is not None else 1  # an engine is named to share a run
     machines = [parse(gpus)] if gpus is not None else [Machine(several, GPUS[name]) for name in COMMON]
     found = tuple(on_machine(work, machine, tflops, price_per_hour) for machine in machines)
@@ -87,6 +89,15 @@ def plan(
         assumed.append(f"time: not known, for the table has no speeds in {work.setup.dtype}; --gpus with --tflops says")
     to_change = tuple(advice(config, work, found[0])) if len(found) == 1 else ()
     return Plan(work, found, to_change, tuple(assumed))
+
+
+def _check_lengths(mean: float, longest: int) -> None:
+    """Refuse a mean prompt and answer that no pairs of a run have."""
+    if mean > longest:
+        raise InputError(
+            f"--lengths: prompt and answer have {mean:,.6g} tokens on average, and data.max_length lets no pair have"
+            f" more than {longest:,}: give what `lorafocal check` counts, or another data.max_length"
+        )
 
 
 def _of_exchange(found: tuple[OnMachine, ...]) -> Iterator[str]:
