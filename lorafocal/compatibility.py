@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lorafocal.errors import InputError
 
@@ -388,3 +388,32 @@ def adapter_words(settings: Mapping[str, object] | None) -> frozenset[str]:
     if settings.get("bias", "none") != "none":
         words.add("bias")
     return frozenset(words)
+
+
+# ---- what a checkpoint is held as
+
+
+def stored_as(stated: Mapping[str, Any], name: str) -> str:
+    """The word for what a checkpoint's `quantization_config` says; InputError for every method but bitsandbytes."""
+    four, eight = (bool(stated.get(key) or stated.get(f"_{key}")) for key in ("load_in_4bit", "load_in_8bit"))
+    method = stated.get("quant_method") or ("bitsandbytes" if four or eight else "a method without a name")
+    method = str(getattr(method, "value", method))
+    if method.startswith("bitsandbytes") and four == eight:
+        raise InputError(
+            f"model.name: {name} is quantised with bitsandbytes, but its config.json does not say as what: of"
+            " load_in_4bit and load_in_8bit one must be true. The checkpoint is damaged; use its float original"
+        )
+    if not method.startswith("bitsandbytes"):
+        raise InputError(
+            f"model.name: {name} is quantised with {method}, which lorafocal does not train: use its float original"
+            " (and `model.quantization: nf4` to hold that in 4 bits), or a bitsandbytes checkpoint"
+        )
+    if eight:
+        return "int8"
+    return quantized_word(
+        str(stated.get("bnb_4bit_quant_type", "fp4")), bool(stated.get("bnb_4bit_use_double_quant", False))
+    )
+
+
+def quantized_word(kind: str, double: bool) -> str:
+    return f"{kind}-double" if double else kind

@@ -188,6 +188,19 @@ def test_the_shape_comes_from_a_local_folder_or_is_asked_for(tmp_path):
         plan(config("model.shape=null"), "1xH100")
 
 
+def test_a_local_folder_of_quantised_weights_is_held_as_it_is_stored(tmp_path):
+    """And no other word is advised, which would be refused at load."""
+    shape, stored = config().model.shape, {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(shape | {"quantization_config": stored}), encoding="utf-8")
+    local = plan(config(f"model.name={tmp_path}"), "1x10GiB")
+    assert local.machines == plan(config("model.quantization=int8"), "1x10GiB").machines
+    assert not any("model.quantization" in line for line in local.advice)
+    file.write_text(json.dumps(shape | {"quantization_config": {"quant_method": "awq"}}), encoding="utf-8")
+    with pytest.raises(InputError, match="quantised with awq, which lorafocal does not train"):
+        plan(config(f"model.name={tmp_path}"), "1x10GiB")
+
+
 def test_a_continued_adapter_has_its_own_size(tmp_path):
     stored: dict[str, Any] = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored), encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from lorafocal.compatibility import QUANTIZED
+from lorafocal.compatibility import QUANTIZED, quantized_word, stored_as
 from lorafocal.errors import InputError, first_line
 from lorafocal.model.adapters import LINEAR, linear_names
 from lorafocal.model.head import causal_lm
@@ -69,27 +69,7 @@ def prequantized(config: object, name: str) -> str | None:
     stated = getattr(config, "quantization_config", None)
     if stated is None:
         return None
-    stated = dict(stated) if isinstance(stated, Mapping) else stated.to_dict()
-    four, eight = (bool(stated.get(key) or stated.get(f"_{key}")) for key in ("load_in_4bit", "load_in_8bit"))
-    method = stated.get("quant_method") or ("bitsandbytes" if four or eight else "a method without a name")
-    method = str(getattr(method, "value", method))
-    if method.startswith("bitsandbytes") and four == eight:
-        raise InputError(
-            f"model.name: {name} is quantised with bitsandbytes, but its config.json does not say as what: of"
-            " load_in_4bit and load_in_8bit one must be true. The checkpoint is damaged; use its float original"
-        )
-    if not method.startswith("bitsandbytes"):
-        raise InputError(
-            f"model.name: {name} is quantised with {method}, which lorafocal does not train: use its float original"
-            " (and `model.quantization: nf4` to hold that in 4 bits), or a bitsandbytes checkpoint"
-        )
-    if eight:
-        return "int8"
-    return _word(str(stated.get("bnb_4bit_quant_type", "fp4")), bool(stated.get("bnb_4bit_use_double_quant", False)))
-
-
-def _word(kind: str, double: bool) -> str:
-    return f"{kind}-double" if double else kind
+    return stored_as(dict(stated) if isinstance(stated, Mapping) else stated.to_dict(), name)
 
 
 def quantization_of(model: nn.Module) -> str | None:
@@ -126,7 +106,7 @@ def word_of(layer: nn.Module) -> str | None:
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         raise InputError(f"a 4-bit layer has no scales: {_BROKEN}")
-    return _word(state.quant_type, state.nested)
+    return quantized_word(state.quant_type, state.nested)
 
 
 _BROKEN = "the checkpoint is damaged or was not written by `save_pretrained`; quantise its float original on loading"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafocal import memory
+from lorafocal.compatibility import stored_as
 from lorafocal.config import Config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape
@@ -180,7 +181,7 @@ def setup_of(config: Config, lengths: Lengths) -> Setup:
     engine, kernels = config.engine, config.kernels.adapters
     return Setup(
         dtype=config.model.dtype,
-        quantization=config.model.quantization,
+        quantization=_held_as(config),
         **(_adapter(config.adapter) if config.adapter is not None else {"full": True}),
         optim=str(config.training.fields.get("optim", "adamw_torch_fused")),
         **_compared(config.reference),
@@ -191,6 +192,15 @@ def setup_of(config: Config, lengths: Lengths) -> Setup:
         attention=attention_on_a_gpu(config.model.dtype),
         lengths=lengths,
     )
+
+
+def _held_as(config: Config) -> str | None:
+    """What is asked for, or what the weights of a local folder are stored as."""
+    file = Path(config.model.name) / "config.json"
+    if config.model.quantization is not None or not file.is_file():
+        return config.model.quantization
+    stated = _mapping(file).get("quantization_config")
+    return stored_as(stated, config.model.name) if isinstance(stated, dict) else None
 
 
 def _compared(reference: Reference | None) -> dict[str, Any]:
