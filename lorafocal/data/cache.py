@@ -28,7 +28,7 @@ from lorafocal.data.tokens import OtherAnswer, TokenizedData, TokenizedPair, tok
 from lorafocal.publish import write_atomically
 from lorafocal.versions import installed
 
-SCHEMA = 3  # raise it when equal inputs come to give other tokens, or an entry another shape
+SCHEMA = 4  # raise it when equal inputs come to give other tokens, or an entry another shape
 LIBRARIES = ("lorafocal", "transformers", "tokenizers", "jinja2")
 SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 OF_OTHERS = ("prompt_ids", "completion_ids")

@@ -194,16 +194,20 @@ def seam_holds(prompt_ids: Ids, joint_ids: Ids) -> bool:
 def encode_inner(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, Ids]:
     """Token ids by text as they are behind other text: Llama-2's tokenizer and its like put a space before a first."""
     distinct = list(dict.fromkeys(texts))
-    alone = encode(tokenizer, [_ANCHOR, *distinct])
-    behind = encode(tokenizer, (_ANCHOR + text for text in distinct))
-    anchor = alone[_ANCHOR]
-    return {
-        text: ids[len(anchor) :] if (ids := behind[_ANCHOR + text])[: len(anchor)] == anchor else alone[text]
-        for text in distinct
-    }
+    found = encode(tokenizer, distinct)  # alone where each anchor melts
+    for anchor in _ANCHORS:
+        start = encode(tokenizer, [anchor])[anchor]
+        if tokenizer.unk_token_id in start:  # which may take what follows into it
+            continue
+        behind = encode(tokenizer, (anchor + text for text in distinct))
+        kept = [text for text in distinct if behind[anchor + text][: len(start)] == start]
+        found |= {text: behind[anchor + text][len(start) :] for text in kept}
+    return found
 
 
-_ANCHOR = "\n"  # which no tokenizer makes one token of with a letter behind it
+# No tokenizer makes one token of a line feed and a letter behind it, so the last one counts; but a second line feed may
+# melt with it, as may the space that a tokenizer puts before it.
+_ANCHORS = (".", "\n")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, Ids]:

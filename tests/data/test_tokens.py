@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lorafocal.data.encoding import Encoder, encode_sides
+from lorafocal.data.encoding import Encoder, encode, encode_inner, encode_sides
 from lorafocal.data.sources import Preference
 from lorafocal.data.tokens import REMEDIES, TokenizedPair, tokenize_preferences
 from lorafocal.data.truncation import TRUNCATIONS
@@ -231,6 +231,36 @@ def test_an_answer_behind_a_prompts_space_gets_no_second_one(before: str) -> Non
     first = ["▁answer:", "▁"] if before.endswith(" ") else ["▁answer:"]
     assert tokenizer.convert_ids_to_tokens(tokenized.prompt_ids)[-len(first) :] == first
     assert tokenizer.convert_ids_to_tokens(tokenized.chosen_ids)[:-1] == ["yes"]
+
+
+@pytest.mark.row("25")
+@pytest.mark.parametrize(
+    ("merges", "before", "answer", "first"),
+    [
+        ([("Ġ", "Ċ"), ("Ġ", "y")], "answer: ", "yes", "y"),  # the space that is put before a line feed melts with it
+        ([("Ċ", "Ċ")], "answer:\n", "\nyes", "Ċ"),  # the answer's line feed melts with another
+    ],
+    ids=["space", "line feeds"],
+)
+def test_no_second_space_where_a_line_feed_melts_with_what_is_beside_it(merges, before, answer, first) -> None:
+    """Of a byte-level tokenizer that puts a space before every text."""
+    backend = byte_tokenizer(bos=False).backend_tokenizer
+    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
+    backend.model = models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=merges)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=first == "y")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    data = tokenize_preferences([pair(before, answer, "no")], tokenizer, max_length=40)
+    assert data.seam_merges == 1
+    assert tokenizer.convert_ids_to_tokens(data.pairs[0].chosen_ids)[0] == first
+
+
+def test_no_first_letter_is_lost_to_an_unknown_line_feed() -> None:
+    words = [*SPECIAL, "?", "▁", "a", "b", "▁a"]
+    backend = Tokenizer(models.BPE({word: place for place, word in enumerate(words)}, [("▁", "a")]))
+    backend.model.unk_token, backend.model.fuse_unk = "?", True
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="</s>")
+    assert encode_inner(tokenizer, ["éa", "ab"]) == encode(tokenizer, ["éa", "ab"])
 
 
 PIECES = st.lists(st.sampled_from([*SPECIAL, "y", "e", "s", " ", "\n", "answer:", "é"]), max_size=8).map("".join)
