@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorafocal.config import check_config, load_config
+from lorafocal.memory import Lengths
 from lorafocal.plan import plan
 from tests.test_plan import FULL, LORA, config
 
@@ -47,6 +48,14 @@ def test_nothing_is_advised_that_would_be_refused(given, never, tmp_path):
     given = {key: value.replace("STORED", str(tmp_path)) for key, value in given.items()}
     advice = [*check_advice(LORA, "1x16GiB", given), *check_advice(LORA, "2x16GiB", given)]
     assert not any(never in line for line in advice), advice
+
+
+def test_no_length_is_advised_that_most_pairs_exceed():
+    """The same means would be refused with it."""
+    asked = config("data.max_length=8192", file=LORA)
+    for mean, advised in ((1000, True), (8000, False)):
+        found = plan(asked, "1xRTX4090", lengths=Lengths(100, mean - 100, 100))
+        assert any("data.max_length" in line for line in found.advice) is advised
 
 
 def check_advice(file: Path, gpus: str, given: dict[str, str]) -> list[str]:

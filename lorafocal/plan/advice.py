@@ -114,14 +114,16 @@ _IN_4_BITS = "model.quantization=nf4"
 
 
 def _max_length(work: Work, machine: Machine) -> int | None:
-    """The largest max_length, in steps of 64, whose longest pair fits."""
+    """The largest max_length, in steps of 64, whose longest pair fits; none that the mean pair is longer than."""
     free, work = free_bytes(work, machine), placed(work, machine)
     fit = max(
         memory.tokens_that_fit(work.shape, work.setup, free, tier, work.longest)
         for tier in memory.tiers_of(work.shape, work.setup)
     )
     shorter = fit * work.max_length // work.longest // 64 * 64
-    return shorter if 128 <= shorter < work.max_length else None
+    lengths = work.setup.lengths
+    mean = lengths.prompt + max(lengths.chosen, lengths.rejected)
+    return shorter if max(128, mean) <= shorter < work.max_length else None
 
 
 def _all_changes(planned: Planned, machine: Machine) -> str | None:
