@@ -328,7 +328,8 @@ def test_the_peak_on_a_gpu_is_the_plans(kernels, tier, pairs):
     config, shape = shape_of("llama", sizes)
     asked = setup(r=16, dtype="bfloat16", attention="flash", adapter_kernels=kernels)
     policy = prepared(AutoModelForCausalLM.from_config(config).to("cuda", torch.bfloat16), asked, tier)
-    rows = pack(pairs).to(torch.device("cuda"))
+    on_host = pack(pairs)
+    rows, scored = on_host.to(torch.device("cuda")), int(on_host.index.lengths.sum())
 
     def step() -> None:
         logps = sequence_logps(policy, rows)
@@ -337,5 +338,5 @@ def test_the_peak_on_a_gpu_is_the_plans(kernels, tier, pairs):
     step()
     with on_gpu(policy) as peak:
         step()
-        planned = planned_peak(shape, asked, tier, rows.num_rows, min(int(rows.index.lengths.sum()), 2**26 // 32000))
+        planned = planned_peak(shape, asked, tier, rows.num_rows, min(scored, 2**26 // 32000))
         assert planned == pytest.approx(peak(), rel=0.1)
