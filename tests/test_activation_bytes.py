@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,6 @@ from lorafocal.memory import (
     Shape,
     activation_bytes_per_token,
     cast_bytes,
-    head_chunk_bytes,
     pack_bytes,
 )
 from lorafocal.model.adapters import attach_lora
@@ -264,9 +264,7 @@ def peak_bytes(work: Callable[[], None]) -> int:
 
 def planned_peak(shape: Shape, asked: Setup, tier: str, tokens: int, answers: int) -> float:
     """The plan's, with the head's chunk as small as these rows make it."""
-    per_entry = head_chunk_bytes(shape, asked) / (2**26 // shape.vocab_size * shape.vocab_size)
-    small = answers * shape.vocab_size * per_entry
-    return pack_bytes(shape, asked, tier, tokens) - head_chunk_bytes(shape, asked) + small
+    return pack_bytes(shape, replace(asked, head_rows=min(answers, 2**26 // shape.vocab_size)), tier, tokens)
 
 
 @pytest.mark.row("37")
@@ -289,8 +287,14 @@ def test_the_peak_of_a_pack_is_the_plans_where_whole_distributions_are_compared(
     check_peak(setup(full=full, divergences=True), "none")
 
 
-def check_peak(asked: Setup, tier: str) -> None:
-    config, shape = shape_of("llama", MID)
+@pytest.mark.row("37")
+@pytest.mark.parametrize("tier", ["none", "mlp", "full"])
+def test_the_peak_of_a_pack_is_in_the_head_where_its_chunk_outweighs_a_layers_backward(tier):
+    check_peak(setup(r=4), tier, MID | {"vocab_size": 8192})
+
+
+def check_peak(asked: Setup, tier: str, sizes: dict[str, Any] = MID) -> None:
+    config, shape = shape_of("llama", sizes)
     policy = prepared(AutoModelForCausalLM.from_config(config), asked, tier)
     rows = pack()
 
@@ -338,5 +342,5 @@ def test_the_peak_on_a_gpu_is_the_plans(kernels, tier, pairs):
     step()
     with on_gpu(policy) as peak:
         step()
-        planned = planned_peak(shape, asked, tier, rows.num_rows, min(scored, 2**26 // 32000))
+        planned = planned_peak(shape, asked, tier, rows.num_rows, scored)
         assert planned == pytest.approx(peak(), rel=0.1)

@@ -312,7 +312,7 @@ def test_pairs_longer_than_the_largest_useful_pack_fit_where_there_is_room():
     (stated,) = plan(config("packing.tokens=32768", file=QLORA), "1xH200").machines
     assert (stated.fits, stated.choice.tokens) == (True, 32_768)
     long = plan(config("data.max_length=200000", file=QLORA), "1xH100")
-    assert "data.max_length=76352: longer pairs are dropped" in long.advice
+    assert "data.max_length=76736: longer pairs are dropped" in long.advice
 
 
 # --- every parameter trained ----------------------------------------------------------------------------------------

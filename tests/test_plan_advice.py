@@ -92,7 +92,7 @@ def test_a_stored_reference_is_advised_where_its_log_probs_are_enough(name, advi
         ("8xA100-40", {"engine.kind": "ddp"}, ["engine.kind=zero3"]),
         ("1xH100", {"engine": "null"}, ["--gpus 4xH100 engine.kind=zero3", "--gpus 1xB200"]),
         ("8xRTX4090", {}, ["engine.offload=optimizer", "engine.offload=all"]),
-        ("4xL40S", {}, ["data.max_length=896 data.max_prompt_length=", "--gpus 8xL40S: each"]),
+        ("4xL40S", {}, ["data.max_length=1216 data.max_prompt_length=", "--gpus 8xL40S: each"]),
         ("1xRTX3080", {}, ["together: engine.offload=all data.max_length="]),
     ],
 )

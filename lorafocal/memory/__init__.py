@@ -11,10 +11,10 @@ from lorafocal.memory.activations import (
     ROW_TILE,
     activation_bytes_per_token,
     cast_bytes,
-    fixed_bytes,
     head_chunk_bytes,
     head_rows,
     pack_bytes,
+    peaks,
     work_bytes_per_token,
 )
 from lorafocal.memory.choice import (
@@ -62,7 +62,6 @@ __all__ = [
     "adapter_parameters",
     "cast_bytes",
     "choose",
-    "fixed_bytes",
     "flops_per_pair",
     "gradient_bytes",
     "head_chunk_bytes",
@@ -71,6 +70,7 @@ __all__ = [
     "minimum_flops_per_pair",
     "optimizer_bytes",
     "pack_bytes",
+    "peaks",
     "reference_bytes",
     "relative_time",
     "residents",

@@ -150,10 +150,17 @@ def head_chunk_bytes(shape: Shape, setup: Setup) -> int:
     A head that is trained has a gradient in fp32 and a cast of its weights beside that; a tied one of which tokens are
     trained is put together for each pass.
     """
+    return _chunk_bytes(shape, setup) + _trained_head_bytes(shape, setup)
+
+
+def _chunk_bytes(shape: Shape, setup: Setup) -> int:
     rows = setup.head_rows or max(1, HEAD_CHUNK_ELEMENTS // shape.vocab_size)
+    return rows * shape.vocab_size * _logit_bytes(setup)
+
+
+def _trained_head_bytes(shape: Shape, setup: Setup) -> int:
     together = setup.width * (shape.tied and setup.trainable_tokens > 0)
-    trained = shape.head_parameters * (WIDE + _narrow(setup) + together) if trains_head(shape, setup) else 0
-    return rows * shape.vocab_size * _logit_bytes(setup) + trained
+    return shape.head_parameters * (WIDE + _narrow(setup) + together) if trains_head(shape, setup) else 0
 
 
 def trains_head(shape: Shape, setup: Setup) -> bool:
@@ -199,15 +206,22 @@ def cast_bytes(shape: Shape, setup: Setup, tier: str) -> int:
     return setup.width * adapter_parameters(shape, setup) if cast else 0
 
 
-def fixed_bytes(shape: Shape, setup: Setup, tier: str) -> int:
-    """What a pass needs whatever its tokens: the head's chunk, casts of adapters, the largest matrix de-quantised."""
-    largest = max(linear.entries for linear in shape.linears) * setup.width
-    fixed = head_chunk_bytes(shape, setup) + cast_bytes(shape, setup, tier)
-    return fixed + (largest if setup.quantization else 0)
+def peaks(shape: Shape, setup: Setup, tier: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Bytes whatever the tokens, and a token row, where a pack holds the most: in the head, and in the backward.
+
+    The head's chunk is gone when the last layer's backward begins; what that makes is not there before. The head reads
+    the last norm's rows, and of them those of the answers once more. A matrix is de-quantised in layers alone.
+    """
+    kept = activation_bytes_per_token(shape, setup, tier) + reference_row_bytes(shape, setup)
+    casts = cast_bytes(shape, setup, tier) + _trained_head_bytes(shape, setup)
+    read = setup.width * shape.hidden_size * (1 + setup.lengths.answers / setup.lengths.rows)
+    largest = max(linear.entries for linear in shape.linears) * setup.width if setup.quantization else 0
+    return (
+        (casts + _chunk_bytes(shape, setup), kept + read),
+        (casts + largest, kept + work_bytes_per_token(shape, setup, tier)),
+    )
 
 
 def pack_bytes(shape: Shape, setup: Setup, tier: str, tokens: float) -> float:
     """Peak of one pack's forward and backward, beside the residents."""
-    per_token = activation_bytes_per_token(shape, setup, tier) + work_bytes_per_token(shape, setup, tier)
-    per_token += reference_row_bytes(shape, setup)
-    return fixed_bytes(shape, setup, tier) + tokens * per_token
+    return max(fixed + tokens * per_token for fixed, per_token in peaks(shape, setup, tier))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorafocal.errors import InputError
-from lorafocal.memory.activations import fixed_bytes, pack_bytes
+from lorafocal.memory.activations import pack_bytes, peaks
 from lorafocal.memory.operations import flops_per_pair
 from lorafocal.memory.shards import Residents
 from lorafocal.ops.shapes import Setup, Shape
@@ -68,8 +68,7 @@ def room_for_packs(room: float, held: Residents) -> float:
 
 def tokens_that_fit(shape: Shape, setup: Setup, free_bytes: float, tier: str, longest_pair: int = 0) -> int:
     """The largest budget, in steps of 64 and at most 16384, or the longest pair; not above 0 where nothing fits."""
-    per_token = pack_bytes(shape, setup, tier, 1) - pack_bytes(shape, setup, tier, 0)
-    tokens = int((free_bytes - fixed_bytes(shape, setup, tier)) / per_token)
+    tokens = min(int((free_bytes - fixed) / per_token) for fixed, per_token in peaks(shape, setup, tier))
     return min(max(MAX_TOKENS, longest_pair), tokens // TOKEN_STEP * TOKEN_STEP)
 
 

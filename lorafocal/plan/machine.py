@@ -151,7 +151,7 @@ def _of_a_pack(work: Work, room: float, tier: str, tokens: float) -> Iterator[Pa
     yield Part("activations", tokens * per_token, f"{per_token / 2**20:.2f} MiB a token row, tier {tier}")
     if casts:
         yield Part("bfloat16 weights", casts, "of the matrices, cast for a pack's products")
-    yield Part("head and workspaces", rest, f"logits of {setup.head_rows} rows, one layer's backward")
+    yield Part("head and workspaces", rest, f"logits of {setup.head_rows} rows, then one layer's backward")
     slack = memory.SLACK * max(0.0, room)
     yield Part("driver and slack", DRIVER_BYTES + slack, f"1 GiB, and {memory.SLACK:.0%} of what is left")
 
