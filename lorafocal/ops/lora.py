@@ -234,7 +234,16 @@ def _restored(kept: Tensor | None, norm: Norm | None) -> Tensor | None:
 
 def _stacked(layers: Sequence[Linear], like: Tensor) -> Tensor:
     """The A of all adapters, (sum of R, in), in the dtype of `like`."""
-    return torch.cat([layer.adapter.a.to(like.dtype) for layer in layers if layer.adapter])
+    return _joined([layer.adapter.a for layer in layers if layer.adapter], dim=0).to(like.dtype)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Side by side; one by itself is not copied."""
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+
+
+def _scaled_(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x.mul_(scale)
 
 
 def _project(
@@ -261,13 +270,17 @@ def _towards(
     for gradient, weight in zip(upstream, () if weights is None else weights, strict=False):
         to_x = gradient @ weight if to_x is None else to_x.addmm_(gradient, weight)
     parts = [
-        (gradient @ layer.adapter.b.to(gradient.dtype)).mul_(layer.adapter.scale)
+        (gradient @ layer.adapter.b.to(gradient.dtype), layer.adapter.scale)
         for gradient, layer in zip(upstream, layers, strict=True)
         if layer.adapter
     ]
     if not parts:
         return to_x, None
-    to_small = torch.cat(parts, dim=1)
+    scales = {scale for _, scale in parts}
+    if len(scales) == 1:  # one launch for all
+        to_small = _scaled_(_joined([part for part, _ in parts], dim=1), *scales)
+    else:
+        to_small = torch.cat([_scaled_(part, scale) for part, scale in parts], dim=1)
     if to_x is not None:
         to_x.addmm_(to_small, _stacked(layers, to_small))
     return to_x, to_small
@@ -284,7 +297,7 @@ def _gradients(
     gradients = []
     for gradient, a, part, layer in zip(upstream, to_a, small.split(ranks, dim=1), layers, strict=True):
         if layer.adapter is not None:
-            b = wide_product(gradient.T, part).mul_(layer.adapter.scale)
+            b = _scaled_(wide_product(gradient.T, part), layer.adapter.scale)
             gradients += [a.to(layer.adapter.a.dtype), b.to(layer.adapter.b.dtype)]
     return gradients
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -186,6 +187,40 @@ def test_each_matrix_is_multiplied_once_a_direction_and_read_once_a_pass(recompu
     again = 2 if recompute else 0
     assert (backward.base, backward.low_rank) == (3 + again, 3 + 2 + 2 + 3 + again)
     assert [one.weight.reads for one in layers] == [2, 2, 2]
+
+
+class Small(TorchDispatchMode):
+    """How often each operation beside products and views was called; each is a launch on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket.__name__
+        self.calls[name] += not function.is_view and "mm" not in name
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize(
+    ("scales", "scalings"), [((1.0, 1.0, 1.0), 0), ((0.75, 0.75, 0.75), 1 + 3), ((1.0, 2.0, 0.5), 4)]
+)
+def test_adapters_are_stacked_cast_and_scaled_together(scales, scalings):
+    layers = [layer(9, WIDTH, seed=10 * i, dtype=torch.bfloat16) for i in range(3)]
+    layers = [replace(one, adapter=replace(one.adapter, scale=s)) for one, s in zip(layers, scales, strict=True)]
+    x = random(TOKENS, WIDTH, seed=50, dtype=torch.bfloat16).requires_grad_()
+    with Small() as small:
+        outputs = shared_linear(x, layers)
+    assert small.calls["cat"] == 1
+    assert small.calls["_to_copy"] == 1 + 3  # all A, and each B
+    with Small() as small:
+        torch.autograd.grad(outputs, [x, *trained(layers)], [torch.ones_like(y) for y in outputs])
+    assert small.calls["cat"] == 2
+    assert small.calls["mul_"] == scalings
+    (alone,) = shared_linear(x, layers[:1])
+    with Small() as small:
+        alone.backward(torch.ones_like(alone))
+    assert small.calls["cat"] == 0
 
 
 def test_the_first_layer_of_a_model_computes_no_gradient_towards_its_input():
