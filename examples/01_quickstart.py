@@ -147,7 +147,7 @@ def reward_accuracy(run: Path, name: str, out: Path) -> Score:
 
 def log_right_answers(run: RunSummary, before: Result, after: Result) -> None:
     """Right answers by rule before and after training, beside the run's other metrics: the report compares them."""
-    log = MetricsFile(run.folder / "metrics.jsonl")
+    log = MetricsFile(run.folder)
     for step, result in ((0, before), (run.steps, after)):
         log.append(step, {"eval_right_answers": result.scores["right"].value / 100})
 
