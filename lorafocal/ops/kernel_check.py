@@ -42,7 +42,12 @@ def head_fold_results(
     both = of.head_fold_(logits.clone(), labels, dtype, transform, None)
     assert both.error is not None  # a dtype was asked for
     error = (both.error.double() * both.factor).to(both.error.dtype)  # whose factor may be a tensor or a number
-    return [alone.logps[:, None], both.logps[:, None], collisions[:, None], error]
+    return [*map(_beside_one, (alone.logps, both.logps, collisions)), error]
+
+
+def _beside_one(logs: Tensor) -> Tensor:
+    """Rows of a log and 1: the log of a probability near 1 is near 0, and as exact as the probability, not itself."""
+    return torch.stack((logs, torch.ones_like(logs)), dim=-1)
 
 
 def furthest(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from lorafocal.errors import InputError
 from lorafocal.ops.elementwise import GEGLU, TORCH, load, rms_norm
+from lorafocal.ops.kernel_check import TOLERANCE, furthest, head_fold_results
+from lorafocal.ops.logps import Fold, LogitTransform, head_fold_
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -83,3 +87,29 @@ def test_an_unknown_set_and_kernels_without_a_device_are_refused_by_name(monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="needs a CUDA device"):
         load("triton")
+
+
+def folded_in_doubles(logits, labels, dtype, transform, collisions=None):
+    """The same fold with other roundings, as a kernel's are."""
+    exact = None if collisions is None else torch.empty_like(collisions, dtype=torch.float64)
+    fold = head_fold_(logits.double(), labels, None if dtype is None else torch.float64, transform, exact)
+    if collisions is not None:
+        collisions.copy_(exact.float())
+    return Fold(fold.logps.float(), None if fold.error is None else (fold.error * fold.factor).to(dtype), 1.0)
+
+
+@pytest.mark.parametrize("vocabulary", [15, 17, 111])  # here a row of the load-time check is nearly sure of one token
+def test_the_check_of_a_fold_takes_roundings_where_one_token_has_nearly_all(vocabulary):
+    logits = 4 * torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, vocabulary // 2, vocabulary - 1])
+
+    def apart(fold):
+        sets = replace(TORCH, head_fold_=fold), TORCH
+        return furthest(*(head_fold_results(of, logits, labels, torch.float32, LogitTransform()) for of in sets))
+
+    def off(*given):
+        fold = folded_in_doubles(*given)
+        return fold._replace(logps=fold.logps * (1 + 1e-4))
+
+    assert apart(folded_in_doubles) <= TOLERANCE[torch.float32]
+    assert apart(off) > TOLERANCE[torch.float32]
