@@ -11,7 +11,7 @@ static size_t used;
 
 static size_t whole(void) {
   const char *gib = getenv("STUB_GPU_GIB");
-  return (size_t)(gib ? atof(gib) : 8.0) * (1ull << 30);
+  return (size_t)(gib ? atof(gib) : 64.0) * (1ull << 30);
 }
 
 static void *handle(void **to) { return *to = calloc(1, PAGE); }
