@@ -65,6 +65,7 @@ def opened(
     model: str | PreTrainedModel | PeftModel,
     ref_model: str | PreTrainedModel | PeftModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase | None]:
     """The model, loaded in bfloat16 where it is a name, and its tokenizer; a named reference must share that.
 
@@ -72,7 +73,7 @@ def opened(
     """
     if isinstance(model, str):
         tokenizer = tokenizer or load_tokenizer(model)
-        model = load_base(model)
+        model = load_base(model, device=device)
     check_as_stored(model)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
@@ -164,13 +165,15 @@ def _only_adapter(model: PeftModel) -> LoraConfig:
 
 
 def assemble_ref_model(
-    ref_model: str | PreTrainedModel | PeftModel, policy: PreTrainedModel | PeftModel
+    ref_model: str | PreTrainedModel | PeftModel,
+    policy: PreTrainedModel | PeftModel,
+    device: torch.device | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The separate reference: frozen, dropout off, in evaluation mode for good.
 
     Raises InputError where it is the policy's own base, or speaks of another vocabulary.
     """
-    model = load_base(ref_model) if isinstance(ref_model, str) else ref_model
+    model = load_base(ref_model, device=device) if isinstance(ref_model, str) else ref_model
     settle(model)
     base = causal_lm(model)
     if base is policy:

@@ -362,7 +362,8 @@ def _load(name: str, revision: str | None, config: Config) -> PreTrainedModel:
     model, shape = config.model, config.model.shape if name == config.model.name else None
     held: dict[str, Any] = {"dtype": model.dtype, "shape": shape, "quantization": model.quantization}
     if model.backend == "transformers":
-        return load_base(name, revision=revision, **held)
+        device = torch.device("cpu") if config.training.fields.get("use_cpu") else None
+        return load_base(name, revision=revision, device=device, **held)
     return backends.named(model.backend).load(name, revision=revision, max_length=config.data.max_length, **held)[0]
 
 

@@ -110,7 +110,8 @@ class FocalPOTrainer(BareTrainer):
         args = args or FocalPOConfig(output_dir="focalpo_output")
         check_ref_model(args.reference, ref_model)
         check_given(optimizers[0], args.loraplus_lr_ratio)
-        model, processing_class = opened(model, ref_model, processing_class)
+        device = torch.device("cpu") if args.use_cpu else None
+        model, processing_class = opened(model, ref_model, processing_class, device)
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.data = {
             name: tokenized(rows, name, processing_class, args) for name, rows in given.items() if rows is not None
@@ -121,7 +122,7 @@ class FocalPOTrainer(BareTrainer):
         self.trained = check_trainable(policy) if isinstance(policy, PeftModel) else train_in_full(policy)
         self.engine = build_engine(args)
         self.made = what_is_made(policy, self.objective, args.strategy, processing_class)
-        self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy)
+        self.ref_model = None if ref_model is None else assemble_ref_model(ref_model, policy, device)
         self._scorers = [policy, *filter(None, [self.ref_model])]
         check_data(self.data, self._scorers, self.objective.entry)  # the reference's lengths too
         self.reference_identity = reference_identity(args.strategy, policy, self.ref_model)

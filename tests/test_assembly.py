@@ -12,6 +12,7 @@ from lorafocal import assembly
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.errors import InputError
+from lorafocal.model import load
 from lorafocal.model.load import load_base
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.ops.elementwise import TORCH
@@ -140,3 +141,18 @@ def test_a_trainer_whose_model_was_prepared_for_another_layout_since_is_refused(
     with pytest.raises(InputError, match="without `segments`"):
         padded.train()
     again.train()
+
+
+def test_a_run_on_the_cpu_puts_no_named_model_on_an_accelerator(tmp_path, monkeypatch):
+    """int8 weights that were on a GPU once cannot compute anywhere else, and the GPU may be too small or in use."""
+    names = [str(save_base(tmp_path / name, dtype=torch.bfloat16)) for name in ("base", "reference")]
+    monkeypatch.setattr(load, "local_device", lambda: torch.device("cuda", 0))
+    settings = {"reference": "separate_model", "use_cpu": True, "max_steps": 1, "report_to": "none"}
+    trainer = FocalPOTrainer(
+        names[0],
+        names[1],
+        args=FocalPOConfig(output_dir=str(tmp_path / "run"), pairs_per_step=4, **settings),
+        train_dataset=toy_preferences(8, seed=1),
+        peft_config=lora(),
+    )
+    assert {p.device.type for m in (trainer.model, trainer.ref_model) for p in m.parameters()} == {"cpu"}

@@ -19,6 +19,7 @@ from lorafocal.data.held_out import read_held_out
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.evaluate.score import score_file
+from lorafocal.model import load
 from lorafocal.model.load import load_base
 from lorafocal.objectives import build_objective
 from lorafocal.policy import prepare_policy, sequence_logps
@@ -364,3 +365,14 @@ def test_a_run_that_max_steps_ended_inside_an_epoch_is_not_trained_further(root:
         assert (again.steps, again.held_out["eval_loss"]) == (4, first.held_out["eval_loss"])
         assert sha256(again.folder / "adapter" / "adapter_model.safetensors") == adapter
         assert metric_lines(first.folder) == lines
+
+
+@pytest.mark.parametrize("kind", ["disabled_adapter", "cached"])
+def test_a_run_on_the_cpu_loads_nothing_on_an_accelerator(root, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(load, "local_device", lambda: torch.device("cuda", 0))
+    if kind == "cached":
+        config = run_config(root, reference__kind=kind, reference__store=str(tmp_path / "store"))
+        run.cache_reference(config, quiet=True)
+    else:
+        config = run_config(root, training__num_train_epochs=None, training__max_steps=1)
+        run.train(config, quiet=True, runs_dir=tmp_path)

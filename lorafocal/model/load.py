@@ -75,8 +75,9 @@ def load_base(
     dtype: str = "bfloat16",
     shape: Mapping[str, Any] | None = None,
     quantization: str | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A frozen base in train mode on the local device (the GPU of this rank where there is one).
+    """A frozen base in train mode on `device`, or on the local one (the GPU of this rank where there is one).
 
     `quantization` is one of `compatibility.QUANTIZED`; a checkpoint that is quantised already is loaded as it is.
     Raises InputError for an unknown dtype (fp16 among them), a base that is missing, pickled, quantised otherwise, no
@@ -94,7 +95,8 @@ def load_base(
         check_shape(config, shape or {})
         weight_names(name, revision)
         stored = prequantized(config, name)
-        plan = planned(quantization, stored, name)
+        device = device or local_device()
+        plan = planned(quantization, stored, name, device)
         how = {} if plan == stored else {"quantization_config": bitsandbytes_config(str(plan), DTYPES[dtype])}
         # Its attention is transformers' default: SDPA, or eager where a model has none (Gemma-2).
         model, report = door(config, name).from_pretrained(
@@ -103,7 +105,7 @@ def load_base(
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
-            device_map={"": local_device()},
+            device_map={"": device},
             output_loading_info=True,
             **how,
         )
@@ -140,10 +142,10 @@ def _check_complete(report: Mapping[str, Any], name: str) -> None:
         )
 
 
-def planned(quantization: str | None, stored: str | None, name: str) -> str | None:
+def planned(quantization: str | None, stored: str | None, name: str, device: torch.device | None = None) -> str | None:
     """How a base is to be held: as asked for, or as its checkpoint is stored.
 
-    Raises InputError where the two differ, and where bitsandbytes is needed and does not work.
+    Raises InputError where the two differ, and where bitsandbytes is needed and does not work on `device`.
     """
     if stored is not None and quantization not in (None, stored):
         raise InputError(
@@ -152,7 +154,7 @@ def planned(quantization: str | None, stored: str | None, name: str) -> str | No
         )
     plan = quantization or stored
     if plan is not None:
-        library(local_device())
+        library(device or local_device())
     return plan
 
 

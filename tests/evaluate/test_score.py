@@ -103,7 +103,7 @@ def test_the_last_evaluation_of_a_run_is_the_score_of_its_adapter(
 ) -> None:
     rows = toy_preferences(24, seed=3, held_out=True)
     trainer = FocalPOTrainer(
-        model=load_base(str(run.base), dtype="float32", quantization=quantization),
+        model=load_base(str(run.base), dtype="float32", quantization=quantization, device=torch.device("cpu")),
         args=FocalPOConfig(
             output_dir=str(tmp_path / "trained"),
             beta=BETA,
@@ -169,7 +169,7 @@ def test_a_cast_leaves_quantised_weights_alone_and_computes_with_the_same(tmp_pa
     for word in ("nf4-double", "int8"):
         base = load_base(str(save_base(tmp_path / word, dtype=torch.float32)), dtype="bfloat16", quantization=word)
         layer = base.model.layers[0].mlp.up_proj
-        held, x = layer.weight.data.clone(), torch.randn(3, 32)
+        held, x = layer.weight.data.clone(), torch.randn(3, 32).to(base.device)
         cast_parameters(base, torch.float32)
         assert torch.equal(layer.weight.data, held)
         assert {p.dtype for p in base.parameters() if p.is_floating_point()} == {torch.float32}
