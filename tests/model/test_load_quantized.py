@@ -49,7 +49,7 @@ def restated(folder: Path, **config: Any) -> str:
 
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(model.device)).logits
 
 
 def layers(model: nn.Module) -> list[Any]:
@@ -227,7 +227,8 @@ def test_each_process_loads_onto_its_own_device(llama, monkeypatch, rank, word):
     assert ("quantization_config" in asked) == (word is not None)
 
 
-def test_without_an_accelerator_it_is_the_cpu(llama):
+def test_without_an_accelerator_it_is_the_cpu(llama, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for word in (None, "nf4"):
         assert {p.device.type for p in load_base(llama, quantization=word).parameters()} == {"cpu"}
 

@@ -332,6 +332,7 @@ STEPS = [
 def test_killed_after_any_of_its_steps_a_merge_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both bases are tried and two adapters combined, so that every folder it makes is there in turn."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a forked process that loads in threads fails now and then
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # and one cannot use a GPU that its parent has used
     run = save_run(tmp_path, std=0.1, quantization="nf4")
 
     def merged() -> MergeReport:
