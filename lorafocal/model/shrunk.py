@@ -92,7 +92,7 @@ def build(config: PreTrainedConfig, *, dtype: torch.dtype, seed: int) -> PreTrai
             " not known here. Rehearse on a small model of this architecture by giving its values as model.shape"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model: PreTrainedModel = door.from_config(config, dtype=dtype)
     return model
 

@@ -79,7 +79,7 @@ def train(
 ) -> LlamaForCausalLM:
     """A plain next-token loop over the answers; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         model = LlamaForCausalLM(toy_config(recipe, tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = max(1, recipe.steps // 10)

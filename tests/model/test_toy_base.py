@@ -51,10 +51,11 @@ def test_a_second_call_finds_it_and_another_cache_gives_the_same_bits(tmp_path: 
     assert all(torch.equal(weights(first)[name], tensor) for name, tensor in weights(again).items())
 
 
-def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
+def test_the_callers_random_state_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's state is the caller's too"))
     toy_base(tmp_path, recipe=replace(TINY, steps=2))
     assert torch.equal(torch.rand(2), expected)
 
