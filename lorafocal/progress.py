@@ -323,9 +323,9 @@ def clock_text(seconds: float) -> str:
 
 
 def peak_gib() -> float:
-    """Peak memory of this process in GiB: CUDA's allocations where it is in use, else resident memory."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
+    """Peak memory of this process in GiB: CUDA's allocations where it made any, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized() and (peak := torch.cuda.max_memory_allocated()):
+        return peak / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 

@@ -132,6 +132,15 @@ def test_peak_memory_is_that_of_a_process_with_torch() -> None:
     assert 0.05 < peak_gib() < 64
 
 
+def test_beside_an_idle_gpu_peak_memory_is_the_process_s(monkeypatch):
+    resident = peak_gib()
+    for name, value in (("is_available", True), ("is_initialized", True), ("max_memory_allocated", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert peak_gib() >= resident > 0
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**31)
+    assert peak_gib() == 2
+
+
 # --- speed and remaining time -------------------------------------------------------------------------------
 
 
