@@ -162,14 +162,14 @@ def test_the_base_is_not_touched(root: Path, finished: RunSummary, base_sha256: 
     base = AutoModelForCausalLM.from_pretrained(root / "base").state_dict()
     policy = PeftModel.from_pretrained(load_base(str(root / "base"), dtype="float32"), finished.folder / "adapter")
     for name, tensor in policy.unload().state_dict().items():
-        assert torch.equal(tensor, base[name]), name
+        assert torch.equal(tensor.cpu(), base[name]), name
 
 
 @pytest.mark.row("22")
 def test_the_adapter_reloads_to_the_rewards_of_the_last_evaluation(root: Path, finished: RunSummary) -> None:
     policy = PeftModel.from_pretrained(load_base(str(root / "base"), dtype="float32"), finished.folder / "adapter")
     prepare_policy(policy)
-    pack = share_prefixes(read_held_out(finished.folder / "held_out.jsonl"))
+    pack = share_prefixes(read_held_out(finished.folder / "held_out.jsonl")).to(policy.device)
     with torch.no_grad():
         logps = sequence_logps(policy, pack)
         losses = build_objective("focalpo", beta=0.1, gamma=0.05)(logps, DisabledAdapterReference(policy).logps(pack))
@@ -213,7 +213,7 @@ def test_what_is_refused_while_it_is_put_together_leaves_no_folder(root: Path, t
             "kernels": {"kernels": {"elementwise": "triton"}},
         }[key]
     )
-    with pytest.raises(InputError, match=r"log-probs are missing|needs a CUDA device|is not installed"):
+    with pytest.raises(InputError, match=r"log-probs are missing|needs a CUDA device|computes on CUDA"):
         run.train(check_config(values), quiet=True, runs_dir=tmp_path / "runs")
     assert not list(tmp_path.iterdir())
 

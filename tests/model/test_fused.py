@@ -38,8 +38,9 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 def logits(policy: nn.Module) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=policy.dtype == torch.bfloat16):
-        return policy(input_ids=IDS, use_cache=False).logits
+    device = next(policy.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=policy.dtype == torch.bfloat16):
+        return policy(input_ids=IDS.to(device), use_cache=False).logits
 
 
 def step(policy: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
