@@ -60,6 +60,10 @@ ANOTHER_SOURCE = {
 HELD_OUT = "data={train: train.jsonl, held_out: 0.1}"
 GUIDED = {"name": "modpo", "beta": 0.1}
 TOGETHER = {
+    "training.lr_scheduler_kwargs": [
+        "training.lr_scheduler_type=polynomial",
+        "training.lr_scheduler_kwargs={power: 2.0}",
+    ],
     "adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"],
     "adapter.start_from": ["adapter={start_from: runs/sft/adapter}", "reference.identity_probe=false"],
     "model.backend": ["model.backend=unsloth", "model.dtype=bfloat16"],
@@ -155,7 +159,7 @@ def override_for(key: str) -> list[str]:
         return [f"{key}={OTHER_VALUES[key]}"]
     name = key.removeprefix("training.")
     choices, annotation = RULES[name].choices, installed_fields()[name]
-    samples = {"bool": "true", "int": "7", "float": "0.25", "str": "word", "dict": "{power: 2.0}"}
+    samples = {"bool": "true", "int": "7", "float": "0.25", "str": "word"}
     value = choices[-1] if choices else next(v for kind, v in samples.items() if kind in annotation)
     return [f"{key}={value}"]
 

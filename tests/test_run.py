@@ -213,7 +213,7 @@ def test_what_is_refused_while_it_is_put_together_leaves_no_folder(root: Path, t
             "kernels": {"kernels": {"elementwise": "triton"}},
         }[key]
     )
-    with pytest.raises(InputError, match=r"log-probs are missing|needs a CUDA device|computes on CUDA|is not installed"):
+    with pytest.raises(InputError, match=r"log-probs are missing|(needs a|computes on) CUDA|is not installed"):
         run.train(check_config(values), quiet=True, runs_dir=tmp_path / "runs")
     assert not list(tmp_path.iterdir())
 
