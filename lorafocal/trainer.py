@@ -140,6 +140,7 @@ class FocalPOTrainer(BareTrainer):
         policy.eval()  # each step sets its own mode again
         self.budget, self.layout, bucket, self.kernels = prepare_layers(self._scorers, args, self._all_pairs())
         asked = asked_of_packs(self.objective.entry, self._pairs("train_dataset") or self._all_pairs())
+        self._modules = tuple(policy.modules())
         self.data_collator = PairCollator(self.layout.layout, self.budget.tokens, bucket=bucket, **asked)
         self._retry = Retry(self.data_collator, args.device, self.engine.word)
         self.stored: StoredReference | None = None
@@ -232,8 +233,8 @@ class FocalPOTrainer(BareTrainer):
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one whole optimiser step on this rank; the step's mean loss, detached."""
-        if not model.training:  # asking each module takes a tenth of a small model's step on a GPU
-            model.train()
+        if not (model.training and all(module.training for module in self._modules)):
+            model.train()  # a tenth of a small model's step on a GPU; a new wrapper trains, the model within may not
         before = copy(self.metrics)  # sums that are never changed in place
 
         def undo() -> None:

@@ -18,6 +18,7 @@ from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedData
 from lorafocal.errors import InputError, UnhealthyRun
 from lorafocal.model import load
+from lorafocal.model.head import causal_lm
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import disturb, lora, pairs, relative_difference, tiny_base, tiny_policy, trainer
@@ -276,6 +277,31 @@ def test_dropout_is_switched_off_everywhere(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     run.save_model(str(tmp_path / "adapter"))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0
+
+
+class Wrapper(torch.nn.Module):
+    """As DDP's: new, so it says that it trains, whatever the model within does."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, *arguments, **options):
+        return self.module(*arguments, **options)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, lambda policy: policy], ids=["wrapped", "bare"])
+def test_a_step_trains_every_module_of_a_model_in_a_new_wrapper(tmp_path, wrap):
+    """Modules that are left evaluating would keep every activation: none is computed again."""
+    run = trainer(tmp_path, pairs(8))
+    assert not any(module.training for module in run.model.modules())
+    batch = run.data_collator(run.train_dataset)
+    model = wrap(run.model)
+    run.training_step(model, batch)
+    assert all(module.training for module in model.modules())
+    causal_lm(run.model).base_model.eval()  # a caller's, deep within
+    run.training_step(model, batch)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.slow
