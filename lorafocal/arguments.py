@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from lorafocal import launch
@@ -18,7 +18,7 @@ from lorafocal.errors import InputError
 from lorafocal.memory import TIERS
 from lorafocal.objectives import OBJECTIVES, PARAMETERS, Entry, Objective, build_objective, entry_of, python_name
 from lorafocal.objectives.factor import FORMS
-from lorafocal.optimizers import check_device
+from lorafocal.optimizers import check_device, check_schedule
 from lorafocal.reference import REFERENCES
 from lorafocal.references.strategy import KEYS, Strategy, misfits, refusals, strategy_of, with_defaults
 from lorafocal.training_fields import check_training_fields, classify, field_problem, forced_values
@@ -215,6 +215,8 @@ class FocalPOConfig(_Parameters):
             super().__post_init__()
         except ValueError as error:  # what this machine or these values cannot do, in transformers' words
             raise InputError(f"FocalPOConfig: {error}") from error
+        settings: Any = self.lr_scheduler_kwargs or {}  # a mapping, now that transformers has read it
+        check_schedule(SchedulerType(self.lr_scheduler_type).value, settings, self.learning_rate)
         if self.deepspeed:
             load_whole()
         self._settle_recompute()

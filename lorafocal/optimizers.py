@@ -1,19 +1,21 @@
-"""The optimiser of a run: what it needs of the machine, LoRA+'s two rates, and moments that bitsandbytes keeps small.
+"""The optimiser of a run and its schedule: what both need, LoRA+'s two rates, moments that bitsandbytes keeps small.
 
 bitsandbytes quantises moments in blocks of 256; tensors below 4096 entries keep 32 bits, and paging begins at 100,000.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+from transformers import get_scheduler
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 
 # What gives the same result without paging.
 UNPAGED = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
@@ -26,6 +28,23 @@ def check_device(optim: str, device: torch.device) -> None:
             f"optim: {optim} moves moments between a GPU's memory and the machine's, and there is no CUDA device here"
             f" (bitsandbytes would go on without paging): use {UNPAGED[optim]}, which gives the same result"
         )
+
+
+def check_schedule(name: str, settings: Mapping[str, Any], learning_rate: float) -> None:
+    """Raise InputError for `lr_scheduler_kwargs` of which transformers makes no schedule, or none of finite rates.
+
+    It says so only at the first step, when the model is loaded.
+    """
+    warmup, steps = 10, 100  # any run's
+    try:
+        one = SGD([Parameter(torch.zeros(1))], lr=learning_rate)
+        schedule = get_scheduler(name, one, warmup, steps, scheduler_specific_kwargs=dict(settings))
+        factors = [schedule.lr_lambdas[0](step) for step in range(steps + 1)]
+        wrong = next((f"a rate of {factor:g} times" for factor in factors if not 0 <= factor < math.inf), "")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        wrong = first_line(error)
+    if wrong:
+        raise InputError(f"lr_scheduler_kwargs: {name} cannot be computed with {dict(settings)} ({wrong}): correct it")
 
 
 def check_given(optimizer: Optimizer | None, loraplus_lr_ratio: float | None) -> None:

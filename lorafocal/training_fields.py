@@ -247,10 +247,13 @@ LOGGERS: dict[str, tuple[str, ...]] = {
     "swanlab": ("swanlab",),
 }
 
-# Numbers from 0 to below these, or an optimiser refuses them itself once the model is loaded.
-_BELOW = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), math.inf),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), 1.0),
+# Numbers that something else refuses once the model is loaded, or at the first checkpoint.
+_WITHIN: dict[str, tuple[float, float]] = {  # (the least, what it stays below)
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # NumPy's
+    **dict.fromkeys(("eval_delay", "dataloader_num_workers"), (0, math.inf)),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout"), (1, math.inf)),
 }
 
 NO_WARMUP = "lr_scheduler_type constant has none; use constant_with_warmup, or remove it"
@@ -347,13 +350,16 @@ def field_problem(name: str, value: Any) -> str | None:
     annotation = installed_fields().get(name)
     if annotation is None:
         return f"the installed transformers does not have this field{_nearest(name)}"
-    if name in _BELOW and type(value) in (int, float) and not 0 <= value < _BELOW[name]:
-        return f"found {shown}; it must be at least 0 and {'finite' if _BELOW[name] == math.inf else 'below 1'}"
+    least, limit = _WITHIN.get(name, (-math.inf, math.inf))
+    if name in _WITHIN and type(value) in (int, float) and not least <= value < limit:
+        return f"found {shown}; it must be at least {least} and {'finite' if limit == math.inf else f'below {limit}'}"
     if not accepts(annotation, value):
         example = ", such as 5.0e-6" if annotation == "float" else ""
         return f"found {shown} ({type(value).__name__}); it must be of type {annotation}{example}"
     if rule.choices and value not in rule.choices:
         return f"found {shown}; it must be one of {', '.join(rule.choices)}"
+    if name == "save_steps" and value <= 0:
+        return f"found {shown}; it must be above 0 (save_strategy no: nothing before the end)"
     if name == "num_train_epochs" and value <= 0:
         return f"found {shown}; it must be above 0, or nothing is trained"
     if name == "max_steps" and not (value > 0 or value == -1):

@@ -103,3 +103,41 @@ def test_our_own_fields_are_checked(tmp_path, settings, words):
 def test_what_is_left_out_is_settled_by_objective_and_reference(tmp_path, settings, settled):
     args = config(tmp_path, **settings)
     assert (args.beta, args.gamma, args.reference, args.identity_probe) == settled
+
+
+SCHEDULES = {
+    "linear": {},
+    "cosine": {"num_cycles": 0.5},
+    "cosine_with_restarts": {"num_cycles": 3},
+    "polynomial": {"power": 2.0, "lr_end": 1e-7},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {"timescale": 1000},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-7, "warmup_lr_rate": 0.5},
+    "warmup_stable_decay": {"num_decay_steps": 100_000, "decay_type": "1-sqrt", "min_lr_ratio": 0.1},
+}
+
+
+def test_every_schedule_that_can_be_computed_is_taken(tmp_path):
+    from lorafocal.training_fields import SCHEDULES as KNOWN
+
+    assert SCHEDULES.keys() == KNOWN.keys()
+    for name, settings in SCHEDULES.items():
+        FocalPOConfig(output_dir=str(tmp_path), lr_scheduler_type=name, lr_scheduler_kwargs=settings, use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("polynomial", {"lr_end": 1.0}, r"must be smaller than initial lr"),
+        ("polynomial", {"power": "two"}, r"unsupported operand"),
+        ("polynomial", {"power": -2.0}, r"negative power"),
+        ("warmup_stable_decay", {"num_decay_steps": 10, "decay_type": "square"}, r"Unknown decay type: square"),
+        ("polynomial", {"lr_end": -1.0}, r"a rate of -"),
+        ("cosine_with_min_lr", {"min_lr": "low"}, r"unsupported operand"),
+    ],
+)
+def test_a_schedule_that_cannot_be_computed_is_refused_before_a_model_is_loaded(tmp_path, name, settings, said):
+    with pytest.raises(InputError, match=rf"^lr_scheduler_kwargs: {name} cannot be computed with .*{said}"):
+        FocalPOConfig(output_dir=str(tmp_path), lr_scheduler_type=name, lr_scheduler_kwargs=settings, use_cpu=True)

@@ -206,9 +206,21 @@ def test_fields_that_another_makes_meaningless_are_refused(given: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [({"num_train_epochs": 0}, "above 0"), ({"max_steps": 0}, "above 0"), ({"learning_rate": -1e-6}, "at least 0")],
+    [
+        ({"num_train_epochs": 0}, "above 0"),
+        ({"max_steps": 0}, "above 0"),
+        ({"learning_rate": -1e-6}, "at least 0"),
+        ({"seed": -1}, "at least 0 and below 4294967296"),
+        ({"data_seed": 2**32}, "at least 0 and below 4294967296"),
+        ({"dataloader_num_workers": -1}, "at least 0"),
+        ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0}, "at least 1"),
+        ({"eval_strategy": "epoch", "eval_delay": -1}, "at least 0"),
+        ({"save_steps": 0}, "above 0"),
+        ({"save_total_limit": 0}, "at least 1"),
+        ({"ddp_timeout": 0}, "at least 1"),
+    ],
 )
-def test_a_run_of_nothing_is_refused(given: dict[str, Any], words: str) -> None:
+def test_numbers_that_would_fail_later_or_train_nothing_are_refused(given: dict[str, Any], words: str) -> None:
     [problem] = check_training_fields(given)
     assert words in problem
 

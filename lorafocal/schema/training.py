@@ -21,8 +21,8 @@ class Training(BaseModel):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     activation_checkpointing: Tier = "auto"
     loraplus_lr_ratio: Annotated[float | None, Field(ge=1)] = None
-    seed: Annotated[int, Field(ge=0)] = 42
-    data_seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
     @model_validator(mode="wrap")
     @classmethod
