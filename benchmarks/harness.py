@@ -115,7 +115,7 @@ def worker(module: str, settings: Mapping[str, Any], at: Session) -> Result:
         return measured(module, settings)
     environment = os.environ | {
         "OMP_NUM_THREADS": str(at.threads),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "PYTHONWARNINGS": "ignore",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

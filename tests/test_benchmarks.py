@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,26 @@ def test_a_run_is_a_process_of_its_own(harness, at):
     answer = harness.worker("bench_packing", {"fill": "ours", "budget": 8, "steps": [[3, 5, 4, 4]]}, at)
     assert answer["share filled"] == 1.0
     assert at.devices == {harness.cpu_name()}
+
+
+@pytest.mark.engine
+def test_a_run_finds_packages_where_its_caller_does(harness, at, tmp_path, monkeypatch):
+    """On a lent machine the peers lie in a folder that PYTHONPATH names."""
+    (tmp_path / "bench_elsewhere.py").write_text("def measure(settings): return {'pairs/s': 1.0}", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert harness.worker("bench_elsewhere", {}, at) == {"pairs/s": 1.0}
+
+
+def test_unsloth_comes_before_what_it_changes(tmp_path):
+    (tmp_path / "unsloth.py").write_text("import sys; TOO_LATE = {'transformers', 'peft', 'trl'} & sys.modules.keys()")
+    asked = {"implementation": "unsloth", "device": "cuda"}
+    code = f"import worker; worker.begin({asked}); print(worker.sys.modules['unsloth'].TOO_LATE)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, BENCHMARKS, BENCHMARKS.parent)))},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.engine
