@@ -1,4 +1,4 @@
-"""Build the stubs against the installed torch, and run pytest on them."""
+"""Build the stubs against the installed torch, and run pytest on them, with values in every process."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder)
         build(site, built)
+        (built / "sitecustomize.py").write_text("import tests.stub_gpu.values", encoding="utf-8")  # in children too
+        paths = (str(built), str(HERE.parents[1]), os.environ.get("PYTHONPATH"))
         environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "LD_PRELOAD": str(built / "libcudart_stub.so"),
             "LD_LIBRARY_PATH": str(built),
             "TRITON_LIBCUDA_PATH": str(built),
             "TRITON_INTERPRET": "1",
+            "PYTORCH_ALLOC_CONF": "expandable_segments:False",  # unsloth asks for what the driver's stub has not
             "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
         }
         asked = sys.argv[1:] or ["-m", "gpu"]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.stub_gpu.values", *asked]
+        command = [sys.executable, "-m", "pytest", "-q", *asked]
         return subprocess.run(command, env=environment).returncode
 
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: every operation on the stub's memory runs natively, then is computed on the host in the same memory.
+"""Imported at a process's start: operations on the stub's memory run natively, then are computed by the host in place.
 
 The native call checks devices and shapes and allocates; its kernels do nothing. What has no kernel on a CPU is written
 out in `attention.py`.

@@ -42,6 +42,7 @@ SETTINGS = {
     "UNSLOTH_MEGA_CACHE": "0",  # no pickled compiler artifacts of other runs
     "UNSLOTH_BNB_NF4_LINEAR": "0",  # bitsandbytes' own product with 4-bit weights
     "UNSLOTH_FAST_GRAD_PARAMS": "0",  # torch's own clipping and zeroing of gradients
+    "UNSLOTH_FUSED_FORWARD": "0",  # transformers' own forward of the causal model, not a rewritten one
 }
 _CHANGED = ("transformers", "peft", "trl")  # what it changes while it is imported
 _OF_PYTHON = ("__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__")

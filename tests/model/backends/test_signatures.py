@@ -124,6 +124,7 @@ WHERE_READ = {
     "UNSLOTH_MEGA_CACHE": "unsloth_zoo/compile_cache.py",
     "UNSLOTH_BNB_NF4_LINEAR": "unsloth/kernels/bnb_override.py",
     "UNSLOTH_FAST_GRAD_PARAMS": "unsloth_zoo/fast_grad_params.py",
+    "UNSLOTH_FUSED_FORWARD": "unsloth_zoo/fused_losses/forward_install.py",
 }
 
 
