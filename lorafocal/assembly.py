@@ -52,7 +52,7 @@ from lorafocal.policy import plain_attention
 from lorafocal.probes import LayoutChoice, choose_layout
 from lorafocal.references.strategy import Strategy
 from lorafocal.store import ReferenceStore
-from lorafocal.tensor_files import tensors_sha256
+from lorafocal.tensor_files import dtype_word, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def cell_of(model: nn.Module, config: LoraConfig | None, args: FocalPOConfig) ->
     if config is not None and type(config) is not LoraConfig:
         raise InputError(f"the adapter is of kind {config.peft_type.value}, and LoRA adapters are trained here")
     return Cell(
-        base=quantization_of(model) or str(arithmetic_of(model)).removeprefix("torch."),
+        base=quantization_of(model) or dtype_word(arithmetic_of(model)),
         adapter=adapter_words(None) if config is None else features(config),
         reference=args.strategy.word,
         layout="packed" if args.layout == "auto" else args.layout,

@@ -23,6 +23,7 @@ from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.ops.shapes import Lengths, Setup, Shape, attention_on_a_gpu
+from lorafocal.tensor_files import dtype_word
 from lorafocal.together import least
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def settle_budget(
 
 def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPair], *, fused: bool) -> Setup:
     """What the arithmetic asks of a run on a GPU, read from the policy itself and the mean lengths of `pairs`."""
-    dtype = str(arithmetic_of(policy)).removeprefix("torch.")
+    dtype = dtype_word(arithmetic_of(policy))
     sides = [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     means = [sum(side) / len(sides) for side in zip(*sides, strict=True)]
     if means and not OBJECTIVES[args.objective].rejected:

@@ -30,6 +30,7 @@ from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
 from lorafocal.policy import evaluating, token_logps
 from lorafocal.store import COMMAND, Answer, Context, ReferenceStore, Score, answers_of
+from lorafocal.tensor_files import PEFT_PREFIX, dtype_word
 
 CHUNK_BYTES = 64 << 20  # of a tensor that are copied to the host and hashed at a time
 SHARD_ROWS = 512  # pairs a part of the store: what a kill costs at most
@@ -58,7 +59,7 @@ def context_of(model: nn.Module, *, layout: str, attention: str, kernels: str) -
         weights_sha256=fingerprint(model),
         model_sha256=_architecture_sha256(model),
         quantization=quantization,
-        dtype=str(arithmetic_of(model)).removeprefix("torch."),
+        dtype=dtype_word(arithmetic_of(model)),
         device=next(model.parameters()).device.type,
         layout=layout,
         attention=attention,
@@ -104,7 +105,7 @@ def _low_rank(policy: nn.Module) -> tuple[tuple[str, ...], list[str]]:
 
 def _own_name(name: str) -> str:
     """A tensor's name in the model alone, without what PEFT and torch.compile wrap around it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace("_orig_mod.", "")
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer", "").replace("_orig_mod.", "")
 
 
 def _tensor_sha256(tensor: Tensor) -> str:
@@ -311,7 +312,7 @@ def spot_check(
     tolerance = _tolerance(model, noise, live, longest=max(len(answer.completion_ids) for answer in answers))
     gaps = (stored - live[0]).abs()
     worst = int(gaps.argmax())
-    dtype = str(arithmetic_of(model)).removeprefix("torch.")
+    dtype = dtype_word(arithmetic_of(model))
     found = SpotCheck(len(chosen), len(pairs), float(gaps[worst]), noise, tolerance, dtype)
     if not gaps[worst] <= tolerance:
         whose = answers[worst].name if worst < len(answers) else "a token of a checked pair"

@@ -19,6 +19,7 @@ QUANTIZED = (*FOUR_BIT, "int8")
 BASES = (*FLOAT, *QUANTIZED, "float16", "other-quantization")
 
 VARIANTS = ("lora", "rslora", "dora", "patterns", "modules_to_save", "trainable_tokens")
+_CHANGE_THE_BASE = ("pissa", "olora")  # starts that take their part out of the base
 STARTS = ("gaussian", "eva", "orthogonal", "random", "pissa", "olora", "loftq")
 ADAPTERS = (*VARIANTS, *STARTS, "bias", "corda", "lora_ga", "mica")
 FULL = "full"  # in an adapter's place: every parameter of the base is trained
@@ -192,7 +193,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rewritten-quantized-base",
         "adapter",
-        _on_bases(QUANTIZED, "pissa", "olora"),
+        _on_bases(QUANTIZED, *_CHANGE_THE_BASE),
         "with {found}, the start is taken out of the base's weights, and quantised weights ({base}) cannot hold what is"
         " left",
         "use a bfloat16 base, or another start: loftq on 4-bit bases, eva or the default on all",
@@ -208,7 +209,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rewritten-float64-base",
         "adapter",
-        _on_bases(("float64",), "pissa", "olora"),
+        _on_bases(("float64",), *_CHANGE_THE_BASE),
         "with {found}, the start is computed in single precision by PEFT, which takes no {base} weights",
         "use a float32 base",
     ),
@@ -222,7 +223,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rewritten-base-with-dora",
         "adapter",
-        _beside("dora", "pissa", "olora"),
+        _beside("dora", *_CHANGE_THE_BASE),
         "with {found}, the adapter is saved as plain LoRA on the base as it was, and DoRA's magnitudes, which belong to"
         " the changed base, have no place in that",
         "use one of the two: DoRA with the default start, or {found} without DoRA",
@@ -238,7 +239,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rewritten-base-as-reference",
         "reference",
-        _off_is_not_the_start("pissa", "olora"),
+        _off_is_not_the_start(*_CHANGE_THE_BASE),
         "with {found}, the start is taken out of the base's weights, so with the adapter off that part is missing",
         _COPY,
     ),
@@ -260,7 +261,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "under-finished-adapters",
         "reference",
-        lambda cell: cell.adapter & {"pissa", "olora"} if cell.reference in ("adapter", "several") else (),
+        lambda cell: cell.adapter & {*_CHANGE_THE_BASE} if cell.reference in ("adapter", "several") else (),
         _REWRITTEN,
         _ANOTHER_START,
     ),
@@ -360,7 +361,7 @@ def guide_refusal(adapter: frozenset[str]) -> str:
     """Why no guide can stand beside an adapter of these words; "" where one can."""
     if FULL in adapter:
         return "without `adapter`, every parameter is trained, and the guide has no base beside it: train an adapter"
-    if found := adapter & {"pissa", "olora"}:
+    if found := adapter & {*_CHANGE_THE_BASE}:
         return f"{_REWRITTEN.format(found=TITLES[min(found)])}: {_ANOTHER_START}"
     return ""
 

@@ -31,7 +31,7 @@ from lorafocal.publish import check_name, recover, why_incomplete
 from lorafocal.references.strategy import Strategy
 from lorafocal.resume import changes
 from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, MODEL_DIR, last_rewards, read_manifest, run_of
-from lorafocal.tensor_files import read_tensors
+from lorafocal.tensor_files import dtype_word, read_tensors
 from lorafocal.together import all_or_none, of_all_ranks, published_by_all
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class TrainedModel:
     def lineage(self, *, steps: int, pairs_seen: int) -> Lineage | None:
         if self._lineage is None:
             lineage = lineage_on(self._policy, (), **self._made, steps=0, pairs_seen=0)
-            self._lineage = lineage and replace(lineage, dtype=str(self._dtype).removeprefix("torch."))
+            self._lineage = lineage and replace(lineage, dtype=dtype_word(self._dtype))
         return self._lineage and replace(self._lineage, steps=steps, pairs_seen=pairs_seen)
 
     def check_same(self, checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: read whole, and compared by name, shape, dtype and value, strictly both ways."""
+"""Tensors in safetensors files: how they are called, read whole, compared by name, shape, dtype, value, both ways."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from torch import Tensor
 
 from lorafocal.errors import InputError
 
+PEFT_PREFIX = "base_model.model."  # before a module's own name, in a policy and in an adapter's file
 WAY_OUT = (
     "The checkpoint belongs to another model, adapter configuration or library version: "
     "resume with what it was saved with, or start a new run under another name."
 )
+
+
+def dtype_word(dtype: torch.dtype) -> str:
+    """As configs, manifests and messages say it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
 from lorafocal.model.saved import WEIGHTS_FILE, base_lineage, check_same_base, held, put_on, read_lora_config
 from lorafocal.publish import sha256
+from lorafocal.tensor_files import dtype_word
 
 _STAGES = "_lorafocal_stages"  # an attribute of the policy: the adapters that its own contains, the oldest first
 
@@ -100,6 +101,6 @@ def lineage_on(base: PreTrainedModel, stages: tuple[Stage, ...], **training: Any
     identity = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
     made = base_lineage(name, revision)
     before, origin = ((), None) if made is None else (made.parents, made.first_base)
-    word, dtype = quantization_of(base), str(arithmetic_of(base)).removeprefix("torch.")
+    word, dtype = quantization_of(base), dtype_word(arithmetic_of(base))
     parents = (*before, *stages)
     return Lineage(identity, parents=parents, origin=origin, quantization=word, dtype=dtype, **training)

@@ -20,9 +20,9 @@ from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import weight_files
 from lorafocal.model.quantized import dequantized_weight, word_of
+from lorafocal.tensor_files import PEFT_PREFIX
 
 _FAR = 0.5  # relative error; 4 bits lose 0.1, weights of another model 1.4
-_PREFIX = "base_model.model."
 _REMEDY = (
     "load the float original and quantise it on loading (`model.quantization: nf4`), or use `adapter.init: default`"
 )
@@ -36,7 +36,7 @@ def loftq_start(policy: PeftModel) -> None:
     """
     name = policy.active_adapter
     layers = {
-        path.removeprefix(_PREFIX): layer
+        path.removeprefix(PEFT_PREFIX): layer
         for path, layer in policy.named_modules()
         if isinstance(layer, LoraLayer) and word_of(layer.get_base_layer()) not in (None, "int8")
     }

@@ -23,6 +23,7 @@ from lorafocal.errors import InputError, first_line
 from lorafocal.model.adapters import LINEAR, linear_names
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import embeddings_of
+from lorafocal.tensor_files import dtype_word
 
 MOSTLY = 0.9  # share of the inner weights that must be quantised: routers and convolutions are far below the rest
 
@@ -248,7 +249,7 @@ def describe(model: nn.Module) -> LoadedBase:
 
 def _named(tensors: Iterable[Tensor]) -> str:
     """The dtypes of tensors in words."""
-    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})) or "none"
+    return " and ".join(sorted({dtype_word(tensor.dtype) for tensor in tensors})) or "none"
 
 
 def inner_weights(base: Any) -> dict[str, int]:
@@ -281,7 +282,7 @@ def check_loaded(model: nn.Module, *, quantization: str | None, dtype: torch.dty
     if quantization is not None:
         _check_coverage(base, quantization)
     found = describe(base)
-    kind, wanted = type(base).__name__, str(dtype).removeprefix("torch.")
+    kind, wanted = type(base).__name__, dtype_word(dtype)
     if found.quantization != quantization:
         raise InputError(
             f"model.quantization: {quantization or 'none'} was asked for, but {kind} was loaded with"

@@ -28,6 +28,7 @@ from lorafocal.model.continued import place_of
 from lorafocal.model.load import base_fingerprint
 from lorafocal.model.saved import read_config
 from lorafocal.shard_files import StoredTensors, write_shards
+from lorafocal.tensor_files import dtype_word
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes
 WEIGHTS, INDEX = "model", "model.safetensors.index.json"
@@ -133,7 +134,7 @@ def write_papers(
     """
     name, revision = place_of(model)
     config = copy.deepcopy(model.config) if name is None else read_config(name, revision)
-    config.dtype = str(dtype).removeprefix("torch.")
+    config.dtype = dtype_word(dtype)
     config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(folder)
     for file in ("generation_config.json", *PROCESSORS) if name is not None else ():

@@ -26,6 +26,7 @@ from lorafocal.model.quantized import dequantized_weight, prequantized, settle, 
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.run_folder import ADAPTER_CONFIG, CONFIG_FILE, MODEL_DIR, run_of
+from lorafocal.tensor_files import PEFT_PREFIX
 from lorafocal.yaml12 import parse_yaml
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -346,8 +347,7 @@ def base_lineage(name: str, revision: str | None = None) -> Lineage | None:
 
 def lora_layers(policy: PeftModel) -> dict[str, LoraLayer]:
     """The adapted layers, named as the base names them."""
-    prefix = "base_model.model."
-    return {n.removeprefix(prefix): m for n, m in policy.named_modules() if isinstance(m, LoraLayer)}
+    return {n.removeprefix(PEFT_PREFIX): m for n, m in policy.named_modules() if isinstance(m, LoraLayer)}
 
 
 def _check_places(folder: Path, policy: PeftModel) -> None:

@@ -28,7 +28,7 @@ from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held
 from lorafocal.model.serving import serving_section
 from lorafocal.publish import full_disk_named, sha256
 from lorafocal.release.deltas import LowRank, changes
-from lorafocal.tensor_files import check_saved
+from lorafocal.tensor_files import PEFT_PREFIX, check_saved
 
 COMBINES = frozenset(("lora", "rslora", "patterns", *STARTS))  # what is a change of the form scaling * B A, no more
 
@@ -96,8 +96,8 @@ def concatenated(parts: Sequence[Mapping[str, LowRank]], weights: Sequence[float
         a = torch.cat([one.a.double() for _, one in ones])
         b = torch.cat([weight * one.scaling * one.b.double() for weight, one in ones], dim=1)
         more = rank - a.shape[0]
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, more)).float()
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.nn.functional.pad(b, (0, more)).float()
+        tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, more)).float()
+        tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = torch.nn.functional.pad(b, (0, more)).float()
     return tensors, rank
 
 

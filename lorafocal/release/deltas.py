@@ -18,9 +18,8 @@ from torch import Tensor
 from lorafocal.errors import InputError
 from lorafocal.model.dora import row_norms
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter
-from lorafocal.tensor_files import read_tensors
+from lorafocal.tensor_files import PEFT_PREFIX, read_tensors
 
-_PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
@@ -134,14 +133,14 @@ def scaling(config: LoraConfig, layer: str, *, rank: int) -> float:
 
 
 def _of_the_base(name: str) -> str:
-    return name.removeprefix(_PREFIX)
+    return name.removeprefix(PEFT_PREFIX)
 
 
 def _low_rank(where: str, layer: str, config: LoraConfig, left: dict[str, Tensor], *, transposed: bool) -> LowRank:
     """The change of one layer, its tensors taken out of `left`."""
-    a = left.pop(_PREFIX + layer + _A)
-    b = left.pop(_PREFIX + layer + _B, None)
-    magnitude = left.pop(_PREFIX + layer + _MAGNITUDE, None)
+    a = left.pop(PEFT_PREFIX + layer + _A)
+    b = left.pop(PEFT_PREFIX + layer + _B, None)
+    magnitude = left.pop(PEFT_PREFIX + layer + _MAGNITUDE, None)
     rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), layer), config.r)
     if b is None or (magnitude is not None) != bool(config.use_dora):
         raise InputError(f"{where} lacks a half of its change, or has one that the configuration does not know")

@@ -25,7 +25,7 @@ from lorafocal.model.load import DTYPES, load_base, local_device
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, open_adapter, put_on, read_config
 from lorafocal.release.shards import Checkpoint
 from lorafocal.release.skeleton import Skeleton, skeleton
-from lorafocal.tensor_files import read_tensors
+from lorafocal.tensor_files import PEFT_PREFIX, read_tensors
 
 _STREAMS = frozenset(("lora", "rslora", "patterns", *STARTS))  # what sees a weight through its layer's forward only
 _ROOM = 1.2  # memory that scoring takes, in units of the weights'
@@ -134,7 +134,7 @@ class StoredTensors(Mapping[str, Tensor]):
         self._stored = {skeleton.places[name]: name for name in checkpoint.tensors if name in skeleton.places}
 
     def __getitem__(self, name: str) -> Tensor:
-        of_adapter = f"base_model.model.{name.replace('.default.', '.')}"
+        of_adapter = f"{PEFT_PREFIX}{name.replace('.default.', '.')}"
         if of_adapter in self._adapter:
             return self._adapter[of_adapter]
         stored = self._stored[self._skeleton.places[name.replace(".base_layer.", ".")]]
