@@ -211,7 +211,10 @@ def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = Fa
 
 def _say_slow(args: FocalPOConfig, config: Config, say: Callable[[str], None]) -> None:
     if args.device.type == "cpu" and config.model.dtype == "bfloat16":
-        say("note: bfloat16 on a CPU can be ten times slower than float32; to try things out, model.dtype=float32")
+        say(
+            "note: bfloat16 on a CPU that does not multiply it itself can be ten times slower than float32; to try"
+            " things out, model.dtype=float32"
+        )
 
 
 def _tokenized(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, Mapping[str, Part]]:
