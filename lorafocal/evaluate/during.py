@@ -60,7 +60,7 @@ def callbacks(config: Config, trainer: FocalPOTrainer, data: Mapping[str, Part])
         watcher = AnswersOnTheWay(
             trainer,
             asked,
-            judge_of(section, asked) if launch.is_main() else None,
+            judge_of(section, asked, trainer.args.device) if launch.is_main() else None,
             sampling,
             every=section.every,
             how=_how(section, asked),

@@ -28,10 +28,13 @@ class Judge:
     verdicts: Callable[[Sequence[str]], Verdicts]
 
 
-def judge_of(section: Evaluation, asked: Sequence[Question]) -> Judge:
-    """The judge that a config names, of answers to `asked`. Raises InputError for what cannot judge these questions."""
+def judge_of(section: Evaluation, asked: Sequence[Question], device: torch.device) -> Judge:
+    """The judge that a config names, of answers to `asked`, a model on `device`.
+
+    Raises InputError for what cannot judge these questions.
+    """
     if section.reward_model is not None:
-        return by_reward(section.reward_model, asked)
+        return by_reward(section.reward_model, asked, device)
     return by_rule(str(section.rule), section.pattern, asked)
 
 
@@ -50,14 +53,14 @@ def by_rule(name: str, pattern: str | None, asked: Sequence[Question]) -> Judge:
     return Judge("eval_right_answers", "right", verdicts)
 
 
-def by_reward(name: str, asked: Sequence[Question]) -> Judge:
+def by_reward(name: str, asked: Sequence[Question], device: torch.device) -> Judge:
     """Good is what the reward model puts above the chosen answer; a tie is not, as in reward accuracy.
 
     Not judged is what, with its prompt, is longer than the model takes.
     """
     try:
         with torch.random.fork_rng():  # transformers may draw what it then replaces
-            model = open_reward_model(name)
+            model = open_reward_model(name, device=device)
         theirs = _rewards(model, asked, [question.chosen for question in asked])
     except InputError as error:
         raise InputError(f"evaluation.reward_model: {error}") from error

@@ -96,8 +96,10 @@ class RewardModel:
         return rewards.tolist()
 
 
-def open_reward_model(name: str, *, dtype: str | None = None) -> RewardModel:
+def open_reward_model(name: str, *, dtype: str | None = None, device: torch.device | None = None) -> RewardModel:
     """Load a reward model, a folder or a hub id, in `dtype` (default: bfloat16 where stored so, else float32).
+
+    It goes to `device`, or to the local one.
 
     Raises InputError, before weights are loaded where that can be known: one that is missing, pickled, needs code of
     its own, is no sequence classifier, or has another number of outputs than one.
@@ -119,7 +121,7 @@ def open_reward_model(name: str, *, dtype: str | None = None) -> RewardModel:
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
-            device_map={"": local_device()},
+            device_map={"": device or local_device()},
             output_loading_info=True,
         )
     except torch.OutOfMemoryError:

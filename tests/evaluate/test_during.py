@@ -247,6 +247,13 @@ def test_a_reward_model_says_which_answers_beat_the_chosen_ones(root: Path, tmp_
     assert str(root) not in (folder / "answers" / "step-2.jsonl").read_text()
 
 
+def test_a_reward_model_is_where_the_policy_is(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `use_cpu` beside a GPU; without a device it goes to the machine's, which is one that computes nothing."""
+    monkeypatch.setattr("lorafocal.evaluate.reward_model.local_device", lambda: torch.device("meta"))
+    evaluation = {"every": 1, "count": 2, "reward_model": str(save_causal(root / "reward")), "max_new_tokens": 4}
+    assert shares(trained(config_of(root, evaluation, steps=1), tmp_path), "eval_win_rate")
+
+
 # ---- what goes wrong
 
 
