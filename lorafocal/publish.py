@@ -156,6 +156,8 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
             raise InputError(f"{folder} is being {doing} by another process: wait for it, or stop it first") from error
         except OSError:
             pass
+        if not _is_still(handle, folder):  # a start that failed beside this one has removed the folder that it made
+            raise InputError(f"{folder} was replaced by another process just now: try again")
         yield
     finally:
         if handle in _HELD:
@@ -163,6 +165,14 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not, until a worker just forked has let go
             os.close(handle)
+
+
+def _is_still(handle: int, folder: Path) -> bool:
+    """Whether an open folder still has this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _let_go() -> None:
