@@ -255,10 +255,31 @@ def shutdown() -> None:
 
     gloo aborts at random when the interpreter ends with a process group, or with a wrapped model that outlives it.
     """
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if (group := _joined()) is not None:
         gc.collect()
-        torch.distributed.destroy_process_group()
+        group.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process after an error that the other ranks may know nothing of.
+
+    NCCL's own farewell waits for what they still compute together, and they for this rank: without it, the launcher
+    sees that the process has ended, and ends them.
+    """
+    if (group := _joined()) is not None and "nccl" in str(group.get_backend_config()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    shutdown()
+    sys.exit(code)
+
+
+def _joined() -> Any:
+    """`torch.distributed` where this process is in a group of processes; None where it is not, or has no torch."""
+    torch: Any = sys.modules.get("torch")
+    there = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed if there else None
 
 
 def last_words(message: str) -> None:

@@ -208,6 +208,25 @@ def test_shutdown_leaves_the_process_group() -> None:
     launch.shutdown()
 
 
+def test_over_nccl_a_process_that_failed_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its farewell would wait for ranks that wait for this one, and the launcher for all of them."""
+    ended: list[int] = []
+
+    def end(code: int) -> None:
+        ended.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+        launch.leave(2)
+    assert ended == [2] and dist.is_initialized()
+    with pytest.raises(SystemExit) as over_gloo:
+        launch.leave(3)
+    assert ended == [2] and over_gloo.value.code == 3 and not dist.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("ended", "code", "said"),
     [

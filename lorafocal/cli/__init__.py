@@ -84,6 +84,21 @@ def _told(error: OSError) -> str:
     return f"{told}; {ways_out[error.errno]}" if error.errno in ways_out else told
 
 
+def _ended_by(error: BaseException) -> int:
+    """Say why the process ends; the exit code."""
+    if isinstance(error, InputError):
+        message, code = str(error), 2
+    elif isinstance(error, OSError) and error.errno is not None:  # the system's word, else a library's
+        message, code = _told(error), 2
+    elif isinstance(error, UnhealthyRun):
+        message, code = str(error), 1
+    else:  # a defect, here or below
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    launch.last_words(f"lorafocal: {message}")
+    return code
+
+
 def main() -> None:
     """Entry point of the console script; ends the process with one of the exit codes above."""
     code = 0
@@ -91,17 +106,9 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(prog_name="lorafocal")
-    except InputError as error:
-        launch.last_words(f"lorafocal: {error}")
-        code = 2
-    except OSError as error:
-        if error.errno is None:  # not the system's word but a library's: a defect here
-            raise
-        launch.last_words(f"lorafocal: {_told(error)}")
-        code = 2
-    except UnhealthyRun as error:
-        launch.last_words(f"lorafocal: {error}")
-        code = 1
-    finally:
+    except SystemExit:  # as all ranks agreed
         launch.shutdown()
-    sys.exit(code)
+        raise
+    except BaseException as error:
+        code = _ended_by(error)
+    launch.leave(code)  # the error is let go of by now, and with it the trainer

@@ -336,8 +336,13 @@ def test_a_disk_without_room_is_told_with_the_way_out(
 
 
 @pytest.mark.usefixtures("adapters")
-def test_a_library_s_error_that_is_not_the_system_s_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_s_error_that_is_not_the_system_s_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     stand_in(monkeypatch, "release.merge", "merge_adapter", OSError("cannot load this"))
     monkeypatch.setattr(sys, "argv", ["lorafocal", "merge", "one", "--out", "x"])
-    with pytest.raises(OSError, match="cannot load this"):
+    with pytest.raises(SystemExit) as ended:
         cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "Traceback" in said and "OSError: cannot load this" in said
