@@ -21,6 +21,7 @@ from lorafocal.compatibility import ENGINES, engine_refusal
 from lorafocal.errors import InputError
 
 FIRST_SPEAKS_S = 5.0  # how long the other ranks leave it to rank 0 to say what went wrong
+STOPPED_WITHIN_S = "300"  # of a signal: a step and a checkpoint; torchrun's own 30 kill them half-way
 
 # Set by a launcher for each process it starts, beside torchrun's WORLD_SIZE where it starts torchrun.
 _COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
@@ -96,6 +97,7 @@ def torchrun(words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", STOPPED_WITHIN_S)
     try:
         main(list(words))
     except SignalException as error:  # handed on to all processes, which have ended

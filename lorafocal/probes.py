@@ -31,6 +31,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 # bf16 keeps 8 bits: hidden states of deep models differ by some 1e-2 relative between kernels. Some models round to
 # fp32 within (their softmax, their logits), whatever their dtype.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.5}
+TF32 = 0.0625  # whose products keep 11 bits of float32, 3 more than bf16's 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +159,19 @@ def _rounding(model: nn.Module) -> float:
     """What a token may move by when others change: nothing, but where experts multiply the tokens sent to them
     together, and so in an order that the others have a part in."""
     experts = any("expert" in name for name, _ in model.named_modules())
-    return TOLERANCE[arithmetic_of(model)] if experts else 0.0
+    return _of_products(model) if experts else 0.0
 
 
 def _tolerance(model: nn.Module) -> float:
     """What rounding explains between a pack and one sequence alone: int8 rounds activations to 8 bits, as bf16 does."""
-    eight_bits = quantization_of(model) == "int8"
-    return TOLERANCE[torch.bfloat16 if eight_bits else arithmetic_of(model)]
+    return TOLERANCE[torch.bfloat16] if quantization_of(model) == "int8" else _of_products(model)
+
+
+def _of_products(model: nn.Module) -> float:
+    """What the arithmetic of the model's matrix products explains."""
+    dtype = arithmetic_of(model)
+    shortened = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return TF32 if shortened else TOLERANCE[dtype]
 
 
 def check_causal(model: nn.Module, pair: TokenizedPair, name: str) -> None:

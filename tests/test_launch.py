@@ -257,3 +257,13 @@ def test_the_launcher_ends_by_the_signal_that_it_handed_on(monkeypatch: pytest.M
     assert launch.torchrun([]) == 128 + signal.SIGTERM
     monkeypatch.setattr("torch.distributed.run.main", lambda words: None)
     assert launch.torchrun([]) == 0
+
+
+def test_the_launcher_leaves_time_for_a_step_and_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, found = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", []
+    monkeypatch.setattr("torch.distributed.run.main", lambda words: found.append(os.environ[name]))
+    monkeypatch.setenv(name, "7")
+    launch.torchrun([])
+    monkeypatch.delenv(name)
+    launch.torchrun([])
+    assert found == ["7", launch.STOPPED_WITHIN_S]

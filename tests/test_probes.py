@@ -119,6 +119,27 @@ def test_no_tolerance_hides_a_model_that_sees_the_future_by_itself(family, layou
         choose_layout(model, layout)
 
 
+def test_shortened_products_are_rounding_where_they_were_asked_for():
+    """TF32 multiplies numbers of 11 bits: of a deep model, a pack's log-probs are some 1e-3 nats from those alone."""
+    model = fresh(Qwen3Config(**SIZES | {"num_hidden_layers": 24}, head_dim=8))
+    model.get_output_embeddings().weight.data *= 8
+
+    def shorten(module, inputs):
+        return (((inputs[0].contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32),)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(shorten)
+    with pytest.raises(InputError, match="away from the model's own logits"):
+        choose_layout(model, "auto")
+    usual = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert choose_layout(model, "auto").layout == "packed"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = usual
+
+
 @pytest.mark.row("F11", "21")
 def test_a_transform_of_the_logits_that_nobody_knows_is_refused_in_either_layout():
     """RecurrentGemma caps its logits under a name of its own."""
