@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 Rows = Iterable[Any]
 
-BUCKET = 256  # token rows that compiled layers' packs are multiples of: at most 3 % of 8192 on average are filler
+BUCKET, LENGTHS = 256, 16  # the smallest bucket of compiled layers' packs, and how many lengths they may have
 
 
 def opened(
@@ -253,7 +253,7 @@ def prepare_layers(scorers: Sequence[PeftModel], args: FocalPOConfig, pairs: Seq
         set_heads(model, load(args.elementwise_kernels), budget.head_rows)
     if layout.reason and args.process_index == 0:
         logger.warning("training padded, each prompt twice: %s", layout.reason)
-    bucket, compiled = compile_packed(policy, args, layout.layout)
+    bucket, compiled = compile_packed(policy, args, layout.layout, budget.tokens)
     words |= {"attention": str(attention_of(policy, args.device)), "compiled": compiled}
     return Prepared(budget, layout, bucket, words)
 
@@ -300,17 +300,27 @@ def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
     )
 
 
-def compile_packed(policy: nn.Module, args: FocalPOConfig, layout: str) -> tuple[int, str]:
-    """Compile the decoder layers where that is asked for and can be: the bucket of packed rows, and what was done."""
+def compile_packed(policy: nn.Module, args: FocalPOConfig, layout: str, tokens: int) -> tuple[int, str]:
+    """Compile the decoder layers where that is asked for and can be, for packs of up to `tokens` rows: the bucket of
+    packed rows, and what was done."""
     if not args.compile_layers:
         return 1, "no"
+    bucket = bucket_of(tokens)
     if layout != "packed":
         reason: str | None = "rows are padded"
     elif args.engine == "zero3":
         reason = "DeepSpeed's hooks, which fetch a layer's weights, would be compiled with it, again and again"
     else:
-        reason = compile_layers(policy, BUCKET)
-    return (BUCKET, f"decoder layers, for multiples of {BUCKET} token rows") if reason is None else (1, f"no: {reason}")
+        reason = compile_layers(policy, bucket)
+    return (bucket, f"decoder layers, for multiples of {bucket} token rows") if reason is None else (1, f"no: {reason}")
+
+
+def bucket_of(tokens: int) -> int:
+    """Token rows that compiled layers' packs are multiples of: few lengths, and 3 % of a full pack filler on average.
+
+    Each length is three graphs, of which `model.compiled` has at most 64.
+    """
+    return max(1, -(-tokens // (LENGTHS * BUCKET))) * BUCKET
 
 
 def checkpoint_layers(args: FocalPOConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,23 +47,30 @@ class PairSpan:
         return (first, self.rejected) if self.rejected and not self.is_short else (first + self.rejected,)
 
 
-@dataclass(frozen=True, slots=True)
 class Segments:
     """Attention bounds of a pack of B pairs in a row of T tokens: built once a pack, from host integers.
 
-    One opaque object, so that wrappers which walk a model's arguments leave it alone.
+    One opaque object, so that wrappers which walk a model's arguments leave it alone: FSDP2 would make a dataclass
+    anew for every layer.
     """
 
-    spans: tuple[PairSpan, ...]
-    key_index: Tensor  # (K,) int64: rows of the keys, segment after segment
-    query_bounds: Tensor  # (S + 1,) int32: cumulative query lengths of the S segments, two a pair
-    key_bounds: Tensor  # (S + 1,) int32: cumulative key lengths
-    first_place: Tensor  # (T,) int64: where in `key_index` a row occurs first
-    second_place: Tensor  # (P,) int64: where it occurs again,
-    shared_rows: Tensor  # (P,) int64: of the rows that do, those of prompts with two answers
-    longest_query: int
-    longest_key: int
-    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)  # masks and roles, when asked for
+    def __init__(
+        self,
+        spans: tuple[PairSpan, ...],
+        key_index: Tensor,  # (K,) int64: rows of the keys, segment after segment
+        query_bounds: Tensor,  # (S + 1,) int32: cumulative query lengths of the S segments, two a pair
+        key_bounds: Tensor,  # (S + 1,) int32: cumulative key lengths
+        first_place: Tensor,  # (T,) int64: where in `key_index` a row occurs first
+        second_place: Tensor,  # (P,) int64: where it occurs again,
+        shared_rows: Tensor,  # (P,) int64: of the rows that do, those of prompts with two answers
+        longest_query: int,
+        longest_key: int,
+    ) -> None:
+        self.spans = spans
+        self.key_index, self.query_bounds, self.key_bounds = key_index, query_bounds, key_bounds
+        self.first_place, self.second_place, self.shared_rows = first_place, second_place, shared_rows
+        self.longest_query, self.longest_key = longest_query, longest_key
+        self._made: dict[Any, Tensor] = {}  # masks and roles, when asked for
 
     @classmethod
     def of(cls, spans: tuple[PairSpan, ...]) -> Segments:
@@ -102,16 +109,9 @@ class Segments:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        return replace(
-            self,
-            key_index=move(self.key_index),
-            query_bounds=move(self.query_bounds),
-            key_bounds=move(self.key_bounds),
-            first_place=move(self.first_place),
-            second_place=move(self.second_place),
-            shared_rows=move(self.shared_rows),
-            _made={},
-        )
+        bounds = self.key_index, self.query_bounds, self.key_bounds
+        places = self.first_place, self.second_place, self.shared_rows
+        return Segments(self.spans, *map(move, (*bounds, *places)), self.longest_query, self.longest_key)
 
     def mask(
         self, queries: int, keys: int, window: int | None, device: torch.device, whole: PairSpan | None = None

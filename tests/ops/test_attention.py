@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from torch import nn
+from torch.distributed.utils import _apply_to_tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 from lorafocal.errors import InputError
@@ -414,3 +415,8 @@ def test_keys_are_shared_among_heads_by_cuda_s_flash_kernel_alone():
     assert not attention._takes_groups(on(True, torch.bfloat16, 192), half, None)
     wide = on(True, torch.bfloat16, 512)
     assert not attention._takes_groups(wide, wide, None)
+
+def test_wrappers_that_walk_arguments_hand_on_the_very_bounds():
+    """FSDP2 casts the floating tensors of what a layer is called with, and makes dataclasses and lists anew for it."""
+    bounds = Segments.of((PairSpan(0, 2, 3, 1),))
+    assert _apply_to_tensors(lambda tensor: tensor.double(), {"segments": bounds})["segments"] is bounds

@@ -207,6 +207,16 @@ def test_what_is_not_installed_is_no_news(monkeypatch):
     assert choice.reason == "no variable-length kernel is installed"
 
 
+def not_compiled(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+    raise type("DSLRuntimeError", (Exception,), {})("no such architecture")
+
+
+def test_a_kernel_whose_compiler_fails_is_passed_over(monkeypatch):
+    """Compilers of kernels raise exceptions of no common kind."""
+    install(monkeypatch, flash_attn=not_compiled)
+    assert "does not run here: no such architecture" in first(flash_attn_2).reason
+
+
 def test_a_kernel_that_the_card_does_not_run_is_passed_over(monkeypatch):
     install(monkeypatch, flash_attn=not_on_this_card)
     choice = first(flash_attn_2)
