@@ -34,7 +34,7 @@ from lorafocal.model.adapters import (
     widen_adapters,
 )
 from lorafocal.model.beside import add_guide, add_strategy
-from lorafocal.model.compiled import compile_layers, restore_layers
+from lorafocal.model.compiled import bucket_of, compile_layers, restore_layers
 from lorafocal.model.fused import fuse, unfuse
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens, check_vocabulary, load_base, load_tokenizer
@@ -57,8 +57,6 @@ from lorafocal.tensor_files import dtype_word, tensors_sha256
 logger = logging.getLogger(__name__)
 
 Rows = Iterable[Any]
-
-BUCKET, LENGTHS = 256, 16  # the smallest bucket of compiled layers' packs, and how many lengths they may have
 
 
 def opened(
@@ -301,8 +299,7 @@ def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
 
 
 def compile_packed(policy: nn.Module, args: FocalPOConfig, layout: str, tokens: int) -> tuple[int, str]:
-    """Compile the decoder layers where that is asked for and can be, for packs of up to `tokens` rows: the bucket of
-    packed rows, and what was done."""
+    """Compile the decoder layers where that is asked for and can be: the bucket of packed rows, and what was done."""
     if not args.compile_layers:
         return 1, "no"
     bucket = bucket_of(tokens)
@@ -313,14 +310,6 @@ def compile_packed(policy: nn.Module, args: FocalPOConfig, layout: str, tokens: 
     else:
         reason = compile_layers(policy, bucket)
     return (bucket, f"decoder layers, for multiples of {bucket} token rows") if reason is None else (1, f"no: {reason}")
-
-
-def bucket_of(tokens: int) -> int:
-    """Token rows that compiled layers' packs are multiples of: few lengths, and 3 % of a full pack filler on average.
-
-    Each length is three graphs, of which `model.compiled` has at most 64.
-    """
-    return max(1, -(-tokens // (LENGTHS * BUCKET))) * BUCKET
 
 
 def checkpoint_layers(args: FocalPOConfig) -> None:

@@ -51,12 +51,18 @@ from lorafocal.trainer import FocalPOTrainer
 
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
 
-Callbacks = Callable[[Config, FocalPOTrainer, Mapping[str, Part]], Sequence[TrainerCallback]]
+Watchers = Callable[[FocalPOTrainer], Sequence[TrainerCallback]]
+Callbacks = Callable[[Config, FocalPOConfig, Mapping[str, Part], PreTrainedTokenizerBase], Watchers]
 
 
-def no_callbacks(config: Config, trainer: FocalPOTrainer, data: Mapping[str, Part]) -> Sequence[TrainerCallback]:
-    """The trainer's own alone."""
+def no_watchers(trainer: FocalPOTrainer) -> Sequence[TrainerCallback]:
+    """The trainer's own callbacks alone."""
     return ()
+
+
+def no_callbacks(*parts: Any) -> Watchers:
+    """Nothing watches the training."""
+    return no_watchers
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +102,8 @@ def train(
     """Train as `config` says into `runs_dir`/<name>, or go on with that run.
 
     `inspect` is given the manifest of what goes in, before a model is loaded: it raises, or returns notes to be said.
-    `callbacks` makes what watches the training, from what was put together: `lorafocal.evaluate.during.callbacks` for
-    the section `evaluation`.
+    `callbacks` makes what watches the training, in two turns: what takes the device's memory before the base does, the
+    rest once there is a trainer; `lorafocal.evaluate.during.callbacks` for the section `evaluation`.
     Raises InputError before anything is written where the input is wrong, the folder is taken, or what is resumed
     would give another result; UnhealthyRun where numbers stop being finite. Under a launcher all processes call it
     alike; rank 0 alone writes and speaks.
@@ -135,11 +141,12 @@ def _train(
     manifest = manifest_of(config, tokenizer, data)
     for note in (*(check_resumable(began, manifest) if resume else ()), *inspect(manifest)):
         say(f"note: {note}")
+    watchers = callbacks(config, args, data, tokenizer)
     base = _load(config.model.name, config.model.revision, config)
     loaded = describe(base)
     trainer = _trainer(config, args, data, tokenizer, base, quiet)
     trainer.look_up_reference(say)  # what is missing is said before anything is written
-    for callback in callbacks(config, trainer, data):
+    for callback in watchers(trainer):
         trainer.add_callback(callback)
     if config.packing.tokens == "auto" and "tokens_per_pack" in began.get("settled", {}):
         trainer.kernels["packs"] = trainer.kernels["packs"].replace(AS_STATED, "as the run began")

@@ -13,7 +13,6 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.model import load
-from lorafocal.model.compiled import MOST_GRAPHS
 from lorafocal.model.load import load_base
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.ops.elementwise import TORCH
@@ -131,13 +130,6 @@ def test_attention_sinks_are_seen_when_the_kernel_is_told(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.row("F12")
-@pytest.mark.parametrize("tokens", [1, 256, 2048, 8192, 16_384, 100_000])
-def test_compiled_layers_have_graphs_for_all_lengths_of_packs(tokens):
-    """For each length one of the reference, one of the policy and one of the first layer; past the limit none is made."""
-    bucket = assembly.bucket_of(tokens)
-    assert 3 * -(-tokens // bucket) <= MOST_GRAPHS and bucket % assembly.BUCKET == 0
-
-
 def test_a_trainer_whose_model_was_prepared_for_another_layout_since_is_refused(tmp_path):
     """transformers' own attention takes a pack for one long text, or cuts it where its positions restart."""
     packed = trainer(tmp_path / "a", pairs(6))

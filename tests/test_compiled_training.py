@@ -27,7 +27,7 @@ EVERY = {"max_steps": 4, "pairs_per_step": 6, "eval_strategy": "steps", "eval_st
 def _graphs_in_seconds(monkeypatch):
     """Traced by autograd's compiler, run by torch: Inductor takes minutes."""
     torch._dynamo.reset()
-    monkeypatch.setattr(assembly, "BUCKET", BUCKET)
+    monkeypatch.setattr(assembly, "bucket_of", lambda tokens: BUCKET)
     monkeypatch.setattr(
         assembly, "compile_layers", lambda model, bucket: compile_layers(model, bucket, backend="aot_eager")
     )

@@ -218,13 +218,16 @@ def test_over_nccl_a_process_that_failed_waits_for_nobody(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "_exit", end)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
-        launch.leave(2)
-    assert ended == [2] and dist.is_initialized()
+        with pytest.raises(SystemExit):
+            launch.leave(2)
+    assert dist.is_initialized()
     with pytest.raises(SystemExit) as over_gloo:
         launch.leave(3)
-    assert ended == [2] and over_gloo.value.code == 3 and not dist.is_initialized()
+    assert over_gloo.value.code == 3
+    assert not dist.is_initialized()
+    assert ended == [2]
 
 
 @pytest.mark.parametrize(

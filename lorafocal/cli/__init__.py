@@ -109,6 +109,6 @@ def main() -> None:
     except SystemExit:  # as all ranks agreed
         launch.shutdown()
         raise
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 whatever it is, the process ends by it
         code = _ended_by(error)
     launch.leave(code)  # the error is let go of by now, and with it the trainer

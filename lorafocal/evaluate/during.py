@@ -10,14 +10,22 @@ import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lorafocal import launch
+from lorafocal.arguments import FocalPOConfig
 from lorafocal.config import Config
 from lorafocal.data.prepare import Part
 from lorafocal.errors import InputError
@@ -37,7 +45,8 @@ from lorafocal.progress import ProgressLine
 from lorafocal.publish import public_name, text_sha256
 from lorafocal.report.read import RunRecord
 from lorafocal.report.words import answers_fell
-from lorafocal.schema import Evaluation
+from lorafocal.run import Watchers, no_watchers
+from lorafocal.schema import NO_ANSWERS, SPLIT_WEIGHTS, Evaluation
 from lorafocal.together import all_or_none, of_all_ranks
 from lorafocal.trainer import FocalPOTrainer
 
@@ -46,25 +55,31 @@ TRIAL_TOKENS = 4
 SEED = 0  # of drawing: every evaluation draws alike, so that a change is the model's
 
 
-def callbacks(config: Config, trainer: FocalPOTrainer, data: Mapping[str, Part]) -> Sequence[TrainerCallback]:
-    """What `config.evaluation` asks for; none without that section.
+def callbacks(
+    config: Config, args: FocalPOConfig, data: Mapping[str, Part], tokenizer: PreTrainedTokenizerBase
+) -> Watchers:
+    """What `config.evaluation` asks for, made of the trainer once there is one; none without that section.
 
-    A trial answer is written and judged at once. Raises InputError where that fails, before the run writes anything.
+    A reward model is loaded at once, so that packs are planned beside it. A trial answer is written as soon as there
+    is a trainer. Raises InputError where either fails, before the run writes anything.
     """
     section = config.evaluation
     if section is None:
-        return ()
+        return no_watchers
+    if args.engine in SPLIT_WEIGHTS:  # as accelerate's launcher names it; the config's own is refused when it is read
+        raise InputError(f"evaluation: {NO_ANSWERS.format(engine=args.engine)}")
+    with all_or_none():
+        asked = questions(data["eval"], tokenizer, config.data.chat_template_kwargs, section.count)
+        judge = judge_of(section, asked, args.device) if launch.is_main() else None
+    return partial(_watchers, section, asked, judge)
+
+
+def _watchers(
+    section: Evaluation, asked: Sequence[Question], judge: Judge | None, trainer: FocalPOTrainer
+) -> Sequence[TrainerCallback]:
     with all_or_none():
         sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=section.temperature, seed=SEED)
-        asked = questions(data["eval"], trainer.processing_class, config.data.chat_template_kwargs, section.count)
-        watcher = AnswersOnTheWay(
-            trainer,
-            asked,
-            judge_of(section, asked, trainer.args.device) if launch.is_main() else None,
-            sampling,
-            every=section.every,
-            how=_how(section, asked),
-        )
+        watcher = AnswersOnTheWay(trainer, asked, judge, sampling, every=section.every, how=_how(section, asked))
         watcher.rehearse()
     return (watcher,)
 
@@ -136,7 +151,7 @@ class AnswersOnTheWay(TrainerCallback):
         verdicts: Verdicts = []
         with all_or_none():
             if self._judge is not None:
-                verdicts = self._judge.verdicts([answer.text for answer in answers])
+                verdicts = self._verdicts(self._judge, [answer.text for answer in answers])
                 rows = [
                     Answered(question.id, answer.text, good, not answer.ended)
                     for question, answer, good in zip(self._asked, answers, verdicts, strict=True)
@@ -144,6 +159,24 @@ class AnswersOnTheWay(TrainerCallback):
                 write_answered(self._run, state.global_step, self._how, rows)
         if self._judge is not None:
             self._tell(self._judge, answers, verdicts, state, control)
+
+    def _verdicts(self, judge: Judge, answers: Sequence[str]) -> Verdicts:
+        """What the judge says; what its device's cache took is given back to the training."""
+        try:
+            return judge.verdicts(answers)
+        except torch.OutOfMemoryError:
+            pass  # with the error go the tensors that its traceback holds
+        finally:
+            self._give_back()
+        raise InputError(
+            "evaluation.reward_model: the device has no memory to judge answers beside the training: lower"
+            " packing.tokens or evaluation.max_new_tokens"
+        )
+
+    def _give_back(self) -> None:
+        if self._device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _answers(self) -> list[Completion]:
         """Collective: every question's answer, in order."""
@@ -181,9 +214,7 @@ class AnswersOnTheWay(TrainerCallback):
         except torch.OutOfMemoryError:
             return None
         finally:
-            if self._device.type == "cuda":
-                gc.collect()
-                torch.cuda.empty_cache()
+            self._give_back()
 
     def _tell(
         self,

@@ -109,9 +109,17 @@ class Segments:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        bounds = self.key_index, self.query_bounds, self.key_bounds
-        places = self.first_place, self.second_place, self.shared_rows
-        return Segments(self.spans, *map(move, (*bounds, *places)), self.longest_query, self.longest_key)
+        return Segments(
+            self.spans,
+            key_index=move(self.key_index),
+            query_bounds=move(self.query_bounds),
+            key_bounds=move(self.key_bounds),
+            first_place=move(self.first_place),
+            second_place=move(self.second_place),
+            shared_rows=move(self.shared_rows),
+            longest_query=self.longest_query,
+            longest_key=self.longest_key,
+        )
 
     def mask(
         self, queries: int, keys: int, window: int | None, device: torch.device, whole: PairSpan | None = None

@@ -44,6 +44,13 @@ _PART_OF_A_CELL = {
 }  # fmt: skip
 
 
+SPLIT_WEIGHTS = ("zero3", "fsdp2")
+NO_ANSWERS = (
+    "{engine} splits the weights, and a process cannot write answers with its part alone: use ddp, zero1 or zero2, or"
+    " leave this out and evaluate what the run makes by `lorafocal generate`"
+)
+
+
 FIRST_REFERENCES = ("disabled_adapter", "frozen_copy", "separate_model", "moving")
 """Kinds that the first of several stages may have; the later ones have the stage before."""
 
@@ -178,12 +185,8 @@ class Config(Section):
                 "evaluation",
                 "answers the prompts of held-out pairs, and there are none: give data.eval or data.held_out",
             )
-        if self.engine is not None and self.engine.kind in ("zero3", "fsdp2"):
-            yield (
-                "evaluation",
-                f"{self.engine.kind} splits the weights, and a process cannot write answers with its part alone: use"
-                " ddp, zero1 or zero2, or leave this out and evaluate what the run makes by `lorafocal generate`",
-            )
+        if self.engine is not None and self.engine.kind in SPLIT_WEIGHTS:
+            yield "evaluation", NO_ANSWERS.format(engine=self.engine.kind)
         if self.model.backend == "unsloth":
             yield (
                 "evaluation",

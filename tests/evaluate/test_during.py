@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 from lorafocal import run
 from lorafocal.config import Config, check_config
 from lorafocal.data.prepare import prepare_data
-from lorafocal.data.toy import toy_preferences
+from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.evaluate import during
 from lorafocal.evaluate.answered import read_answered
@@ -29,7 +30,7 @@ from lorafocal.model.load import load_tokenizer
 from lorafocal.publish import sha256
 from lorafocal.report.read import read_run
 from lorafocal.report.words import answers_fell
-from lorafocal.run import Callbacks, no_callbacks
+from lorafocal.run import Callbacks, Watchers, no_callbacks
 from tests.evaluate.test_reward import save_causal
 from tests.test_config import VALUES, mistakes
 from tests.toy_run import HELD_OUT, metric_lines, run_config, write_inputs
@@ -66,9 +67,12 @@ def config_of(root: Path, evaluation: dict[str, Any] | None, *, steps: int = STE
 def trained(config: Config, runs: Path, *more: TrainerCallback, resume: bool = False, quiet: bool = True) -> Path:
     """The run's folder; `more` watch it too."""
     made: Callbacks = no_callbacks if config.evaluation is None else during.callbacks
-    return run.train(
-        config, quiet=quiet, resume=resume, runs_dir=runs, callbacks=lambda *parts: [*made(*parts), *more]
-    ).folder
+
+    def callbacks(*parts: Any) -> Watchers:
+        watchers = made(*parts)
+        return lambda trainer: [*watchers(trainer), *more]
+
+    return run.train(config, quiet=quiet, resume=resume, runs_dir=runs, callbacks=callbacks).folder
 
 
 def weights(folder: Path) -> str:
@@ -291,6 +295,45 @@ def test_a_failure_on_the_way_is_said_and_loses_nothing(
     assert list(shares(folder)) == [0]
     said = capsys.readouterr().err
     assert "warning: no answers at step 2, training goes on: the device has no memory for one answer" in said
+
+
+def test_a_judge_without_memory_is_said_and_the_run_goes_on(
+    root: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+
+    def verdicts(answers: Sequence[str]) -> list[bool]:
+        seen.append(len(answers))
+        if len(seen) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [True] * len(answers)
+
+    monkeypatch.setattr(during, "judge_of", lambda *_: Judge(SHARE, "right", verdicts))
+    folder = trained(config_of(root, ASKED), tmp_path, quiet=False)
+    assert weights(folder) == weights(alone)
+    assert list(shares(folder)) == [0]
+    said = capsys.readouterr().err
+    assert "training goes on: evaluation.reward_model: the device has no memory to judge answers" in said
+
+
+def test_the_judge_takes_its_memory_before_the_base_does(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs are planned for the memory that is left; a reward model that came later would have none."""
+    order: list[str] = []
+    real = during.judge_of, run.load_base
+    monkeypatch.setattr(during, "judge_of", lambda *parts: order.append("judge") or real[0](*parts))
+    monkeypatch.setattr(run, "load_base", lambda *a, **k: order.append("base") or real[1](*a, **k))
+    trained(config_of(root, ASKED, steps=1), tmp_path)
+    assert order == ["judge", "base"]
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_answers_need_whole_weights_whoever_names_the_engine(root: Path, engine: str) -> None:
+    """accelerate's launcher may name it, of which the config knows nothing."""
+    args: Any = SimpleNamespace(engine=engine, device=torch.device("cpu"))
+    with pytest.raises(InputError, match=f"evaluation: {engine} splits the weights"):
+        during.callbacks(config_of(root, ASKED), args, {}, toy_tokenizer())
 
 
 def test_what_cannot_be_judged_is_refused_before_anything_is_written(root: Path, tmp_path: Path) -> None:

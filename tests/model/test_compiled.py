@@ -170,3 +170,11 @@ def test_what_cannot_be_compiled_is_said():
     with pytest.raises(InputError, match="a bucket of 1"):
         compile_layers(policy_for_packs(), 1)
     assert "no decoder layers" in compile_layers(nn.Linear(2, 2), BUCKET)
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 2048, 8192, 16_384, 100_000])
+def test_compiled_layers_have_graphs_for_all_lengths_of_packs(tokens):
+    """For each length one of the reference, one of the policy, one of the first layer; past the limit none is made."""
+    bucket = compiled.bucket_of(tokens)
+    assert 3 * -(-tokens // bucket) <= compiled.MOST_GRAPHS
+    assert bucket % compiled.BUCKET == 0

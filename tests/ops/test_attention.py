@@ -416,6 +416,7 @@ def test_keys_are_shared_among_heads_by_cuda_s_flash_kernel_alone():
     wide = on(True, torch.bfloat16, 512)
     assert not attention._takes_groups(wide, wide, None)
 
+
 def test_wrappers_that_walk_arguments_hand_on_the_very_bounds():
     """FSDP2 casts the floating tensors of what a layer is called with, and makes dataclasses and lists anew for it."""
     bounds = Segments.of((PairSpan(0, 2, 3, 1),))
