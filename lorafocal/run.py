@@ -24,6 +24,7 @@ from lorafocal.checkpoint import latest_complete, step_of
 from lorafocal.config import Config, lora_arguments, resolved_yaml, training_arguments
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
 from lorafocal.data.prepare import Part, check_sources, prepare_data, template_notes
+from lorafocal.engines import loading_device
 from lorafocal.errors import NO_ROOM, FullDisk, InputError
 from lorafocal.interrupt import StopOnSignal, agreed
 from lorafocal.manifest import assembled, assembled_lines, manifest_of
@@ -142,7 +143,7 @@ def _train(
     for note in (*(check_resumable(began, manifest) if resume else ()), *inspect(manifest)):
         say(f"note: {note}")
     watchers = callbacks(config, args, data, tokenizer)
-    base = _load(config.model.name, config.model.revision, config)
+    base = _load(config.model.name, config.model.revision, config, args)
     loaded = describe(base)
     trainer = _trainer(config, args, data, tokenizer, base, quiet)
     trainer.look_up_reference(say)  # what is missing is said before anything is written
@@ -210,7 +211,7 @@ def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = Fa
     with tempfile.TemporaryDirectory(prefix="lorafocal-cache-") as folder:  # a trainer's, which writes nothing here
         args = _arguments(config, Path(folder))
         tokenizer, data = _tokenized(config, say)
-        base = _load(config.model.name, config.model.revision, config)
+        base = _load(config.model.name, config.model.revision, config, args)
         trainer = _trainer(config, args, data, tokenizer, base, quiet)
         _say_slow(args, config, say)
         return trainer.cache_reference(per_token=per_token, say=say)
@@ -367,13 +368,12 @@ def _checkpoint_to_resume(folder: Path, say: Callable[[str], None]) -> Path | No
     return folder / f"checkpoint-{step}" if step >= 0 else None
 
 
-def _load(name: str, revision: str | None, config: Config) -> PreTrainedModel:
+def _load(name: str, revision: str | None, config: Config, args: FocalPOConfig) -> PreTrainedModel:
     """The base, or a reference model: both are held alike, so that they differ by their weights alone."""
     model, shape = config.model, config.model.shape if name == config.model.name else None
     held: dict[str, Any] = {"dtype": model.dtype, "shape": shape, "quantization": model.quantization}
     if model.backend == "transformers":
-        device = torch.device("cpu") if config.training.fields.get("use_cpu") else None
-        return load_base(name, revision=revision, device=device, **held)
+        return load_base(name, revision=revision, device=loading_device(args), **held)
     return backends.named(model.backend).load(name, revision=revision, max_length=config.data.max_length, **held)[0]
 
 
@@ -390,7 +390,7 @@ def _trainer(
     ref_model = None
     if reference is not None and reference.model is not None:
         try:
-            ref_model = _load(reference.model, reference.revision, config)
+            ref_model = _load(reference.model, reference.revision, config, args)
         except InputError as error:
             raise InputError(f"reference.model, which is held as the policy's base is: {error}") from error
     return FocalPOTrainer(

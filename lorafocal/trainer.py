@@ -51,7 +51,7 @@ from lorafocal.comparison import FILLER, Comparison, Part, is_filler
 from lorafocal.data.needs import asked_of_packs
 from lorafocal.data.packing import Pack, PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
-from lorafocal.engines import build_engine
+from lorafocal.engines import build_engine, loading_device
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
 from lorafocal.health import HealthCheck, check_first_step
@@ -110,7 +110,7 @@ class FocalPOTrainer(BareTrainer):
         args = args or FocalPOConfig(output_dir="focalpo_output")
         check_ref_model(args.reference, ref_model)
         check_given(optimizers[0], args.loraplus_lr_ratio)
-        device = torch.device("cpu") if args.use_cpu else None
+        device = loading_device(args)
         model, processing_class = opened(model, ref_model, processing_class, device)
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.data = {

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from lorafocal import assembly
+from lorafocal import assembly, memory
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
+from lorafocal.engines import loading_device
 from lorafocal.errors import InputError
+from lorafocal.memory import Setup, Shape
 from lorafocal.model import load
+from lorafocal.model.head import causal_lm
 from lorafocal.model.load import load_base
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
 from lorafocal.ops.elementwise import TORCH
@@ -156,3 +161,20 @@ def test_a_run_on_the_cpu_puts_no_named_model_on_an_accelerator(tmp_path, monkey
         peft_config=lora(),
     )
     assert {p.device.type for m in (trainer.model, trainer.ref_model) for p in m.parameters()} == {"cpu"}
+
+
+@pytest.mark.row("37")
+@pytest.mark.parametrize("reference", ["cached", "separate_model"])
+@pytest.mark.parametrize(
+    ("engine", "offload"),
+    [("zero2", "optimizer"), ("zero3", "none"), ("zero3", "optimizer"), ("zero3", "all"), ("fsdp2", "all")],
+)
+def test_the_plan_knows_where_models_are_loaded(engine: str, offload: str, reference: str) -> None:
+    """A GPU holds nothing before the first step where they are loaded into the machine's memory."""
+    args: Any = SimpleNamespace(engine=engine, offload=offload, reference=reference, use_cpu=False)
+    setup = Setup(full=True, engine=engine, offload=offload, reference=reference)
+    assert (memory.starting_bytes(Shape.of(causal_lm(tiny_policy()).config.to_dict()), setup) == 0) is (
+        loading_device(args) == torch.device("cpu")
+    )
+    args.use_cpu = True
+    assert loading_device(args) == torch.device("cpu")

@@ -382,7 +382,10 @@ def test_a_model_that_no_gpu_holds_whole_before_it_is_split_is_told():
     found = plan(config(*large, file=FULL), "64xA100-80")
     assert not found.machines[0].fits
     assert "before the first step every GPU holds the whole of it, 132" in found.table()
-    assert plan(config(*large, "engine.offload=all", file=FULL), "64xA100-80").machines[0].fits
+    large.append("engine.offload=all")
+    assert not plan(config(*large, file=FULL), "64xA100-80").machines[0].fits  # a stored reference is looked up there
+    live = ("reference.kind=separate_model", "reference.model=owner/base")
+    assert plan(config(*large, *live, file=FULL), "64xA100-80").machines[0].fits
 
 
 def test_kto_looks_at_the_whole_step_first():

@@ -84,6 +84,9 @@ def test_a_stored_reference_is_advised_where_its_log_probs_are_enough(name, advi
     assert any("reference.kind=cached" in line for line in found.advice) is advised
 
 
+LIVE = {"reference.kind": "separate_model", "reference.model": "owner/base"}
+
+
 @pytest.mark.row("37")
 @pytest.mark.parametrize(
     ("gpus", "given", "said"),
@@ -93,7 +96,8 @@ def test_a_stored_reference_is_advised_where_its_log_probs_are_enough(name, advi
         ("1xH100", {"engine": "null"}, ["--gpus 4xH100 engine.kind=zero3", "--gpus 1xB200"]),
         ("8xRTX4090", {}, ["engine.offload=optimizer", "engine.offload=all"]),
         ("4xL40S", {}, ["data.max_length=1216 data.max_prompt_length=", "--gpus 8xL40S: each"]),
-        ("1xRTX3080", {}, ["together: engine.offload=all data.max_length="]),
+        ("1xRTX3080", {"engine.offload": "all", **LIVE}, ["data.max_length=", "--gpus 1xRTX5080: the smallest card"]),
+        ("1xRTX3080", {"engine.offload": "all"}, ["--gpus 1xRTX4080"]),  # a stored reference needs the model whole
     ],
 )
 def test_advice_for_full_parameters_is_enough(gpus, given, said):

@@ -99,6 +99,16 @@ class Engine(Protocol):
         """The optimiser's groups: names of their parameters, and their settings, which may be set there."""
 
 
+def loading_device(args: FocalPOConfig) -> device | None:
+    """Where models are loaded; None for this rank's own device.
+
+    What ZeRO-3 keeps in the machine's memory waits there from the start, so that no GPU has to hold it whole; not where
+    a stored reference is looked up, which a live pass of its own device is compared with.
+    """
+    waits = args.engine == "zero3" and args.offload == "all" and args.reference != "cached"
+    return device("cpu") if args.use_cpu or waits else None
+
+
 def build_engine(args: FocalPOConfig) -> Engine:
     """The engine that `args` names, not yet begun."""
     word = str(args.engine)  # settled by now

@@ -141,8 +141,10 @@ def _exchanged_bytes(shape: Shape, setup: Setup) -> float:
 
 
 def starting_bytes(shape: Shape, setup: Setup) -> float:
-    """What every GPU holds before its engine takes the models: all of them whole, but where weights are offloaded."""
-    if setup.engine in WHOLE or (setup.engine == "zero3" and setup.offload == "all"):
+    """What every GPU holds before its engine takes the models: all of them whole, but where they are loaded into the
+    machine's memory (`engines.loading_device`)."""
+    waits = setup.engine == "zero3" and setup.offload == "all" and setup.reference != "cached"
+    if setup.engine in WHOLE or waits:
         return 0
     return weight_bytes(shape, setup) + reference_bytes(shape, setup)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorafocal import cli
 from lorafocal.cli.training import ends_tidily
@@ -347,3 +348,16 @@ def test_a_library_s_error_that_is_not_the_system_s_keeps_its_traceback(
     assert ended.value.code == 1
     assert "Traceback" in said
     assert "OSError: cannot load this" in said
+
+
+@pytest.mark.usefixtures("adapters")
+def test_a_device_without_memory_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    stand_in(monkeypatch, "release.merge", "merge_adapter", error)
+    assert call(monkeypatch, "merge", "one", "--out", "x") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("lorafocal: the device has no memory left (CUDA out of memory. Tried to allocate 2.00 GiB.)")
+    assert "`lorafocal plan`" in said
+    assert said.count("\n") == 1
