@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from lorafocal import assembly, memory
+from lorafocal import assembly, engines, memory
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.engines import loading_device
@@ -178,3 +179,17 @@ def test_the_plan_knows_where_models_are_loaded(engine: str, offload: str, refer
     )
     args.use_cpu = True
     assert loading_device(args) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("offload", "threads"), [("none", []), ("optimizer", [max(os.cpu_count() // 2, 1)])])
+def test_what_a_processor_steps_has_the_threads_of_its_cores(
+    monkeypatch: pytest.MonkeyPatch, offload: str, threads: list[int]
+) -> None:
+    """torchrun leaves each process of several one thread."""
+    found: list[int] = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(engines, "set_num_threads", found.append)
+    monkeypatch.setattr(engines, "get_num_threads", lambda: 1)
+    args: Any = SimpleNamespace(engine="zero2", offload=offload, device=torch.device("cuda"), world_size=2)
+    engines.build_engine(args)
+    assert found == threads

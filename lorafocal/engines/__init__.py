@@ -6,14 +6,16 @@ every rank, in the same order, with the same arguments.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, device, nn
+from torch import Tensor, device, get_num_threads, nn, set_num_threads
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lorafocal import launch
 from lorafocal.engines.whole import Whole
 
 if TYPE_CHECKING:
@@ -112,6 +114,8 @@ def loading_device(args: FocalPOConfig) -> device | None:
 def build_engine(args: FocalPOConfig) -> Engine:
     """The engine that `args` names, not yet begun."""
     word = str(args.engine)  # settled by now
+    if args.offload != "none" and args.device.type == "cuda":  # torchrun leaves one thread to what a processor steps
+        set_num_threads(max(get_num_threads(), (os.cpu_count() or 1) // launch.local_world_size()))
     if word.startswith("zero"):
         from lorafocal.engines.zero import Zero
 
