@@ -302,14 +302,16 @@ def check_free(target: Path, replace: bool = False) -> None:
         raise InputError(f"{target} exists already; choose another name or remove it")
 
 
-def check_ours(target: Path, ours: re.Pattern[str], what: str) -> None:
-    """Refuse (`InputError`) what is no folder of files named like `ours`: `what` replaces it as a whole."""
+def check_ours(target: Path, ours: re.Pattern[str], what: str, other: str = "another --out") -> None:
+    """Refuse (`InputError`) what is no folder of files named like `ours`: `what` replaces it as a whole.
+
+    `other` is what to choose in its place.
+    """
     check_free(target, replace=True)
     foreign = sorted(path.name for path in target.iterdir() if not ours.fullmatch(path.name)) if target.is_dir() else []
     if foreign:
         raise InputError(
-            f"{target} holds {foreign[0]!r}, which is no part of {what}, and {what} replaces its folder; choose another"
-            " --out"
+            f"{target} holds {foreign[0]!r}, which is no part of {what}, and {what} replaces its folder; choose {other}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from lorafocal.model.save import save_adapter
 from lorafocal.model.save_model import write_papers, write_weights
 from lorafocal.model.starts import plain_adapter
 from lorafocal.objectives import Objective
-from lorafocal.publish import check_name, recover, why_incomplete
+from lorafocal.publish import RECORD, check_name, check_ours, recover, why_incomplete
 from lorafocal.references.strategy import Strategy
 from lorafocal.resume import changes
 from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, MODEL_DIR, last_rewards, read_manifest, run_of
@@ -43,6 +44,21 @@ STATE_FILE = "trainer_state.json"
 
 # Of an adapter's configuration: what gives tensors of the same names and shapes another meaning.
 _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+# What an earlier save consists of, ours or that of PEFT, transformers and TRL: the weights, and what lies beside them.
+_WEIGHTS = {
+    ADAPTER_DIR: re.compile(r"adapter_model\.(safetensors|bin)"),
+    MODEL_DIR: re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)"),
+}
+_CONFIGS = {
+    ADAPTER_DIR: r"adapter_config\.json",
+    MODEL_DIR: r"((generation|(video_)?preprocessor|processor)_)?config\.json"
+    r"|(pytorch_)?model\.(safetensors|bin)\.index\.json",
+}
+_PAPERS = (
+    r"README\.md|lorafocal\.json|training_args\.bin|chat_template\.(jinja|json)|tokenizer(_config)?\.json|merges\.txt"
+    r"|(special_tokens_map|added_tokens)\.json|vocab\.(json|txt)|(tokenizer|spiece|sentencepiece\.bpe)\.model"
+)
 
 
 def find_checkpoint(asked: str | bool | None, run: Path, *, writes: bool) -> Path | None:
@@ -240,14 +256,28 @@ def what_is_made(
 
 
 def publish(target: Path, made: Trained, progress: TrainerState, engine: Engine, **seen: Any) -> None:
-    """Collective: the folder of what was made, complete or as it was; its name is checked.
+    """Collective: the folder of what was made, complete or as it was; its name is checked, and what it replaces.
 
     `seen` is what `Trained.write` takes beside the engine.
     """
     check_name(target.name)
+    with all_or_none():
+        if launch.is_main():
+            _check_replaced(target, made.folder)
     engine.rest()
     with published_by_all(target, replace=True, record=False) as folder:
         made.write(folder, progress, engine, **seen)
+
+
+def _check_replaced(target: Path, made: str) -> None:
+    """Refuse (`InputError`) a folder that holds more than an earlier save of the same kind: all in it would be gone."""
+    other = f"another folder (save_model() without one takes {made!r} in output_dir)"
+    if (target.parent / RECORD).exists():
+        raise InputError(f"{target} is part of a checkpoint, which would be torn; choose {other}")
+    weights, papers = _WEIGHTS[made], f"{_CONFIGS[made]}|{_PAPERS}"
+    saved = target.is_dir() and any(weights.fullmatch(path.name) for path in target.iterdir())
+    ours = re.compile(f"{weights.pattern}|{papers}" if saved else "(?!)")  # papers alone may be anybody's
+    check_ours(target, ours, f"a saved {made}", other)
 
 
 def _made_by(objective: Objective, reference: Strategy) -> dict[str, Any]:

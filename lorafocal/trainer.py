@@ -434,7 +434,8 @@ class FocalPOTrainer(BareTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Collective: what was trained, as others load it, with its lineage; default: `output_dir`/adapter, or /model.
 
-        An adapter becomes plain PEFT files, a whole model what plain transformers loads.
+        An adapter becomes plain PEFT files, a whole model what plain transformers loads. Raises InputError for a folder
+        that holds more than an earlier one.
         """
         target = Path(output_dir or Path(self.args.output_dir) / self.made.folder)
         seen = {"pairs_seen": self.pairs_seen, "trained": self.health.moved}

@@ -65,3 +65,52 @@ def test_a_checkpoint_on_other_weights_is_refused(tmp_path: Path, base: str) -> 
     run_on(tmp_path / "run", str(tmp_path / "moved"), {}, {}, max_steps=1).train(resume_from_checkpoint=True)
     with pytest.raises(InputError, match=r"base\.sha256"):
         run_on(tmp_path / "run", str(tmp_path / "other"), {}, {}, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_an_earlier_save_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    """TRL's `save_model(args.output_dir)` would take the checkpoints and metrics with it."""
+    run = trainer(tmp_path / "run", pairs(8), max_steps=1, save_strategy="steps", save_steps=1)
+    run.train()
+    tiny_base().save_pretrained(tmp_path / "base")
+    foreign = {"notes": "thesis.tex", "card": "README.md", "source": "config.json"}
+    for folder, name in foreign.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("mine")
+    run.save_model(str(tmp_path / "older"))
+    (tmp_path / "older" / "thesis.tex").write_text("mine")
+    foreign |= {"older": "thesis.tex", "base": "config.json", "run": "checkpoint-1", "run/checkpoint-1": "adapter"}
+    before = files_in(tmp_path)
+    for folder, name in foreign.items():
+        with pytest.raises(
+            InputError, match=rf"/{folder} holds '{name}', .* \(save_model\(\) without one takes 'adapter'"
+        ):
+            run.save_model(str(tmp_path / folder))
+    with pytest.raises(InputError, match="part of a checkpoint"):
+        run.save_model(str(tmp_path / "run" / "checkpoint-1" / "adapter"))
+    assert files_in(tmp_path) == before
+
+
+def test_a_save_is_repeated_over_itself_and_over_those_of_others(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", pairs(8), max_steps=1)
+    for _ in range(2):
+        run.save_model()
+        run.save_model(str(tmp_path / "other"))
+    run.model.save_pretrained(tmp_path / "peft")  # with a card
+    (tmp_path / "peft" / "tokenizer.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for folder in ("peft", "empty"):
+        run.save_model(str(tmp_path / folder))
+        assert files_in(tmp_path / folder).keys() == files_in(tmp_path / "other").keys()
+
+
+def test_a_whole_model_is_saved_over_itself_and_not_over_an_adapter(tmp_path: Path) -> None:
+    trainer(tmp_path / "lora", pairs(8)).save_model()
+    run = trainer(tmp_path / "run", pairs(8), model=tiny_base(), objective="sft")
+    for _ in range(2):
+        run.save_model()
+    with pytest.raises(InputError, match="no part of a saved model"):
+        run.save_model(str(tmp_path / "lora" / "adapter"))
