@@ -39,6 +39,12 @@ _LIKE_PARAMETER = ("exp_avg", "momentum_buffer", "exp_avg_sq", "max_exp_avg_sq")
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1", "absmax1")  # bitsandbytes' in 8 bits: codes and their scales
 _TABLES = ("qmap1", "qmap2")  # the values that bitsandbytes' 8-bit codes stand for
 _OF_EACH_GROUP = {"base_lrs", "_last_lr", "lr_lambdas"}  # of a schedule's state
+_SET = {
+    "initial_lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "betas": "adam_beta1, adam_beta2",
+    "eps": "adam_epsilon",
+}
 _HOW = ("foreach", "fused", "capturable", "differentiable")  # settings of how a step is computed, each engine's own
 
 
@@ -116,6 +122,7 @@ def load_state(
         if len(groups) < len(state["optimizer"]["groups"]):
             _leave_out_empty(state)
         _check_optimizer(state["optimizer"], tensors, shapes, engine, groups)
+        _check_set(state["optimizer"]["groups"], [settings for _, settings in groups])
         _check_made(state["optimizer"], tensors, engine, parameters)
         _check_scheduler(state["scheduler"], scheduler)
     keys = _by_parameter(state["optimizer"]["keys"])
@@ -260,6 +267,26 @@ def _check_optimizer(
     for full_name, tensor in tensors.items():
         _see_moment(alive, full_name.rpartition("/")[2], tensor)
     _check_moments(alive)
+
+
+def _check_set(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """What the optimizer was made with must be what it is made with: the checkpoint's would be taken up unsaid.
+
+    Not what a schedule changes: the rate of the moment, and betas where it cycles them.
+    """
+    differ = []
+    for index, (old, new) in enumerate(zip(saved, groups, strict=True)):
+        where = f" of optimizer group {index}" if len(groups) > 1 else ""
+        for key in [key for key in _SET if key in new and not (key == "betas" and "base_momentum" in new)]:
+            then, now = (list(v) if isinstance(v, (list, tuple)) else v for v in (old["settings"][key], new[key]))
+            if then != now:
+                differ.append(f"{_SET[key]}{where}: {then} -> {now}")
+    if differ:
+        raise InputError(
+            f"{STATE_FILE}: the optimizer was made otherwise than this run's (then -> now):\n  "
+            + "\n  ".join(differ)
+            + "\nset these back to resume, or start a new run"
+        )
 
 
 def _check_made(

@@ -194,6 +194,42 @@ def test_settings_are_strict_both_ways(tmp_path: Path, damage: str) -> None:
     assert run.everything() == before
 
 
+OTHER_SETTINGS = {
+    "initial_lr": (0.5, "learning_rate of optimizer group 1: 0.01 -> 0.5"),
+    "weight_decay": (0.3, "weight_decay of optimizer group 1: 0.0 -> 0.3"),
+    "betas": ((0.8, 0.95), r"adam_beta1, adam_beta2 of optimizer group 1: .* -> \[0.8, 0.95\]"),
+    "eps": (1e-6, "adam_epsilon of optimizer group 1: 1e-08 -> 1e-06"),
+}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "8 bits"])
+@pytest.mark.parametrize("key", OTHER_SETTINGS)
+def test_an_optimizer_that_is_set_otherwise_is_not_set_back_without_a_word(tmp_path: Path, kind: str, key: str) -> None:
+    run = Run(kind)
+    run.train(0, 3)
+    run.save(tmp_path)
+    fresh = Run(kind, seed=3)
+    value, message = OTHER_SETTINGS[key]
+    fresh.optimizer.param_groups[1][key] = value
+    before = fresh.everything()
+    with pytest.raises(InputError, match=f"{message}\nset these back"):
+        fresh.load(tmp_path)
+    assert fresh.everything() == before
+
+
+def test_betas_that_a_schedule_cycles_are_its_own(tmp_path: Path) -> None:
+    def cycling() -> Run:
+        run = Run()
+        run.scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, max_lr=1e-2, total_steps=10)
+        return run
+
+    run, fresh = cycling(), cycling()
+    run.train(0, 3)
+    run.save(tmp_path)
+    assert fresh.load(tmp_path) == EXTRA
+    assert fresh.everything() == run.everything()
+
+
 @pytest.mark.parametrize("file", [PARAMETERS_FILE, OPTIMIZER_FILE, STATE_FILE])
 def test_missing_and_torn_files_are_named(tmp_path: Path, file: str) -> None:
     run = Run()

@@ -56,6 +56,23 @@ def test_another_order_of_pairs_is_refused(settings, data, key, tmp_path: Path) 
         trainer(tmp_path, data, **(kept | {"max_steps": 4} | settings)).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: 0.01 -> 0.001"),
+        ({"weight_decay": 0.5}, "weight_decay: 0.0 -> 0.5"),
+        ({"adam_beta1": 0.5}, r"adam_beta1, adam_beta2: \[0.9, 0.999\] -> \[0.5, 0.999\]"),
+        ({"adam_epsilon": 1e-5}, "adam_epsilon: 1e-08 -> 1e-05"),
+    ],
+    ids=str,
+)
+def test_another_setting_of_the_optimizer_is_refused(setting: dict[str, float], named: str, tmp_path: Path) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path, DATA, **kept).train()
+    with pytest.raises(InputError, match=named):
+        trainer(tmp_path, DATA, **(kept | setting)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_checkpoints_of_an_earlier_run_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     with caplog.at_level(logging.WARNING, "lorafocal"):
