@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from lorafocal.evaluations import drop_later
+from lorafocal.evaluations import drop_later, evaluation_file
 from lorafocal.model.moving import move
+from lorafocal.progress import MetricsFile
+from lorafocal.publish import write_atomically
+from lorafocal.saving import counted
 
 
 class SetEpoch(TrainerCallback):
@@ -66,20 +72,64 @@ def following(trainer: Trainer) -> tuple[TrainerCallback, ...]:
 class ForgetLaterEvaluations(TrainerCallback):
     """Where training starts or resumes at step n, evaluations of later steps are those of weights that are gone.
 
-    So is one of step 0, unless it was made just before.
+    So is one of step 0, unless it was made just before. They go when the first step has ended, which may be refused.
     """
 
     def __init__(self, run: Path) -> None:
         self._run = run
-        self._training = self._measured = False
+        self._begun: int | None = None  # the step at which a training began that has not made one yet
+        self._measured = False  # at step 0
+        self._before: tuple[bool, bytes | None] = False, None  # that, and the table of step 0, before the training
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._measured |= not self._training and state.global_step == 0
+        self._measured |= state.global_step == 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            drop_later(self._run, state.global_step, keep_first=self._measured)
-        self._training, self._measured = True, False
+            self._begun = state.global_step
+            self._before = self._measured, self._first.read_bytes() if self._first.exists() else None
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training = False
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._begun is not None:
+            drop_later(self._run, self._begun, keep_first=self._measured)
+        self._begun, self._measured = None, False
+
+    on_train_end = on_step_end
+
+    def called_off(self) -> None:
+        """The training ended before its first step did: the tables are those of before."""
+        if self._begun is None:
+            return
+        self._measured, table = self._before
+        if table is not None:
+            write_atomically(self._first, table)
+        else:
+            self._first.unlink(missing_ok=True)
+        self._begun = None
+
+    @property
+    def _first(self) -> Path:
+        return evaluation_file(self._run, 0)
+
+
+@contextmanager
+def counted_anew(trainer: Any) -> Iterator[None]:
+    """Within, `trainer` trains and counts from 0, beside what earlier trainings have done to the same weights.
+
+    A training that ends before it has changed the weights, as where its first step is refused, has not been: counts,
+    log and files are those of before.
+    """
+    made = trainer.made
+    before = trainer.state, trainer.pairs_seen, copy(trainer.metrics), trainer.compared.state, made.earlier
+    made.earlier = counted(made.earlier, steps=trainer.state.global_step, pairs_seen=trainer.pairs_seen)
+    trainer.metrics.reset()  # on every rank: what an earlier call left is not of this one
+    trainer.pairs_seen, trainer.compared.state = 0, {}
+    try:
+        yield
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, (MetricsFile, ForgetLaterEvaluations)):
+                callback.called_off()
+        if trainer.pairs_seen == 0:  # no step has passed its checks, and no checkpoint was taken up
+            trainer.state, trainer.pairs_seen, trainer.metrics, trainer.compared.state, made.earlier = before
+        raise

@@ -28,14 +28,16 @@ class MetricsFile(TrainerCallback):
     """Appends one JSON object a logged event to the metrics of a run: the logged keys, `epoch` and `step`, sorted.
 
     The file is the lineage of the weights: when training starts or resumes at step n, lines of later steps
-    are dropped first (at step 0, a fresh start, all but what was measured just before it). Numbers that are not finite
-    become null, because JSON has no word for them.
+    are dropped (at step 0, a fresh start, all but what was measured just before it). That waits, with what is logged
+    meanwhile, for the end of the first step, which may be refused. Numbers that are not finite become null, because
+    JSON has no word for them.
     """
 
     def __init__(self, run: Path) -> None:
         self.path = run / METRICS_FILE
-        self._training = False
-        self._measured: list[Mapping[str, Any]] = []  # by evaluations before the first step
+        self._begun: int | None = None  # the step at which a training began that has not made one yet
+        self._measured: list[Mapping[str, Any]] = []  # by evaluations at step 0, before training
+        self._waiting: list[Mapping[str, Any]] = []
 
     def rewind(self, step: int) -> None:
         """Drops the lines of steps after `step`, and a last line that a killed process left unfinished."""
@@ -54,17 +56,21 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._training = True
+        self._waiting = []
         if state.is_world_process_zero:
-            self.rewind(state.global_step)
-            for logs in self._measured if state.global_step == 0 else ():
-                self.append(0, logs)
-        self._measured = []
+            self._begun = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._go_on()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._training = False
+        self._go_on()
+
+    def called_off(self) -> None:
+        """The training ended before its first step did: the lines are still those of the weights."""
+        self._begun = None
 
     def on_log(
         self,
@@ -74,10 +80,24 @@ class MetricsFile(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and logs:
-            self.append(state.global_step, logs)
-            if not self._training and state.global_step == 0:
-                self._measured.append(dict(logs))
+        if not state.is_world_process_zero or not logs:
+            return
+        if self._begun == state.global_step:
+            self._waiting.append(dict(logs))
+            return
+        self._go_on()
+        self.append(state.global_step, logs)
+        if state.global_step == 0:
+            self._measured.append(dict(logs))
+
+    def _go_on(self) -> None:
+        """Once in a training, from its first step's end on."""
+        if self._begun is None:
+            return
+        self.rewind(self._begun)
+        for logs in (*(() if self._begun else self._measured), *self._waiting):
+            self.append(self._begun, logs)
+        self._begun, self._measured = None, []
 
 
 class LossWithEvaluation(TrainerCallback):

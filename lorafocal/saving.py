@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+NO_EARLIER = {"steps": 0, "pairs_seen": 0}  # trainings of the same weights: `Trained.earlier`
 
 # Of an adapter's configuration: what gives tensors of the same names and shapes another meaning.
 _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -134,9 +135,10 @@ class Trained(Protocol):
     """
 
     folder: str  # in the run's
+    earlier: dict[str, int]  # steps and pairs_seen of trainings before this one, of the same weights
 
     def lineage(self, *, steps: int, pairs_seen: int) -> Lineage | None:
-        """What made it; None for a base that was never loaded from anywhere."""
+        """What made it, with the earlier steps and pairs; None for a base that was never loaded from anywhere."""
 
     def check_same(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of a run that was set otherwise: its tensors fit, and would mean something else here.
@@ -168,11 +170,12 @@ class TrainedAdapter:
         self._stages = stages_of(policy)
         self._made = _made_by(objective, reference)
         self._lineage: Lineage | None = None
+        self.earlier = NO_EARLIER
 
     def lineage(self, *, steps: int, pairs_seen: int) -> Lineage | None:
         if self._lineage is None:
             self._lineage = lineage_on(causal_lm(self._policy), self._stages, **self._made, steps=0, pairs_seen=0)
-        return self._lineage and replace(self._lineage, steps=steps, pairs_seen=pairs_seen)
+        return _after(self._lineage, counted(self.earlier, steps=steps, pairs_seen=pairs_seen))
 
     def check_same(self, checkpoint: Path) -> None:
         folder = checkpoint / ADAPTER_DIR
@@ -214,12 +217,13 @@ class TrainedModel:
         self._dtype = arithmetic_of(policy)
         self._made = _made_by(objective, reference)
         self._lineage: Lineage | None = None
+        self.earlier = NO_EARLIER
 
     def lineage(self, *, steps: int, pairs_seen: int) -> Lineage | None:
         if self._lineage is None:
             lineage = lineage_on(self._policy, (), **self._made, steps=0, pairs_seen=0)
             self._lineage = lineage and replace(lineage, dtype=dtype_word(self._dtype))
-        return self._lineage and replace(self._lineage, steps=steps, pairs_seen=pairs_seen)
+        return _after(self._lineage, counted(self.earlier, steps=steps, pairs_seen=pairs_seen))
 
     def check_same(self, checkpoint: Path) -> None:
         differ = _otherwise(lineage_of(checkpoint), self.lineage(steps=0, pairs_seen=0))
@@ -241,6 +245,11 @@ class TrainedModel:
             lineage = self.lineage(steps=progress.global_step, pairs_seen=pairs_seen)
             results, run = last_rewards(progress.log_history), read_manifest(run_of(folder))
             write_papers(folder, self._policy, self._tokenizer, lineage, results, dtype=self._dtype, run=run)
+
+
+def counted(earlier: Mapping[str, int], *, steps: int, pairs_seen: int) -> dict[str, int]:
+    """With the `earlier` ones."""
+    return {"steps": earlier["steps"] + steps, "pairs_seen": earlier["pairs_seen"] + pairs_seen}
 
 
 def what_is_made(
@@ -278,6 +287,10 @@ def _check_replaced(target: Path, made: str) -> None:
     saved = target.is_dir() and any(weights.fullmatch(path.name) for path in target.iterdir())
     ours = re.compile(f"{weights.pattern}|{papers}" if saved else "(?!)")  # papers alone may be anybody's
     check_ours(target, ours, f"a saved {made}", other)
+
+
+def _after(lineage: Lineage | None, done: Mapping[str, int]) -> Lineage | None:
+    return lineage and replace(lineage, steps=done["steps"], pairs_seen=done["pairs_seen"])
 
 
 def _made_by(objective: Objective, reference: Strategy) -> dict[str, Any]:

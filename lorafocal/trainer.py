@@ -45,7 +45,7 @@ from lorafocal.assembly import (
 from lorafocal.bare_trainer import BareTrainer
 from lorafocal.budget import Retry
 from lorafocal.caching import CacheReport, cache_reference
-from lorafocal.callbacks import EvaluateFirst, ForgetLaterEvaluations, OwnIntervals, SetEpoch, following
+from lorafocal.callbacks import EvaluateFirst, ForgetLaterEvaluations, OwnIntervals, SetEpoch, counted_anew, following
 from lorafocal.checkpoint import load_state
 from lorafocal.comparison import FILLER, Comparison, Part, is_filler
 from lorafocal.data.needs import asked_of_packs
@@ -65,7 +65,7 @@ from lorafocal.optimizers import check_given, settle
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
 from lorafocal.reference import check_identity, check_ref_model, check_same_reference
 from lorafocal.sampler import NumberedPairs, check_same_order, order_of, order_seed, step_loader
-from lorafocal.saving import find_checkpoint, progress_at, publish, what_is_made, write_checkpoint
+from lorafocal.saving import NO_EARLIER, find_checkpoint, progress_at, publish, what_is_made, write_checkpoint
 from lorafocal.tensor_files import check_keys
 
 logger = logging.getLogger(__name__)
@@ -351,23 +351,22 @@ class FocalPOTrainer(BareTrainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint (`True`: the newest complete one in `output_dir`).
 
-        Raises InputError where the checkpoint is torn or missing; a torn one is never loaded.
+        Raises InputError where the checkpoint is torn or missing; a torn one is never loaded. Where training is refused
+        before its first step has ended, log, counts and files are as they were.
         """
         self.look_up_reference()  # while the policy is at its start
         found = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir), writes=self.args.should_save)
-        self.metrics.reset()  # on every rank: what an earlier call left is not of this one
-        self.pairs_seen = 0
-        self.compared.state = {}
-        self.engine.begin(self)
-        self.trained |= {name: p for name, p in self.model.named_parameters() if name in self.trained}
-        if self.ref_model is not None:
-            self.ref_model = self.compared.ref_model = self.engine.hold_reference(self.ref_model)
-        if found is None:
-            return super().train(**kwargs)
-        progress = progress_at(found)
-        if progress.global_step >= (last := self._last_step()):
-            return self._restore(found, progress, last)
-        return super().train(resume_from_checkpoint=str(found), **kwargs)
+        with counted_anew(self):
+            self.engine.begin(self)
+            self.trained |= {name: p for name, p in self.model.named_parameters() if name in self.trained}
+            if self.ref_model is not None:
+                self.ref_model = self.compared.ref_model = self.engine.hold_reference(self.ref_model)
+            if found is None:
+                return super().train(**kwargs)
+            progress = progress_at(found)
+            if progress.global_step >= (last := self._last_step()):
+                return self._restore(found, progress, last)
+            return super().train(resume_from_checkpoint=str(found), **kwargs)
 
     def _last_step(self) -> int:
         """By the arguments."""
@@ -401,6 +400,7 @@ class FocalPOTrainer(BareTrainer):
             extra={
                 "metrics": sums,
                 "pairs_seen": self.pairs_seen,
+                "earlier": self.made.earlier,
                 "reference": self.reference_identity,
                 "objective": {name: value.tolist() for name, value in self.compared.state.items()},
                 "order": self._order,
@@ -411,15 +411,15 @@ class FocalPOTrainer(BareTrainer):
     def _take_up(self, checkpoint: Path) -> None:
         """Weights, the optimiser's state and the schedule as they were at the checkpoint."""
         self.made.check_same(checkpoint)
-        unsaid = {"objective": {}, "order": self._order}  # by checkpoints of earlier versions
+        unsaid = {"objective": {}, "order": self._order, "earlier": NO_EARLIER}  # by checkpoints of earlier versions
         extra = unsaid | load_state(checkpoint, **self._training())
-        check_keys(extra, ("metrics", "pairs_seen", "reference", "objective", "order"), "state.json")
+        check_keys(extra, ("metrics", "pairs_seen", "earlier", "reference", "objective", "order"), "state.json")
+        self.pairs_seen, self.made.earlier = extra["pairs_seen"], extra["earlier"]  # of the weights, whatever follows
         check_same_reference(extra["reference"], self.reference_identity)
         check_same_order(extra["order"], self._order)
         self.made.take_up(checkpoint)
         if self.is_world_process_zero():
             self.metrics.load(extra["metrics"])
-        self.pairs_seen = extra["pairs_seen"]
         left = {name: torch.tensor(value, dtype=torch.float64) for name, value in extra["objective"].items()}
         self.compared.state = {name: value.to(self.args.device) for name, value in left.items()}
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_files
+from lorafocal.lineage import lineage_of
+from lorafocal.model.load import load_base
 from lorafocal.trainer import FocalPOTrainer
-from tests.tiny import lora, pairs, trainer
+from tests.tiny import lora, pairs, tiny_base, tiny_policy, trainer
 
 DATA = pairs(16)
 EPOCHS = {"max_steps": -1, "pairs_per_step": 4, "save_strategy": "steps", "lr_scheduler_type": "constant"}
@@ -22,6 +24,12 @@ EPOCHS = {"max_steps": -1, "pairs_per_step": 4, "save_strategy": "steps", "lr_sc
 
 def weights(run: FocalPOTrainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    """From somewhere, so that it has a lineage."""
+    tiny_base().save_pretrained(folder)
+    return load_base(str(folder), dtype="float32")
 
 
 def test_a_finished_run_of_a_share_of_epochs_is_not_trained_further(tmp_path: Path) -> None:
@@ -111,6 +119,75 @@ def test_what_was_measured_before_training_stays(tmp_path: Path) -> None:
     assert [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line] == [(0, first["eval_loss"])]
     assert {line["step"] for line in lines} == {0, 1}
     assert [*evaluation_files(tmp_path)] == [0]
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+
+
+def left_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_training_that_is_refused_has_not_been(tmp_path: Path) -> None:
+    """Its reference is where the first began, which the first step's probe finds; it has evaluated by then."""
+    model = loaded(tmp_path / "base")
+    run = trainer(tmp_path / "run", DATA, DATA[:3], model=model, peft_config=lora(), **EVALUATED)
+    run.train()
+    run.save_model()
+    before, log, counts = left_in(tmp_path / "run"), list(run.state.log_history), run.lineage()
+    with pytest.raises(InputError, match="starting point"):
+        run.train()
+    run.save_model()
+    assert left_in(tmp_path / "run") == before
+    assert (run.state.log_history, run.lineage()) == (log, counts)
+    assert (counts.steps, counts.pairs_seen) == (run.state.global_step, run.pairs_seen) == (4, 32)
+    with pytest.raises(InputError, match="starting point"):
+        trainer(tmp_path / "run", DATA, DATA[:3], model=run.model, **EVALUATED).train()
+    assert left_in(tmp_path / "run") == before
+    run.evaluate()
+    assert len(left_in(tmp_path / "run")["metrics.jsonl"].splitlines()) == len(before["metrics.jsonl"].splitlines()) + 1
+
+
+def test_a_first_training_that_is_refused_leaves_no_evaluation(tmp_path: Path) -> None:
+    run = trainer(tmp_path, DATA, DATA[:3], model=tiny_policy(), peft_config=None, **EVALUATED)
+    measured = run.evaluate()
+    before = left_in(tmp_path)
+    with pytest.raises(InputError, match="starting point"):
+        run.train()
+    assert left_in(tmp_path) == before
+    run.args.identity_probe = False
+    run.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first = [line["eval_loss"] for line in lines if line["step"] == 0]
+    assert first == [measured["eval_loss"]] * 2
+    assert [*evaluation_files(tmp_path)] == [0, 2, 4]
+
+
+def test_a_checkpoint_that_is_refused_leaves_the_trainer_at_its_own_weights(tmp_path: Path) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path / "run", DATA, **kept, learning_rate=1e-3).train()
+    run = trainer(tmp_path / "own", DATA, max_steps=3)
+    run.train()
+    with pytest.raises(InputError, match="learning_rate"):
+        run.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert (run.state.global_step, run.pairs_seen) == (3, 24)
+
+
+def test_the_lineage_counts_all_trainings_of_the_same_weights(tmp_path: Path) -> None:
+    def made() -> FocalPOTrainer:
+        settings = {"objective": "sft", "save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+        return trainer(tmp_path / "run", DATA, model=loaded(tmp_path / "base"), peft_config=lora(), **settings)
+
+    run = made()
+    for count in (1, 2):
+        run.train()
+        run.save_model()
+        for lineage in (run.lineage(), lineage_of(tmp_path / "run" / "adapter")):
+            assert lineage is not None
+            assert (lineage.steps, lineage.pairs_seen) == (3 * count, 24 * count)
+    resumed = made()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))  # the second training's
+    assert resumed.lineage() == run.lineage()
 
 
 class Looks(TrainerCallback):
