@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from lorafocal.errors import InputError
 from lorafocal.evaluations import drop_later, evaluation_file
 from lorafocal.model.moving import move
 from lorafocal.progress import MetricsFile
@@ -24,6 +25,16 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         sampler = kwargs["train_dataloader"].batch_sampler
         sampler.epoch = state.global_step // len(sampler)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises InputError where a callback broke the epoch off: by steps it is the same one that begins again."""
+        broken = control.should_epoch_stop and not control.should_training_stop
+        if broken and state.global_step % len(kwargs["train_dataloader"]) and state.global_step < state.max_steps:
+            raise InputError(
+                f"a callback set control.should_epoch_stop after step {state.global_step}: epochs are counted by steps,"
+                " so that resumed runs see the same pairs, and this one would begin again with the same; set"
+                " control.should_training_stop, or train on fewer pairs"
+            )
 
 
 class OwnIntervals(TrainerCallback):

@@ -70,9 +70,9 @@ from lorafocal.tensor_files import check_keys
 
 logger = logging.getLogger(__name__)
 
-# transformers counts a step as one sample of batch size 1, estimates FLOPs of unpacked text, and averages the loss
-# over the steps since the last resume.
-_MISCOUNTED = ("train_samples_per_second", "total_flos", "eval_steps_per_second", "train_loss")
+# At the end of training transformers counts a step as one sample of batch size 1, estimates FLOPs of unpacked text, and
+# averages the loss over the steps since the last resume.
+_MISCOUNTED = ("train_samples_per_second", "total_flos", "train_loss")
 
 
 class FocalPOTrainer(BareTrainer):
@@ -338,7 +338,7 @@ class FocalPOTrainer(BareTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs carry means over every pair since the last one, and the pairs seen so far."""
-        for name in _MISCOUNTED:
+        for name in ("eval_steps_per_second", *(_MISCOUNTED if "total_flos" in logs else ())):
             logs.pop(name, None)
         if "loss" in logs:
             logs |= self.metrics.means(self.args.device)

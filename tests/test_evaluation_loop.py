@@ -59,6 +59,15 @@ def test_a_run_writes_one_table_an_evaluation_and_another_data_set_writes_none(t
     assert list(evaluation_files(tmp_path)) == [2, 4]
 
 
+def test_pairs_of_the_training_are_evaluated_under_a_name_of_theirs(tmp_path):
+    run = trainer(tmp_path, pairs(8), pairs(5, seed=3), max_steps=1)
+    assert run.evaluate(metric_key_prefix="train")["train_loss"] == run.evaluate()["eval_loss"]
+    run.train()
+    assert not any(
+        {"train_loss", "total_flos", "train_samples_per_second"} & line.keys() for line in run.state.log_history[2:]
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.row("55")
 def test_resuming_drops_the_tables_of_weights_that_are_gone(tmp_path):

@@ -216,6 +216,25 @@ def test_who_asks_for_the_loader_does_not_stop_the_epochs_order(tmp_path: Path) 
     assert len({tuple(first) for first in looks.first}) == len(looks.first) == 3
 
 
+class Stops(TrainerCallback):
+    def __init__(self, flag: str, after: int) -> None:
+        self.flag, self.after = flag, after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        setattr(control, self.flag, state.global_step == self.after)
+
+
+def test_an_epoch_that_is_broken_off_is_not_begun_again(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "broken", DATA, **EPOCHS, num_train_epochs=2)
+    run.add_callback(Stops("should_epoch_stop", 2))
+    with pytest.raises(InputError, match=r"should_epoch_stop after step 2: .* set control.should_training_stop"):
+        run.train()
+    for flag, after, steps in (("should_training_stop", 2, 2), ("should_epoch_stop", 4, 8)):
+        run = trainer(tmp_path / flag, DATA, **EPOCHS, num_train_epochs=2)
+        run.add_callback(Stops(flag, after))
+        assert run.train().global_step == steps
+
+
 def test_steps_without_any_gradient_move_nothing_and_are_no_fault(tmp_path: Path) -> None:
     """As where every margin is beyond a hinge's, or a guard takes all gradients away."""
     run = trainer(tmp_path, DATA, max_steps=2)
