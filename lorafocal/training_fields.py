@@ -26,7 +26,8 @@ from lorafocal.errors import InputError
 class FieldRule:
     """What lorafocal does with one field of `TrainingArguments`.
 
-    `value` is what we set it to, or for a refused field the neutral value, the only one accepted.
+    `value` is what we set it to, or for a refused field the neutral value, the only one accepted. `also` are other ways
+    to write it: a parser's for a field that nobody named, and what transformers makes of it, which a copy brings along.
     `choices` limits a supported field to these values (empty: any of its type).
     `config_key` names the key that takes the field's place in a config file (empty: the field itself).
     """
@@ -34,6 +35,7 @@ class FieldRule:
     kind: Literal["supported", "set", "refused"]
     value: Any = None
     reason: str = ""
+    also: tuple[Any, ...] = ()
     choices: tuple[str, ...] = ()
     config_key: str = ""
 
@@ -46,8 +48,8 @@ def _set(value: Any, reason: str) -> FieldRule:
     return FieldRule("set", value, reason)
 
 
-def _refused(value: Any, reason: str) -> FieldRule:
-    return FieldRule("refused", value, reason)
+def _refused(value: Any, reason: str, *also: Any) -> FieldRule:
+    return FieldRule("refused", value, reason, also)
 
 
 _STEP = "a batch is the whole optimiser step, split into packs; use pairs_per_step and the packing budget"
@@ -148,7 +150,7 @@ RULES: dict[str, FieldRule] = {
         False, "the filter hides NaN; a non-finite number stops the run and names its pairs"
     ),
     "include_num_input_tokens_seen": _refused(
-        "no", "it measures one tensor of the batch, and a batch here is a list of packs"
+        "no", "it measures one tensor of the batch, and a batch here is a list of packs", False
     ),
     "disable_tqdm": _set(True, "the progress line is our own; --quiet silences it"),
     "report_to": _supported(),  # which loggers: LOGGERS
@@ -157,7 +159,7 @@ RULES: dict[str, FieldRule] = {
     "trackio_space_id": _supported(),
     "trackio_bucket_id": _supported(),
     "trackio_static_space_id": _supported(),
-    "debug": _refused("", "the run already stops at the first non-finite number and names its pairs"),
+    "debug": _refused("", "the run already stops at the first non-finite number and names its pairs", None, []),
     "skip_memory_metrics": _refused(True, "peak memory is measured and logged by us"),
     # evaluation
     "eval_strategy": _supported("no", "steps", "epoch"),
@@ -190,7 +192,7 @@ RULES: dict[str, FieldRule] = {
     "metric_for_best_model": _refused(None, _BEST),
     "greater_is_better": _refused(None, _BEST),
     "push_to_hub": _refused(False, _HUB),
-    "hub_token": _refused(None, f"{_HUB}, and a secret has no place in a config"),
+    "hub_token": _refused(None, f"{_HUB}, and a secret has no place in a config", "<HUB_TOKEN>"),
     "hub_private_repo": _refused(None, _HUB),
     "hub_model_id": _refused(None, _HUB),
     "hub_strategy": _refused("every_save", _HUB),
@@ -327,8 +329,8 @@ def _fits(kind: str, value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
-    if kind == "list[str]":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind in ("list[str]", "list[float]"):
+        return isinstance(value, list) and all(_fits(kind[5:-1], item) for item in value)
     if kind == "Literal[False]":
         return value is False
     plain = {"bool": bool, "str": str, "None": type(None), "dict": dict}.get(kind.partition("[")[0])
@@ -343,7 +345,7 @@ def field_problem(name: str, value: Any) -> str | None:
         return str(error)
     shown = "a value" if name.endswith("token") else repr(getattr(value, "value", value))
     if rule.kind != "supported":
-        if value == rule.value:
+        if value in (rule.value, *rule.also):
             return None
         what = f"lorafocal sets it to {rule.value!r}" if rule.kind == "set" else "it is not supported"
         return f"found {shown}, but {what}: {rule.reason}"
@@ -397,8 +399,14 @@ def _without_effect(given: Mapping[str, Any]) -> list[str]:
         errors += [
             f"{name}: SGD has none; remove it" for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if name in given
         ]
-    if given.get("eval_delay") and given.get("eval_strategy") == "no":
-        errors.append("eval_delay: nothing is evaluated, by eval_strategy no; remove one of the two")
+    if given.get("eval_delay") and given.get("eval_strategy", "no") == "no":
+        errors.append("eval_delay: nothing is evaluated, by eval_strategy no; set steps or epoch, or remove eval_delay")
+    if not given.get("dataloader_num_workers"):
+        errors += [
+            f"{name}: there are no workers; set dataloader_num_workers, or remove {name}"
+            for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor")
+            if given.get(name)
+        ]
     if given.get("max_steps", -1) != -1 and "num_train_epochs" in given:
         errors.append("num_train_epochs: max_steps is given too and decides alone; remove one of the two")
     return errors
@@ -408,7 +416,7 @@ def _of_the_schedule(given: Mapping[str, Any]) -> Iterator[str]:
     """What `lr_scheduler_kwargs` holds that the schedule does not take, or lacks."""
     named = given.get("lr_scheduler_type", "linear")
     schedule, settings = getattr(named, "value", named), given.get("lr_scheduler_kwargs") or {}
-    if isinstance(settings, str) and (settings := _object_in(text := settings)) is None:
+    if isinstance(settings, str) and (settings := object_in(text := settings)) is None:
         yield f"lr_scheduler_kwargs: {text!r} is no mapping; write key: value, or one JSON object as text"
     if schedule not in SCHEDULES or not isinstance(settings, Mapping):
         return
@@ -421,7 +429,7 @@ def _of_the_schedule(given: Mapping[str, Any]) -> Iterator[str]:
         yield f"lr_scheduler_kwargs: {schedule} needs {' or '.join(needed)}{', not both' if found else ''}"
 
 
-def _object_in(text: str) -> dict[str, Any] | None:
+def object_in(text: str) -> dict[str, Any] | None:
     """The JSON object that a text is, as transformers reads it; None where it would stay a text."""
     try:
         return json.loads(text) if text.startswith("{") else None

@@ -64,6 +64,10 @@ TOGETHER = {
         "training.lr_scheduler_type=polynomial",
         "training.lr_scheduler_kwargs={power: 2.0}",
     ],
+    **{
+        f"training.dataloader_{name}": ["training.dataloader_num_workers=1", f"training.dataloader_{name}={value}"]
+        for name, value in {"persistent_workers": "true", "prefetch_factor": 7}.items()
+    },
     "adapter.dropout": ["adapter.dropout=0.1", "adapter.allow_dropout=true"],
     "adapter.start_from": ["adapter={start_from: runs/sft/adapter}", "reference.identity_probe=false"],
     "model.backend": ["model.backend=unsloth", "model.dtype=bfloat16"],

@@ -151,6 +151,7 @@ def test_numbers_as_text_are_refused() -> None:
         ("SchedulerType | str", ["linear"], [1, None]),
         ("dict[str, Any] | str | None", [{"a": 1}, "x", None], [1, [1]]),
         ("None | str | list[str]", ["a", ["a"], None], [[1], 1]),
+        ("list[float] | None", [[1, 0.5], None], [["1"], [True], 1]),
         ("str | None | Literal[False]", [False, "a"], [True, 0]),
         ("float | None", [None, 2], ["x"]),
     ],
@@ -195,6 +196,9 @@ def test_choices_exist_in_transformers() -> None:
         {"warmup_steps": 10, "lr_scheduler_type": "constant"},
         {"adam_beta1": 0.95, "optim": "sgd"},
         {"eval_delay": 2, "eval_strategy": "no"},
+        {"eval_delay": 2},
+        {"dataloader_persistent_workers": True},
+        {"dataloader_prefetch_factor": 2, "dataloader_num_workers": 0},
         {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
         {"lr_scheduler_kwargs": {"min_lr": 1e-7, "power": 2}, "lr_scheduler_type": "cosine_with_min_lr"},
     ],
@@ -270,6 +274,15 @@ def test_fields_that_go_together_pass() -> None:
 def test_a_secret_is_not_repeated() -> None:
     [problem] = check_training_fields({"hub_token": "hf_canary"})
     assert "hf_canary" not in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("include_num_input_tokens_seen", False), ("debug", None), ("debug", []), ("hub_token", "<HUB_TOKEN>")],
+)
+def test_what_a_parser_or_a_copy_writes_for_nothing_passes(name: str, value: Any) -> None:
+    assert check_training_fields({name: value}) == []
+    assert check_training_fields({name: "something"}) != []
 
 
 def test_another_training_args_file_is_named() -> None:

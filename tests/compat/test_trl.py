@@ -35,6 +35,7 @@ OF_KIND = {
 # What a field needs beside it, and its other value where adding 1 or switching it over would not do.
 BESIDE: dict[str, dict[str, Any]] = {
     "eval_steps": {"eval_strategy": "steps"},
+    "eval_delay": {"eval_strategy": "epoch"},
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
     "dataloader_persistent_workers": {"dataloader_num_workers": 1},
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_restarts"},
