@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from lorafocal import launch
@@ -21,7 +21,7 @@ from lorafocal.objectives.factor import FORMS
 from lorafocal.optimizers import check_device, check_schedule
 from lorafocal.reference import REFERENCES
 from lorafocal.references.strategy import KEYS, Strategy, misfits, refusals, strategy_of, with_defaults
-from lorafocal.training_fields import check_training_fields, classify, field_problem, forced_values
+from lorafocal.training_fields import RULES, accepts, check_training_fields, field_problem, forced_values, object_in
 
 # Fields of the reference's strategy, by what a config calls them in its section `reference`.
 _OF_THE_STRATEGY = {
@@ -58,6 +58,12 @@ _WORDS = {
     "elementwise_kernels": ("torch", "triton"),
 }
 
+_MAPPINGS = ("focal", "chat_template_kwargs")  # which may be given as text, one JSON object: scripts' parsers do
+
+
+class _OfTheEngine(dict[str, Any]):
+    """A DeepSpeed config that we made: a copy of its `FocalPOConfig` brings it along, and makes its own."""
+
 
 def refuse_unknown(owner: str, names: Iterable[str], hints: Mapping[str, str]) -> None:
     """Raise InputError for keyword arguments that `owner` does not have, with what to say instead."""
@@ -86,6 +92,9 @@ class FocalPOConfig(_Parameters):
     and never the result, like the kernels (adapter_kernels, elementwise_kernels, compile_layers); engine and offload,
     which say how processes share a model; reference, what belongs to its kind (reference_adapter and further ones,
     `lorafocal.references.strategy`), reference_store and identity_probe; allow_dropout; loraplus_lr_ratio.
+
+    A copy with changes (`dataclasses.replace`) is checked as a new one. What is set on a config that is made, also by
+    `set_training` and its like, is checked when a trainer takes it.
 
     Parameters, reference and identity_probe are None where the objective has none of them, and get the defaults of the
     objective or of the reference where it has. Each inherited field is supported, set by us, or refused with its
@@ -142,7 +151,7 @@ class FocalPOConfig(_Parameters):
         default=None, metadata={"help": "of reference=several: base, or folders of adapters; the first is the main one"}
     )
     reference_combine: str | None = field(default=None, metadata={"help": "harmonic (MRPO) or geometric (INPO)"})
-    reference_weights: Any = field(
+    reference_weights: list[float] | str | None = field(
         default=None, metadata={"help": "of reference=several: a number each, or adaptive (harmonic's default)"}
     )
     reference_clip: float | None = field(
@@ -180,25 +189,13 @@ class FocalPOConfig(_Parameters):
 
     def __post_init__(self) -> None:
         launch.check_launch()
-        errors = check_training_fields(self._given())
-        for name in ("learning_rate", "num_train_epochs", "logging_steps"):  # with defaults of ours
-            if problem := field_problem(name, getattr(self, name)):
-                errors.append(f"{name}: {problem}")
-        if errors:
+        for name in _MAPPINGS:
+            if isinstance(text := getattr(self, name), str) and (read := object_in(text)) is not None:
+                setattr(self, name, read)
+        if errors := self._problems(_defaults()):
             raise InputError("FocalPOConfig: " + "\n".join(errors))
-        for name, value in forced_values().items():
+        for name, value in (forced_values() | {name: RULES[name].value for name in self._written_otherwise()}).items():
             setattr(self, name, value)
-        if type(self.pairs_per_step) is not int or self.pairs_per_step < 1:
-            raise InputError(f"pairs_per_step is {self.pairs_per_step!r}; a step needs whole pairs, 1 or more")
-        if self.loraplus_lr_ratio is not None and not 1 <= self.loraplus_lr_ratio < math.inf:
-            raise InputError(
-                f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; LoRA+ gives B a rate of at least A's: 1 to 32"
-            )
-        for name, words in _WORDS.items():
-            if (value := getattr(self, name)) not in words:
-                raise InputError(f"{name} is {value!r}; choose one of {', '.join(words)}")
-        if self.tokens_per_pack is not None and self.tokens_per_pack < 1:
-            raise InputError(f"tokens_per_pack is {self.tokens_per_pack}; a pack needs tokens (None: chosen for you)")
         self._settle_objective()
         self.engine = launch.settled_engine(self.engine)
         if refusal := offload_refusal(self.engine, self.offload):
@@ -210,7 +207,7 @@ class FocalPOConfig(_Parameters):
         if self.engine.startswith("zero"):
             from lorafocal.engines.zero import deepspeed_config, load_whole
 
-            self.deepspeed = deepspeed_config(self)
+            self.deepspeed = _OfTheEngine(deepspeed_config(self))
         try:
             super().__post_init__()
         except ValueError as error:  # what this machine or these values cannot do, in transformers' words
@@ -228,14 +225,24 @@ class FocalPOConfig(_Parameters):
 
     def _settle_recompute(self) -> None:
         """transformers' own word for the tier full is a field of its own."""
-        names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if getattr(self, n, False)]
+        words = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, n)]
+        names = [n for n in words if getattr(self, n)]
         if names and self.recompute not in ("auto", "full"):
             raise InputError(f"{names[0]}=True recomputes everything, but recompute is {self.recompute!r}: keep one")
         if names:
             self.recompute = "full"
 
     def build_objective(self) -> Objective:
-        """The objective with its checked parameters."""
+        """The objective with its checked parameters, for a trainer.
+
+        Raises InputError for fields that were set since the config was made, and cannot be honoured.
+        """
+        if errors := self._problems(_defaults() | forced_values()):
+            since = "FocalPOConfig, as it was changed since it was made (what is meant goes into FocalPOConfig(...)):"
+            raise InputError("\n  ".join([since, *errors]))
+        return self._objective()
+
+    def _objective(self) -> Objective:
         parameters = {name: getattr(self, python_name(name)) for name in PARAMETERS}
         return build_objective(self.objective, focal=self.focal, guard=self.guard, **parameters)
 
@@ -248,7 +255,7 @@ class FocalPOConfig(_Parameters):
         stray = [name for name in _OF_THE_OBJECTIVE if name not in has and getattr(self, name) is not None]
         if stray:
             raise InputError(f"{self.objective} has no {' and no '.join(stray)}, which would be ignored: leave it out")
-        for name, value in self.build_objective().parameters.items():
+        for name, value in self._objective().parameters.items():
             setattr(self, python_name(name), value)
         if entry.reference:
             self.reference = self.reference or "disabled_adapter"
@@ -278,18 +285,71 @@ class FocalPOConfig(_Parameters):
         """What the policy is compared with, and by which guide."""
         return strategy_of({key: getattr(self, name) for name, key in _OF_THE_STRATEGY.items()})
 
-    def _given(self) -> dict[str, Any]:
-        """Inherited fields away from their default: what somebody chose."""
-        ours = set(FocalPOConfig.__annotations__)
-        given = {}
-        for spec in fields(TrainingArguments):
-            default = spec.default if spec.default_factory is MISSING else spec.default_factory()
-            if spec.name not in ours and spec.init and getattr(self, spec.name) != default:
-                given[spec.name] = getattr(self, spec.name)
-        forced = forced_values()
-        return {name: value for name, value in given.items() if not _is(name, value, forced)}
+    def _problems(self, untouched: Mapping[str, Any]) -> list[str]:
+        """What cannot be honoured of the fields that are not as in `untouched`, and of our own."""
+        errors = check_training_fields(self._given(untouched))
+        if problem := field_problem("num_train_epochs", self.num_train_epochs):
+            errors.append(f"num_train_epochs: {problem}")
+        return [*errors, *(self._of_another_type() or self._out_of_range())]
+
+    def _given(self, untouched: Mapping[str, Any]) -> dict[str, Any]:
+        """Inherited fields with another value than in `untouched`: what somebody chose."""
+        given = {name: getattr(self, name) for name in untouched if getattr(self, name) != untouched[name]}
+        given.pop("num_train_epochs", None)  # max_steps decides, as transformers says
+        if _says_nothing(self.accelerator_config):
+            given.pop("accelerator_config", None)
+        if self.do_eval and self.eval_strategy != "no":  # transformers sets it then
+            given.pop("do_eval")
+        if isinstance(self.deepspeed, _OfTheEngine):
+            given.pop("deepspeed")
+        return given
+
+    def _written_otherwise(self) -> Iterator[str]:
+        """Refused fields with their neutral value in another form, or as a config had it of which this is a copy."""
+        for name, rule in RULES.items():
+            if (value := getattr(self, name, None)) in rule.also or isinstance(value, _OfTheEngine):
+                yield name
+
+    def _of_another_type(self) -> list[str]:
+        """Our own fields that hold what they do not take."""
+        errors = []
+        for name in FocalPOConfig.__annotations__.keys() - RULES.keys():
+            value, takes = getattr(self, name), FocalPOConfig.__annotations__[name]
+            if name in _MAPPINGS and isinstance(value, str):
+                errors.append(f"{name} is {value!r}; it takes a mapping, or one JSON object as text")
+            elif not accepts(takes, list(value) if isinstance(value, tuple) else value):
+                meant = type(self).__dataclass_fields__[name].metadata["help"]
+                errors.append(f"{name} is {value!r}; it takes {takes}: {meant}")
+        return sorted(errors)
+
+    def _out_of_range(self) -> Iterator[str]:
+        """Values of our own fields that their types allow and we do not."""
+        if self.pairs_per_step < 1:
+            yield f"pairs_per_step is {self.pairs_per_step!r}; a step needs whole pairs, 1 or more"
+        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio < 1:
+            yield f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; LoRA+ gives B a rate of at least A's: 1 to 32"
+        for name, words in _WORDS.items():
+            if (value := getattr(self, name)) not in words:
+                yield f"{name} is {value!r}; choose one of {', '.join(words)}"
+        if self.tokens_per_pack is not None and self.tokens_per_pack < 1:
+            yield f"tokens_per_pack is {self.tokens_per_pack}; a pack needs tokens (None: chosen for you)"
 
 
-def _is(name: str, value: Any, forced: dict[str, Any]) -> bool:
-    """Whether `value` is what we would set anyway."""
-    return classify(name).kind == "set" and name in forced and forced[name] == value
+for _name in _MAPPINGS:  # what HfArgumentParser makes of a text; a made config holds a mapping
+    FocalPOConfig.__annotations__[_name] = "dict[str, Any] | str | None"
+
+
+def _says_nothing(loader: Any) -> bool:
+    """Whether these settings of accelerate are its defaults, as transformers makes them of None, or writes them."""
+    settings = loader.to_dict() if isinstance(loader, AcceleratorConfig) else loader
+    return isinstance(settings, dict) and settings.items() <= AcceleratorConfig().to_dict().items()
+
+
+def _defaults() -> dict[str, Any]:
+    """The inherited fields as a config has them of which nothing is said."""
+    inherited = {spec.name for spec in fields(TrainingArguments) if spec.init}
+    return {
+        spec.name: spec.default if spec.default_factory is MISSING else spec.default_factory()
+        for spec in fields(FocalPOConfig)
+        if spec.name in inherited
+    }

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
+import pickle
 
 import pytest
+from transformers import HfArgumentParser
 
-from lorafocal.arguments import FocalPOConfig
+from lorafocal.arguments import FocalPOConfig, _OfTheEngine
 from lorafocal.errors import InputError
+from lorafocal.trainer import FocalPOTrainer
+from tests.tiny import lora, pairs, tiny_base
 
 
 def config(folder, **settings) -> FocalPOConfig:
@@ -68,7 +74,24 @@ def test_all_refusals_come_at_once(tmp_path):
         ({"beta": 0.0}, "beta"),
         ({"objective": "ppo"}, "objective"),
         ({"pairs_per_step": 0}, "pairs_per_step"),
-        ({"pairs_per_step": 2.5}, "pairs_per_step is 2.5; a step needs whole pairs"),
+        ({"pairs_per_step": 2.5}, "pairs_per_step is 2.5; it takes int: pairs of one optimiser step"),
+        ({"allow_dropout": "no"}, "allow_dropout is 'no'; it takes bool: keep dropout on"),
+        ({"keep_order": "no"}, "keep_order is 'no'; it takes bool"),
+        ({"identity_probe": "no"}, r"identity_probe is 'no'; it takes bool \| None"),
+        ({"compile_layers": "yes"}, "compile_layers is 'yes'; it takes bool"),
+        ({"tokens_per_pack": True}, r"tokens_per_pack is True; it takes int \| None"),
+        ({"tokens_per_pack": 2.5}, r"tokens_per_pack is 2.5; it takes int \| None"),
+        ({"loraplus_lr_ratio": True}, r"loraplus_lr_ratio is True; it takes float \| None"),
+        ({"loraplus_lr_ratio": "x"}, r"loraplus_lr_ratio is 'x'; it takes float \| None"),
+        ({"loraplus_lr_ratio": float("inf")}, "loraplus_lr_ratio is inf; it takes float"),
+        ({"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio is 0.5; LoRA"),
+        ({"objective": ["dpo"]}, r"objective is \['dpo'\]; it takes str"),
+        ({"reference": ["frozen_copy"]}, r"reference is \['frozen_copy'\]; it takes str \| None"),
+        ({"max_length": None}, "max_length is None; it takes int"),
+        ({"max_length": "x"}, "max_length is 'x'; it takes int"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x'; it takes a mapping, or one JSON object as text"),
+        ({"focal": '{"gamma": '}, "focal is .*; it takes a mapping, or one JSON object as text"),
+        ({"keep_order": 1, "max_length": 2.0}, r"keep_order is 1.*\nmax_length is 2.0"),
         ({"num_train_epochs": 0}, "num_train_epochs: found 0"),
         ({"learning_rate": -1e-6}, "learning_rate: found -1e-06"),
         ({"reference": "second_model"}, "disabled_adapter, frozen_copy, separate_model"),
@@ -141,3 +164,137 @@ def test_every_schedule_that_can_be_computed_is_taken(tmp_path):
 def test_a_schedule_that_cannot_be_computed_is_refused_before_a_model_is_loaded(tmp_path, name, settings, said):
     with pytest.raises(InputError, match=rf"^lr_scheduler_kwargs: {name} cannot be computed with .*{said}"):
         FocalPOConfig(output_dir=str(tmp_path), lr_scheduler_type=name, lr_scheduler_kwargs=settings, use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"logging_steps": 1, "logging_strategy": "no"}, "logging_steps: it has no effect"),
+        ({"logging_steps": 1, "logging_strategy": "epoch"}, "logging_steps: it has no effect"),
+        ({"eval_delay": 3}, "eval_delay: nothing is evaluated"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers: there are no workers"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_in_the_first_step_is_refused(tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        config(tmp_path, **settings)
+
+
+def test_what_has_an_effect_is_taken(tmp_path):
+    args = config(tmp_path, num_train_epochs=3, max_steps=2)  # the latter decides, as transformers says
+    assert (args.num_train_epochs, args.max_steps) == (3, 2)
+
+
+# ---- scripts
+
+
+SAID = [
+    "--use_cpu", "true", "--objective", "dpo", "--focal", '{"form": "eq3", "gamma": 0.1}', "--keep_order",
+    "--chat_template_kwargs", '{"enable_thinking": false}', "--reference", "several",
+    "--reference_members", "base", "there", "--reference_weights", "adaptive",
+]  # fmt: skip
+
+
+def check_said(args: FocalPOConfig) -> None:
+    assert (args.focal, args.chat_template_kwargs) == ({"form": "eq3", "gamma": 0.1}, {"enable_thinking": False})
+    assert (args.keep_order, args.allow_dropout, args.debug) == (True, False, [])
+    assert (args.reference_members, args.reference_weights) == (["base", "there"], "adaptive")
+
+
+def test_a_script_s_parser_makes_a_config(tmp_path):
+    plain, *_ = HfArgumentParser(FocalPOConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "true"], look_for_args_file=False
+    )
+    assert plain == config(tmp_path)
+    said = ["--output_dir", str(tmp_path), *SAID]
+    check_said(HfArgumentParser(FocalPOConfig).parse_args_into_dataclasses(said, look_for_args_file=False)[0])
+
+
+def test_trl_s_parser_makes_a_config(tmp_path):
+    parser = pytest.importorskip("trl").TrlParser(FocalPOConfig)
+    file = tmp_path / "run.yaml"
+    file.write_text("beta: 0.3\nmax_steps: 5\n")
+    [args] = parser.parse_args_and_config(["--config", str(file), "--output_dir", str(tmp_path), *SAID])
+    check_said(args)
+    assert (args.beta, args.max_steps) == (0.3, 5)
+
+
+# ---- copies
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"objective": "sft"},
+        {"reference": "moving", "eval_strategy": "steps"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-7}', "report_to": "none"},
+        {"objective": "dpo", "focal": {"form": "eq3", "gamma": 0.1}, "max_steps": 3, "num_train_epochs": 2},
+    ],
+)
+def test_a_copy_is_equal_and_may_change_a_field(tmp_path, settings):
+    args = config(tmp_path, **settings)
+    assert dataclasses.replace(args) == FocalPOConfig(**args.to_dict()) == args
+    assert copy.deepcopy(args) == pickle.loads(pickle.dumps(args)) == args
+    assert dataclasses.replace(args, weight_decay=0.1) == config(tmp_path, **settings, weight_decay=0.1) != args
+
+
+def test_a_copy_is_checked_as_a_new_config(tmp_path):
+    assert dataclasses.replace(config(tmp_path), gamma=0.1) == config(tmp_path, gamma=0.1)
+    with pytest.raises(InputError, match="fp16"):
+        dataclasses.replace(config(tmp_path), fp16=True)
+    with pytest.raises(InputError, match=r"accelerator_config: found .*'split_batches': True"):
+        config(tmp_path, accelerator_config={"split_batches": True})
+    with pytest.raises(InputError, match="do_eval: found True"):
+        config(tmp_path, do_eval=True)
+
+
+def test_an_engine_s_own_deepspeed_config_is_nobody_s_choice(tmp_path):
+    args = config(tmp_path)
+    args.deepspeed = _OfTheEngine({"zero_optimization": {"stage": 2}})
+    args.build_objective()
+    assert dataclasses.replace(args) == config(tmp_path)  # which makes its own, for the engine it has
+    args.deepspeed = dict(args.deepspeed)
+    with pytest.raises(InputError, match="deepspeed: found"):
+        args.build_objective()
+
+
+# ---- what is set on a config that is made
+
+
+@pytest.mark.row("15", "32")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda args: args.set_training(batch_size=1, gradient_accumulation_steps=4), "accumulation_steps: found 4"),
+        (lambda args: args.set_training(batch_size=8), "per_device_train_batch_size: found 8.* use pairs_per_step"),
+        (lambda args: args.set_dataloader(drop_last=True), "dataloader_drop_last: found True"),
+        (lambda args: args.set_optimizer("adafactor"), "optim: found 'adafactor'"),
+        (lambda args: args.set_push_to_hub("me/mine"), "a run never uploads"),
+        (lambda args: setattr(args, "logging_nan_inf_filter", True), "logging_nan_inf_filter: found True"),
+        (lambda args: setattr(args, "pairs_per_step", 0), "pairs_per_step is 0"),
+        (lambda args: setattr(args, "allow_dropout", "no"), "allow_dropout is 'no'"),
+    ],
+)
+def test_what_was_set_since_is_checked_where_a_trainer_takes_it(tmp_path, change, words):
+    args = config(tmp_path)
+    args.build_objective()
+    change(args)
+    with pytest.raises(InputError, match=rf"(?s)changed since it was made.*FocalPOConfig\(\.\.\.\).*{words}"):
+        args.build_objective()
+
+
+def test_what_may_be_set_since_is_taken(tmp_path):
+    args = config(tmp_path).set_optimizer("sgd", learning_rate=1e-3).set_lr_scheduler("cosine").set_save("epoch")
+    args.gamma = 0.2
+    assert args.build_objective().parameters == {"beta": 0.1, "gamma": 0.2}
+
+
+def test_a_trainer_looks_at_what_was_set_since(tmp_path):
+    args = config(tmp_path, recompute="full", tokens_per_pack=64)
+    for _ in range(2):  # the second takes it as the first one left it
+        FocalPOTrainer(tiny_base(), args=args, train_dataset=pairs(8), peft_config=lora())
+    args.gradient_accumulation_steps = 4
+    with pytest.raises(InputError, match="gradient_accumulation_steps: found 4"):
+        FocalPOTrainer(tiny_base(), args=args, train_dataset=pairs(8), peft_config=lora())
