@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from inspect import signature
 from typing import Any
 
-from transformers import SchedulerType, TrainingArguments
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
@@ -231,6 +233,9 @@ class FocalPOConfig(_Parameters):
             raise InputError(f"{names[0]}=True recomputes everything, but recompute is {self.recompute!r}: keep one")
         if names:
             self.recompute = "full"
+        settings = getattr(self, f"{words[0]}_kwargs")  # of the newer word, which has got the older one's by now
+        if settings is not None and (wrong := _of_a_recomputation(settings, self.recompute)):
+            raise InputError(f"{words[0]}_kwargs is {settings!r}; {wrong}")
 
     def build_objective(self) -> Objective:
         """The objective with its checked parameters, for a trainer.
@@ -337,6 +342,18 @@ class FocalPOConfig(_Parameters):
 
 for _name in _MAPPINGS:  # what HfArgumentParser makes of a text; a made config holds a mapping
     FocalPOConfig.__annotations__[_name] = "dict[str, Any] | str | None"
+
+
+def _of_a_recomputation(settings: Any, recompute: str) -> str | None:
+    """What is wrong with settings of transformers' own recomputation of layers, which fails in the first step."""
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
+    known = {*signature(checkpoint).parameters, *signature(enable).parameters, "preserve_rng_state"}
+    takes = sorted(name for name in known - {"self", "function", "args"} if not name.endswith("kwargs"))
+    if not isinstance(settings, dict) or settings.keys() - takes:
+        return f"it takes a mapping, with keys of {', '.join(takes)}"
+    if recompute != "full":
+        return f"it has no effect under recompute {recompute}: set recompute='full', or leave it out"
+    return None
 
 
 def _says_nothing(loader: Any) -> bool:

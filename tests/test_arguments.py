@@ -173,6 +173,10 @@ def test_a_schedule_that_cannot_be_computed_is_refused_before_a_model_is_loaded(
         ({"logging_steps": 1, "logging_strategy": "epoch"}, "logging_steps: it has no effect"),
         ({"eval_delay": 3}, "eval_delay: nothing is evaluated"),
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers: there are no workers"),
+        ({"gradient_checkpointing_kwargs": {}}, "no effect under recompute auto"),
+        ({"gradient_checkpointing_kwargs": {"early_stop": True}, "recompute": "mlp"}, "no effect under recompute mlp"),
+        ({"gradient_checkpointing_kwargs": "x", "gradient_checkpointing": True}, "is 'x'; it takes a mapping"),
+        ({"gradient_checkpointing_kwargs": {"a": 1}, "gradient_checkpointing": True}, "keys of .*use_reentrant"),
     ],
 )
 def test_what_would_be_ignored_or_fail_in_the_first_step_is_refused(tmp_path, settings, words):
@@ -181,6 +185,9 @@ def test_what_would_be_ignored_or_fail_in_the_first_step_is_refused(tmp_path, se
 
 
 def test_what_has_an_effect_is_taken(tmp_path):
+    settings = {"use_reentrant": False, "determinism_check": "none"}
+    assert config(tmp_path, recompute="full", gradient_checkpointing_kwargs=settings).recompute == "full"
+    assert config(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=settings).recompute == "full"
     args = config(tmp_path, num_train_epochs=3, max_steps=2)  # the latter decides, as transformers says
     assert (args.num_train_epochs, args.max_steps) == (3, 2)
 
