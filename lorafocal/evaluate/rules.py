@@ -11,9 +11,12 @@ from typing import Any, NoReturn
 
 from lorafocal.errors import InputError
 
+# After a word a hyphen or a point is none of a number's, but for scripts without spaces between words: from Thai on.
+_APART = r"(?<![^\W_\u0e00-\U0010ffff])"
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+\u2212]?"  # no part of a word or of another number: the minus of "3-5" is no sign
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?<![A-Za-z0-9.])(?<![A-Za-z0-9]_)"  # no part of a name or of another number
+    rf"(?:{_APART}[-+\u2212])?"  # the minus of "3-5" is no sign
+    rf"(?:(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|{_APART}\.[0-9]+)"
     r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 )
 _FENCED = re.compile(r"```[a-zA-Z0-9]*\n(.*)\n```", re.DOTALL)
@@ -87,7 +90,11 @@ def is_json(answer: str, keys: Sequence[str] = ()) -> bool:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number that a text writes: with a sign, commas between thousands, a point, an exponent."""
+    """The last number that a text writes: with a sign, commas between thousands, a point, an exponent.
+
+    Digits (0 to 9) directly after a letter from a to z, as in A4 and x_2, are part of a name. After other letters they
+    are not: many scripts write no spaces.
+    """
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 

@@ -28,6 +28,19 @@ NUMBERS = {
     "7 (of 9)": "9",
     "1/2": "2",  # a fraction is two numbers
     "version A4": None,
+    "v1.5 of x2 and x_2": None,
+    "GPT-4": "4",
+    "_42_": "42",
+    "**42**": "42",
+    "__-5__": "-5",
+    "答案是42": "42",  # "the answer is" in Chinese, which writes no spaces
+    "答案是-5": "-5",
+    "合计1,234.50元": "1234.5",
+    "第3-5页": "5",
+    "답은 .5": "0.5",
+    "ответ42": "42",  # "answer" in Russian
+    "Ту-154": "154",  # a Tu-154, no minus
+    "№42": "42",
     "none": None,
     "": None,
 }
