@@ -29,7 +29,13 @@ JudgeOption = Annotated[
     str | None, typer.Option("--judge", metavar="MODEL", help="The judge: its name on OpenAI's server or on --server.")
 ]
 MissingOption = Annotated[
-    int, typer.Option("--allow-missing", metavar="N", min=0, help="Judgments that may be missing; each is counted.")
+    int,
+    typer.Option(
+        "--allow-missing",
+        metavar="N",
+        min=0,
+        help="Questions that may stay without a reply. Replies without a verdict are left out, each of them counted.",
+    ),
 ]
 
 OF_A_JUDGE = ("judge", "server", *OF_A_SERVER, "price", "yes", "missing")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafocal.endpoints import Endpoint
 from lorafocal.endpoints.spending import Approve, Price
@@ -40,6 +40,9 @@ from lorafocal.evaluate.result import Result, Score, file_hashes, package_versio
 from lorafocal.generation.formats import Answers, read_answers
 from lorafocal.publish import check_folder_of, write_atomically
 
+if TYPE_CHECKING:
+    import pandas
+
 # What stands behind the numbers of the leaderboard and of the paper (SimPO's setting).
 JUDGE, REFERENCE, VERSION = "gpt-4-1106-preview", "gpt4_1106_preview", "0.6.2"
 
@@ -64,9 +67,10 @@ def evaluate_alpaca(
     which there is no length-controlled win rate. `annotator` is one of the package's. The replies go into `journal`
     as they come, so that the same call goes on where a killed one stopped; `annotations_out` receives the judgments
     in AlpacaEval's form. `price` is USD for a million tokens (in, out); up to `allowed_missing` prompts may stay
-    without a reply.
+    without a reply. A reply without a verdict is counted and left out, as the package does.
 
-    Raises InputError before anything is sent where that can be known, and where too many replies are missing.
+    Raises InputError before anything is sent where that can be known, where too many replies are missing, and where
+    none holds a verdict.
     """
     if annotations_out is not None:
         check_folder_of(annotations_out)
@@ -187,8 +191,7 @@ def _result(known: _Judged, control: _Control, inputs: Mapping[str, str]) -> Res
 
     frame = pandas.DataFrame([*known.rows.values()], index=[*known.rows])
     frame["preference"] = frame["preference"].astype(float)
-    if not frame["preference"].notna().any():
-        raise InputError("no prompt has a verdict, so there is no win rate: look at what the judge replied")
+    _check_verdicts(frame)
     found = win_rates(frame)
     scores = _scores(found, frame["preference"].dropna().tolist())
     if control.gamed is not None:
@@ -216,6 +219,17 @@ def _result(known: _Judged, control: _Control, inputs: Mapping[str, str]) -> Res
         notes=(*_notes(known, frame["generator_1"].iloc[0], counts, first), *filter(None, [control.why_not])),
         items=tuple(_item(row) for row in known.rows.values()),
     )
+
+
+def _check_verdicts(frame: pandas.DataFrame) -> None:
+    """Refuse a judge that decided nothing: the draws of equal answers, of which it saw none, are no verdicts of its."""
+    differ = frame["output_1"] != frame["output_2"]
+    judged = frame["preference"].notna()
+    if not (judged[differ] if differ.any() else judged).any():
+        raise InputError(
+            f"no prompt has a verdict ({differ.sum()} have two different answers), so there is no win rate: look at"
+            " what the judge replied"
+        )
 
 
 def _scores(found: Mapping[str, float], preferences: Sequence[float]) -> dict[str, Score]:

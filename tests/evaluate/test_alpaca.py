@@ -143,8 +143,22 @@ def test_a_verdict_that_cannot_be_read_is_counted_and_not_guessed(files: Path) -
 
 def test_no_verdict_at_all_is_no_win_rate(files: Path) -> None:
     with serving(lambda body: Said("The", [{"The": -0.1, "Both": -3.0}])) as server:
-        with pytest.raises(InputError, match="no prompt has a verdict"):
+        with pytest.raises(InputError, match=r"no prompt has a verdict \(24 have two different answers\)"):
             evaluate(files, server)
+
+
+def test_draws_that_no_judge_saw_are_no_verdicts(files: Path) -> None:
+    rows = json.loads((files / "theirs.json").read_text())
+    for n in range(COUNT - 2):
+        rows[n]["output"] = text("ours", n)
+    (files / "nearly.json").write_text(json.dumps(rows))
+    (files / "same.json").write_text((files / "ours.json").read_text().replace('"ours"', '"theirs"'))
+    with serving(lambda body: Said("The", [{"The": -0.1, "Both": -3.0}])) as server:
+        with pytest.raises(InputError, match=r"no prompt has a verdict \(2 have two different answers\)"):
+            evaluate(files, server, reference=files / "nearly.json", annotations_out=files / "annotations.json")
+        assert evaluate(files, server, reference=files / "same.json").counts["draws"] == COUNT  # all that there is
+    with pytest.raises(InputError, match="no prompt has a verdict"):
+        evaluate_annotations(files / "annotations.json")
 
 
 def test_log_probs_of_one_token_alone_are_told(files: Path) -> None:
