@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -54,8 +55,8 @@ def ask(
 
     Equal questions are asked once. A reply is a line of the journal as soon as it is there, so a process that was
     killed loses those under way alone, and the next call asks for what is missing. A question that the server
-    refuses or does not answer in all its attempts is `failed` with the reason; a server that answers none of
-    `DOWN_AFTER` in a row is left alone.
+    refuses or does not answer in all its attempts is `failed` with the reason; once a server has answered none of
+    `DOWN_AFTER` in a row, nothing more is begun.
 
     Raises InputError for a missing key or package before anything is sent, for a refused key, an unknown model and
     an empty account at once, and for a journal that is damaged or in use.
@@ -71,18 +72,44 @@ def ask(
     return Replies(answered, {key: failed[key] for key in asked if key in failed})
 
 
+class _Row:
+    """Failures in a row, counted where they happen, over all threads: after them none begins another question."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failed = 0
+
+    def check(self) -> None:
+        """Raises Unanswered where the server counts as down."""
+        if self._failed >= DOWN_AFTER:
+            raise Unanswered(NOT_ASKED, down=True)
+
+    def count(self, *, down: bool) -> None:
+        """A question has ended; once the server counts as down, that is final."""
+        with self._lock:
+            if self._failed < DOWN_AFTER:
+                self._failed = self._failed + 1 if down else 0
+
+
 def _ask_missing(
     endpoint: Endpoint, missing: Mapping[str, Question], book: Journal, say: Callable[[str], None]
 ) -> dict[str, str]:
     """Ask, and write down what comes; the reasons of what does not, by key."""
     failed: dict[str, str] = {}
-    failed_in_a_row = 0
+    row = _Row()
     every = math.ceil(len(missing) / REPORTS)
     client = Client(endpoint)
     pool = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="ask")
 
     def put(key: str, question: Question) -> None:
-        book.add(key, client.reply(question))  # here, not where they are counted: whatever ends that, this is kept
+        row.check()
+        try:
+            reply = client.reply(question)
+        except Unanswered as error:
+            row.count(down=error.down)
+            raise
+        row.count(down=False)
+        book.add(key, reply)  # here, not where they are gathered: whatever ends that, this is kept
 
     with quiet_libraries():
         try:
@@ -91,10 +118,6 @@ def _ask_missing(
                 why = _why_failed(future)
                 if why is not None:
                     failed[waiting[future]] = why.reason
-                failed_in_a_row = failed_in_a_row + 1 if why is not None and why.down else 0
-                if failed_in_a_row == DOWN_AFTER:
-                    for other in waiting:
-                        other.cancel()
                 if done % every == 0 or done == len(missing):
                     say(f"{done} of {len(missing)} asked" + (f", {len(failed)} without a reply" if failed else ""))
         except KeyboardInterrupt:
@@ -108,8 +131,6 @@ def _ask_missing(
 
 def _why_failed(future: Future[None]) -> Unanswered | None:
     """None for a reply that was written down. Raises what concerns all questions."""
-    if future.cancelled():
-        return Unanswered(NOT_ASKED, down=True)
     try:
         future.result()
     except Unanswered as error:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -240,6 +241,18 @@ def test_a_server_that_is_down_is_left_alone(tmp_path: Path) -> None:
     assert set(reasons) == {"the connection failed or broke", NOT_ASKED}
     assert reasons[NOT_ASKED] >= 20
     assert "46 of 46 questions have no reply" in (replies.shortfall() or "")
+
+
+def test_after_a_server_counts_as_down_no_question_is_begun(tmp_path: Path) -> None:
+    def talk(line: str) -> None:
+        time.sleep(0.05)  # whoever gathers lags behind those who ask
+
+    many = [question(f"word {n}") for n in range(100)]
+    with serving(faults=[status(500)] * 100) as server:
+        judge = Endpoint("judge", server.url, attempts=1, concurrency=4)
+        replies = ask(judge, many, journal=tmp_path / "j", say=talk)
+    assert DOWN_AFTER <= len(server.requests) < DOWN_AFTER + 4  # three more may have been under way
+    assert Counter(replies.failed.values())[NOT_ASKED] == 100 - len(server.requests)
 
 
 def test_questions_that_are_refused_one_by_one_do_not_end_the_rest(tmp_path: Path) -> None:
