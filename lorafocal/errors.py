@@ -2,7 +2,8 @@
 
 import errno
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # what the system says of a full disk, and of a used-up quota
+# What the system says of a full disk, of a used-up quota, and of a file above the limit for one.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class InputError(ValueError):

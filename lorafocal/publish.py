@@ -7,6 +7,7 @@ the old target, the new one, or (while one replaces the other) a hidden whole co
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ from lorafocal.errors import NO_ROOM, InputError
 
 RECORD = "complete.json"
 HASHERS = 8  # files that are read at a time
+_MEANING = {errno.EFBIG: " (for ulimit -f, or for its file system)"}  # what the system's word leaves open
 _NAME = re.compile(r"(?!\.)[a-z0-9._-]{1,64}")
 _HELD: set[int] = set()  # handles of the folders that this process is alone in
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<pid>\d{1,10})")
@@ -136,7 +138,7 @@ def full_disk_named(place: Path) -> Iterator[None]:
         for code in NO_ROOM:
             if code == known or (known is None and os.strerror(code) in str(error)):
                 name = getattr(error, "filename", None) or str(place)
-                raise OSError(code, os.strerror(code), str(name)) from error
+                raise OSError(code, os.strerror(code) + _MEANING.get(code, ""), str(name)) from error
         raise
 
 

@@ -29,6 +29,7 @@ from lorafocal.publish import (
 from tests.killing import moments
 
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # as safetensors says it
+TOO_LARGE = "Error while serializing: I/O error: File too large (os error 27)"
 DEAD_PID = 2**22 + 1  # above the largest id Linux gives out
 
 
@@ -246,18 +247,28 @@ def test_a_growing_file_where_none_can_be_is_refused(tmp_path: Path) -> None:
         GrowingFile(tmp_path / "file" / "lines.jsonl")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError(FULL)])
-def test_a_full_disk_is_told_with_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (SafetensorError(FULL), "No space left on device"),
+        (OSError(errno.EFBIG, "File too large"), r"File too large \(for ulimit -f, or for its file system\)"),
+        (SafetensorError(TOO_LARGE), r"File too large \(for ulimit -f, or for its file system\)"),
+    ],
+)
+def test_a_full_disk_is_told_with_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
     def full(*_: object) -> None:
         raise error
 
-    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/folder'"), published(tmp_path / "folder"):
+    with pytest.raises(OSError, match=rf"{words}: '{tmp_path}/folder'"), published(tmp_path / "folder"):
         full()
     file = GrowingFile(tmp_path / "lines")
     monkeypatch.setattr("lorafocal.publish.os.fsync", full)
-    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'"):
+    with pytest.raises(OSError, match=rf"{words}: '{tmp_path}/file'"):
         write_atomically(tmp_path / "file", "x")
-    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/lines'"):
+    with pytest.raises(OSError, match=rf"{words}: '{tmp_path}/lines'"):
         file.add({})
     file.close()
     assert names(tmp_path) == ["lines"]

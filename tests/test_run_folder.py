@@ -180,6 +180,11 @@ def test_only_a_full_disk_is_told_so_and_one_elsewhere_by_its_own_name(tmp_path:
         raise PermissionError(errno.EACCES, "Permission denied", "x")
     with pytest.raises(InputError, match=r"^/cache/x: Disk quota exceeded; there is no"), run.full_disk_told(tmp_path):
         raise OSError(errno.EDQUOT, "Disk quota exceeded", "/cache/x")
+    with (
+        pytest.raises(InputError, match=r"too large \(for ulimit -f, or .*no checkpoint"),
+        run.full_disk_told(tmp_path),
+    ):
+        raise OSError(errno.EFBIG, "File too large")
 
 
 def test_a_sweep_ends_with_the_room_and_goes_on_there(

@@ -79,6 +79,7 @@ def _told(error: OSError) -> str:
     told = ": ".join(str(word) for word in words if word)
     ways_out = {
         **dict.fromkeys(NO_ROOM, "make room there, or name another folder by --runs or --out"),
+        errno.EFBIG: "allow larger files there, or name another folder by --runs or --out",
         errno.EROFS: "name another folder by --runs or --out",
     }
     return f"{told}; {ways_out[error.errno]}" if error.errno in ways_out else told

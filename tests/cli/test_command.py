@@ -324,6 +324,10 @@ def test_a_place_that_cannot_be_written_is_one_message_and_code_2(
     [
         (OSError(errno.ENOSPC, "Full", "x"), "Full: x; make room there, or name another folder by --runs or --out"),
         (OSError(errno.ENOSPC, "Full"), "Full; make room there, or name another folder by --runs or --out"),
+        (
+            OSError(errno.EFBIG, "Big", "x"),
+            "Big: x; allow larger files there, or name another folder by --runs or --out",
+        ),
         (OSError(errno.EROFS, "Read-only", "d"), "Read-only: d; name another folder by --runs or --out"),
         (OSError(errno.EIO, "Bad", "d"), "Bad: d"),
     ],
