@@ -26,6 +26,7 @@ from lorafocal.card import CARD_FILE, model_card
 from lorafocal.lineage import FULL, Lineage
 from lorafocal.model.continued import place_of
 from lorafocal.model.load import base_fingerprint
+from lorafocal.model.local_places import GENERATION_CONFIG, forget_places
 from lorafocal.model.saved import read_config
 from lorafocal.shard_files import StoredTensors, write_shards
 from lorafocal.tensor_files import dtype_word
@@ -126,7 +127,8 @@ def write_papers(
     dtype: torch.dtype,
     run: Mapping[str, Any] | None = None,
 ) -> None:
-    """Beside the weights in `folder`: config and generation settings as the base has them, tokenizer, lineage, card.
+    """Beside the weights in `folder`: config and generation settings as the base has them, but for places of a machine
+    under keys that transformers does not know; tokenizer, lineage, card.
 
     `results` and `run`, the run's manifest, are for the card. The training itself becomes the last stage of the
     lineage, under the digest of the weights that it made. Without a
@@ -137,10 +139,11 @@ def write_papers(
     config.dtype = dtype_word(dtype)
     config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(folder)
-    for file in ("generation_config.json", *PROCESSORS) if name is not None else ():
+    for file in (GENERATION_CONFIG, *PROCESSORS) if name is not None else ():
         found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         if found is not None:
             shutil.copyfile(found, folder / file)
+    forget_places(folder, config)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if lineage is not None:

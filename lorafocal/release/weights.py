@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from lorafocal.errors import InputError
 from lorafocal.model.load import load_base
+from lorafocal.model.local_places import GENERATION_CONFIG, forget_places
 from lorafocal.model.saved import SavedAdapter, cast_parameters, read_config
 from lorafocal.model.trained_modules import is_tied
 from lorafocal.release.deltas import Change, changes
@@ -107,8 +108,8 @@ def _by_tensor(
             elif name in learned:  # a buffer of a module that was trained in full
                 stored = learned[name].apply(stored)
             out.write(name, stored)
-    _write_config(source, folder, dtype)
-    return Written(tuple(survival), outline.tied, _unused(outline, checkpoint))
+    forgotten = _write_config(source, folder, dtype)
+    return Written(tuple(survival), outline.tied, _unused(outline, checkpoint) + forgotten)
 
 
 def _sources(outline: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
@@ -167,17 +168,18 @@ def _unused(outline: Skeleton, checkpoint: Checkpoint) -> tuple[str, ...]:
     return (f"{len(extra)} tensors of the base that its model does not use were left out (first: {extra[0]}).",)
 
 
-def _write_config(source: Source, folder: Path, dtype: torch.dtype) -> None:
-    """The base's own configuration and generation settings, with the dtype of these weights."""
+def _write_config(source: Source, folder: Path, dtype: torch.dtype) -> tuple[str, ...]:
+    """The base's own configuration and generation settings, with the dtype of these weights; notes on what is not."""
     config = read_config(source.name, source.revision)
     _forget_code(config)
     config.dtype = dtype
     config.save_pretrained(folder)
     file = cached_file(
-        source.name, "generation_config.json", revision=source.revision, _raise_exceptions_for_missing_entries=False
+        source.name, GENERATION_CONFIG, revision=source.revision, _raise_exceptions_for_missing_entries=False
     )
     if file is not None:
-        shutil.copyfile(file, folder / "generation_config.json")
+        shutil.copyfile(file, folder / GENERATION_CONFIG)
+    return forget_places(folder, config)
 
 
 def _forget_code(config: PretrainedConfig) -> None:
@@ -198,7 +200,7 @@ def _whole(saved: SavedAdapter, source: Source, folder: Path, dtype: torch.dtype
     model.config.get_text_config().use_cache = getattr(stated, "use_cache", True)  # training's is off
     _forget_code(model.config)
     model.save_pretrained(folder)
-    return Written(survival, is_tied(model), (note,))
+    return Written(survival, is_tied(model), (note, *forget_places(folder, model.config)))
 
 
 def _tied_places(model: PreTrainedModel) -> dict[str, str]:

@@ -107,6 +107,14 @@ def test_config_and_generation_settings_are_the_bases(base: Path, tmp_path: Path
     assert all(torch.equal(p, q.bfloat16()) for p, q in zip(again.parameters(), model.parameters(), strict=True))
 
 
+def test_no_place_on_the_base_s_machine_goes_with_the_model(base: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        record = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(record | {"made_from": "/home/alice/secret"}))
+    folder = written(tmp_path / "model", load_base(str(base), dtype="float32"))
+    assert not any("alice" in file.read_text() for file in folder.glob("*.json"))
+
+
 def test_what_is_made_of_the_model_remembers_how_the_model_was_made(base: Path, tmp_path: Path) -> None:
     first = written(tmp_path / "first", load_base(str(base), dtype="float32"))
     start, weights = base_fingerprint(str(base)), base_fingerprint(str(first))["sha256"]

@@ -154,6 +154,22 @@ def test_no_configuration_leads_to_code_that_came_with_the_base(
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_no_configuration_names_a_place_on_the_base_s_machine(
+    run: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(run.base, base)
+    for name, key in (("config.json", "my_note"), ("generation_config.json", "_from_model")):
+        record = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(record | {key: "/home/alice/secret"}))
+    if whole:
+        monkeypatch.setattr(skeleton.Skeleton, "_rebuilt", lambda *_: "it is to be merged whole")
+    written = write(replace(read_adapter(run.adapter), base=str(base)), tmp_path / "out")
+    assert not any("alice" in file.read_text() for file in (tmp_path / "out").glob("*.json"))
+    assert "Left out of the base's config.json, as places on a machine: my_note." in written.notes
+
+
 @pytest.mark.row("6")
 @pytest.mark.parametrize("whole", [False, True])
 def test_buffers_of_a_module_that_was_trained_in_full_are_the_adapter_s(
