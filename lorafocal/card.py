@@ -314,10 +314,11 @@ def _trained_on(quantization: str | None) -> tuple[str, ...]:
 
 
 def _results(results: Mapping[str, float] | None) -> str:
+    """By name: a run that was resumed has its numbers from a file, in another order."""
     if not results:
         return "No held-out numbers were measured in this run."
     return "Held-out pairs:\n\n| | |\n|---|---|\n" + "\n".join(
-        f"| {key} | {value:.6g} |" for key, value in results.items()
+        f"| {key} | {value:.6g} |" for key, value in sorted(results.items())
     )
 
 

@@ -68,6 +68,11 @@ def test_lineage_reads_back(tmp_path: Path, lineage: Lineage) -> None:
     assert json.loads((tmp_path / LINEAGE_FILE).read_text())["format"] == 2
 
 
+def test_numbers_are_in_one_order_whatever_order_they_come_in() -> None:
+    results = {"eval_rewards/margins": 0.5, "eval_rewards/accuracies": 0.75}
+    assert adapter_card(LINEAGE, results) == adapter_card(LINEAGE, dict(reversed(results.items())))
+
+
 def test_lineage_stamps_the_running_version_where_none_is_given() -> None:
     assert replace(LINEAGE, lorafocal="").as_dict()["lorafocal"]
 

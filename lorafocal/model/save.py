@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,7 +45,7 @@ def save_adapter(
     plain, state = plain_adapter(policy, values)
     base = own.base_model_name_or_path and public_name(own.base_model_name_or_path)
     revision = own.revision if lineage is None else lineage.base.revision
-    policy.peft_config[name] = replace(plain, base_model_name_or_path=base, revision=revision)
+    policy.peft_config[name] = in_order(replace(plain, base_model_name_or_path=base, revision=revision))
     try:
         with _without_a_card(policy):
             policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=state)
@@ -67,6 +68,15 @@ def _without_a_card(policy: PeftModel) -> Iterator[None]:
         yield
     finally:
         del policy.create_or_update_model_card
+
+
+def in_order(config: LoraConfig) -> LoraConfig:
+    """The same adapter, with sorted lists for PEFT's sets of names: a file of sets differs from process to process."""
+    config = copy.copy(config)
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, key, sorted(value))
+    return config
 
 
 def in_words(config: LoraConfig) -> str:

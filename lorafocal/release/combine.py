@@ -23,7 +23,7 @@ from lorafocal.errors import InputError
 from lorafocal.lineage import COMBINED, BaseIdentity, Lineage
 from lorafocal.model.adapters import features
 from lorafocal.model.load import base_fingerprint
-from lorafocal.model.save import in_words
+from lorafocal.model.save import in_order, in_words
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held
 from lorafocal.model.serving import serving_section
 from lorafocal.publish import full_disk_named, sha256
@@ -53,14 +53,14 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted({layer for part in parts for layer in part}),
+        target_modules=[*{layer for part in parts for layer in part}],
         fan_in_fan_out=any(saved.config.fan_in_fan_out for saved in adapters),
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
     lineage = combined_lineage(adapters, lineages, weights)
     config.base_model_name_or_path, config.revision = lineage.base.name, lineage.base.revision
-    config.save_pretrained(str(folder))
+    in_order(config).save_pretrained(str(folder))
     with full_disk_named(folder / WEIGHTS_FILE):
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     check_saved(folder / WEIGHTS_FILE, tensors)

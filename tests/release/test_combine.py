@@ -170,6 +170,8 @@ def test_the_files_are_those_of_any_adapter_and_name_no_folder(
     for path in made.iterdir():
         for private in (str(tmp_path), adapters["plain"].base, str(Path.cwd()), str(Path.home()) + "/"):
             assert private.encode() not in path.read_bytes(), path.name
+    targets = json.loads((made / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)
 
 
 @pytest.mark.row("5")
