@@ -22,6 +22,7 @@ from lorafocal.run_folder import METRICS_FILE
 
 _WINDOW = 20
 _CLEAR_LINE = "\r\x1b[2K"
+_SUMMARY = '"train_runtime"'  # of the line that transformers logs when a call to train ends, by a signal too
 
 
 class MetricsFile(TrainerCallback):
@@ -40,11 +41,13 @@ class MetricsFile(TrainerCallback):
         self._waiting: list[Mapping[str, Any]] = []
 
     def rewind(self, step: int) -> None:
-        """Drops the lines of steps after `step`, and a last line that a killed process left unfinished."""
+        """Drops the lines of steps after `step`, a last line that a killed process left unfinished, and the summary of
+        a call that did not end the run after all.
+        """
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if step > 0 and _step_of(line) <= step]
+        kept = [line for line in lines if step > 0 and _step_of(line) <= step and _SUMMARY not in line]
         if kept != lines:
             write_atomically(self.path, "".join(kept))
 

@@ -281,6 +281,18 @@ def test_on_resume_the_file_is_the_lineage(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_run_that_goes_on_keeps_no_summary_of_its_interruptions(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    args: Any = SimpleNamespace()
+    for step in (0, 2, 4):  # two signals, and the end
+        metrics.on_train_begin(args, state_at(step), CONTROL)
+        metrics.on_log(args, state_at(step + 2), CONTROL, logs={"loss": 1.0})
+        metrics.on_log(args, state_at(step + 2), CONTROL, logs={"train_runtime": 1.0, "train_steps_per_second": 2.0})
+        metrics.on_train_end(args, state_at(step + 2), CONTROL)
+    read = [strict(line) for line in metrics.path.read_text().splitlines()]
+    assert [(line["step"], "loss" in line) for line in read] == [(2, True), (4, True), (6, True), (6, False)]
+
+
 @pytest.mark.parametrize("torn", ['{"step": 1}', "null\n", "[]\n", "not json\n", '{"epoch": 1}\n', '{"step": "x"}\n'])
 def test_lines_that_are_not_whole_are_dropped(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
