@@ -29,6 +29,7 @@ from lorafocal.errors import InputError, first_line
 from lorafocal.model.quantized import bitsandbytes_config, check_loaded, library, prequantized, settle, to_dtype
 from lorafocal.publish import public_name, sha256
 from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
+from lorafocal.tensor_files import dtype_word
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SCALES = re.compile(r"(SCB|absmax|scales?|scale_inv)$")  # what quantised weights are multiplied by, in their files
@@ -72,7 +73,7 @@ def load_base(
     name: str,
     *,
     revision: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | torch.dtype = "bfloat16",
     shape: Mapping[str, Any] | None = None,
     quantization: str | None = None,
     device: torch.device | None = None,
@@ -84,6 +85,7 @@ def load_base(
     causal model, needs remote code or has other values than `shape` (a config's `model.shape`) states, for one whose
     index leads out of its folder, before anything there is read, and for one that carries an adapter.
     """
+    dtype = dtype_word(dtype) if isinstance(dtype, torch.dtype) else dtype
     if dtype not in DTYPES:
         raise InputError(
             f"model.dtype: {dtype!r} is not supported; choose {' or '.join(DTYPES)}"

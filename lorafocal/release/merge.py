@@ -82,14 +82,14 @@ class MergeReport:
 
 
 def merge_adapter(
-    adapter: Path | Sequence[Path],
-    out: Path,
+    adapter: str | Path | Sequence[str | Path],
+    out: str | Path,
     *,
     weights: Sequence[float] | None = None,
     onto: str = AUTO,
     original: str | None = None,
     base: str | None = None,
-    pairs: Path | None = None,
+    pairs: str | Path | None = None,
     dtype: str | None = None,
     gate_dtype: str = "float32",
     max_drift: float = MAX_DRIFT,
@@ -116,8 +116,9 @@ def merge_adapter(
     the adapter any more.
     """
     _check_request(dtype, gate_dtype, max_drift)
+    out = Path(out)
     with published(out, record=False) as folder:
-        folders = [adapter] if isinstance(adapter, Path) else list(adapter)
+        folders = [Path(one) for one in ([adapter] if isinstance(adapter, str | Path) else adapter)]
         saved = _one_adapter(folders, weights, base, folder)
         bases = bases_to_try(saved, onto, original)
         dtype = dtype or saved.dtype
@@ -243,9 +244,9 @@ def _check_request(dtype: str | None, gate_dtype: str, max_drift: float) -> None
         )
 
 
-def _pairs_file(adapter: Path, pairs: Path | None) -> Path:
+def _pairs_file(adapter: Path, pairs: str | Path | None) -> Path:
     if pairs is not None:
-        return pairs
+        return Path(pairs)
     own = run_of(adapter) / HELD_OUT_FILE
     if not own.is_file():
         raise InputError(f"no {HELD_OUT_FILE} lies beside {adapter}, so nothing can check the merge: say --pairs FILE.")

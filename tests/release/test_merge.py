@@ -279,7 +279,8 @@ def test_a_plain_peft_adapter_merges_with_a_note(run: SavedRun, tmp_path: Path) 
     held_out = run.folder / "held_out.jsonl"
     with pytest.raises(InputError, match="--base"):
         merge_adapter(alone, tmp_path / "out", pairs=held_out)  # it names "base", which is no folder here
-    report = merge_adapter(alone, tmp_path / "out", base=str(run.base), pairs=held_out)
+    report = merge_adapter(str(alone), str(tmp_path / "out"), base=str(run.base), pairs=str(held_out))
+    assert report.out == tmp_path / "out"
     assert "lorafocal.json" in report.notes[0]
     lineage = lineage_of(tmp_path / "out")
     assert lineage is not None
