@@ -33,8 +33,11 @@ def focalpo_config(dpo_config: DPOConfig, *, objective: str = "focalpo", gamma: 
 
     Raises InputError listing each field that cannot be honoured, with the way out.
     """
-    if not isinstance(dpo_config, TrainingArguments) or not hasattr(dpo_config, "loss_type"):
-        raise InputError(f"expected a trl.DPOConfig, found {type(dpo_config).__name__}")
+    if not isinstance(dpo_config, TrainingArguments) or not any(map(_is_trls, type(dpo_config).__mro__)):
+        raise InputError(
+            f"expected a trl.DPOConfig, found {type(dpo_config).__name__}: another trainer's loss has terms that would"
+            " be lost; write a FocalPOConfig, whose `objective` knows many of them"
+        )
     values = {spec.name: getattr(dpo_config, spec.name) for spec in fields(dpo_config)}
     neutral = vars(FocalPOConfig(output_dir=values["output_dir"], use_cpu=values["use_cpu"]))  # as TRL's: processed
     untouched = neutral | {"output_dir": None, "use_cpu": False}
@@ -44,6 +47,11 @@ def focalpo_config(dpo_config: DPOConfig, *, objective: str = "focalpo", gamma: 
     logger.warning(_BASE[trains_in_bf16(values)])
     chosen = {"objective": objective} | ({} if gamma is None else {"gamma": gamma})
     return FocalPOConfig(**translation.arguments | chosen)
+
+
+def _is_trls(config: type) -> bool:
+    """Whether a class is TRL's `DPOConfig`, found without importing TRL."""
+    return config.__name__ == "DPOConfig" and config.__module__.partition(".")[0] == "trl"
 
 
 def defaults(config: type) -> dict[str, Any]:

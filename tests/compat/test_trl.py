@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 from trl import DPOConfig
 
 from lorafocal import FocalPOTrainer, InputError, load_config
@@ -166,6 +167,20 @@ def test_everything_that_cannot_be_honoured_is_said_at_once() -> None:
     assert "hf_abcdef" not in str(refusal.value)
     with pytest.raises(InputError, match=r"expected a trl\.DPOConfig, found dict"):
         focalpo_config({})  # type: ignore[arg-type]
+
+
+@dataclass
+class OwnTerms(TrainingArguments):
+    """What TRL's CPOConfig and OnlineDPOConfig have in common: a `loss_type`, and terms beside it."""
+
+    loss_type: str = "sigmoid"
+    cpo_alpha: float = 1.0
+
+
+def test_another_trainers_config_is_refused_by_name() -> None:
+    """Its own terms would vanish."""
+    with pytest.raises(InputError, match=r"expected a trl\.DPOConfig, found OwnTerms.*terms that would be lost"):
+        focalpo_config(OwnTerms(output_dir="out", use_cpu=True))  # type: ignore[arg-type]
 
 
 @dataclass
