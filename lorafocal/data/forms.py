@@ -343,16 +343,20 @@ def nothing_shared(place: Place) -> RowFault:
 
 # ---- what changes the meaning of a row in any form
 
+OPTIONS = "chat_template_kwargs"  # one row's own, which TRL renders it with
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def refuse_columns(row: Row) -> None:
-    """Columns that cannot be honoured and must not be ignored: tools and media, unless they are empty."""
-    for key in row.values.keys() & {"tools", "functions", *MEDIA}:
+    """Columns that cannot be honoured and must not be ignored: tools, media, options; unless they are empty."""
+    for key in row.values.keys() & {"tools", "functions", OPTIONS, *MEDIA}:
         value = row.values[key]
         if value and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
-            reason = "media" if key in MEDIA else "tools"
-            raise row.place.at(key).fault(reason, f"rows with {key} are not supported; remove these rows")
+            reason = "media" if key in MEDIA else OPTIONS if key == OPTIONS else "tools"
+            message = f"rows with {key} are not supported; remove these rows"
+            if key == OPTIONS:
+                message += f", or the column where all rows say the same, and set {OPTIONS} to that in the config"
+            raise row.place.at(key).fault(reason, message)
 
 
 def with_system(sides: Sides, row: Row) -> Sides:

@@ -299,6 +299,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "key `prompt[3].role`",
         "remove these rows",
     ),
+    "options of one row": (
+        LIST_PAIR | {"chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs",
+        "key `chat_template_kwargs`",
+        "set chat_template_kwargs to that in the config",
+    ),
     "media": (LIST_PAIR | {"images": [b"png"]}, "media", "key `images`", "remove these rows"),
     "openai text": (ROWS["openai"][0] | {"input": "Hi!"}, "wrong_type", "key `input`", "expected an object"),
     "openai part": (
