@@ -54,11 +54,13 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import build_engine, loading_device
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
+from lorafocal.given import as_given
 from lorafocal.health import HealthCheck, check_first_step
 from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, pair_values, sum_keys
 from lorafocal.model.adapters import check_trainable
 from lorafocal.model.fused import forget
+from lorafocal.model.loose import gives_base_back
 from lorafocal.model.master import train_in_full
 from lorafocal.objectives import entry_of, mean_loss
 from lorafocal.optimizers import check_given, settle
@@ -93,21 +95,23 @@ class FocalPOTrainer(BareTrainer):
     args: FocalPOConfig
     data_collator: PairCollator
 
+    @gives_base_back
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
-        ref_model: str | PreTrainedModel | PeftModel | None = None,
+        model: str | Path | PreTrainedModel | PeftModel,
+        ref_model: str | Path | PreTrainedModel | PeftModel | None = None,
         args: FocalPOConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        callbacks: Sequence[TrainerCallback] | None = (),
+        optimizers: tuple[torch.optim.Optimizer | None, Any] | None = (None, None),
         **unknown: Any,
     ) -> None:
         refuse_unknown("FocalPOTrainer", unknown, TRAINER_WORDS_OF_TRL)
         args = args or FocalPOConfig(output_dir="focalpo_output")
+        model, ref_model, optimizers = as_given(model, ref_model, args, processing_class, peft_config, optimizers)
         check_ref_model(args.reference, ref_model)
         check_given(optimizers[0], args.loraplus_lr_ratio)
         device = loading_device(args)
@@ -153,7 +157,7 @@ class FocalPOTrainer(BareTrainer):
         self.speed = Speed()
         files = (MetricsFile(output), ForgetLaterEvaluations(output))
         logged = (OwnIntervals(), EvaluateFirst(), LossWithEvaluation(), self.speed)
-        for callback in (self.health, SetEpoch(), *logged, *following(self), *files, *callbacks):
+        for callback in (self.health, SetEpoch(), *logged, *following(self), *files, *(callbacks or ())):
             self.add_callback(callback)
         if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
             self.add_callback(ProgressLine())

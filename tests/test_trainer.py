@@ -133,6 +133,7 @@ def test_stacking_a_second_adapter_is_refused_with_both_ways_out(tmp_path):
         trainer(tmp_path, pairs(4), model=tiny_policy(), peft_config=lora())
     assert "lorafocal merge" in str(refusal.value)
     assert "leave `peft_config` out" in str(refusal.value)
+    assert "`model.unload()`" in str(refusal.value)
 
 
 @pytest.mark.row("6")
@@ -180,7 +181,7 @@ def test_one_model_is_loaded_and_a_second_one_that_would_be_ignored_is_refused(t
     trainer(tmp_path / "run", pairs(8), model=base, peft_config=lora(), max_steps=1).train()
     assert len(loads) == 1
     with pytest.raises(InputError, match='reference="separate_model"'):
-        FocalPOTrainer(base, ref_model=tiny_base())
+        FocalPOTrainer(tiny_base(), ref_model=tiny_base())
 
 
 @pytest.mark.row("8", "52")

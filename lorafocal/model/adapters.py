@@ -169,7 +169,8 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise InputError(
             "the model already carries an adapter and a new one was asked for: they would be stacked. Either continue"
-            " the adapter it has (leave `peft_config` out), or merge it into its base first (`lorafocal merge`)"
+            " the adapter it has (leave `peft_config` out), or give the base without it (`model.unload()`), or merge it"
+            " into its base first (`lorafocal merge`)"
         )
     targets = ALL_LINEAR if config.target_modules is None else config.target_modules
     config.target_modules = set(resolve_targets(model, targets))

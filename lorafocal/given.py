@@ -1,0 +1,87 @@
+"""What a trainer's caller gives, by kind: what TRL's trainers take too is understood, any other object refused by name.
+
+Without this, a wrong object would end in the middle of something else, with a traceback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.errors import InputError
+from lorafocal.model.head import causal_lm
+from lorafocal.model.loose import check_not_loose
+
+
+class Given(NamedTuple):
+    """The arguments that may be said in several ways, in one."""
+
+    model: str | PreTrainedModel | PeftModel
+    ref_model: str | PreTrainedModel | PeftModel | None
+    optimizers: tuple[torch.optim.Optimizer | None, Any]
+
+
+def as_given(
+    model: Any, ref_model: Any, args: FocalPOConfig, processing_class: object, peft_config: object, optimizers: Any
+) -> Given:
+    """Folders as strings, no optimisers as two of None; the rest is checked for its kind. Raises InputError."""
+    if not isinstance(args, FocalPOConfig):
+        raise InputError(
+            f"args is {_kind(args)}: give a FocalPOConfig; `lorafocal.compat.trl.focalpo_config` makes one of trl's"
+            " DPOConfig"
+        )
+    _check_folder(Path(str(args.output_dir)))
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        inner = hasattr(processing_class, "tokenizer")
+        raise InputError(
+            f"processing_class is {_kind(processing_class)}: give a tokenizer,"
+            f" {'its `.tokenizer`' if inner else '`AutoTokenizer.from_pretrained(folder)`'}"
+        )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise InputError(f"peft_config is {_kind(peft_config)}: give `peft.LoraConfig(r=16, lora_alpha=32, ...)`")
+    named = [str(one) if isinstance(one, Path) else one for one in (model, ref_model)]
+    check_model(named[0], "model")
+    if ref_model is not None:
+        check_model(named[1], "ref_model", policy=named[0])
+    return Given(named[0], named[1], optimizers or (None, None))
+
+
+def check_model(model: object, argument: str, policy: object = None) -> None:
+    """Refuse what is no causal language model, nor a name, and one that holds an adapter which no `PeftModel` knows.
+
+    Of a reference that is the base of `policy`, its adapter is known. Raises InputError.
+    """
+    if isinstance(model, str):
+        return
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{argument} is {_kind(model)}: give a causal language model (`lorafocal.load_base(name)`), a PeftModel, or"
+            " a name or folder"
+        )
+    if not (isinstance(policy, PeftModel) and causal_lm(policy) is model):
+        check_not_loose(model, argument)
+    base = causal_lm(model)
+    if getattr(base, "get_output_embeddings", lambda: None)() is None:
+        raise InputError(
+            f"{argument} is {type(base).__name__}, which has no language modelling head, so it gives no tokens a"
+            " probability: load it by `lorafocal.load_base(name)` or `AutoModelForCausalLM.from_pretrained(name)`"
+        )
+
+
+def _check_folder(output: Path) -> None:
+    """Refuse a place where no folder can be made."""
+    if file := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
+        raise InputError(f"output_dir is {output}, but {file} is a file: give a folder's name that is free")
+
+
+def _kind(value: object) -> str:
+    """What an object is, for a message; None, a string and a path as they stand."""
+    if value is None or isinstance(value, str | Path):
+        return repr(value)
+    return f"of the type {type(value).__name__}"

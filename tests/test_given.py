@@ -1,0 +1,88 @@
+"""What a trainer is given, by kind: wrong objects are refused by name, TRL's ways of saying nothing understood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, TrainingArguments
+from trl import DPOConfig
+
+from lorafocal.arguments import FocalPOConfig
+from lorafocal.data.toy import toy_preferences, toy_tokenizer
+from lorafocal.errors import InputError
+from lorafocal.trainer import FocalPOTrainer
+from tests.saved_run import save_base
+from tests.tiny import CONFIGS, lora, pairs, tiny_base, trainer
+
+pytestmark = pytest.mark.slow
+
+
+class Processor:
+    """As an image-text model's: a tokenizer and more."""
+
+    tokenizer = toy_tokenizer()
+
+
+def headless(kind: type) -> Any:
+    return kind.from_config(CONFIGS["llama"](num_labels=1)).requires_grad_(False)
+
+
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "trl's config": (
+        "args",
+        DPOConfig("out", use_cpu=True, bf16=False),
+        r"args .*DPOConfig.*compat\.trl\.focalpo_conf",
+    ),
+    "transformers' config": ("args", TrainingArguments("out", use_cpu=True), "args is of the type TrainingArguments"),
+    "settings": ("args", {"beta": 0.1}, "args is of the type dict: give a FocalPOConfig"),
+    "no model": ("model", None, r"model is None: give a causal language model .*or a name or folder"),
+    "a config for a model": ("model", CONFIGS["llama"](), "model is of the type LlamaConfig"),
+    "a model without its head": ("model", headless(AutoModel), "LlamaModel, which has no language modelling head"),
+    "a classifier": (
+        "model",
+        headless(AutoModelForSequenceClassification),
+        "LlamaForSequenceClassification, which has no",
+    ),
+    "a plain module": ("model", torch.nn.Linear(2, 2), "Linear, which has no language modelling head"),
+    "a tokenizer's folder": ("processing_class", "folder", r"processing_class is 'folder'.*AutoTokenizer\.from_pretr"),
+    "a processor": ("processing_class", Processor(), r"of the type Processor: give a tokenizer, its `\.tokenizer`"),
+    "settings of an adapter": ("peft_config", {"r": 4}, r"peft_config is of the type dict: give `peft\.LoraConfig"),
+    "an adapter's class": ("peft_config", LoraConfig, "peft_config is of the type type"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_object_is_refused_by_name(tmp_path, what):
+    name, wrong, says = WRONG[what]
+    given = {"model": tiny_base(), "args": FocalPOConfig(str(tmp_path), use_cpu=True), "peft_config": lora()}
+    with pytest.raises(InputError, match=says):
+        FocalPOTrainer(**given | {"train_dataset": pairs(3), name: wrong})
+
+
+def test_a_reference_that_cannot_score_is_refused_too(tmp_path):
+    for ref_model, says in (
+        (3, "ref_model is of the type int"),
+        (headless(AutoModelForSequenceClassification), "ref_model is LlamaForSeq"),
+    ):
+        with pytest.raises(InputError, match=says):
+            trainer(tmp_path, pairs(3), ref_model=ref_model, reference="separate_model")
+
+
+def test_an_output_that_can_be_no_folder_is_refused(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    for output in ("notes", "notes/run", "notes/a/b"):
+        with pytest.raises(InputError, match=r"output_dir is .*, but .*notes is a file"):
+            trainer(tmp_path / output, pairs(3))
+    trainer(tmp_path / "new" / "run", pairs(3))
+
+
+def test_trls_ways_of_giving_nothing_and_a_path_are_understood(tmp_path):
+    base = save_base(tmp_path / "base", dtype=torch.float32)
+    args = FocalPOConfig(str(tmp_path / "run"), use_cpu=True, reference="separate_model")
+    nothing: dict[str, Any] = {"callbacks": None, "optimizers": None}
+    run = FocalPOTrainer(base, base, args, toy_preferences(4), peft_config=lora(), **nothing)
+    assert run.model.get_base_model().config._name_or_path == str(base)
+    assert run.optimizer is None
