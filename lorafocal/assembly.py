@@ -23,6 +23,7 @@ from lorafocal.data.sources import Preference, preferences_from_rows
 from lorafocal.data.tokens import TokenizedData, TokenizedPair, tokenize_preferences
 from lorafocal.data.turns import is_sound
 from lorafocal.errors import InputError
+from lorafocal.given import check_rows
 from lorafocal.memory import Choice
 from lorafocal.model.adapters import (
     add_frozen_copy,
@@ -374,6 +375,7 @@ class StoredReference:
 
 def tokenized(rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase | None, args: FocalPOConfig) -> TokenizedData:
     """Preference rows, `Preference`s or already tokenised pairs, to pairs with what the objective asks for beside."""
+    check_rows(rows, name)
     rows, entry = list(rows), OBJECTIVES[args.objective]
     ready = rows and all(isinstance(row, TokenizedPair) for row in rows)
     made = TokenizedData(rows, {}, {}) if ready else _from_rows(rows, name, tokenizer, args)

@@ -5,6 +5,7 @@ Without this, a wrong object would end in the middle of something else, with a t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,3 +86,16 @@ def _kind(value: object) -> str:
     if value is None or isinstance(value, str | Path):
         return repr(value)
     return f"of the type {type(value).__name__}"
+
+
+def check_rows(rows: object, name: str) -> None:
+    """Refuse a name in place of rows, and several parts in place of one. Raises InputError."""
+    if isinstance(rows, str | Path):
+        way_out = "give the rows themselves (`datasets.load_dataset`), or train by a config, which reads files"
+        if name == "eval_dataset":
+            way_out += "; `trainer.evaluate()` without it takes the constructor's, which has no name of its own"
+        raise InputError(f"{name} is {_kind(rows)}, and no dataset: {way_out}")
+    if isinstance(rows, Mapping):
+        parts = ", ".join(map(repr, rows))
+        several = "; `trainer.evaluate({'a': rows, 'b': rows})` takes several" if name == "eval_dataset" else ""
+        raise InputError(f"{name} is of the type {type(rows).__name__} ({parts}): give the rows of one part{several}")

@@ -216,7 +216,7 @@ class FocalPOTrainer(BareTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Held-out pairs in their own order."""
         self.look_up_reference()
-        if eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str):
+        if eval_dataset is None or eval_dataset is self.eval_dataset:
             pairs = self.eval_dataset
         else:
             pairs = tokenized(eval_dataset, "eval_dataset", self.processing_class, self.args).pairs

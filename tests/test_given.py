@@ -86,3 +86,17 @@ def test_trls_ways_of_giving_nothing_and_a_path_are_understood(tmp_path):
     run = FocalPOTrainer(base, base, args, toy_preferences(4), peft_config=lora(), **nothing)
     assert run.model.get_base_model().config._name_or_path == str(base)
     assert run.optimizer is None
+
+
+def test_one_dataset_is_rows_and_several_are_evaluated(tmp_path):
+    parts = {"a": pairs(3), "b": pairs(4)}
+    with pytest.raises(InputError, match=r"eval_dataset is of the type dict \('a', 'b'\).*`trainer\.evaluate\(\{'a'"):
+        trainer(tmp_path, pairs(3), parts)
+    with pytest.raises(InputError, match=r"train_dataset is of the type dict \('a', 'b'\): give the rows of one part$"):
+        trainer(tmp_path, parts)
+    with pytest.raises(InputError, match=r"train_dataset is 'rows\.jsonl', and no dataset: give the rows themselves"):
+        trainer(tmp_path, "rows.jsonl")
+    run = trainer(tmp_path, pairs(3), pairs(3))
+    assert {"eval_a_loss", "eval_b_loss"} <= run.evaluate(parts).keys()
+    with pytest.raises(InputError, match=r"eval_dataset is 'typo', and no dataset.*`trainer\.evaluate\(\)` without it"):
+        run.evaluate("typo")
