@@ -76,8 +76,11 @@ def published(target: Path, *, replace: bool = False, record: bool = True) -> It
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces the file `path` by `content` (text as UTF-8): readers see the old or the new, never a part."""
-    _refuse_link(path)
+    """Replaces the file `path` by `content` (text as UTF-8): readers see the old or the new, never a part.
+
+    Raises InputError where something else than a file is there.
+    """
+    check_file(path)
     partial = hidden(path, "partial")
     try:
         with full_disk_named(path):
@@ -97,7 +100,7 @@ class GrowingFile:
     """
 
     def __init__(self, path: Path) -> None:
-        _refuse_link(path)
+        check_file(path)
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,6 +318,15 @@ def check_ours(target: Path, ours: re.Pattern[str], what: str, other: str = "ano
         raise InputError(
             f"{target} holds {foreign[0]!r}, which is no part of {what}, and {what} replaces its folder; choose {other}"
         )
+
+
+def check_file(path: Path) -> None:
+    """Refuse (`InputError`) to write a file where a link, a folder, a device or a pipe is: it would be replaced."""
+    _refuse_link(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a device or a pipe, and a file would take its place; give the name of a file")
 
 
 def check_folder_of(path: Path) -> None:

@@ -223,6 +223,19 @@ def test_links_are_never_written_through(tmp_path: Path) -> None:
     assert names(outside) == ["file"]
 
 
+def test_a_file_takes_the_place_of_nothing_but_a_file(tmp_path: Path) -> None:
+    """A pipe stands for devices: as root, a file would take the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, message in (("pipe", "pipe is a device or a pipe"), ("folder", "folder is a folder: name a file in it")):
+        with pytest.raises(InputError, match=message):
+            write_atomically(tmp_path / name, "x")
+        with pytest.raises(InputError, match=message):
+            GrowingFile(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["folder", "pipe"]
+
+
 @pytest.mark.parametrize("kept", range(1, 9))
 def test_a_growing_file_holds_whole_lines_wherever_a_kill_tore_it(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "deep" / "lines.jsonl"

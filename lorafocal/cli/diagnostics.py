@@ -12,9 +12,9 @@ from lorafocal.cli.options import (
     BaseOption,
     JsonOption,
     ReferenceOption,
-    folder_made,
     no_loading_bars,
     numbers,
+    only_over,
     page_place,
     print_report,
 )
@@ -23,17 +23,16 @@ from lorafocal.errors import InputError
 
 def list_place(path: Path | None) -> Path | None:
     """A list to be written, in the place of nothing but a list that was written so."""
-    folder_made(path)
-    if path is not None and path.is_file() and path.stat().st_size:
-        from lorafocal.data.leave_out import read_list
+    return only_over(path, _is_written_list, "--write would replace what it did not write")
 
-        try:
-            replaced = all(named.digest is not None for named in read_list(path))
-        except InputError:
-            replaced = False
-        if not replaced:
-            raise InputError(f"--write would replace what it did not write: {path}; choose another name or remove it")
-    return path
+
+def _is_written_list(path: Path) -> bool:
+    from lorafocal.data.leave_out import read_list
+
+    try:
+        return all(named.digest is not None for named in read_list(path))
+    except InputError:
+        return False
 
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
 from lorafocal.errors import InputError
-
-if TYPE_CHECKING:
-    from lorafocal.evaluate.result import Result
+from lorafocal.publish import check_file
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 OverridesArgument = Annotated[
@@ -32,9 +30,16 @@ ReferenceOption = Annotated[
 def folder_made(path: Path | None) -> Path | None:
     """A file to be written, whose folder is made before anything is computed or paid for it."""
     if path is not None:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder: name a file in it")
+        check_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def only_over(path: Path | None, ours: Callable[[Path], bool], refusal: str) -> Path | None:
+    """A file to be written, in a folder that is there then, in the place of nothing but an earlier one of `ours`."""
+    folder_made(path)
+    if path is not None and path.is_file() and path.stat().st_size and not ours(path):
+        raise InputError(f"{refusal}: {path}; choose another name or remove it")
     return path
 
 
@@ -49,18 +54,18 @@ def page_place(path: Path | None) -> Path | None:
 
 
 def result_place(path: Path | None) -> Path | None:
-    """A file for a result: in a folder that is there then, and none that holds anything else, as what is judged."""
-    folder_made(path)
-    if path is not None and path.is_file() and path.stat().st_size:
-        from lorafocal.evaluate.result import read_result
+    """A file for a result, which replaces nothing else, as what is judged."""
+    return only_over(path, _is_result, "--out would replace what is no result")
 
-        try:
-            read_result(path)
-        except InputError as error:
-            raise InputError(
-                f"--out would replace what is no result: {path}; choose another name or remove it"
-            ) from error
-    return path
+
+def _is_result(path: Path) -> bool:
+    from lorafocal.evaluate.result import read_result
+
+    try:
+        read_result(path)
+    except InputError:
+        return False
+    return True
 
 
 ResultOption = Annotated[
@@ -91,12 +96,18 @@ def no_loading_bars() -> None:
 
 def print_report(report: Any, as_json: bool) -> None:
     """A report as its table, or as one JSON object; on a terminal in ASCII: texts of data could write codes to it."""
-    ascii_only = sys.stdout.isatty()
+    ascii_only = sys.stdout is not None and sys.stdout.isatty()  # None where it was closed
     typer.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=ascii_only) if as_json else report.table())
 
 
-def finish(result: Result, out: Path | None, as_json: bool) -> None:
-    """Write an evaluation's result where that is asked for, and print it."""
+class Written(Protocol):
+    """A report with a file of its own."""
+
+    def write(self, path: Path) -> None: ...
+
+
+def finish(result: Written, out: Path | None, as_json: bool) -> None:
+    """Write what was computed where that is asked for, and print it."""
     try:
         if out is not None:
             result.write(out)

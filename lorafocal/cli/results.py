@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +14,10 @@ from lorafocal.cli.options import (
     BaseOption,
     JsonOption,
     ReferenceOption,
-    folder_made,
+    finish,
     no_loading_bars,
     numbers,
+    only_over,
     print_report,
 )
 from lorafocal.errors import InputError
@@ -114,6 +117,23 @@ def curves(
     print_report(write_curves(out, gamma=gamma), as_json)
 
 
+def scores_place(path: Path | None) -> Path | None:
+    """A file for scores, in the place of nothing but earlier scores: what is scored has the same ending."""
+    return only_over(path, _are_scores, "--out would replace what it did not write")
+
+
+def _are_scores(path: Path) -> bool:
+    from lorafocal.evaluate.score import PairScore
+
+    known = {"margin", *(column.name for column in fields(PairScore))}
+    needed = {column.name for column in fields(PairScore) if column.default is MISSING}
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(row, dict) and needed <= row.keys() <= known for row in rows)
+
+
 def score(
     target: Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="An adapter folder, or a model.")],
     pairs: Annotated[Path, typer.Argument(help="Preference rows, or a run's held_out.jsonl.")],
@@ -125,7 +145,7 @@ def score(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.", callback=folder_made),
+        typer.Option("--out", metavar="FILE", help="Write one JSON object a pair here.", callback=scores_place),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -133,7 +153,7 @@ def score(
     from lorafocal.evaluate.score import score_file
 
     no_loading_bars()
-    print_report(score_file(target, pairs, base=base, reference=reference, beta=beta, ches=ches, out=out), as_json)
+    finish(score_file(target, pairs, base=base, reference=reference, beta=beta, ches=ches), out, as_json)
 
 
 def chat(

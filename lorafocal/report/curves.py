@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lorafocal.errors import InputError
 from lorafocal.objectives import build_objective
 from lorafocal.objectives.focal import focal_loss, focal_weight, focal_weight_terms, hard_loss, turning_point
 from lorafocal.objectives.pairwise import dpo_loss, dpo_weight
-from lorafocal.publish import write_atomically
+from lorafocal.publish import check_file, write_atomically
 from lorafocal.report.plots import LIGHT, draw_key, dress, new_figure, png_bytes
 
 GAMMA = 0.05  # the paper's
@@ -83,13 +83,24 @@ def write_curves(out: Path, *, gamma: float = GAMMA) -> CurvesReport:
     drawings = (figure_2(), figure_3(gamma), figure_4(gamma))
     files: dict[str, bytes] = {f"figure-{drawing.number}.png": picture(drawing) for drawing in drawings}
     files[CSV_FILE] = csv_text(drawings).encode()
+    _check_place(out, files)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(out / name, content)
+        for name in sorted(files):  # the table first: it tells whose the pictures are
+            write_atomically(out / name, files[name])
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
     return CurvesReport(gamma, facts(gamma), tuple(out / name for name in files))
+
+
+def _check_place(out: Path, files: Mapping[str, bytes]) -> None:
+    """Refuse (`InputError`) a folder where files of these names are not earlier curves: their table tells."""
+    taken = [out / name for name in files if (out / name).exists()]
+    for path in taken:
+        check_file(path)
+    header = files[CSV_FILE].splitlines()[0]
+    if taken and (out / CSV_FILE not in taken or not (out / CSV_FILE).read_bytes().startswith(header)):
+        raise InputError(f"{taken[0]} would be replaced, and is not of earlier curves; choose another --out")
 
 
 def facts(gamma: float) -> dict[str, float]:

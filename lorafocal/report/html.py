@@ -9,10 +9,13 @@ from html import escape
 from pathlib import Path
 
 from lorafocal.errors import InputError
-from lorafocal.publish import check_folder_of, write_atomically
+from lorafocal.publish import check_file, check_folder_of, write_atomically
 
 # Nothing may be fetched, whatever text a run brings: pictures come as data, the style from this page.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+_GENERATOR = '<meta name="generator" content="lorafocal">'
+_HEAD_BYTES = 4096  # of a page, within which that stands
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --text: #1c2024; --soft: #5b6470; --line: #d5dae0; --card: #f5f7f9;
@@ -56,7 +59,7 @@ def document(title: str, body: str, *, style: str = "", script: str = "") -> str
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="generator" content="lorafocal">\n'
+        f"{_GENERATOR}\n"
         f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n{ending}</body>\n</html>\n"
     )
 
@@ -117,10 +120,19 @@ def _data(png: bytes) -> str:
 
 
 def check_place(path: Path) -> None:
-    """Refuse (`InputError`) a name that is no page's, which may be that of data, and a folder that is not there."""
+    """Refuse (`InputError`) a name that is no page's or a page of others, and a folder that is not there."""
     if path.suffix != ".html":
         raise InputError(f"{path}: the page is one .html file; name it so")
     check_folder_of(path)
+    check_file(path)
+    if path.is_file() and path.stat().st_size and not _is_ours(path):
+        raise InputError(f"{path} is no page of lorafocal, and would be replaced; choose another name or remove it")
+
+
+def _is_ours(page: Path) -> bool:
+    """Whether a page says so in its head."""
+    with page.open("rb") as file:
+        return _GENERATOR.encode() in file.read(_HEAD_BYTES)
 
 
 def write_page(path: Path, page: str) -> None:

@@ -20,6 +20,7 @@ from lorafocal.cli.training import ends_tidily
 from lorafocal.config import load_config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths
+from lorafocal.report.html import document
 from tests.command import Report, Summary, call, command, stand_in
 
 pytestmark = pytest.mark.slow
@@ -198,6 +199,23 @@ def test_a_page_of_the_check_never_replaces_data(
     assert call(monkeypatch, "check", file, "--html", rows) == 2
     assert "pairs.jsonl: the page is one .html file" in capsys.readouterr().err
     assert (rows.read_text(encoding="utf-8"), checks) == ("{}\n", [])
+
+
+def test_a_page_never_replaces_a_page_of_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path
+) -> None:
+    checks = stand_in(monkeypatch, "report.check", "check_data", Report())
+    stand_in(monkeypatch, "report.check_page", "check_page", document("a title", "checked"))
+    page, pipe = tmp_path / "page.html", tmp_path / "pipe.html"
+    page.write_text("<html>mine</html>")
+    os.mkfifo(pipe)
+    for place, message in ((page, "page.html is no page of lorafocal"), (pipe, "is a device or a pipe")):
+        assert call(monkeypatch, "check", file, "--html", place) == 2
+        assert message in capsys.readouterr().err
+    assert (page.read_text(), checks) == ("<html>mine</html>", [])
+    page.unlink()
+    for _ in range(2):  # the second time over its own
+        assert call(monkeypatch, "check", file, "--html", page) == 0
 
 
 @pytest.mark.parametrize("lengths", ["67,666", "67,666,0", "67,666,nan", "a,b,c"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,33 +11,24 @@ from typing import Any
 import pytest
 
 from lorafocal.errors import InputError
+from lorafocal.evaluate.score import PairScore, ScoreReport
 from tests.command import Report, call, stand_in
 
 
+class Scored(Report):
+    def __init__(self) -> None:
+        self.written: list[Path] = []
+
+    def write(self, path: Path) -> None:
+        self.written.append(path)
+
+
 def test_score_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = stand_in(monkeypatch, "evaluate.score", "score_file", Report())
-    assert (
-        call(
-            monkeypatch,
-            "score",
-            "adapter",
-            "pairs.jsonl",
-            "--base",
-            "b",
-            "--reference",
-            "r",
-            "--beta",
-            "0.2",
-            "--ches",
-            "--out",
-            "x",
-            "--json",
-        )
-        == 0
-    )
-    assert calls == [
-        (("adapter", Path("pairs.jsonl")), {"base": "b", "reference": "r", "beta": 0.2, "ches": True, "out": Path("x")})
-    ]
+    calls = stand_in(monkeypatch, "evaluate.score", "score_file", found := Scored())
+    asked = ["--base", "b", "--reference", "r", "--beta", "0.2", "--ches", "--out", "x", "--json"]
+    assert call(monkeypatch, "score", "adapter", "pairs.jsonl", *asked) == 0
+    assert calls == [(("adapter", Path("pairs.jsonl")), {"base": "b", "reference": "r", "beta": 0.2, "ches": True})]
+    assert found.written == [Path("x")]
     assert json.loads(capsys.readouterr().out) == {"pairs": 3, "name": "Zoë"}
 
 
@@ -44,12 +36,63 @@ def test_score_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     calls = stand_in(monkeypatch, "evaluate.score", "score_file", Report())
     assert call(monkeypatch, "score", "org/model", "pairs.jsonl") == 0
     assert calls == [
-        (
-            ("org/model", Path("pairs.jsonl")),
-            {"base": None, "reference": None, "beta": None, "ches": False, "out": None},
-        )
+        (("org/model", Path("pairs.jsonl")), {"base": None, "reference": None, "beta": None, "ches": False})
     ]
     assert capsys.readouterr().out == "a table\n"
+
+
+def test_scores_replace_nothing_but_scores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Rows, metrics and configs that a hasty --out names stay as they are, and nothing is computed."""
+    monkeypatch.chdir(tmp_path)
+    there = {
+        "rows.jsonl": '{"prompt": "p", "chosen": "c", "rejected": "r"}\n',
+        "metrics.jsonl": '{"loss": 0.7, "step": 1}\n',
+        "config.json": '{\n "a": 1\n}\n',
+        "words.txt": "words",
+        "more.jsonl": json.dumps(PairScore("a", 1, 1, -1.0, -2.0).as_dict() | {"prompt": "p"}) + "\n",
+    }
+    for name, text in there.items():
+        Path(name).write_text(text)
+    os.mkfifo("pipe")
+    Path("link").symlink_to("rows.jsonl")
+    calls = stand_in(monkeypatch, "evaluate.score", "score_file", found := Scored())
+    sys.modules["lorafocal.evaluate.score"].PairScore = PairScore  # type: ignore[attr-defined]
+    refusals = dict.fromkeys(there, "--out would replace what it did not write")
+    for name, message in (
+        refusals | {"pipe": "a device or a pipe", "link": "a symbolic link", ".": "a folder"}
+    ).items():
+        assert call(monkeypatch, "score", "adapter", "rows.jsonl", "--out", name) == 2
+        assert message in capsys.readouterr().err
+    assert (calls, found.written) == ([], [])
+    assert {name: Path(name).read_text() for name in there} == there
+    ScoreReport("m", None, [PairScore("a", 1, 1, -1.0, -2.0)]).write(Path("scores.jsonl"))
+    Path("empty").touch()
+    for name in ("scores.jsonl", "empty", "deep/new.jsonl"):
+        assert call(monkeypatch, "score", "adapter", "rows.jsonl", "--out", name) == 0
+
+
+def test_scores_that_cannot_be_written_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Unwritable(Report):
+        def write(self, path: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    stand_in(monkeypatch, "evaluate.score", "score_file", Unwritable())
+    assert call(monkeypatch, "score", "adapter", "pairs.jsonl", "--out", "new.jsonl") == 2
+    said = capsys.readouterr()
+    assert said.out == "a table\n"
+    assert "No space left" in said.err
+
+
+def test_a_report_is_written_where_output_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `>&-` in a shell."""
+    stand_in(monkeypatch, "evaluate.score", "score_file", found := Scored())
+    monkeypatch.setattr(sys, "stdout", None)
+    assert call(monkeypatch, "score", "adapter", "pairs.jsonl", "--out", "x") == 0
+    assert found.written == [Path("x")]
 
 
 MERGING = (

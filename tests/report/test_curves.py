@@ -68,6 +68,18 @@ def test_losses_are_drawn_over_p() -> None:
         torch.testing.assert_close(one.values, -factor * plot.x.log(), rtol=1e-10, atol=1e-12)
 
 
+def test_curves_replace_nothing_but_curves(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_curves(out)
+    write_curves(out, gamma=0.1)
+    (out / "curves.csv").write_text("mine")
+    for taken in ("curves.csv", "figure-2.png"):
+        with pytest.raises(InputError, match="is not of earlier curves"):
+            write_curves(out)
+        assert (out / taken).exists()
+        (out / "curves.csv").unlink(missing_ok=True)
+
+
 def test_the_files_hold_the_curves(tmp_path: Path) -> None:
     report = write_curves(tmp_path / "out", gamma=0.1)
     assert [file.name for file in report.files] == ["figure-2.png", "figure-3.png", "figure-4.png", "curves.csv"]
