@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM finish the optimiser step, save a checkpoint, and end the run in good order.
+"""Ctrl-C, SIGTERM and SIGHUP finish the optimiser step, save a checkpoint, and end the run in good order.
 
 Several processes may hear a signal at different moments, or one of them alone: they agree at the end of every step.
 """
@@ -18,11 +18,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorafocal.together import greatest
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopOnSignal(TrainerCallback):
     """Remembers a signal and asks the trainer to save and stop at the end of the step. A second one acts at once.
+
+    Not a second SIGHUP: of a connection that is lost the shell tells, and the system once more.
 
     `received` is what all processes have agreed on, None while the run goes on.
     """
@@ -38,11 +40,13 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within, the two signals are ours; the handlers before are restored afterwards.
+        """Within, the signals are ours; the handlers before are restored afterwards.
 
+        A SIGHUP that is ignored remains so: that is what nohup asks for.
         Of two that watch one inside the other, as a run inside a sweep, each knows what the other has heard.
         """
-        before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        unheard = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        before = {number: signal.signal(number, self._hear) for number in _SIGNALS if number not in unheard}
         outer = getattr(before[signal.SIGINT], "__self__", None)
         if isinstance(outer, StopOnSignal):
             self._heard = outer._heard
@@ -55,6 +59,8 @@ class StopOnSignal(TrainerCallback):
                 outer._heard = self._heard
 
     def _hear(self, number: int, frame: Any) -> None:
+        if self._heard is not None and number == signal.SIGHUP:
+            return
         if self._heard is not None:
             raise KeyboardInterrupt
         self._heard = signal.Signals(number)

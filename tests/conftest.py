@@ -10,6 +10,7 @@ import gc
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -182,3 +183,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("skips outside ALLOWED_SKIPS (tests/conftest.py)", red=True)
         for line in _unnamed_skips:
             terminalreporter.line(line)
+
+
+@pytest.fixture
+def hang_ups() -> Iterator[None]:
+    """SIGHUP as a terminal leaves it: the tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

@@ -1,4 +1,4 @@
-"""Signals that reach data workers beside their trainer. What processes agree on: tests/engine."""
+"""Signals that reach a trainer, and data workers beside it. What processes agree on: tests/engine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,35 @@ import sys
 import pytest
 from torch.utils.data import DataLoader
 
-from lorafocal.interrupt import left_to_the_trainer
+from lorafocal.interrupt import StopOnSignal, left_to_the_trainer
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("hang_ups")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_is_remembered_and_a_second_one_acts_at_once(number: signal.Signals) -> None:
+    before, stop = signal.getsignal(number), StopOnSignal()
+    with stop.watching():
+        os.kill(os.getpid(), number)
+        assert stop.heard is number
+        os.kill(os.getpid(), signal.SIGHUP)  # the terminal went, too: no second wish of anybody
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.heard is number
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("hang_ups")
+def test_a_hang_up_that_is_ignored_remains_so() -> None:
+    """As under nohup, also for a run inside a sweep."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    outer, inner = StopOnSignal(), StopOnSignal()
+    with outer.watching(), inner.watching():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert inner.heard is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_data_workers_outlive_a_signal_that_asks_the_trainer_to_finish_its_step(number: signal.Signals) -> None:
     loader = DataLoader(range(40), num_workers=1, worker_init_fn=left_to_the_trainer)  # type: ignore[arg-type]
     batches = iter(loader)

@@ -153,7 +153,7 @@ class Session:
             screen.show(self._answers(streams, finished=True))
         if len(streams) > 1 and all(stream.ids == streams[0].ids for stream in streams) and streams[0].done:
             self.note("both answers are the same, token for token")
-        if stop.heard is signal.SIGTERM:
+        if stop.heard in (signal.SIGTERM, signal.SIGHUP):
             raise SystemExit(128 + stop.heard)
         if stop.heard is not None:
             raise KeyboardInterrupt
