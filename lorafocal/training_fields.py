@@ -255,6 +255,7 @@ _WITHIN: dict[str, tuple[float, float]] = {  # (the least, what it stays below)
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # NumPy's
     **dict.fromkeys(("eval_delay", "dataloader_num_workers"), (0, math.inf)),
+    "max_steps": (-1, 10**12),  # as many as a report reads
     **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_timeout"), (1, math.inf)),
 }
 

@@ -74,6 +74,10 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise InputError(f"{source}{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source}: {error}") from None
+    except RecursionError:
+        raise InputError(
+            f"{source}: lists or mappings stand in each other too deep to be read; a config has a few levels"
+        ) from None
 
 
 def dump_yaml(values: Any) -> str:

@@ -213,6 +213,7 @@ def test_fields_that_another_makes_meaningless_are_refused(given: dict[str, Any]
     [
         ({"num_train_epochs": 0}, "above 0"),
         ({"max_steps": 0}, "above 0"),
+        ({"max_steps": 10**21}, "below 1000000000000"),
         ({"learning_rate": -1e-6}, "at least 0"),
         ({"seed": -1}, "at least 0 and below 4294967296"),
         ({"data_seed": 2**32}, "at least 0 and below 4294967296"),

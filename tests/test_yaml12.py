@@ -60,6 +60,12 @@ def test_tags_that_build_objects_are_refused(tag: str) -> None:
         parse_yaml(f"a: {tag}", source="run.yaml")
 
 
+@pytest.mark.parametrize("inside", ["[", "{a: "])
+def test_yaml_too_deep_to_be_read_is_refused(inside: str) -> None:
+    with pytest.raises(InputError, match=r"^run\.yaml: .* too deep to be read"):
+        parse_yaml(inside * 5000, source="run.yaml")
+
+
 WORDS = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), max_size=8)
 
 

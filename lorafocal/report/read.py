@@ -17,7 +17,7 @@ from lorafocal.evaluations import FOLDER, EvaluatedPair, evaluation_files, read_
 from lorafocal.lineage import lineage_of
 from lorafocal.objectives import Objective, objective_from
 from lorafocal.objectives.inputs import PairLogps
-from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, METRICS_FILE, MODEL_DIR, STAGES_FILE
+from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, METRICS_FILE, MODEL_DIR, STAGES_FILE, SWEEP_FILE
 
 SWEEP_PAGE = "sweep.html"
 _MOST_STEPS = 10**12
@@ -133,6 +133,11 @@ def _read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[str]]:
     """The lines, and notes on them; a torn last line is left out."""
     if (folder / SWEEP_PAGE).is_file():
         raise InputError(f"{folder} is a sweep: its report is {SWEEP_PAGE} there; a run of it is one of its folders")
+    if (folder / SWEEP_FILE).is_file():
+        raise InputError(
+            f"{folder} is a sweep that has not ended: the same `lorafocal sweep` goes on with it, and writes"
+            f" {SWEEP_PAGE} there; a run of it is one of its folders"
+        )
     if (folder / STAGES_FILE).is_file():
         raise InputError(f"{folder} holds the stages of a run: report on them, {folder}/stage-1 and so on")
     path = folder / METRICS_FILE

@@ -143,6 +143,9 @@ def test_a_log_prob_that_is_not_finite_leaves_its_table_out(tmp_path: Path) -> N
 
 
 def test_a_sweep_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(InputError, match="is a sweep that has not ended: the same `lorafocal sweep` goes on with it"):
+        read_runs([tmp_path])
     (tmp_path / "sweep.html").write_text("")
     with pytest.raises(InputError, match=r"is a sweep: its report is sweep\.html"):
         read_runs([tmp_path])
