@@ -8,7 +8,8 @@ mean, does not depend on how a step was split.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -205,6 +206,24 @@ def _correlation(count: float, x: float, xx: float, y: float, yy: float, xy: flo
     if count < 3 or not (of_x > _ROUNDING * xx and of_y > _ROUNDING * yy):
         return None
     return max(-1.0, min(1.0, (xy - x * y / count) / math.sqrt(of_x * of_y)))
+
+
+def loss_gaps(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], float | None]]:
+    """Each evaluation with its held-out loss minus the mean training loss of the pairs since the evaluation before.
+
+    `history` holds the logged lines of a run in order, as the trainer or `metrics.jsonl` keeps them. None where no
+    training loss was logged between the two; one that follows at once is compared with the same pairs.
+    """
+    evaluated, loss_sum, pairs, seen = False, 0.0, 0, 0
+    for line in history:
+        if "pairs_seen" in line and "loss" in line:
+            if evaluated:
+                evaluated, loss_sum, pairs = False, 0.0, 0
+            new, seen = line["pairs_seen"] - seen, line["pairs_seen"]
+            loss_sum, pairs = loss_sum + line["loss"] * new, pairs + new
+        if "eval_loss" in line:
+            evaluated = True
+            yield line, line["eval_loss"] - loss_sum / pairs if pairs else None
 
 
 class PairMetrics:

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from lorafocal.metrics import loss_gaps
 from lorafocal.publish import write_atomically
 from lorafocal.run_folder import METRICS_FILE
 
@@ -322,20 +323,9 @@ def evaluation_line(step: int, steps: int, logs: Mapping[str, Any], *, gap: floa
 
 
 def loss_gap(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Held-out loss of the last evaluation minus the mean training loss of the pairs since the one before.
-
-    `history` holds the logged lines of a run in order, as the trainer or `metrics.jsonl` keeps them, up to the
-    evaluation in question. None where there is none, or no training loss was logged between the two.
-    """
-    held_out, loss_sum, pairs, seen = None, 0.0, 0, 0
-    for line in history:
-        if "pairs_seen" in line:
-            if held_out is not None:
-                held_out, loss_sum, pairs = None, 0.0, 0
-            new, seen = line["pairs_seen"] - seen, line["pairs_seen"]
-            loss_sum, pairs = loss_sum + line["loss"] * new, pairs + new
-        held_out = line.get("eval_loss", held_out)
-    return held_out - loss_sum / pairs if held_out is not None and pairs else None
+    """`loss_gaps` at the last evaluation; None where there is none, or no training loss was logged before it."""
+    gaps = [gap for _, gap in loss_gaps(history)]
+    return gaps[-1] if gaps else None
 
 
 def clock_text(seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from lorafocal.metrics import answer_columns, ranks_right, summary
+from lorafocal.metrics import answer_columns, loss_gaps, ranks_right, summary
 from lorafocal.objectives import Objective
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.objectives.pairwise import dpo_weight, rewards
@@ -136,14 +136,10 @@ def displacement_series(record: RunRecord, side: str, prefix: str = "") -> Serie
 
 
 def gap_series(record: RunRecord) -> Series:
-    """Held-out minus training loss (nats), at each evaluation: the training loss is the last one logged by then."""
-    training, held_out = record.series("loss"), record.series(f"{HELD_OUT}loss")
-    pairs = [
-        (step, loss - before)
-        for step, loss in zip(*held_out, strict=True)
-        if (before := at(training, step)) is not None
-    ]
-    return Series([step for step, _ in pairs], [gap for _, gap in pairs])
+    """Held-out minus training loss (nats), as a run says it: of the pairs since the evaluation before."""
+    by_step = {int(line["step"]): gap for line, gap in loss_gaps(record.lines) if gap is not None}
+    steps = sorted(by_step)
+    return Series(steps, [by_step[step] for step in steps])
 
 
 def at(series: Series, step: int) -> float | None:

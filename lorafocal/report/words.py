@@ -167,7 +167,8 @@ def fits_training_closer(record: RunRecord) -> Remark | None:
     if gap is None or held_out is None or not gap > WIDE_GAP * abs(held_out):
         return None
     return Remark(
-        f"At the end the training loss is {gap:.4f} nats below the held-out loss ({held_out:.4f}).",
+        f"At the end the training loss (mean since the evaluation before) is {gap:.4f} nats below the held-out loss"
+        f" ({held_out:.4f}).",
         "Pairs that were seen before are fitted closer than new ones: several epochs (the loss then falls in a step"
         " at each epoch's start), or doubles within the training pairs.",
         "Read the held-out curve, not the training one; train one epoch, and look for doubles with `lorafocal check`.",

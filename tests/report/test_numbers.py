@@ -14,6 +14,7 @@ from lorafocal.objectives import build_objective
 from lorafocal.objectives.focal import focal_weight
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.objectives.pairwise import dpo_weight
+from lorafocal.progress import loss_gap
 from lorafocal.report.numbers import (
     at_the_end,
     displacement,
@@ -63,14 +64,16 @@ def test_without_reference_log_probs_nothing_is_made_up() -> None:
 
 
 @pytest.mark.row("18")
-def test_the_gap_takes_the_training_loss_logged_by_then() -> None:
+def test_the_gap_takes_the_training_loss_since_the_evaluation_before_as_a_run_says_it() -> None:
     """Doubles over epochs: the training loss drops at step 4, the held-out loss does not follow."""
     training = [training_line(step, loss=loss) for step, loss in ((1, 0.7), (3, 0.6), (4, 0.2), (6, 0.1))]
     held_out = [evaluation_line(step, loss=0.65) for step in (0, 3, 5, 6)]
-    gap = gap_series(record_of(*training, *held_out))
+    lines = sorted([*training, *held_out], key=lambda line: line["step"])
+    gap = gap_series(record_of(*lines))
     assert gap.steps == [3, 5, 6]
-    assert gap.values == pytest.approx([0.05, 0.45, 0.55])
-    assert headline(record_of(*training, *held_out))["gap"] == pytest.approx(0.55)
+    assert gap.values == pytest.approx([0.65 - (8 * 0.7 + 16 * 0.6) / 24, 0.45, 0.55])
+    assert gap.values == [loss_gap(lines[: lines.index(line) + 1]) for line in held_out[1:]]
+    assert headline(record_of(*lines))["gap"] == pytest.approx(0.55)
 
 
 def test_margins_are_beta_times_the_difference_of_log_ratios() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,10 @@ def test_a_small_margin_without_a_reference_is_no_sign_that_nothing_moved() -> N
 
 
 def losses(training: list[float], held_out: list[float]) -> RunRecord:
-    lines = [training_line(step, loss=loss) for step, loss in enumerate(training, start=1)]
-    return record_of(*lines, *[evaluation_line(step, loss=loss) for step, loss in enumerate(held_out, start=1)])
+    """Logged and evaluated after every step."""
+    steps = enumerate(zip(training, held_out, strict=True), start=1)
+    both = [(training_line(step, loss=ours), evaluation_line(step, loss=theirs)) for step, (ours, theirs) in steps]
+    return record_of(*chain(*both))
 
 
 def test_held_out_loss_that_rises_while_training_loss_falls_gets_a_line() -> None:
