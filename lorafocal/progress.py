@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import resource
 import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +28,7 @@ from lorafocal.run_folder import METRICS_FILE
 _WINDOW = 20
 _CLEAR_LINE = "\r\x1b[2K"
 _SUMMARY = '"train_runtime"'  # of the line that transformers logs when a call to train ends, by a signal too
+_NOBODY_READS = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 
 
 class MetricsFile(TrainerCallback):
@@ -186,7 +191,7 @@ class ProgressLine(TrainerCallback):
     def __init__(
         self, stream: TextIO | None = None, *, quiet: bool = False, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self.stream = stream if stream is not None else sys.stderr
+        self.stream: TextIO | None = stream if stream is not None else sys.stderr
         self.quiet = quiet
         self.now = now
         self.clock = StepClock()
@@ -231,8 +236,7 @@ class ProgressLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._in_place and self._shown(state):
-            self.stream.write("\n")
-            self.stream.flush()
+            tell(self.stream, "\n")
 
     def say(self, line: str) -> None:
         """A line of its own, unless `quiet`: for what another callback has to tell. For rank 0 alone."""
@@ -241,7 +245,7 @@ class ProgressLine(TrainerCallback):
 
     @property
     def _in_place(self) -> bool:
-        return self.stream.isatty()
+        return self.stream is not None and self.stream.isatty()
 
     def _shown(self, state: TrainerState) -> bool:
         return state.is_world_process_zero and not self.quiet
@@ -268,14 +272,37 @@ class ProgressLine(TrainerCallback):
             peak_gib=peak_gib(),
         )
         if self._in_place:
-            self.stream.write(_CLEAR_LINE + fitted(line, shutil.get_terminal_size().columns - 1))
-            self.stream.flush()
+            tell(self.stream, _CLEAR_LINE + fitted(line, shutil.get_terminal_size().columns - 1))
         else:
             self._print(line)
 
     def _print(self, line: str) -> None:
-        self.stream.write(f"{_CLEAR_LINE if self._in_place else ''}{line}\n")
-        self.stream.flush()
+        tell(self.stream, f"{_CLEAR_LINE if self._in_place else ''}{line}\n")
+
+
+def tell(stream: TextIO | None, text: str) -> None:
+    """Writes `text` to whoever reads `stream`; where nobody does any more, it and all that follows go nowhere.
+
+    What a run says is decoration: with its reader gone (a pipe to `head`, a lost terminal) it ends as it would have.
+    """
+    if stream is None:  # closed before the start
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        if error.errno not in _NOBODY_READS:
+            raise
+        _send_nowhere(stream)
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    """What is left in its buffer too, and what libraries write there."""
+    with suppress(io.UnsupportedOperation):  # no file of the system
+        handle = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, handle)
+        os.close(nowhere)
 
 
 def fitted(line: str, columns: int) -> str:

@@ -22,6 +22,7 @@ from lorafocal import launch, run
 from lorafocal.config import Config, check_config
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE
+from lorafocal.progress import tell
 from lorafocal.publish import write_atomically
 from lorafocal.resume import check_resumable
 from lorafocal.run import Callbacks, RunSummary, no_callbacks
@@ -191,4 +192,4 @@ def _all_pairs(data: Mapping[str, Any]) -> Any:
 
 def _say(line: str, quiet: bool) -> None:
     if launch.is_main() and not quiet:
-        print(line, file=sys.stderr)
+        tell(sys.stderr, f"{line}\n")

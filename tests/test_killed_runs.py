@@ -309,6 +309,19 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert outcome(tmp_path / "runs") == unbroken
 
 
+def test_a_reader_that_leaves_ends_no_run(root: Path, unbroken: Outcome, tmp_path: Path) -> None:
+    """`lorafocal train run.yaml 2>&1 | head`: what it says is lost, what it makes is not."""
+
+    def read_for_a_while() -> None:
+        read, write = os.pipe()
+        sys.stdout = sys.stderr = os.fdopen(write, "w", buffering=1)
+        at(FocalPOTrainer, "training_step", in_step(5), do=lambda: os.close(read))()
+
+    ended = lorafocal_command("train", root / "toy.yaml", "--runs", tmp_path / "runs", prepare=read_for_a_while)
+    assert ended.code == 0
+    assert outcome(tmp_path / "runs") == unbroken
+
+
 def test_stopped_within_an_epoch_what_the_epoch_ends_with_still_comes(root: Path, tmp_path: Path) -> None:
     """Logged, evaluated and saved by epoch: the part before the signal is in the epoch's means, nothing twice."""
     strategies = {"training__logging_strategy": "epoch", "training__save_strategy": "epoch"}

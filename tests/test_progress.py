@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +31,7 @@ from lorafocal.progress import (
     metrics_line,
     peak_gib,
     status_line,
+    tell,
 )
 from tests.tiny import pairs, trainer
 
@@ -209,6 +213,37 @@ def test_quiet_and_other_processes_say_nothing() -> None:
     other = ProgressLine(out, now=now)
     other.on_log(SimpleNamespace(), state_at(1, first_process=False), CONTROL, logs=TRAIN_LOGS)
     assert out.getvalue() == ""
+
+
+def test_a_reader_that_leaves_ends_no_run() -> None:
+    """As `head` does; nothing is left in the stream's buffer that would fail at the end."""
+    read, write = os.pipe()
+    with os.fdopen(write, "w", buffering=1) as out:
+        line, now = ProgressLine(out), Clock()
+        line.say("read")
+        assert os.read(read, 9) == b"read\n"
+        os.close(read)
+        line.say("not read")
+        run_line(ProgressLine(out, now=now), now)
+        out.write("by a library\n")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_stream_that_is_no_file_may_break_too(number: int) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, "gone")
+
+    tell(Gone(), "words")
+    number = errno.ENOSPC  # somebody's log is to be whole
+    with pytest.raises(OSError, match="gone"):
+        tell(Gone(), "words")
+
+
+def test_a_stream_that_was_closed_from_the_start_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    now = Clock()
+    run_line(ProgressLine(now=now), now)
 
 
 def test_short_steps_are_counted_by_pairs_seen_and_a_logged_speed_wins() -> None:

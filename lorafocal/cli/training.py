@@ -97,9 +97,11 @@ def train(
         summary = begin(checked, resume=resume, quiet=quiet, runs_dir=runs, callbacks=callbacks)
         said = str(summary)
     if launch.is_main():
-        typer.echo(said)
+        from lorafocal.progress import tell  # as the run's own lines, which a reader who left does not fail
+
+        tell(sys.stdout, f"{said}\n")
         if summary.interrupted_by is not None:
-            typer.echo(f"go on with:\n  {_resume_command()}")
+            tell(sys.stdout, f"go on with:\n  {_resume_command()}\n")
     launch.meet()  # a launcher stops the others when one has ended, and rank 0 had something to say
     if summary.interrupted_by is not None:
         raise typer.Exit(128 + summary.interrupted_by)

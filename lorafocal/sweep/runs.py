@@ -15,6 +15,7 @@ from lorafocal.caching import CacheReport
 from lorafocal.errors import FullDisk, InputError, UnhealthyRun
 from lorafocal.evaluate.during import callbacks
 from lorafocal.interrupt import StopOnSignal
+from lorafocal.progress import tell
 from lorafocal.publish import alone_in, recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
 from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
@@ -176,7 +177,7 @@ def _check_one_process() -> None:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    tell(sys.stderr, f"{line}\n")
 
 
 def _silent(line: str) -> None:
