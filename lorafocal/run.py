@@ -34,7 +34,7 @@ from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import check_place, check_same_tokens, load_base, load_tokenizer
 from lorafocal.model.quantized import describe
 from lorafocal.model.starts import lora_config
-from lorafocal.progress import ProgressLine
+from lorafocal.progress import ProgressLine, tell
 from lorafocal.publish import alone_in, full_disk_named, inside, recover, write_atomically
 from lorafocal.resume import changes, check_resumable
 from lorafocal.run_folder import (
@@ -432,7 +432,7 @@ def _speaker(quiet: bool) -> Callable[[str], None]:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    tell(sys.stderr, f"{line}\n")
 
 
 def _silent(line: str) -> None:

@@ -1,7 +1,7 @@
 """The `lorafocal` command: doors only. Nothing heavy is imported before a verb has read its arguments.
 
 Exit codes: 0 done; 2 the user's input is wrong, or a file cannot be read or written (one message, no traceback);
-130 after Ctrl-C and 143 after SIGTERM, once the run has finished its step and saved; 1 anything else.
+130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, once the run has finished its step and saved; 1 anything else.
 """
 
 from __future__ import annotations
