@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import stands_beside
+from lorafocal.model.base_config import computed
 from lorafocal.model.fused import forget
 from lorafocal.model.head import causal_lm
 from lorafocal.model.master import arithmetic_of
@@ -39,9 +40,6 @@ WIDER = 4  # times the rows of a training pack, for a pass that keeps nothing fo
 SPOT_PAIRS = 16
 SLACK = 4.0  # largest difference from the store that is taken for noise, in noises
 STORED_ROUNDING = 2.0**-21  # relative: what fp32 sums of a few thousand tokens may differ by when nothing else does
-
-# Of a model's configuration: what says where it is from and how it was held, not what it computes.
-_NOT_COMPUTED = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "quantization_config")
 
 logger = logging.getLogger(__name__)
 
@@ -120,17 +118,8 @@ def _tensor_sha256(tensor: Tensor) -> str:
 def _architecture_sha256(model: nn.Module) -> str:
     """Of the class and the configuration, without what changes no answer."""
     base = causal_lm(model)
-    content = json.dumps([type(base).__name__, _computed(base.config.to_dict())], sort_keys=True, default=str)
+    content = json.dumps([type(base).__name__, computed(base.config.to_dict())], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the computation; parts of a composite model alike."""
-    return {
-        str(key): _computed(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if not str(key).startswith("_") and not str(key).endswith("_token_id") and key not in _NOT_COMPUTED
-    }
 
 
 # ---- computing

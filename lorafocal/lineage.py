@@ -75,7 +75,8 @@ class Lineage:
     oldest first; of a merged model the adapter itself too, and of a wholly trained one its own training. `origin` is
     the model before the first stage, where that is not `base`. `quantization` (nf4, nf4-double, fp4, fp4-double, int8
     or None) is what `base` was quantised to in training; a merged model with one was made of that base de-quantised.
-    `dtype` is what `base` was loaded in, whatever it is stored in; None where that is not known.
+    `dtype` is what `base` was loaded in, whatever it is stored in; None where that is not known. `base_config_sha256`
+    is of what `base`'s config.json has its weights compute (`model.base_config`); files of earlier versions lack it.
     """
 
     base: BaseIdentity
@@ -87,6 +88,7 @@ class Lineage:
     origin: BaseIdentity | None = None
     quantization: str | None = None
     dtype: str | None = None
+    base_config_sha256: str | None = None
     lorafocal: str = ""
 
     @classmethod
@@ -145,6 +147,7 @@ class Lineage:
             "format": self._format(),
             "lorafocal": version,
             "base": asdict(self.base),
+            "base_config_sha256": self.base_config_sha256,
             "quantization": self.quantization,
             "dtype": self.dtype,
             "origin": None if self.origin is None else asdict(self.origin),
@@ -198,6 +201,7 @@ def lineage_of(folder: Path) -> Lineage | None:
             origin=BaseIdentity(**record["origin"]) if record.get("origin") else None,
             quantization=held,
             dtype=record.get("dtype"),
+            base_config_sha256=record.get("base_config_sha256"),
             lorafocal=record["lorafocal"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -24,9 +24,10 @@ from lorafocal.config import Config, layers, load_config
 from lorafocal.data.prepare import Part
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.model.adapters import features
+from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import base_fingerprint
 from lorafocal.model.quantized import LoadedBase
-from lorafocal.model.saved import WEIGHTS_FILE
+from lorafocal.model.saved import WEIGHTS_FILE, read_config
 from lorafocal.publish import sha256
 from lorafocal.resume import MAY_CHANGE
 from lorafocal.run_folder import read_manifest
@@ -61,8 +62,8 @@ def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mappin
         "config": config.model_dump(mode="json"),
         "config_sha256": config.sha(),
         "recipe": against_recipe(config),
-        "base": base_fingerprint(config.model.name, revision=config.model.revision),
-        "reference_model": base_fingerprint(reference.model, revision=reference.revision)
+        "base": _identity(config.model.name, config.model.revision),
+        "reference_model": _identity(reference.model, reference.revision)
         if reference is not None and reference.model is not None
         else None,
         "reference_adapters": None if reference is None else _adapters_of(reference),
@@ -81,6 +82,12 @@ def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mappin
         "machine": {"gpus": torch.cuda.device_count(), "cuda": torch.version.cuda, "cpu_cores": os.cpu_count()},
         "may_change_on_resume": MAY_CHANGE,
     }
+
+
+def _identity(name: str, revision: str | None) -> dict[str, str | None]:
+    """Of a model: its name, its weights, and what its config.json has them compute."""
+    fingerprint = base_fingerprint(name, revision=revision)
+    return fingerprint | {"config_sha256": config_sha256(read_config(name, revision))}
 
 
 def _adapters_of(reference: Reference) -> dict[str, str] | None:

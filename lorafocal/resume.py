@@ -55,14 +55,19 @@ WHY_NOT: dict[str, str] = {
     "kernels.adapters": "other kernels round otherwise, so the last bits differ",
     "kernels.elementwise": "other kernels round otherwise, so the last bits differ",
     "kernels.compile": "compiled layers round otherwise, so the last bits differ",
+    "base.config_sha256": "the base's config.json is not the one of training",
+    "reference_model.config_sha256": "the reference model's config.json is not the one of training",
 }
 """Reasons worth printing, for keys likely to be changed; every key not in `MAY_CHANGE` is refused."""
 
 IDENTITY = ("base", "reference_model", "reference_adapters", "data")
-"""Manifest sections beside `config` that must be equal: fingerprints of the models' weights and of the data."""
+"""Manifest sections beside `config` that must be equal: fingerprints of the models, their configs and the data."""
 
-LATER = ("data.train.scores_sha256", "data.eval.scores_sha256")
-"""Digests that manifests of before there were objectives of scores lack: those runs read none."""
+LATER = (
+    "data.train.scores_sha256", "data.eval.scores_sha256", "base.config_sha256", "reference_model.config_sha256",
+)  # fmt: skip
+"""Digests that earlier manifests lack: of scores, which those runs did not read, and of a model's config.json, of which
+nothing was known."""
 
 NOTED = ("versions", "processes", "threads", "hardware")
 """Manifest sections whose change is allowed, but ends the promise of equal bits."""
@@ -95,7 +100,7 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     refused = [_with_reason(line) for line in changes(old, new, may_change)]
     before = _sections(old_manifest, *IDENTITY)
     unread = [key for key in LATER if key not in dict(_flat(before))]
-    refused += changes(before, _sections(new_manifest, *IDENTITY), unread)
+    refused += map(_with_reason, changes(before, _sections(new_manifest, *IDENTITY), unread))
     if refused:
         raise InputError(
             "this run cannot be resumed, because its result would differ from an uninterrupted run:\n  "

@@ -15,6 +15,7 @@ from lorafocal.data.sources import preferences_from_rows
 from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.lineage import BaseIdentity, Lineage
+from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import base_fingerprint, load_base
 
 BETA = 0.1
@@ -114,6 +115,7 @@ def save_run(
         steps=3,
         pairs_seen=24,
         quantization=quantization,
+        base_config_sha256=config_sha256(LlamaConfig.from_pretrained(base)),
     )
     lineage.write(folder / "adapter")
     model = {"name": str(base), "dtype": dtype, "quantization": quantization}

@@ -66,6 +66,11 @@ def test_a_forbidden_change_is_refused_by_name_with_both_values(key: str, value:
         check_resumable(changed(key, value), MANIFEST)
 
 
+def test_another_config_of_the_base_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"base\.config_sha256: 'cc' -> 'cd' \(the base's config\.json is not the one"):
+        check_resumable(changed("base.config_sha256", "cc"), changed("base.config_sha256", "cd"))
+
+
 def test_every_forbidden_change_is_named_at_once() -> None:
     both = changed("config.objective.beta", 0.2)
     both["base"]["sha256"] = "zz"
@@ -104,6 +109,7 @@ def test_a_key_that_an_older_manifest_lacks_is_the_same_as_none() -> None:
     """A run begun before `engine` and `recipe` were keys goes on."""
     assert check_resumable(MANIFEST, changed("config.engine", None)) == []
     assert check_resumable(changed("data.train.scores_sha256", None), MANIFEST) == []
+    assert check_resumable(MANIFEST, changed("base.config_sha256", "cc")) == []
     assert changes({"adapter": None}, {"adapter": {"r": 8}}, ()) == ["adapter.r: (absent) -> 8"]
 
 

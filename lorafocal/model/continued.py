@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ from transformers import PreTrainedModel
 
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, BaseIdentity, Lineage, Stage, lineage_of
+from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import base_fingerprint
 from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
-from lorafocal.model.saved import WEIGHTS_FILE, base_lineage, check_same_base, held, put_on, read_lora_config
+from lorafocal.model.saved import (
+    WEIGHTS_FILE,
+    base_lineage,
+    check_same_base,
+    held,
+    put_on,
+    read_config,
+    read_lora_config,
+)
 from lorafocal.publish import sha256
 from lorafocal.tensor_files import dtype_word
 
@@ -99,8 +109,10 @@ def lineage_on(base: PreTrainedModel, stages: tuple[Stage, ...], **training: Any
     if name is None:
         return None
     identity = BaseIdentity(**base_fingerprint(name, revision=revision))  # type: ignore[arg-type]
+    config = config_sha256(read_config(name, revision))
     made = base_lineage(name, revision)
     before, origin = ((), None) if made is None else (made.parents, made.first_base)
     word, dtype = quantization_of(base), dtype_word(arithmetic_of(base))
     parents = (*before, *stages)
-    return Lineage(identity, parents=parents, origin=origin, quantization=word, dtype=dtype, **training)
+    lineage = Lineage(identity, parents=parents, origin=origin, quantization=word, dtype=dtype, **training)
+    return replace(lineage, base_config_sha256=config)

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from lorafocal.errors import InputError, first_line
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
+from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_base
 from lorafocal.model.quantized import dequantized_weight, prequantized, settle, to_dtype
 from lorafocal.model.trained_modules import resolve_tokens
@@ -313,12 +314,14 @@ def _check_base(folder: Path, name: str, revision: str | None, lineage: Lineage 
 
 
 def check_same_base(folder: Path, lineage: Lineage, name: str, revision: str | None, *, remedy: str) -> None:
-    """Refuse a base with other weights than the adapter was trained on, naming the stages that it lacks (rows 5, S13).
+    """Refuse a base with other weights than the adapter was trained on, naming the stages that it lacks (rows 5, S13),
+    and one whose config.json has them compute otherwise.
 
     `remedy` says how the right one is given.
     """
     found = base_fingerprint(name, revision=revision)
     if found["sha256"] == lineage.base.sha256:
+        _check_same_config(folder, lineage, name, revision)
         return
     trained_on = f"{folder} was trained on {lineage.base.name} (weights sha256 {lineage.base.sha256})"
     given = base_lineage(name, revision)
@@ -331,6 +334,15 @@ def check_same_base(folder: Path, lineage: Lineage, name: str, revision: str | N
             f" (`lorafocal merge`), in the same dtype as then. {remedy}"
         )
     raise InputError(f"{trained_on}, but {name} has sha256 {found['sha256']}. {remedy}")
+
+
+def _check_same_config(folder: Path, lineage: Lineage, name: str, revision: str | None) -> None:
+    if lineage.base_config_sha256 not in (None, config_sha256(read_config(name, revision))):
+        raise InputError(
+            f"{name}: the base's config.json is not the one of training. The weights are those that {folder} was"
+            " trained on, but they compute otherwise by it (the rotations, a norm's epsilon, a shape): restore it, or"
+            " download the base again"
+        )
 
 
 def base_lineage(name: str, revision: str | None = None) -> Lineage | None:

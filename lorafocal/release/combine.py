@@ -116,6 +116,7 @@ def combined_lineage(
         origin=first.origin,
         quantization=adapters[0].quantization,
         dtype=adapters[0].dtype,
+        base_config_sha256=first.base_config_sha256,
     )
 
 

@@ -17,10 +17,11 @@ from lorafocal.card import CARD_FILE, merged_card
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.errors import InputError
 from lorafocal.lineage import MERGED, BaseIdentity, Lineage
+from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import DTYPES as GATE_DTYPES
 from lorafocal.model.load import base_fingerprint, load_tokenizer, weight_files
 from lorafocal.model.save_model import PROCESSORS
-from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter
+from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter, read_config
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
 from lorafocal.release.files import strangers
@@ -269,7 +270,8 @@ def _lineage(saved: SavedAdapter, onto: str, original: str | None) -> Lineage:
     if onto == TRAINED:
         return lineage
     if original is not None:
-        lineage = replace(lineage, base=BaseIdentity(**base_fingerprint(original)))  # type: ignore[arg-type]
+        base = BaseIdentity(**base_fingerprint(original))  # type: ignore[arg-type]
+        lineage = replace(lineage, base=base, base_config_sha256=config_sha256(read_config(original)))
     return replace(lineage, quantization=None)
 
 

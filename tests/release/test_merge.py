@@ -108,6 +108,14 @@ def test_an_untrained_adapter_merges_to_the_base_bit_for_bit(tmp_path: Path) -> 
     assert all(torch.equal(merged[name], base[name]) for name in base)
 
 
+def test_a_base_that_computes_otherwise_by_its_config_is_refused(run: SavedRun, tmp_path: Path) -> None:
+    edit_json(run.base / "config.json", rms_norm_eps=0.1)
+    with pytest.raises(InputError, match=r"base: the base's config\.json is not the one of training"):
+        merge_adapter(run.adapter, tmp_path / "out")
+    edit_json(run.adapter / "lorafocal.json", base_config_sha256=None)  # as earlier versions wrote it
+    merge_adapter(run.adapter, tmp_path / "out")
+
+
 @pytest.mark.row("52", "51")
 def test_files_are_the_allowed_ones_and_name_no_folder(run: SavedRun, tmp_path: Path) -> None:
     out = tmp_path / "out"
