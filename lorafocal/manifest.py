@@ -25,7 +25,7 @@ from lorafocal.data.prepare import Part
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.model.adapters import features
 from lorafocal.model.base_config import config_sha256
-from lorafocal.model.load import base_fingerprint
+from lorafocal.model.load import base_fingerprint, tokenizer_digests
 from lorafocal.model.quantized import LoadedBase
 from lorafocal.model.saved import WEIGHTS_FILE, read_config
 from lorafocal.publish import sha256
@@ -68,7 +68,7 @@ def manifest_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: Mappin
         else None,
         "reference_adapters": None if reference is None else _adapters_of(reference),
         "start_from": {"sha256": sha256(Path(start) / WEIGHTS_FILE)} if start is not None else None,
-        "chat_template_sha256": _sha256(tokenizer.chat_template or ""),
+        **tokenizer_digests(tokenizer),
         "data": {name: _part(part) for name, part in data.items()},
         "seeds": {"adapter": config.training.seed, "order": config.training.data_seed},
         "versions": {

@@ -228,6 +228,12 @@ def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizer
         )
 
 
+def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hexadecimal sha256 of the chat template and of the vocabulary, tokens with their ids, by the manifest's keys."""
+    said = {"chat_template": tokenizer.chat_template or "", "vocabulary": sorted(tokenizer.get_vocab().items())}
+    return {f"{name}_sha256": hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in said.items()}
+
+
 def check_length(model: PreTrainedModel, longest: int) -> None:
     """Refuse sequences of `longest` tokens where a model has no positions that far, or other ones for all of a batch.
 

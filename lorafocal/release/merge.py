@@ -27,6 +27,7 @@ from lorafocal.release.combine import combine, lineage_of_saved
 from lorafocal.release.files import strangers
 from lorafocal.release.gate import MAX_DRIFT, GateEvidence, GateReport, check, compare, gate_table
 from lorafocal.release.measure import Live, live_logps, merged_logps
+from lorafocal.release.measured import check_measured, check_tokenizer
 from lorafocal.release.onto import AUTO, ORIGINAL, TRAINED, Measured, bases_to_try, least_drift, why_kept
 from lorafocal.release.rounding import DTYPES
 from lorafocal.release.survival import LayerSurvival, survival_notes, survival_table
@@ -124,8 +125,11 @@ def merge_adapter(
         bases = bases_to_try(saved, onto, original)
         dtype = dtype or saved.dtype
         tokenizer = load_tokenizer(saved.base, saved.revision)
+        for one in folders:
+            check_tokenizer(one, tokenizer)
         held_out = load_pairs(_pairs_file(folders[0], pairs), tokenizer, **saved.tokenization).pairs
         live = live_logps(saved, held_out, gate_dtype)
+        check_measured(saved, live)
         tried = [
             _write_and_measure(saved, live, folder / choice, original=original, dtype=dtype, max_drift=max_drift)
             for choice in bases

@@ -15,6 +15,7 @@ from lorafocal.model.save import in_words
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter
 from lorafocal.model.serving import serving_section
 from lorafocal.release.combine import combine, lineage_of_saved
+from lorafocal.release.measured import check_tokenizer
 from lorafocal.run_folder import ADAPTER_CONFIG, METRICS_FILE, last_rewards, read_manifest, run_of
 from lorafocal.tensor_files import read_tensors
 
@@ -25,13 +26,17 @@ def package_adapter(adapters: Sequence[SavedAdapter], weights: Sequence[float] |
     Its base is named by hub id or by its folder's last name, whatever the adapter's own file says, and the copy holds
     no file that is not named here: no state, no data, no optimiser. Returns `folder`.
 
-    Raises InputError for tensors that are not finite, and for what `combine` refuses.
+    Raises InputError for tensors that are not finite, for another tokenizer than that of training, and for what
+    `combine` refuses.
     """
     if len(adapters) == 1 and weights is None:
         _copy(adapters[0], folder)
     else:
         combine(adapters, weights if weights is not None else [1.0] * len(adapters), folder)
-    load_tokenizer(adapters[0].base, adapters[0].revision).save_pretrained(folder)
+    tokenizer = load_tokenizer(adapters[0].base, adapters[0].revision)
+    for saved in adapters:
+        check_tokenizer(saved.folder, tokenizer)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
