@@ -35,7 +35,7 @@ AUTO = {"packing.tokens": "tokens_per_pack", "training.activation_checkpointing"
 
 INPUTS: Mapping[tuple[str, ...], str] = {
     ("base", "sha256"): "the base model's weights: model.name=FOLDER or model.revision=COMMIT names those of then",
-    ("base", "config_sha256"): "the base's config.json: restore it, or model.name=FOLDER names one of then",
+    ("base", "config_sha256"): "the base's config.json: restore it, or model.name=FOLDER names that of then",
     ("reference_model", "sha256"): "the reference model's weights: reference.model=FOLDER names those of then",
     ("reference_model", "config_sha256"): "the reference model's config.json: restore it, or name a copy with that of"
     " then by reference.model=FOLDER",

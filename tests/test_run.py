@@ -81,7 +81,8 @@ def test_the_manifest_says_what_made_the_run(root: Path, finished: RunSummary, b
     assert set(manifest) == {
         "format", "config", "config_sha256", "recipe", "base", "reference_model", "reference_adapters", "start_from",
         "chat_template_sha256", "vocabulary_sha256", "data", "seeds", "versions", "effective_batch", "threads",
-        "processes", "hardware", "machine", "may_change_on_resume", "adapter", "loaded", "layout", "kernels", "settled", "engine",
+        "processes", "hardware", "machine", "may_change_on_resume", "adapter", "loaded", "layout", "kernels",
+        "settled", "engine",
     }  # fmt: skip
     assert manifest["base"]["name"] == "base"
     lineage = json.loads((finished.folder / "adapter" / "lorafocal.json").read_text())

@@ -48,8 +48,10 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
     _check_same_base(adapters, lineages)
     parts = [factors(saved) for saved in adapters]
     tensors, rank = concatenated(parts, weights)
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise InputError(f"--weights {','.join(f'{weight:g}' for weight in weights)}: their sum passes float32's range")
+    if not all(map(_is_measurable, *_sides(tensors))):
+        raise InputError(
+            f"--weights {','.join(f'{weight:g}' for weight in weights)}: their sum passes what float32 computes with"
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -99,6 +101,17 @@ def concatenated(parts: Sequence[Mapping[str, LowRank]], weights: Sequence[float
         tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, more)).float()
         tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = torch.nn.functional.pad(b, (0, more)).float()
     return tensors, rank
+
+
+def _sides(tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """All A, and B in the same order."""
+    names = [name for name in tensors if ".lora_A." in name]
+    return [tensors[name] for name in names], [tensors[name.replace(".lora_A.", ".lora_B.")] for name in names]
+
+
+def _is_measurable(a: Tensor, b: Tensor) -> bool:
+    """Whether the squares of B A stay within float32, as merging measures them."""
+    return float(a.double().norm() * b.double().norm()) < torch.finfo(torch.float32).max ** 0.5
 
 
 def combined_lineage(
@@ -155,3 +168,10 @@ def _check_same_base(adapters: Sequence[SavedAdapter], lineages: Sequence[Lineag
                     " weights can be added. Train both on one base in the same precision, or merge one and train the"
                     " other on the result"
                 )
+    for saved, lineage in zip(adapters, lineages, strict=True):
+        configs = {lineages[0].base_config_sha256, lineage.base_config_sha256} - {None}  # earlier versions wrote none
+        if len(configs) > 1:
+            raise InputError(
+                f"{saved.folder} was trained under another config.json of its base than {adapters[0].folder}, by which"
+                " the same weights compute otherwise: train one of them again"
+            )

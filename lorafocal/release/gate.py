@@ -86,7 +86,7 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
-        return self.drift_rms <= self.limit and self.serves
+        return self.drift_rms <= self.limit < math.inf and self.serves
 
     @property
     def serves(self) -> bool:
@@ -99,7 +99,8 @@ class GateReport:
         return self.learned_rms <= self.limit
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "lost": self.lost, "passed": self.passed}
+        lost = self.lost if math.isfinite(self.lost) else None  # JSON has no infinity
+        return {**asdict(self), "lost": lost, "passed": self.passed}
 
     def table(self) -> str:
         """The numbers for a person, one a line."""

@@ -281,7 +281,8 @@ def _lineage(saved: SavedAdapter, onto: str, original: str | None) -> Lineage:
 
 def _write_papers(folder: Path, lineage: Lineage, report: MergeReport, run: Mapping[str, Any] | None) -> None:
     lineage.write(folder)
-    write_atomically(folder / REPORT_FILE, json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(folder / REPORT_FILE, text)
     card = merged_card(
         lineage,
         dtype=report.dtype,

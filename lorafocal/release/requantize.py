@@ -110,7 +110,7 @@ def requantize(merged: Path, folder: Path, form: str, merge: MergeReport, run: M
         bytes_before=_weight_bytes(merged),
         bytes_after=_weight_bytes(folder),
     )
-    text = json.dumps(cost.as_dict(), indent=2) + "\n"
+    text = json.dumps(cost.as_dict(), indent=2, allow_nan=False) + "\n"
     (folder / REPORT_FILE).write_text(text, encoding="utf-8")
     (folder / CARD_FILE).write_text(_card(cost, merge, merged_lineage(merged), run), encoding="utf-8")
     return cost

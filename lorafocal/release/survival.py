@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lorafocal.errors import InputError
 
 KEPT_WARNING = 0.9  # share of a layer's delta below which the report warns (row 43)
 _BLOCK = 1 << 18  # entries that are compared at a time: a few megabytes, which stay in a CPU's cache
@@ -31,7 +34,8 @@ class LayerSurvival:
 
 def measure_survival(layer: str, weight: Tensor, delta: Tensor, stored: Tensor) -> LayerSurvival:
     """`LayerSurvival` of one layer; `weight` and `delta` as before the cast, of one shape. Sums are in float64, over
-    blocks, so that little memory is needed. A zero delta is kept."""
+    blocks, so that little memory is needed. A zero delta is kept. Raises InputError for one too large to be
+    measured."""
     squares = along = lost = 0.0
     for before, learned, after in zip(*map(_blocks, (weight, delta, stored)), strict=True):
         change = after.float() - before.to(after.dtype).float()
@@ -40,7 +44,13 @@ def measure_survival(layer: str, weight: Tensor, delta: Tensor, stored: Tensor) 
         lost += _sum((after.float() - (before.float() + learned)).square())
     if squares == 0:
         return LayerSurvival(layer, 1.0, 0.0, 0.0)
-    return LayerSurvival(layer, along / squares, (lost / squares) ** 0.5, squares**0.5)
+    found = LayerSurvival(layer, along / squares, (lost / squares) ** 0.5, squares**0.5)
+    if not all(map(math.isfinite, (found.kept, found.error, found.delta_norm))):
+        raise InputError(
+            f"the adapter changes {layer} by numbers up to {float(delta.abs().max()):.3g}, which no float32 sum of"
+            " squares holds: its file was altered, or its training blew up. Restore it, or use an earlier checkpoint's"
+        )
+    return found
 
 
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:

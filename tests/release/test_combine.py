@@ -98,6 +98,14 @@ def test_the_change_is_the_weighted_sum_of_pefts_own(adapters: dict[str, SavedAd
         assert bool(((delta - wanted[name]).abs() <= 2.0**-24 * scale[name] + 1e-15).all()), name
 
 
+@pytest.mark.parametrize("weight", [1e25, 1e45])
+def test_weights_beyond_what_float32_computes_with_are_refused(
+    adapters: dict[str, SavedAdapter], tmp_path: Path, weight: float
+) -> None:
+    with pytest.raises(InputError, match=r"--weights 1e\+\d+,1: their sum passes what float32 computes with"):
+        combine([adapters["plain"], adapters["patterns"]], [weight, 1.0], tmp_path)
+
+
 def test_a_full_disk_is_the_systems_error_and_named(
     adapters: dict[str, SavedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +223,22 @@ def test_adapters_of_another_base_dtype_or_quantisation_are_refused_by_name(
             with pytest.raises(InputError, match=named) as refusal:
                 added(tmp_path / f"{number}{pair[0] is plain}", pair, [1, 1])
             assert str(stranger.folder) in str(refusal.value)
+
+
+def test_adapters_of_one_base_under_other_configs_are_refused(
+    adapters: dict[str, SavedAdapter], tmp_path: Path
+) -> None:
+    def under(name: str, digest: str | None) -> SavedAdapter:
+        saved = adapters[name]
+        assert saved.lineage is not None
+        return replace(saved, lineage=replace(saved.lineage, base_config_sha256=digest))
+
+    with pytest.raises(InputError, match=r"patterns was trained under another config\.json of its base than .*plain"):
+        added(tmp_path / "refused", [under("plain", "a" * 64), under("patterns", "b" * 64)], [1, 1])
+    combine([under("plain", "a" * 64), under("patterns", None)], [1, 1], tmp_path)
+    combined = lineage_of(tmp_path)
+    assert combined is not None
+    assert combined.base_config_sha256 == "a" * 64
 
 
 @pytest.mark.row("6")

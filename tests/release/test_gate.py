@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -96,11 +97,17 @@ def test_an_adapter_that_learned_nothing_passes_only_without_drift() -> None:
     drifted = report(LIVE, live=REFERENCE)
     assert not drifted.passed
     assert drifted.lost == math.inf
+    assert json.loads(json.dumps(drifted.as_dict(), allow_nan=False))["lost"] is None
 
 
 def test_numbers_that_are_not_finite_fail() -> None:
     with pytest.raises(GateFailure):
         check(report(shifted(math.nan, 0.0, 0.0, 0.0)))
+    beyond = PairLogps(torch.tensor([math.inf, -19.0]), LIVE.rejected)
+    limitless = compare(
+        PAIRS, live=LIVE, reference=beyond, merged=LIVE, served=None, dtype="float32", gate_dtype="float32"
+    )
+    assert not limitless.passed
 
 
 @pytest.mark.row("43")

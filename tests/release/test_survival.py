@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorafocal.errors import InputError
 from lorafocal.release import survival
 from lorafocal.release.survival import LayerSurvival, measure_survival, survival_notes, survival_table
 
@@ -31,6 +32,14 @@ def test_survival_is_the_true_one(std: float, dtype: torch.dtype, monkeypatch: p
     assert found.kept == pytest.approx((((q - base) * d).sum() / d.square().sum()).item(), rel=1e-2)
     assert found.error == pytest.approx(((q - w - d).norm() / d.norm()).item(), rel=1e-2, abs=1e-4)  # float32's own
     assert found.delta_norm == pytest.approx(d.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [1e35, float("inf"), float("nan")])
+def test_a_change_that_cannot_be_measured_is_refused_by_its_layer(value: float) -> None:
+    weight, delta, _ = planted(1e-3, torch.float32)
+    delta[3, 5] = value
+    with pytest.raises(InputError, match=r"the adapter changes mlp\.up by numbers up to .*Restore it"):
+        measure_survival("mlp.up", weight, delta, weight.float() + delta)
 
 
 def test_the_smaller_a_change_the_less_of_it_is_kept_and_none_of_nothing_is_lost() -> None:
