@@ -131,6 +131,7 @@ class GrowingFile:
 @contextlib.contextmanager
 def full_disk_named(place: Path) -> Iterator[None]:
     """Within, a disk without room is an OSError that says where: the file, where the system names it, else `place`.
+    Of two that it names, as of a copy, that is the second.
 
     The system names no file that it has opened before, and safetensors hands its words on in an error of its own.
     """
@@ -140,7 +141,7 @@ def full_disk_named(place: Path) -> Iterator[None]:
         known = error.errno if isinstance(error, OSError) else None
         for code in NO_ROOM:
             if code == known or (known is None and os.strerror(code) in str(error)):
-                name = getattr(error, "filename", None) or str(place)
+                name = getattr(error, "filename2", None) or getattr(error, "filename", None) or str(place)
                 raise OSError(code, os.strerror(code) + _MEANING.get(code, ""), str(name)) from error
         raise
 

@@ -287,6 +287,11 @@ def test_a_full_disk_is_told_with_the_place(
     assert names(tmp_path) == ["lines"]
 
 
+def test_a_full_disk_is_where_a_copy_was_written_not_what_was_copied(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: 'target'"), full_disk_named(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", "source", None, "target")  # as shutil.copyfile does
+
+
 @pytest.mark.parametrize("error", [OSError("cannot load this"), SafetensorError("torn"), OSError(errno.EIO, "bad")])
 def test_no_other_error_is_told_so(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, full_disk_named(tmp_path):

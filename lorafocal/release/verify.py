@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check_files(folder: Path, digest: str | None) -> set[str]:
     """Refuse a bundle with a file that is missing, altered or extra; the files that are there."""
     listed = {name: entry["sha256"] for name, entry in read_json(folder / "manifest.json")["files"].items()}
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = {at.relative_to(folder).as_posix() for at in folder.rglob("*") if at.is_symlink() or not at.is_dir()}
     found = {name for name in found if not name.startswith(OF_A_COPY)} - {"manifest.json"}
     for name in sorted(listed.keys() - found - {PAIRS}):
         raise Refused(f"{name} is missing")

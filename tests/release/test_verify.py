@@ -130,6 +130,10 @@ def test_a_file_missing_altered_or_extra_is_named(bundle: Path, capsys: pytest.C
         code, said = verdict(bundle, capsys)
         assert (code, f"{name} is not in manifest.json" in said) == (1, True)
         (bundle / name).unlink()
+    (bundle / "merged" / "modeling").symlink_to("/etc")  # a folder: what it holds is no file of the bundle
+    code, said = verdict(bundle, capsys)
+    assert (code, "merged/modeling is not in manifest.json" in said) == (1, True)
+    (bundle / "merged" / "modeling").unlink()
     (bundle / "manifest.json").unlink()
     assert verdict(bundle, capsys)[0] == 1
 
