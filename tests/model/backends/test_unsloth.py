@@ -332,6 +332,7 @@ def test_nothing_else_names_it():
 def test_a_config_leads_to_it_before_and_while_loading(saved, imported):
     model = Model(name=saved, dtype="bfloat16", backend="unsloth")
     _begin(model.backend)
-    base = run._load(saved, None, SimpleNamespace(model=model, data=SimpleNamespace(max_length=LONGEST)))
+    config = SimpleNamespace(model=model, data=SimpleNamespace(max_length=LONGEST))
+    base = run._load(saved, None, config, SimpleNamespace(use_cpu=True))
     assert base.backend == "unsloth"
     assert attention_of(attach_lora(base, lora()), torch.device("cpu")).name == "unsloth's own"
