@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -323,28 +322,6 @@ def test_a_process_is_alone_in_a_folder_until_it_ends_however_it_does(tmp_path: 
     with alone_in(tmp_path, "swept"):
         pass
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["removed", "made anew"])
-def test_nobody_is_alone_in_a_folder_that_lost_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
-) -> None:
-    """A start that failed removes the empty folder that it made, between another's opening and locking it."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    lock = fcntl.flock
-
-    def late(handle: int, how: int) -> None:
-        if how != fcntl.LOCK_UN:
-            folder.rmdir()
-            if again:
-                folder.mkdir()
-        lock(handle, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(InputError, match="was replaced by another process just now"), alone_in(folder, "trained in"):
-        pass
-    assert folder.exists() is again
 
 
 def test_a_forked_worker_that_outlives_the_work_keeps_no_folder(tmp_path: Path) -> None:

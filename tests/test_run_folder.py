@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -215,3 +216,25 @@ def test_of_a_rehearsal_nothing_is_kept_to_go_on_from(
     monkeypatch.setattr(run, "train", full)
     with pytest.raises(InputError, match=r"^there: No space left on device; make room there, or name .* TMPDIR$"):
         rehearse(run_config(root), quiet=True)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "made anew"])
+def test_nobody_is_alone_in_a_folder_that_lost_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """A start that failed removes the empty folder that it made, between another's opening and locking it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        if how != fcntl.LOCK_UN:
+            folder.rmdir()
+            if again:
+                folder.mkdir()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(InputError, match="was replaced by another process just now"), alone_in(folder, "trained in"):
+        pass
+    assert folder.exists() is again
