@@ -58,7 +58,8 @@ _CONFIGS = {
 }
 _PAPERS = (
     r"README\.md|lorafocal\.json|training_args\.bin|chat_template\.(jinja|json)|tokenizer(_config)?\.json|merges\.txt"
-    r"|(special_tokens_map|added_tokens)\.json|vocab\.(json|txt)|(tokenizer|spiece|sentencepiece\.bpe)\.model"
+    r"|(special_tokens_map|added_tokens|normalizer|tekken)\.json|vocab\.(json|txt)|[\w.-]+\.(model|spm|tiktoken|codes)"
+    r"|additional_chat_templates"
 )
 
 

@@ -94,6 +94,17 @@ def test_only_an_earlier_save_of_the_same_kind_is_replaced(tmp_path: Path) -> No
     assert files_in(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "name", ["additional_chat_templates", "qwen.tiktoken", "source.spm", "spiece.model", "vocab.txt"]
+)
+def test_whatever_a_tokenizer_leaves_is_part_of_a_save(tmp_path: Path, name: str) -> None:
+    run = trainer(tmp_path / "run", pairs(8), max_steps=1)
+    run.save_model()
+    (tmp_path / "run" / "adapter" / name).mkdir()
+    run.save_model()
+    assert not (tmp_path / "run" / "adapter" / name).exists()
+
+
 def test_a_save_is_repeated_over_itself_and_over_those_of_others(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run", pairs(8), max_steps=1)
     for _ in range(2):
