@@ -246,6 +246,8 @@ def test_generation_works_inside_plain_attention_and_scoring_works_again_after_i
     assert torch.equal(ours, fresh.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=1))
     after = sequence_logps(model, share_prefixes(pairs(3)))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    model.set_attn_implementation("sdpa")  # for good, as the README says
+    assert torch.equal(ours, model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=1))
 
 
 def test_the_attention_comes_back_even_when_something_fails_inside():
