@@ -63,6 +63,7 @@ def test_what_was_measured_is_merged_and_exported(run: SavedRun, tmp_path: Path)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.row("S13")
 @pytest.mark.parametrize(
     "change",
     [
@@ -92,6 +93,7 @@ def test_another_base_s_config_is_told_by_its_log_probs_where_the_lineage_does_n
         merge_adapter(run.adapter, tmp_path / "out")
 
 
+@pytest.mark.row("S13")
 def test_another_vocabulary_or_template_is_refused_by_name(run: SavedRun, tmp_path: Path) -> None:
     template = run.base / "chat_template.jinja"
     before = template.read_text()

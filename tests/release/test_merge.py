@@ -108,6 +108,7 @@ def test_an_untrained_adapter_merges_to_the_base_bit_for_bit(tmp_path: Path) -> 
     assert all(torch.equal(merged[name], base[name]) for name in base)
 
 
+@pytest.mark.row("S13")
 def test_a_base_that_computes_otherwise_by_its_config_is_refused(run: SavedRun, tmp_path: Path) -> None:
     edit_json(run.base / "config.json", rms_norm_eps=0.1)
     with pytest.raises(InputError, match=r"base: the base's config\.json is not the one of training"):
