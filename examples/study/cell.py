@@ -21,7 +21,6 @@ from task import held_out_rows, training_rows, write_rows
 
 from lorafocal.assembly import tokenized
 from lorafocal.config import Config, check_config
-from lorafocal.data.prepare import Part
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import pair_logps, score_pairs
@@ -90,7 +89,7 @@ def run_cell(cell: Cell, place: Place, pairs: Pairs) -> None:
         resume=(place.out / "runs" / cell.name / "manifest.json").exists(),  # a killed one starts over
         quiet=True,
         runs_dir=place.out / "runs",
-        callbacks=partial(_keep, kept),
+        callbacks=lambda config, *parts: partial(_keep, kept, config),
     )
     if summary.interrupted_by is not None:
         raise InputError(f"{cell.name} was stopped; the same command goes on there")
@@ -125,7 +124,7 @@ def _config(
     return check_config(values, source=f"the study's run {name}")
 
 
-def _keep(kept: list[FocalPOTrainer], config: Config, trainer: FocalPOTrainer, data: Mapping[str, Part]) -> tuple[()]:
+def _keep(kept: list[FocalPOTrainer], config: Config, trainer: FocalPOTrainer) -> tuple[()]:
     """Keep the trainer, whose model is measured after; for the permuted control, every step must be one pack."""
     if config.objective.name == permuted.NAME:
         longest = sorted(trainer.data["train_dataset"].pairs, key=_rows_of, reverse=True)
