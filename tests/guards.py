@@ -260,7 +260,7 @@ GUARDS: list[Guard] = [
     Guard("F16", "lorafocal.model.compiled:_check_traced", lambda _: lambda model: None, "tests/model/test_compiled.py::test_fused_functions_that_a_compiler_gets_wrong_are_refused_and_other_models_are_not_tried"),
     # what a report says of a run
     Guard("17", "lorafocal.report.words:displacement", lambda _: lambda record: None, "tests/report/test_words.py::test_chosen_answers_that_fall_more_than_a_nat_get_a_line"),
-    Guard("18", "lorafocal.report.numbers:at", lambda _: lambda series, step: series.values[0] if series.values else None, "tests/report/test_numbers.py::test_the_gap_takes_the_training_loss_logged_by_then"),
+    Guard("18", "lorafocal.report.numbers:loss_gaps", lambda _: lambda lines: [(line, line["eval_loss"] - seen[-1] if (seen := [one["loss"] for one in lines[:n] if "loss" in one]) else None) for n, line in enumerate(lines) if "eval_loss" in line], "tests/report/test_numbers.py::test_the_gap_takes_the_training_loss_since_the_evaluation_before_as_a_run_says_it"),
     # quantised bases
     Guard("9", "lorafocal.model.quantized:check_loaded", lambda _: lambda model, **k: None, "tests/model/test_quantized.py::test_a_base_that_would_stay_mostly_in_float_is_refused_by_name"),
     Guard("9", "lorafocal.model.quantized:settle", lambda _: lambda model: None, "tests/model/test_quantized.py::test_gradients_after_an_evaluation_are_those_before_bit_for_bit"),
