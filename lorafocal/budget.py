@@ -176,14 +176,16 @@ class Retry:
         while True:
             try:
                 return work(batch)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not _ran_out(error):
+                    raise
                 self._shrink(batch, error)
             # Here, not while the exception is handled: until then its frames keep the step's tensors.
             undo()
             self._give_back()
             batch = self.collator(batch.pairs)
 
-    def _shrink(self, batch: StepBatch, error: torch.OutOfMemoryError) -> None:
+    def _shrink(self, batch: StepBatch, error: RuntimeError) -> None:
         rows = max((pack.num_rows for pack in batch.packs), default=1)
         longest = max(map(self.collator.rows_alone, batch.pairs), default=1)
         smaller = max(rows // 2, longest)
@@ -203,3 +205,8 @@ class Retry:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    """Whether memory is what was missing: torch's allocator says so, and cuBLAS, which asks the driver for its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

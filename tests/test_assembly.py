@@ -171,12 +171,12 @@ def test_a_run_on_the_cpu_puts_no_named_model_on_an_accelerator(tmp_path, monkey
     [("zero2", "optimizer"), ("zero3", "none"), ("zero3", "optimizer"), ("zero3", "all"), ("fsdp2", "all")],
 )
 def test_the_plan_knows_where_models_are_loaded(engine: str, offload: str, reference: str) -> None:
-    """A GPU holds nothing before the first step where they are loaded into the machine's memory."""
+    """A process holds its models in one place before the first step, on its GPU or in the machine's memory."""
     args: Any = SimpleNamespace(engine=engine, offload=offload, reference=reference, use_cpu=False)
     setup = Setup(full=True, engine=engine, offload=offload, reference=reference)
-    assert (memory.starting_bytes(Shape.of(causal_lm(tiny_policy()).config.to_dict()), setup) == 0) is (
-        loading_device(args) == torch.device("cpu")
-    )
+    start = memory.starting_bytes(Shape.of(causal_lm(tiny_policy()).config.to_dict()), setup)
+    waits = loading_device(args) == torch.device("cpu")
+    assert (start.on_gpu == 0, start.in_machine > 0) == (waits, waits)
     args.use_cpu = True
     assert loading_device(args) == torch.device("cpu")
 

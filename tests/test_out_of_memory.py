@@ -100,6 +100,27 @@ def test_a_step_that_ran_out_is_done_again_with_the_same_result(tmp_path, monkey
         monkeypatch.undo()
 
 
+def test_cublas_without_memory_for_a_handle_is_told_from_other_errors(tmp_path, monkeypatch, uninterrupted):
+    """It is made in the first product of a thread: of the backward's, after a forward that took all there was."""
+
+    def broken(message: str) -> FocalPOTrainer:
+        run = made(tmp_path)
+        backward, errors = run.engine.backward, [RuntimeError(message)]
+
+        def fails_once(*given: Any, **settings: Any) -> None:
+            if errors:
+                raise errors.pop()
+            backward(*given, **settings)
+
+        monkeypatch.setattr(run.engine, "backward", fails_once)
+        return run
+
+    no_handle = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    check_same(step_of(broken(no_handle)), uninterrupted)
+    with pytest.raises(RuntimeError, match="INVALID_VALUE"):
+        step_of(broken("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"))
+
+
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_what_waited_for_layers_that_were_not_called_is_let_go_before_the_step_is_done_again(
     tmp_path, monkeypatch, evaluated

@@ -376,6 +376,15 @@ def test_offloading_moves_bytes_to_the_machine_and_costs_time():
     assert "in the machine" in states.table()
 
 
+def test_what_all_processes_hold_in_the_machine_while_models_load_is_told():
+    live = ["reference.kind=separate_model", "reference.model=base", "engine.kind=zero3", "engine.offload=all"]
+    waits, loads = (plan(config(*live, *more, file=FULL), "8xA100-40") for more in ((), ("engine.offload=none",)))
+    assert waits.machines[0].loading_bytes == pytest.approx(8 * 2 * 2 * waits.work.shape.parameters, rel=1e-3)
+    assert "while models load" in waits.table()
+    assert loads.machines[0].loading_bytes == 0
+    assert "while models load" not in loads.table()
+
+
 def test_a_model_that_no_gpu_holds_whole_before_it_is_split_is_told():
     shape = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
     large = [f"model.shape.{key}={value}" for key, value in shape.items()]

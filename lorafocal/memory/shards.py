@@ -7,6 +7,7 @@ for their layer's turn and gradients on their way, is bounded by sizes that they
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lorafocal.memory.residents import (
     adapter_bytes,
@@ -67,6 +68,13 @@ class Residents:
     def in_steps(self) -> float:
         """What steps add to that."""
         return self.gradients + self.states + self.gathered + self.exchanged
+
+
+class Starting(NamedTuple):
+    """Bytes of one process before its engine splits anything."""
+
+    on_gpu: float
+    in_machine: float
 
 
 def residents(shape: Shape, setup: Setup, gpus: int = 1) -> Residents:
@@ -140,13 +148,14 @@ def _exchanged_bytes(shape: Shape, setup: Setup) -> float:
     return WIDE * (max(trained_tensors(shape, setup)) + bucket)
 
 
-def starting_bytes(shape: Shape, setup: Setup) -> float:
-    """What every GPU holds before its engine takes the models: all of them whole, but where they are loaded into the
-    machine's memory (`engines.loading_device`)."""
+def starting_bytes(shape: Shape, setup: Setup) -> Starting:
+    """What every process holds before its engine takes the models: all of them whole, on its GPU, or in the machine's
+    memory where they are loaded into that (`engines.loading_device`)."""
+    if setup.engine in WHOLE:
+        return Starting(0, 0)
+    models = weight_bytes(shape, setup) + reference_bytes(shape, setup)
     waits = setup.engine == "zero3" and setup.offload == "all" and setup.reference != "cached"
-    if setup.engine in WHOLE or waits:
-        return 0
-    return weight_bytes(shape, setup) + reference_bytes(shape, setup)
+    return Starting(0, models) if waits else Starting(models, 0)
 
 
 # ---- what is sent -------------------------------------------------------------------------------------------------

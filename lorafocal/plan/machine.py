@@ -53,6 +53,7 @@ class OnMachine:
     budgets: Mapping[str, int]  # token rows that fit, by tier
     packs: int  # of a step, a GPU
     host_bytes: float  # offloaded to the machine's memory, by all GPUs
+    loading_bytes: float  # there before the first step, the models of all processes
     sent_bytes: float  # by a GPU in a step
     speed: Speed | None
 
@@ -82,8 +83,9 @@ def on_machine(work: Work, machine: Machine, tflops: float | None = None, price:
         choice = replace(choice, tokens=work.tokens)
         if not choice.fits and filled > work.longest:
             choice = replace(choice, reason=f"packing.tokens is {work.tokens}, and fewer fit")
-    if (start := memory.starting_bytes(shape, setup) + DRIVER_BYTES) > machine.gpu.memory_bytes:
-        reason = f"before the first step every GPU holds the whole of it, {start / 2**30:.2f} GiB"
+    start = memory.starting_bytes(shape, setup)
+    if (on_gpu := start.on_gpu + DRIVER_BYTES) > machine.gpu.memory_bytes:
+        reason = f"before the first step every GPU holds the whole of it, {on_gpu / 2**30:.2f} GiB"
         choice = replace(choice, fits=False, reason=reason)
     budgets = {tier: max(0, memory.tokens_that_fit(shape, setup, free, tier, least)) for tier in tiers}
     tokens = max(min(choice.tokens, rows), min(choice.tokens, work.longest))
@@ -102,6 +104,7 @@ def on_machine(work: Work, machine: Machine, tflops: float | None = None, price:
         budgets,
         packs,
         held.host * machine.count,
+        start.in_machine * machine.count,
         traffic.beside + traffic.after,
         speed,
     )

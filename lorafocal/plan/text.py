@@ -44,6 +44,9 @@ def _memory(found: OnMachine) -> Iterator[str]:
     yield f"  {'all of it':<20}{found.used / 2**30:>8.2f}   of {limit / 2**30:.2f}{over and ':' + over[2:]}"
     if found.host_bytes:
         yield f"  {'in the machine':<20}{found.host_bytes / 2**30:>8.2f}   of its own memory, what all GPUs offload"
+    if found.loading_bytes:
+        held = "while models load: whole in every process"
+        yield f"  {'':<20}{found.loading_bytes / 2**30:>8.2f}   {held}"
 
 
 def _packs(work: Work, found: OnMachine) -> Iterator[str]:
