@@ -6,17 +6,20 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorafocal import memory
+from lorafocal.arguments import FocalPOConfig
 from lorafocal.config import Config, check_config, load_config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.plan import plan
+from lorafocal.plan.work import work_of
 from tests import plan_table
 from tests.test_configs import BASE, METHODS
 
@@ -411,3 +414,20 @@ def test_the_page_has_what_is_planned():
     text = plan_table.PAGE.read_text(encoding="utf-8")
     assert plan_table.page(text) == text, "write it again: python -m tests.plan_table"
     assert plan_table.table().count("\n") == 2 + 24
+
+
+def test_what_a_config_leaves_open_is_planned_as_the_trainer_takes_it():
+    """The plan reads no transformers, so the trainer's defaults stand in it once more."""
+    bare = {
+        "name": "bare", "model": {"name": "m", "dtype": "bfloat16", "shape": config().model.shape},
+        "adapter": {"r": 8, "alpha": 8}, "data": {"train": "t.jsonl", "held_out": 100, "max_length": 1024},
+        "objective": {"name": "dpo", "beta": 0.1},
+        "reference": {"kind": "disabled_adapter"},
+        "training": {"pairs_per_step": 64, "learning_rate": 1e-5, "eval_strategy": "steps"},
+    }  # fmt: skip
+    defaults = {field.name: field.default for field in fields(FocalPOConfig)}
+    stated = {name: defaults[name] for name in ("num_train_epochs", "logging_steps", "optim")}
+    said = bare | {"training": bare["training"] | stated}
+    assert work_of(check_config(bare), pairs=5_000) == work_of(check_config(said), pairs=5_000)
+    more = bare | {"training": bare["training"] | {"num_train_epochs": 2, "logging_steps": 5}}
+    assert work_of(check_config(bare), pairs=5_000) != work_of(check_config(more), pairs=5_000)
