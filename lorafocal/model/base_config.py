@@ -27,7 +27,7 @@ def config_sha256(config: PreTrainedConfig) -> str:
     """
     try:
         usual = type(config)().to_dict()
-    except (ValueError, TypeError):  # a class without defaults: then all of it counts
+    except Exception:  # noqa: BLE001 a class without defaults, which raises what it likes: then all of it counts
         usual = None
     stated = _otherwise(computed(config.to_dict()), usual)
     content = json.dumps([config.model_type, stated], sort_keys=True, default=str)

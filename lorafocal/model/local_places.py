@@ -46,7 +46,7 @@ def _drop(values: dict[str, Any], settings: PretrainedConfig | GenerationConfig,
     """Take the keys out of `values`; their names, with those of the parts that they stood in."""
     dropped, known = [], _known(settings)
     for key, value in list(values.items()):
-        part = getattr(settings, key, None)
+        part = vars(settings).get(key)  # asked by its name, one that differs between layers would raise
         if isinstance(part, PretrainedConfig) and isinstance(value, dict):
             dropped += _drop(value, part, f"{prefix}{key}.")
         elif key not in known and _names_place(value):

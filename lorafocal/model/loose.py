@@ -85,7 +85,7 @@ def take_out(base: Any) -> None:
     restore_layers(base)
     unfuse(base)
     while layers := {*adapter_layers(base)}:
-        for name, layer in [*base.named_modules(remove_duplicate=False)]:
+        for name, layer in reversed([*base.named_modules(remove_duplicate=False)]):  # while what is around it stands
             if layer in layers and base.get_submodule(name.rpartition(".")[0]) not in layers:
                 own = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else plain_modules(layer)[0]
                 base.set_submodule(name, own)

@@ -66,3 +66,15 @@ def test_parts_of_a_composite_model_count_alike(tmp_path: Path) -> None:
     before, text = read(file), json.loads(file.read_text())["text_config"]
     assert changed(file, text_config=text | {"use_cache": False}) == before
     assert changed(file, text_config=text | {"rms_norm_eps": 0.1}) != before
+
+
+class Undecided(LlamaConfig):
+    def __init__(self, **settings: Any) -> None:
+        if not settings:
+            raise RuntimeError("say a size")
+        super().__init__(**settings)
+
+
+def test_of_a_class_without_defaults_all_counts() -> None:
+    one, other = (Undecided(hidden_size=64, num_attention_heads=4, rms_norm_eps=eps) for eps in (1e-6, 1e-5))
+    assert config_sha256(one) != config_sha256(other)

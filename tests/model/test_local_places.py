@@ -69,6 +69,18 @@ def test_the_parts_of_a_configuration_are_looked_through(tmp_path: Path) -> None
     assert "alice" not in (tmp_path / CONFIG).read_text()
 
 
+class Layered(LlamaConfig):
+    @property
+    def width(self) -> int:
+        """As transformers answers for what differs between layers."""
+        raise RuntimeError("ask the layers")
+
+
+def test_settings_that_differ_between_layers_are_left_alone(tmp_path: Path) -> None:
+    saved(tmp_path, LlamaConfig(width=3), {})
+    assert forget_places(tmp_path, Layered()) == ()
+
+
 @pytest.mark.parametrize("text", [None, "no JSON", "[1]"])
 def test_a_file_without_settings_is_left_alone(tmp_path: Path, text: str | None) -> None:
     LlamaConfig().save_pretrained(tmp_path)

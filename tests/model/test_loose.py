@@ -149,4 +149,5 @@ def test_taken_out_is_what_peft_unloads(settings, tied):
         (name, type(module)) for name, module in unloaded.named_modules()
     ]
     assert vars(ours).keys() == vars(unloaded).keys()
+    assert ours.state_dict().keys() == unloaded.state_dict().keys()
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
