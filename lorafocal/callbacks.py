@@ -127,8 +127,8 @@ class ForgetLaterEvaluations(TrainerCallback):
 def counted_anew(trainer: Any) -> Iterator[None]:
     """Within, `trainer` trains and counts from 0, beside what earlier trainings have done to the same weights.
 
-    A training that ends before it has changed the weights, as where its first step is refused, has not been: counts,
-    log and files are those of before.
+    A training that ends before its first step did, as where that is refused or finds no memory, has not been: counts,
+    log and files are those of before. One that has taken up a checkpoint keeps the checkpoint's counts.
     """
     made = trainer.made
     before = trainer.state, trainer.pairs_seen, copy(trainer.metrics), trainer.compared.state, made.earlier
@@ -141,6 +141,6 @@ def counted_anew(trainer: Any) -> Iterator[None]:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, (MetricsFile, ForgetLaterEvaluations)):
                 callback.called_off()
-        if trainer.pairs_seen == 0:  # no step has passed its checks, and no checkpoint was taken up
+        if 0 in (trainer.state.global_step, trainer.pairs_seen):  # the latter where a checkpoint was not taken up
             trainer.state, trainer.pairs_seen, trainer.metrics, trainer.compared.state, made.earlier = before
         raise

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,23 @@ def test_a_second_training_that_is_refused_has_not_been(tmp_path: Path) -> None:
     assert left_in(tmp_path / "run") == before
     run.evaluate()
     assert len(left_in(tmp_path / "run")["metrics.jsonl"].splitlines()) == len(before["metrics.jsonl"].splitlines()) + 1
+
+
+class NoMemory(TrainerCallback):
+    """Where the optimizer's step would find none, with its gradients all there."""
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError
+
+
+def test_a_second_training_that_ends_within_its_first_step_has_not_been(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", DATA, model=loaded(tmp_path / "base"), peft_config=lora(), objective="sft")
+    run.train()
+    counts = run.lineage()
+    run.add_callback(NoMemory)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.train()
+    assert (run.state.global_step, run.pairs_seen, run.lineage()) == (4, 32, counts)
 
 
 def test_a_first_training_that_is_refused_leaves_no_evaluation(tmp_path: Path) -> None:
