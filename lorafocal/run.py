@@ -46,6 +46,7 @@ from lorafocal.run_folder import (
     STAGES_FILE,
     SWEEP_FILE,
 )
+from lorafocal.saving import check_replaced
 from lorafocal.schema import Adapter
 from lorafocal.together import all_or_none, of_all_ranks
 from lorafocal.trainer import FocalPOTrainer
@@ -115,13 +116,13 @@ def train(
         raise InputError("stages: one run is one stage; `lorafocal.stages.train_stages` trains one after the other")
     say = _speaker(quiet)
     folder = run_folder(runs_dir, config.name)
-    _check_folder(folder, resume)
+    _check_folder(folder, config, resume)
     check_places(config)
     began = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")) if resume else {}
     args = _arguments(config, folder, settled=began.get("settled", {}))
     if note := launch.idle_gpus(torch.cuda.device_count() if args.device.type == "cuda" else 0):
         say(note)
-    with nothing_left_of(folder), claimed(folder, lambda: _check_folder(folder, resume)):
+    with nothing_left_of(folder), claimed(folder, lambda: _check_folder(folder, config, resume)):
         return _train(config, args, began if resume else None, quiet=quiet, inspect=inspect, callbacks=callbacks)
 
 
@@ -179,7 +180,7 @@ def _trained(
         if launch.is_main() and not resume and trainer.state.global_step == 0:
             (folder / MANIFEST_FILE).unlink()  # the first step was refused: the name is free for what is put right
         raise
-    state, made = trainer.state, ADAPTER_DIR if config.adapter is not None else MODEL_DIR
+    state, made = trainer.state, _made(config)
     late = agreed(stop.heard, trainer.args.device)  # in the last step, or in what followed it
     if stop.received is not None and state.global_step < state.max_steps:
         return RunSummary(folder, state.global_step, state.max_steps, {}, made, int(stop.received))
@@ -314,7 +315,12 @@ def full_disk_told(folder: Path) -> Iterator[None]:
         raise FullDisk(f"{place}: {error.strerror}", f"{kept}: {way_out}") from error
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
+def _made(config: Config) -> str:
+    """What a run makes, by the name of its folder."""
+    return ADAPTER_DIR if config.adapter is not None else MODEL_DIR
+
+
+def _check_folder(folder: Path, config: Config, resume: bool) -> None:
     if (folder / SWEEP_FILE).exists():
         raise InputError(
             f"{folder} holds a sweep: give another `name`; to go on with one of its runs, train its config.yaml with"
@@ -327,6 +333,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise InputError(f"{folder} already holds a run: go on with it by --resume, or give another `name`")
     if resume and not taken:
         raise InputError(f"{folder} holds no run to resume; start it without --resume")
+    check_replaced(folder / _made(config), _made(config), "another `name`, or move that away")
 
 
 def _arguments(config: Config, folder: Path, *, settled: Mapping[str, Any] = MappingProxyType({})) -> FocalPOConfig:

@@ -273,15 +273,18 @@ def publish(target: Path, made: Trained, progress: TrainerState, engine: Engine,
     check_name(target.name)
     with all_or_none():
         if launch.is_main():
-            _check_replaced(target, made.folder)
+            check_replaced(target, made.folder)
     engine.rest()
     with published_by_all(target, replace=True, record=False) as folder:
         made.write(folder, progress, engine, **seen)
 
 
-def _check_replaced(target: Path, made: str) -> None:
-    """Refuse (`InputError`) a folder that holds more than an earlier save of the same kind: all in it would be gone."""
-    other = f"another folder (save_model() without one takes {made!r} in output_dir)"
+def check_replaced(target: Path, made: str, other: str | None = None) -> None:
+    """Refuse (`InputError`) a folder that holds more than an earlier save of the same kind: all in it would be gone.
+
+    `other` is what to choose in its place.
+    """
+    other = other or f"another folder (save_model() without one takes {made!r} in output_dir)"
     if (target.parent / RECORD).exists():
         raise InputError(f"{target} is part of a checkpoint, which would be torn; choose {other}")
     weights, papers = _WEIGHTS[made], f"{_CONFIGS[made]}|{_PAPERS}"

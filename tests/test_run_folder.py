@@ -115,6 +115,16 @@ def test_a_new_run_does_not_begin_where_another_just_has(
     assert (tmp_path / "toy" / "manifest.json").read_text() == "{}"
 
 
+def test_what_the_finished_adapter_would_replace_is_found_before_it_is_trained(root: Path, tmp_path: Path) -> None:
+    config = run_config(root)
+    notes = tmp_path / config.name / "adapter" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(InputError, match=r"adapter holds 'notes\.txt'.*; choose another `name`, or move that away"):
+        run.train(config, quiet=True, runs_dir=tmp_path)
+    assert [*notes.parent.parent.rglob("*")] == [notes.parent, notes]
+
+
 def test_a_folder_that_another_process_is_about_to_fill_is_left_to_it(root: Path, tmp_path: Path) -> None:
     (tmp_path / "toy").mkdir()
     with alone_in(tmp_path / "toy", "trained in"), pytest.raises(InputError, match="is being trained in by another"):
