@@ -115,7 +115,7 @@ def build_engine(args: FocalPOConfig) -> Engine:
     """The engine that `args` names, not yet begun."""
     word = str(args.engine)  # settled by now
     if args.offload != "none" and args.device.type == "cuda":  # torchrun leaves one thread to what a processor steps
-        set_num_threads(max(get_num_threads(), (os.cpu_count() or 1) // launch.local_world_size()))
+        set_num_threads(max(get_num_threads(), len(os.sched_getaffinity(0)) // launch.local_world_size()))
     if word.startswith("zero"):
         from lorafocal.engines.zero import Zero
 
