@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from lorafocal.compatibility import ENGINES, engine_refusal
@@ -270,8 +270,9 @@ def leave(code: int) -> NoReturn:
     """
     if (group := _joined()) is not None and "nccl" in str(group.get_backend_config()):
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
     shutdown()
     sys.exit(code)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -220,14 +223,16 @@ def test_over_nccl_a_process_that_failed_waits_for_nobody(monkeypatch: pytest.Mo
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with monkeypatch.context() as patch:
         patch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
-        with pytest.raises(SystemExit):
-            launch.leave(2)
+        for stdout in (sys.stdout, None, SimpleNamespace(flush=Mock(side_effect=BrokenPipeError))):
+            patch.setattr(sys, "stdout", stdout)
+            with pytest.raises(SystemExit):
+                launch.leave(2)
     assert dist.is_initialized()
     with pytest.raises(SystemExit) as over_gloo:
         launch.leave(3)
     assert over_gloo.value.code == 3
     assert not dist.is_initialized()
-    assert ended == [2]
+    assert ended == [2] * 3
 
 
 @pytest.mark.parametrize(

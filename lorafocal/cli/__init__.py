@@ -110,9 +110,11 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(prog_name="lorafocal")
-    except SystemExit:  # as all ranks agreed
-        launch.shutdown()
-        raise
+    except SystemExit as end:
+        if not isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):  # as typer hands it on
+            launch.shutdown()  # as all ranks agreed
+            raise
+        code = 130
     except BaseException as error:  # noqa: BLE001 whatever it is, the process ends by it
         code = _ended_by(error)
     launch.leave(code)  # the error is let go of by now, and with it the trainer

@@ -373,6 +373,17 @@ def test_a_library_s_error_that_is_not_the_system_s_keeps_its_traceback(
 
 
 @pytest.mark.usefixtures("adapters")
+def test_an_interruption_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks may not have heard the signal: over NCCL a farewell would wait for them."""
+    left: list[int] = []
+    stand_in(monkeypatch, "release.merge", "merge_adapter", KeyboardInterrupt())
+    monkeypatch.setattr(sys, "argv", ["lorafocal", "merge", "one", "--out", "x"])
+    monkeypatch.setattr(cli.launch, "leave", left.append)
+    cli.main()
+    assert left == [130]
+
+
+@pytest.mark.usefixtures("adapters")
 def test_a_device_without_memory_is_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
