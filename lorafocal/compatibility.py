@@ -32,6 +32,7 @@ REFERENCES = (
 REFERENCE_KINDS = tuple(word for word in REFERENCES if word not in ("none", "moving-soft"))
 LAYOUTS = ("packed", "padded")
 ENGINES = ("one-process", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+SPLIT_WEIGHTS = ("zero3", "fsdp2")
 # What an engine can keep in the machine's memory, beside nothing: the optimiser's states, or all that it splits.
 OFFLOADS = {"zero1": ("optimizer",), "zero2": ("optimizer",), "zero3": ("optimizer", "all"), "fsdp2": ("all",)}
 
@@ -276,7 +277,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "moving-split",
         "engine",
-        lambda cell: {cell.engine} & {"zero3", "fsdp2"} if cell.reference in ("moving", "moving-soft") else (),
+        lambda cell: {cell.engine} & {*SPLIT_WEIGHTS} if cell.reference in ("moving", "moving-soft") else (),
         "under {found}, adapters are split over processes, and a reference that moves is exchanged whole",
         "hold adapters whole (`ddp`, `zero1` or `zero2`), or keep the reference where it is (`frozen_copy`)",
     ),

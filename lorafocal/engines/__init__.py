@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lorafocal import launch
 from lorafocal.engines.whole import Whole
+from lorafocal.memory.shards import waits
 
 if TYPE_CHECKING:
     from lorafocal.arguments import FocalPOConfig
@@ -102,13 +103,8 @@ class Engine(Protocol):
 
 
 def loading_device(args: FocalPOConfig) -> device | None:
-    """Where models are loaded; None for this rank's own device.
-
-    What ZeRO-3 keeps in the machine's memory waits there from the start, so that no GPU has to hold it whole; not where
-    a stored reference is looked up, which a live pass of its own device is compared with.
-    """
-    waits = args.engine == "zero3" and args.offload == "all" and args.reference != "cached"
-    return device("cpu") if args.use_cpu or waits else None
+    """Where models are loaded; None for this rank's own device."""
+    return device("cpu") if args.use_cpu or waits(str(args.engine), args.offload, args.reference) else None
 
 
 def build_engine(args: FocalPOConfig) -> Engine:

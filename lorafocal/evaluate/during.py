@@ -26,6 +26,7 @@ from transformers import (
 
 from lorafocal import launch
 from lorafocal.arguments import FocalPOConfig
+from lorafocal.compatibility import SPLIT_WEIGHTS
 from lorafocal.config import Config
 from lorafocal.data.prepare import Part
 from lorafocal.errors import InputError
@@ -46,7 +47,7 @@ from lorafocal.publish import public_name, text_sha256
 from lorafocal.report.read import RunRecord
 from lorafocal.report.words import answers_fell
 from lorafocal.run import Watchers, no_watchers
-from lorafocal.schema import NO_ANSWERS, SPLIT_WEIGHTS, Evaluation
+from lorafocal.schema import NO_ANSWERS, Evaluation
 from lorafocal.together import all_or_none, of_all_ranks
 from lorafocal.trainer import FocalPOTrainer
 

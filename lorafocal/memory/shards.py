@@ -148,14 +148,19 @@ def _exchanged_bytes(shape: Shape, setup: Setup) -> float:
     return WIDE * (max(trained_tensors(shape, setup)) + bucket)
 
 
+def waits(engine: str, offload: str, reference: str | None) -> bool:
+    """Whether models are loaded into the machine's memory, so that no GPU has to hold one whole: ZeRO-3 keeps them
+    there. Not where a stored reference is looked up, which a live pass of its own device is compared with."""
+    return engine == "zero3" and offload == "all" and reference != "cached"
+
+
 def starting_bytes(shape: Shape, setup: Setup) -> Starting:
-    """What every process holds before its engine takes the models: all of them whole, on its GPU, or in the machine's
-    memory where they are loaded into that (`engines.loading_device`)."""
+    """What every process holds before its engine takes the models: all of them whole."""
     if setup.engine in WHOLE:
         return Starting(0, 0)
     models = weight_bytes(shape, setup) + reference_bytes(shape, setup)
-    waits = setup.engine == "zero3" and setup.offload == "all" and setup.reference != "cached"
-    return Starting(0, models) if waits else Starting(models, 0)
+    in_machine = waits(setup.engine, setup.offload, setup.reference)
+    return Starting(0, models) if in_machine else Starting(models, 0)
 
 
 # ---- what is sent -------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def traffic(shape: Shape, setup: Setup, gpus: int, packs: int, *, forwards: int 
     sent = (gpus - 1) / gpus
     trained, weights = WIDE * adapter_parameters(shape, setup), weight_bytes(shape, setup)
     passes = packs * (2 + forwards + (setup.reference == "separate_model"))
-    if setup.engine in ("zero3", "fsdp2"):
+    if SHARING[setup.engine].weights:
         beside, after = sent * (passes * weights + packs * trained), 0.0
     elif setup.engine in WHOLE:
         beside, after = 2 * sent * trained, 0.0

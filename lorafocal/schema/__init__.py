@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from lorafocal import recipes
-from lorafocal.compatibility import Cell, adapter_words, guide_refusal, verdict
+from lorafocal.compatibility import SPLIT_WEIGHTS, Cell, adapter_words, guide_refusal, verdict
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.objectives.factor import FORMS
 from lorafocal.references.strategy import refusals
@@ -44,7 +44,6 @@ _PART_OF_A_CELL = {
 }  # fmt: skip
 
 
-SPLIT_WEIGHTS = ("zero3", "fsdp2")
 NO_ANSWERS = (
     "{engine} splits the weights, and a process cannot write answers with its part alone: use ddp, zero1 or zero2, or"
     " leave this out and evaluate what the run makes by `lorafocal generate`"
