@@ -235,7 +235,9 @@ RULES: dict[str, FieldRule] = {
     "parallelism_config": _refused(None, engine_refusal("a parallelism config")),
     # read by example scripts only
     "do_train": _refused(False, f"{_SCRIPT}; a run trains"),
-    "do_eval": _refused(False, f"{_SCRIPT}; use eval_strategy"),
+    "do_eval": _refused(
+        False, f"{_SCRIPT}; use eval_strategy (in a copy of a config that evaluates, say do_eval=False too)"
+    ),
     "do_predict": _refused(False, f"{_SCRIPT}; use `lorafocal score`"),
 }
 

@@ -255,6 +255,10 @@ def test_a_copy_is_checked_as_a_new_config(tmp_path):
         config(tmp_path, accelerator_config={"split_batches": True})
     with pytest.raises(InputError, match="do_eval: found True"):
         config(tmp_path, do_eval=True)
+    evaluates = config(tmp_path, eval_strategy="epoch")
+    with pytest.raises(InputError, match="say do_eval=False too"):
+        dataclasses.replace(evaluates, eval_strategy="no")
+    assert dataclasses.replace(evaluates, eval_strategy="no", do_eval=False) == config(tmp_path)
 
 
 def test_an_engine_s_own_deepspeed_config_is_nobody_s_choice(tmp_path):

@@ -119,7 +119,7 @@ def read_result(path: Path) -> Result:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); an evaluation writes it by --out") from error
     if not isinstance(record, dict) or "benchmark" not in record:
         raise InputError(f"{path} is not a result: it has no key benchmark. An evaluation writes results by --out")

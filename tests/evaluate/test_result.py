@@ -76,7 +76,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     with pytest.raises(InputError, match="cannot be read"):
         read_result(path)
-    for text, message in (("{", "not JSON"), ("[]", "no key benchmark"), ('{"benchmark": "rule"}', "format is None")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "no key benchmark"),
+        ('{"benchmark": "rule"}', "format is None"),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_result(path)
