@@ -18,6 +18,7 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 from lorafocal.model.loose import check_not_loose
+from lorafocal.publish import file_in_the_way
 
 
 class Given(NamedTuple):
@@ -37,7 +38,8 @@ def as_given(
             f"args is {_kind(args)}: give a FocalPOConfig; `lorafocal.compat.trl.focalpo_config` makes one of trl's"
             " DPOConfig"
         )
-    _check_folder(Path(str(args.output_dir)))
+    if file := file_in_the_way(output := Path(str(args.output_dir))):
+        raise InputError(f"output_dir is {output}, but {file} is a file: give a folder's name that is free")
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         inner = hasattr(processing_class, "tokenizer")
         raise InputError(
@@ -73,12 +75,6 @@ def check_model(model: object, argument: str, policy: object = None) -> None:
             f"{argument} is {type(base).__name__}, which has no language modelling head, so it gives no tokens a"
             " probability: load it by `lorafocal.load_base(name)` or `AutoModelForCausalLM.from_pretrained(name)`"
         )
-
-
-def _check_folder(output: Path) -> None:
-    """Refuse a place where no folder can be made."""
-    if file := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
-        raise InputError(f"output_dir is {output}, but {file} is a file: give a folder's name that is free")
 
 
 def _kind(value: object) -> str:

@@ -299,6 +299,11 @@ def _is_plain(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
+def file_in_the_way(folder: Path) -> Path | None:
+    """What is there and no folder, of `folder` and those above it: then it cannot be made."""
+    return next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None)
+
+
 def check_free(target: Path, replace: bool = False) -> None:
     """Refuse (`InputError`) a target that is a link or a file, or that exists and is not to be replaced."""
     _refuse_link(target)

@@ -35,7 +35,7 @@ from lorafocal.model.load import check_place, check_same_tokens, load_base, load
 from lorafocal.model.quantized import describe
 from lorafocal.model.starts import lora_config
 from lorafocal.progress import ProgressLine, tell
-from lorafocal.publish import alone_in, full_disk_named, inside, recover, write_atomically
+from lorafocal.publish import alone_in, file_in_the_way, full_disk_named, inside, recover, write_atomically
 from lorafocal.resume import changes, check_resumable
 from lorafocal.run_folder import (
     ADAPTER_CONFIG,
@@ -264,9 +264,8 @@ def check_places(config: Config) -> None:
 def run_folder(runs_dir: Path, name: str) -> Path:
     """The folder `runs_dir`/`name`. Raises InputError where there can be none."""
     folder = inside(runs_dir, name)
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        raise InputError(f"{folder} cannot be made, because {there} is a file: give another `name`, or another --runs")
+    if file := file_in_the_way(folder):
+        raise InputError(f"{folder} cannot be made, because {file} is a file: give another `name`, or another --runs")
     return folder
 
 
