@@ -252,7 +252,8 @@ def prepare_layers(scorers: Sequence[PeftModel], args: FocalPOConfig, pairs: Seq
         set_heads(model, load(args.elementwise_kernels), budget.head_rows)
     if layout.reason and args.process_index == 0:
         logger.warning("training padded, each prompt twice: %s", layout.reason)
-    bucket, compiled = compile_packed(policy, args, layout.layout, budget.tokens)
+    most = max([budget.tokens, *(pair.shared_length for pair in pairs)])  # rows: a pack may be one longer pair
+    bucket, compiled = compile_packed(policy, args, layout.layout, most)
     words |= {"attention": str(attention_of(policy, args.device)), "compiled": compiled}
     return Prepared(budget, layout, bucket, words)
 
@@ -299,11 +300,12 @@ def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
     )
 
 
-def compile_packed(policy: nn.Module, args: FocalPOConfig, layout: str, tokens: int) -> tuple[int, str]:
-    """Compile the decoder layers where that is asked for and can be: the bucket of packed rows, and what was done."""
+def compile_packed(policy: nn.Module, args: FocalPOConfig, layout: str, most: int) -> tuple[int, str]:
+    """Compile the decoder layers where that is asked for and can be, for packs of up to `most` rows: the bucket of
+    packed rows, and what was done."""
     if not args.compile_layers:
         return 1, "no"
-    bucket = bucket_of(tokens)
+    bucket = bucket_of(most)
     if layout != "packed":
         reason: str | None = "rows are padded"
     elif args.engine == "zero3":

@@ -121,6 +121,14 @@ def test_graphs_that_round_otherwise_without_gradients_are_not_taken_for_another
         made(tmp_path / "off").train()
 
 
+def test_lengths_are_few_where_a_pair_is_longer_than_a_pack(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(assembly, "bucket_of", lambda most: asked.append(most) or BUCKET)
+    made(tmp_path, tokens_per_pack=8)
+    made(tmp_path, tokens_per_pack=64)
+    assert asked == [max(pair.shared_length for pair in DATA + HELD_OUT), 64]
+
+
 @pytest.mark.engine
 def test_a_step_that_ran_out_of_memory_is_packed_again_in_whole_buckets(tmp_path, monkeypatch):
     settings = {"tokens_per_pack": 4 * BUCKET}

@@ -28,10 +28,10 @@ MOST_GRAPHS = 64
 BUCKET, LENGTHS = 256, 16  # of packs, in token rows: their smallest bucket, and how many lengths they may have
 
 
-def bucket_of(tokens: int) -> int:
-    """What packs of up to `tokens` rows are rounded up to: few lengths, of three graphs each; of a full pack 3 % are
+def bucket_of(most: int) -> int:
+    """What packs of up to `most` rows are rounded up to: few lengths, of three graphs each; of a full pack 3 % are
     filler on average."""
-    return max(1, -(-tokens // (LENGTHS * BUCKET))) * BUCKET
+    return max(1, -(-most // (LENGTHS * BUCKET))) * BUCKET
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
