@@ -61,6 +61,8 @@ _BEST = "the run ends with the last step's adapter; compare checkpoints with `lo
 _COMPILE = "attention takes segment bounds from the host, so each pack would be its own graph; nothing replaces it"
 _HALF = "half precision overflows in preference losses (NaN, or loss 0 after a step); use bfloat16 or float32"
 _SCRIPT = "only example scripts of transformers read it"
+_FSDP = "the config's engine says it: engine.kind: fsdp2 (FocalPOConfig: engine='fsdp2')"
+_NO_FSDP = {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False}  # earlier transformers
 _OF_BITSANDBYTES = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd", *_OF_BITSANDBYTES)
 _LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
@@ -229,8 +231,8 @@ RULES: dict[str, FieldRule] = {
     "ddp_backend": _supported(),
     "ddp_timeout": _supported(),
     "ddp_static_graph": _refused(None, "the number of packs changes from step to step, so the graph is not static"),
-    "fsdp": _refused(None, "the config's engine says it: engine.kind: fsdp2 (FocalPOConfig: engine='fsdp2')"),
-    "fsdp_config": _refused(None, "the config's engine says it: engine.kind: fsdp2 (FocalPOConfig: engine='fsdp2')"),
+    "fsdp": _refused(None, _FSDP, []),
+    "fsdp_config": _refused(None, _FSDP, _NO_FSDP),
     "deepspeed": _refused(None, "the config's engine says it: engine.kind: zero3 (FocalPOConfig: engine='zero3')"),
     "parallelism_config": _refused(None, engine_refusal("a parallelism config")),
     # read by example scripts only

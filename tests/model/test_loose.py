@@ -148,6 +148,6 @@ def test_taken_out_is_what_peft_unloads(settings, tied):
     assert [(name, type(module)) for name, module in ours.named_modules()] == [
         (name, type(module)) for name, module in unloaded.named_modules()
     ]
-    assert vars(ours).keys() == vars(unloaded).keys()
+    assert vars(ours).keys() == vars(unloaded).keys() - {"peft_config"}  # that PEFT 0.18 leaves behind
     assert ours.state_dict().keys() == unloaded.state_dict().keys()
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied

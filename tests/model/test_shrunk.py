@@ -38,7 +38,7 @@ def test_the_architecture_is_kept(kind: str) -> None:
     assert small.vocab_size == 64
     assert small.num_hidden_layers >= 2
     with torch.no_grad():
-        assert model(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
+        assert model.eval()(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
     with torch.device("meta"):
         real = module.AutoModelForCausalLM.from_config(config)
     assert {type(part) for part in real.modules()} == {type(part) for part in model.modules()}
@@ -95,7 +95,7 @@ def test_rotations_fit_the_smaller_heads() -> None:
     _, small, model = tiny("phi3", rope_parameters=longrope, max_position_embeddings=131072)
     half = small.hidden_size // small.num_attention_heads // 2
     assert len(small.rope_parameters["short_factor"]) == len(small.rope_parameters["long_factor"]) == half
-    assert model(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
+    assert model.eval()(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
     llama3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     llama3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     _, small, _ = tiny("llama", rope_parameters=llama3)
@@ -112,7 +112,7 @@ def test_tied_embeddings_stay_tied() -> None:
 def test_of_an_image_text_model_both_parts_are_small(kind: str) -> None:
     _, small, model = tiny(kind)
     assert small.get_text_config().hidden_size <= 128
-    assert model(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
+    assert model.eval()(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
 
 
 def test_what_cannot_be_made_small_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,8 +150,8 @@ def test_a_capped_softmax_stays_in_fp32_under_autocast():
 
 
 def test_the_stand_in_has_the_kernels_exact_signature():
-    """That of torch 2.13; an older kernel has a part of it."""
-    from torch.nn.attention.varlen import varlen_attn
+    """That of torch 2.13; an older kernel has a part of it, and torch 2.9 none."""
+    varlen_attn = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
 
     def shape(function):
         parameters = inspect.signature(function).parameters.values()

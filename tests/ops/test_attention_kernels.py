@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import textwrap
 from types import ModuleType
@@ -26,6 +27,9 @@ from lorafocal.ops.attention_kernels import (
 from lorafocal.ops.plain_attention import softmax_attention
 
 CPU = torch.device("cpu")
+HAS_VARLEN = pytest.mark.skipif(
+    importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="torch 2.10 is the first that has it"
+)
 
 
 def attention(q, k, v, q_bounds, k_bounds, *, scale, left=-1, top_left=False, softcap=None, sinks=None):
@@ -223,12 +227,14 @@ def test_a_kernel_that_the_card_does_not_run_is_passed_over(monkeypatch):
     assert "does not run here: FlashAttention only supports Ampere GPUs or newer. more lines" in choice.reason
 
 
+@HAS_VARLEN
 def test_torchs_own_kernel_does_not_run_on_a_cpu_and_says_so():
     choice = first(torch_varlen)
     assert choice.function is None
     assert f"torch {torch.__version__} varlen does not run here" in choice.reason
 
 
+@HAS_VARLEN
 @pytest.mark.parametrize(
     ("needs", "name", "passed"),
     [
@@ -244,6 +250,7 @@ def test_caps_and_sinks_get_the_kernel_that_has_them(needs, name, passed, monkey
     assert passed in choice.reason
 
 
+@HAS_VARLEN
 def test_without_such_a_kernel_caps_and_sinks_are_written_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     choice = first(torch_varlen, flash_attn_2, needs=Needs(softcap=True))
