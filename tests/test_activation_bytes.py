@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -312,6 +313,7 @@ def check_peak(asked: Setup, tier: str, sizes: dict[str, Any] = MID) -> None:
 @contextmanager
 def on_gpu(policy: nn.Module) -> Iterator[Callable[[], int]]:
     """Within, a call tells the most bytes allocated since the beginning, beside what was there then."""
+    gc.collect()  # an earlier test's policy is held by cycles: freed within, it would be missing from the peak
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
