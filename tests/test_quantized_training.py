@@ -245,3 +245,17 @@ def test_on_a_gpu_evaluations_do_not_change_a_run(tmp_path, wider, word):
     ours, theirs = weights(evaluated), weights(plain)
     for name, tensor in theirs.items():  # kernels may add in another order from run to run
         torch.testing.assert_close(ours[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.row("9")
+@pytest.mark.parametrize("word", ["nf4", "int8"])
+@pytest.mark.parametrize("use_dora", [False, True])  # DoRA's start asks the layers for their values before they move
+@pytest.mark.parametrize(("loaded", "trained"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_base_that_was_loaded_elsewhere_moves_to_the_runs_device(tmp_path, base, word, use_dora, loaded, trained):
+    model = load_base(base, dtype="float32", quantization=word, device=torch.device(loaded))
+    adapter, use_cpu = lora(use_dora=use_dora), trained == "cpu"
+    run = trainer(tmp_path, pairs(4), model=model, peft_config=adapter, max_steps=1, use_cpu=use_cpu)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(FIRST_LOSS, abs=5e-7)
+    assert {parameter.device.type for parameter in run.model.parameters()} == {trained}

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lorafocal.errors import InputError
 from lorafocal.model.master import hold_alike, hold_masters
+from lorafocal.model.quantized import to_device
 from lorafocal.optimizers import states_of_bitsandbytes
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Whole:
         self._world = args.world_size
 
     def place(self, model: nn.Module, device: torch.device) -> None:
-        model.to(device)
+        to_device(model, device)
 
     def begin(self, trainer: FocalPOTrainer) -> None:
         self._policy = trainer.model

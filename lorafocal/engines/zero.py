@@ -31,6 +31,7 @@ from lorafocal.memory.shards import BUCKET_ENTRIES
 from lorafocal.model.adapters import adapter_layers
 from lorafocal.model.compiled import decoder_layers
 from lorafocal.model.master import arithmetic_of, check_one_width
+from lorafocal.model.quantized import to_device
 from lorafocal.together import greatest
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Zero:
         load_whole()
         _set_environment(_LAUNCHED_FOR_DEEPSPEED, self._launched)  # accelerate leaves its own there
         if not self._on_host:
-            model.to(device)
+            to_device(model, device)
 
     def begin(self, trainer: FocalPOTrainer) -> None:
         if self._engine is not None:

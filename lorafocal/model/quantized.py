@@ -137,6 +137,18 @@ def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Move a model; `nn.Module.to` leaves where they were the codes and scales that an 8-bit layer computes with."""
+    model.to(device)
+    for layer in filter(_is_eight_bit, model.modules()):
+        holders: tuple[Any, ...] = (layer.weight, layer.state)  # the second from the first forward on
+        for holder in holders:
+            if getattr(holder, "CB", None) is not None:
+                holder.CB = layer.weight.data
+            if getattr(holder, "SCB", None) is not None:
+                holder.SCB = holder.SCB.to(device)
+
+
 def settle(model: nn.Module) -> None:
     """Make the quantised layers of `model` compute one thing, in training and evaluation, alone and in a pack.
 
