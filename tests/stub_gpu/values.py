@@ -66,7 +66,15 @@ def log_sigmoid_backward(upstream: Tensor, x: Tensor, buffer: Tensor) -> Tensor:
     return (upstream.double() * torch.sigmoid(-x.double())).to(x.dtype)
 
 
-WRITTEN_OUT: Mapping[str, Callable[..., Any]] = OF_ATTENTION | {"log_sigmoid_backward": log_sigmoid_backward}
+def histc(x: Tensor, *of_bins: Any) -> Tensor:
+    """A CPU's own takes no integers, in which the experts of tokens are counted."""
+    return torch.histc(x.double(), *of_bins).to(x.dtype)
+
+
+WRITTEN_OUT: Mapping[str, Callable[..., Any]] = OF_ATTENTION | {
+    "histc": histc,
+    "log_sigmoid_backward": log_sigmoid_backward,
+}
 
 
 class Values(TorchDispatchMode):
