@@ -50,12 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def base_in(word: str, folder: str) -> PreTrainedModel:
+def base_in(word: str, folder: str, device: str = "cpu") -> PreTrainedModel:
     """The tiny base in float32 or bfloat16, or quantised; quantised ones compute in float32 unless the word says so."""
     held, _, dtype = word.partition(" in ")
     if held in ("float32", "bfloat16"):
-        return load_base(folder, dtype=held)
-    return load_base(folder, dtype=dtype or "float32", quantization=held)
+        return load_base(folder, dtype=held, device=torch.device(device))
+    return load_base(folder, dtype=dtype or "float32", quantization=held, device=torch.device(device))
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def test_a_cell_trains_as_pefts_own_forward_would_on_a_gpu(
     tmp_path: Path, folder: str, base: str, adapter: str, reference: str, layout: str
 ) -> None:
     """There bitsandbytes rounds what an 8-bit layer reads, too, so the rounded twin has the quantised layers itself."""
-    run = trained(tmp_path, base_in(base, folder), adapter, reference, layout=layout, use_cpu=False)
+    run = trained(tmp_path, base_in(base, folder, "cuda"), adapter, reference, layout=layout, use_cpu=False)
     assert run.losses[0] == pytest.approx(identity_loss(0.05), abs=1e-6)
-    held = base_in(base, folder)
+    held = base_in(base, folder, "cuda")
     check_against_twin(run, (as_float(held, torch.float64), held), adapter, reference)
