@@ -17,6 +17,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # Models in the tests are tiny: a second thread only gets in the way of the second worker.
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -q
+# What is not for a GPU sees none: with one in sight torch trains in no forked process, and bases would lie there.
+test test-fast test-engine test-lowest guards: export CUDA_VISIBLE_DEVICES :=
 
 .PHONY: help install quickstart study test test-fast test-engine test-gpu test-lowest guards lint types wheel wheel-check bench bench-gpu
 
@@ -53,7 +55,7 @@ quickstart: $(STAMP) ## train, evaluate, merge and check a tiny model; prints a 
 study: $(STAMP) ## whether FocalPO's weighting helps: 507 tiny trainings, compared on one page (within an hour)
 	$(BIN)/python examples/study/run.py
 
-test: $(STAMP) $(WHEELS) ## the whole suite, offline
+test: $(STAMP) $(WHEELS) ## the whole suite, offline, on CPUs (test-gpu: what needs a GPU)
 	$(PYTEST) -n 2 --dist worksteal
 
 test-fast: $(STAMP) $(WHEELS) ## the working loop: all but slow tests

@@ -62,7 +62,8 @@ _COMPILE = "attention takes segment bounds from the host, so each pack would be 
 _HALF = "half precision overflows in preference losses (NaN, or loss 0 after a step); use bfloat16 or float32"
 _SCRIPT = "only example scripts of transformers read it"
 _FSDP = "the config's engine says it: engine.kind: fsdp2 (FocalPOConfig: engine='fsdp2')"
-_NO_FSDP = {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False}  # earlier transformers
+# What transformers 5.5 makes of None.
+_NO_FSDP = {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False}
 _OF_BITSANDBYTES = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd", *_OF_BITSANDBYTES)
 _LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
