@@ -103,20 +103,29 @@ def _check_traced(model: nn.Module) -> None:
     if not stand_ins:
         return
     how = base_dtype(model), next(model.parameters()).device
-    apart = [0.0]
-    for stand_in in stand_ins:
-        if isinstance(stand_in, FusedNorm):
-            apart.append(traced_norm(stand_in.functions, *how))
-        elif isinstance(stand_in, FusedLinear):
-            apart.append(traced_linears(*how))
-        elif isinstance(stand_in, FusedMlp):
-            apart.append(traced_mlp(stand_in.gated, stand_in.recompute, *how))
-    if not max(apart) <= TOLERANCE[how[0]]:
+    way_out = "use kernels.compile: false, or kernels.adapters: peft"
+    try:
+        apart = max(_traced_apart(stand_in, *how) for stand_in in stand_ins)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise InputError(
+            f"kernels.compile: torch {torch.__version__} cannot compile fused functions (2.10 and later can): {way_out}"
+        ) from error
+    if not apart <= TOLERANCE[how[0]]:
         raise InputError(
             f"kernels.compile: torch {torch.__version__} compiles fused functions into something else (values or"
-            f" gradients are off by {max(apart):.2g}): use kernels.compile: false, or kernels.adapters: peft, and"
-            " report the versions"
+            f" gradients are off by {apart:.2g}): {way_out}, and report the versions"
         )
+
+
+def _traced_apart(stand_in: StandIn, dtype: torch.dtype, device: torch.device) -> float:
+    """How far compiling leads a stand-in's functions from themselves."""
+    if isinstance(stand_in, FusedNorm):
+        return traced_norm(stand_in.functions, dtype, device)
+    if isinstance(stand_in, FusedLinear):
+        return traced_linears(dtype, device)
+    if isinstance(stand_in, FusedMlp):
+        return traced_mlp(stand_in.gated, stand_in.recompute, dtype, device)
+    return 0.0
 
 
 def _allow_graphs() -> None:

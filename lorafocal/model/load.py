@@ -65,7 +65,7 @@ def load_tokenizer(name: str, revision: str | None = None, *, key: str = "model.
     check_place(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last for a package that its kind of file needs
         raise InputError(f"{key}: {_not_found('tokenizer', name, error)}") from error
 
 

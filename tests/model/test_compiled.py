@@ -129,6 +129,21 @@ def test_fused_functions_that_a_compiler_gets_wrong_are_refused_and_other_models
     assert not is_compiled(policy)
 
 
+@pytest.mark.row("F16")
+def test_a_torch_that_cannot_compile_fused_functions_is_told_with_the_way_out(monkeypatch):
+    """As torch 2.9, whose own check of the graph fails."""
+
+    def fails(*_: object) -> float:
+        raise torch._dynamo.exc.TorchDynamoException("a graph with fill_")
+
+    monkeypatch.setattr(compiled, "traced_linears", fails)
+    policy = policy_for_packs()
+    fuse(policy, recompute="none")
+    with pytest.raises(InputError, match=r"kernels\.compile: torch .* cannot compile fused .* kernels\.compile: false"):
+        compile_layers(policy, BUCKET, backend="eager")
+    assert not is_compiled(policy)
+
+
 @pytest.mark.engine
 def test_layers_that_are_computed_again_compile_too():
     policy = policy_for_packs(dtype=torch.float64)

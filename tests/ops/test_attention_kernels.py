@@ -240,7 +240,7 @@ def test_torchs_own_kernel_does_not_run_on_a_cpu_and_says_so():
     [
         (Needs(softcap=True), "flash-attn 2.8.3", "varlen has no soft-capped scores"),
         (Needs(sinks=True), "flash-attn 4", "flash-attn 2.8.3 has no sinks"),
-        (Needs(window=True, softcap=True, sinks=True), "flash-attn 4", "varlen has no soft-capped scores, sinks"),
+        (Needs(window=True, softcap=True, sinks=True), "flash-attn 4", "soft-capped scores, sinks; flash"),
     ],
 )
 def test_caps_and_sinks_get_the_kernel_that_has_them(needs, name, passed, monkeypatch):
