@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -40,6 +41,7 @@ def _forked(work: Callable[[int], None], rank: int, world: int, meeting: Path, w
         return child
     code = 1
     try:
+        torch.set_num_threads(torch.get_num_threads())  # makes the pool anew, before several threads do so at once
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
         dist.init_process_group(
