@@ -85,6 +85,7 @@ class Sharded(Whole):
         else:
             split(policy, **self._how)
         trainer.accelerator.prepare_model = _as_it_is  # accelerate would wrap it in DDP, or refuse it
+        trainer.accelerator.clip_grad_norm_ = _with_whole_norm(trainer.accelerator.clip_grad_norm_)
         # A pack's log-probs are a view, into which nobody writes.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
 
@@ -200,6 +201,16 @@ def _hand_on(unit: Any, scales: Mapping[nn.Module, Any]) -> None:
 
 def _local(tensor: Any) -> Any:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _with_whole_norm(clip: Callable[..., Any]) -> Callable[..., Any]:
+    """`clip` gives the norm of all processes' parts: torch 2.9 clips by it, and gives back this process's own."""
+
+    def clipped(*args: Any, **kwargs: Any) -> Any:
+        norm = clip(*args, **kwargs)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    return clipped
 
 
 def _as_it_is(model: nn.Module, **_: Any) -> nn.Module:

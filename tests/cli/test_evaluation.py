@@ -25,6 +25,11 @@ JUDGING = (
 JUDGE = Endpoint("j", "http://localhost:1/v1", "K", 3, 4.0, 2, 90.0)
 
 
+@pytest.fixture(autouse=True)
+def _where_folders_may_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 class Found(Report):
     """A result that remembers where it was written."""
 

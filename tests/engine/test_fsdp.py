@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._ops._math_ops import _NormPartial
 
+from lorafocal.engines.fsdp import _with_whole_norm
 from tests.engine import fsdp_run
 from tests.engine.compared_runs import CASES, run
 from tests.engine.forked import both
@@ -53,6 +59,18 @@ def test_losses_norms_and_gradients_are_those_of_one_process(
     for step in range(1, len(alone["losses"]) + 1):
         of_step = [{k: v for k, v in some.items() if k.startswith(f"{step}/")} for some in (ours, theirs)]
         assert relative_difference(*of_step) < BOUND
+
+
+def norm_in_parts(folder: Path) -> float:
+    """The parts 3 and 4 of a norm, as torch 2.9's clipping gives it back."""
+    part = torch.tensor(3.0 + dist.get_rank())
+    norm = DTensor.from_local(part, init_device_mesh("cpu", (2,)), [_NormPartial(2.0)], run_check=False)
+    return float(_with_whole_norm(lambda: norm)())
+
+
+@pytest.mark.row("F1")
+def test_a_norm_in_parts_is_given_whole(tmp_path: Path) -> None:
+    assert both(norm_in_parts, tmp_path).ranks == [5.0, 5.0]
 
 
 @pytest.mark.row("F10")
