@@ -176,6 +176,7 @@ def test_the_plan_knows_where_models_are_loaded(engine: str, offload: str, refer
     setup = Setup(full=True, engine=engine, offload=offload, reference=reference)
     start = memory.starting_bytes(Shape.of(causal_lm(tiny_policy()).config.to_dict()), setup)
     waits = loading_device(args) == torch.device("cpu")
+    assert waits == ((engine, offload, reference) == ("zero3", "all", "separate_model"))
     assert (start.on_gpu == 0, start.in_machine > 0) == (waits, waits)
     args.use_cpu = True
     assert loading_device(args) == torch.device("cpu")

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lorafocal import launch
 from lorafocal.engines.whole import Whole
-from lorafocal.memory.shards import waits
+from lorafocal.memory.shards import loads_into_machine
 
 if TYPE_CHECKING:
     from lorafocal.arguments import FocalPOConfig
@@ -104,7 +104,7 @@ class Engine(Protocol):
 
 def loading_device(args: FocalPOConfig) -> device | None:
     """Where models are loaded; None for this rank's own device."""
-    return device("cpu") if args.use_cpu or waits(str(args.engine), args.offload, args.reference) else None
+    return device("cpu") if args.use_cpu or loads_into_machine(str(args.engine), args.offload, args.reference) else None
 
 
 def build_engine(args: FocalPOConfig) -> Engine:

@@ -148,7 +148,7 @@ def _exchanged_bytes(shape: Shape, setup: Setup) -> float:
     return WIDE * (max(trained_tensors(shape, setup)) + bucket)
 
 
-def waits(engine: str, offload: str, reference: str | None) -> bool:
+def loads_into_machine(engine: str, offload: str, reference: str | None) -> bool:
     """Whether models are loaded into the machine's memory, so that no GPU has to hold one whole: ZeRO-3 keeps them
     there. Not where a stored reference is looked up, which a live pass of its own device is compared with."""
     return engine == "zero3" and offload == "all" and reference != "cached"
@@ -159,7 +159,7 @@ def starting_bytes(shape: Shape, setup: Setup) -> Starting:
     if setup.engine in WHOLE:
         return Starting(0, 0)
     models = weight_bytes(shape, setup) + reference_bytes(shape, setup)
-    in_machine = waits(setup.engine, setup.offload, setup.reference)
+    in_machine = loads_into_machine(setup.engine, setup.offload, setup.reference)
     return Starting(0, models) if in_machine else Starting(models, 0)
 
 

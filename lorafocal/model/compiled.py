@@ -103,17 +103,17 @@ def _check_traced(model: nn.Module) -> None:
     if not stand_ins:
         return
     how = base_dtype(model), next(model.parameters()).device
-    way_out = "use kernels.compile: false, or kernels.adapters: peft"
+    way_out = "use kernels.compile: false, or kernels.adapters: peft, and report the versions"
     try:
         apart = max(_traced_apart(stand_in, *how) for stand_in in stand_ins)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise InputError(
-            f"kernels.compile: torch {torch.__version__} cannot compile fused functions (2.10 and later can): {way_out}"
+            f"kernels.compile: torch {torch.__version__} cannot compile fused functions: {way_out}"
         ) from error
     if not apart <= TOLERANCE[how[0]]:
         raise InputError(
             f"kernels.compile: torch {torch.__version__} compiles fused functions into something else (values or"
-            f" gradients are off by {apart:.2g}): {way_out}, and report the versions"
+            f" gradients are off by {apart:.2g}): {way_out}"
         )
 
 

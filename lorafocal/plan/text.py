@@ -45,8 +45,7 @@ def _memory(found: OnMachine) -> Iterator[str]:
     if found.host_bytes:
         yield f"  {'in the machine':<20}{found.host_bytes / 2**30:>8.2f}   of its own memory, what all GPUs offload"
     if found.loading_bytes:
-        held = "while models load: whole in every process"
-        yield f"  {'':<20}{found.loading_bytes / 2**30:>8.2f}   {held}"
+        yield f"  {'':<20}{found.loading_bytes / 2**30:>8.2f}   while models load: whole in every process"
 
 
 def _packs(work: Work, found: OnMachine) -> Iterator[str]:
