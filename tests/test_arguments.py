@@ -309,3 +309,14 @@ def test_a_trainer_looks_at_what_was_set_since(tmp_path):
     args.gradient_accumulation_steps = 4
     with pytest.raises(InputError, match="gradient_accumulation_steps: found 4"):
         FocalPOTrainer(tiny_base(), args=args, train_dataset=pairs(8), peft_config=lora())
+
+
+def test_what_transformers_5_5_makes_of_fsdp_left_alone_is_nobody_s_choice(tmp_path):
+    args = config(tmp_path)
+    args.fsdp = []
+    args.fsdp_config = {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False}
+    args.build_objective()
+    dataclasses.replace(args, beta=0.2).build_objective()
+    args.fsdp_config["xla"] = True
+    with pytest.raises(InputError, match="fsdp_config: found"):
+        args.build_objective()
