@@ -5,10 +5,11 @@ bitsandbytes quantises moments in blocks of 256; tensors below 4096 entries keep
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Parameter
@@ -16,6 +17,12 @@ from torch.optim import SGD, Optimizer
 from transformers import get_scheduler
 
 from lorafocal.errors import InputError, first_line
+from lorafocal.resume import changes
+
+if TYPE_CHECKING:
+    from lorafocal.arguments import FocalPOConfig
+
+logger = logging.getLogger(__name__)
 
 # What gives the same result without paging.
 UNPAGED = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
@@ -45,6 +52,28 @@ def check_schedule(name: str, settings: Mapping[str, Any], learning_rate: float)
         wrong = first_line(error)
     if wrong:
         raise InputError(f"lr_scheduler_kwargs: {name} cannot be computed with {dict(settings)} ({wrong}): correct it")
+
+
+def schedule_of(args: FocalPOConfig, pairs: int) -> dict[str, Any]:
+    """How many steps a run on so many pairs makes and, beside the optimiser's own settings, what decides their size."""
+    epochs = math.ceil(args.num_train_epochs * math.ceil(pairs / args.pairs_per_step))
+    steps = args.max_steps if args.max_steps > 0 else epochs
+    return {
+        "steps": steps,
+        "warmup_steps": args.get_warmup_steps(steps),
+        "lr_scheduler_type": str(args.lr_scheduler_type.value),
+        "lr_scheduler_kwargs": args.lr_scheduler_kwargs or None,
+        "max_grad_norm": args.max_grad_norm,
+    }
+
+
+def tell_another_schedule(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A run may be made longer than its checkpoint's was, but not unsaid: it ends as no uninterrupted run would."""
+    if differ := changes(saved, now, ()):
+        logger.warning(
+            "from here on the steps are not those that the checkpoint's run would have made (then -> now): %s",
+            "; ".join(differ),
+        )
 
 
 def check_given(optimizer: Optimizer | None, loraplus_lr_ratio: float | None) -> None:

@@ -153,7 +153,11 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
     The system's lock on the folder itself ends with the process, however that ends, and leaves no file. In a network's
     file system it holds on this machine; where there are no locks, nobody is kept out.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    replaced = f"{folder} was replaced by another process just now: try again"
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise InputError(replaced) from error
     _HELD.add(handle)
     try:
         try:
@@ -163,7 +167,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
         except OSError:
             pass
         if not _is_still(handle, folder):  # a start that failed beside this one has removed the folder that it made
-            raise InputError(f"{folder} was replaced by another process just now: try again")
+            raise InputError(replaced)
         yield
     finally:
         if handle in _HELD:

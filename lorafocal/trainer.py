@@ -7,7 +7,6 @@ forward and backward. The loss is the sum over pairs divided by the pairs of the
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cached_property
@@ -63,7 +62,7 @@ from lorafocal.model.fused import forget
 from lorafocal.model.loose import gives_base_back
 from lorafocal.model.master import train_in_full
 from lorafocal.objectives import entry_of, mean_loss
-from lorafocal.optimizers import check_given, settle
+from lorafocal.optimizers import check_given, schedule_of, settle, tell_another_schedule
 from lorafocal.progress import LossWithEvaluation, MetricsFile, ProgressLine, Speed
 from lorafocal.reference import check_identity, check_ref_model, check_same_reference
 from lorafocal.sampler import NumberedPairs, check_same_order, order_of, order_seed, step_loader
@@ -368,21 +367,20 @@ class FocalPOTrainer(BareTrainer):
             if found is None:
                 return super().train(**kwargs)
             progress = progress_at(found)
-            if progress.global_step >= (last := self._last_step()):
-                return self._restore(found, progress, last)
+            if progress.global_step >= self._schedule["steps"]:
+                return self._restore(found, progress)
             return super().train(resume_from_checkpoint=str(found), **kwargs)
 
-    def _last_step(self) -> int:
-        """By the arguments."""
-        steps = math.ceil(self.args.num_train_epochs * -(-len(self.train_dataset or ()) // self.args.pairs_per_step))
-        return self.args.max_steps if self.args.max_steps > 0 else steps
+    @property
+    def _schedule(self) -> dict[str, Any]:
+        return schedule_of(self.args, len(self.train_dataset or ()))
 
-    def _restore(self, checkpoint: Path, progress: TrainerState, last: int) -> TrainOutput:
+    def _restore(self, checkpoint: Path, progress: TrainerState) -> TrainOutput:
         """Take up a run whose last step is done: inside an epoch transformers would train one more."""
         progress.is_local_process_zero = self.is_local_process_zero()
         progress.is_world_process_zero = self.is_world_process_zero()
         self.state = progress
-        self._prepare_for_training(last, None, str(checkpoint))
+        self._prepare_for_training(self._schedule["steps"], None, str(checkpoint))
         return TrainOutput(progress.global_step, float("nan"), {})
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -395,19 +393,19 @@ class FocalPOTrainer(BareTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Everything a resumed run needs, complete or absent."""
-        sums = self.metrics.state(self.args.device)  # of all ranks
         write_checkpoint(
             Path(self.args.output_dir),
             self.state,
             made=self.made,
             keep=self.args.save_total_limit,
             extra={
-                "metrics": sums,
+                "metrics": self.metrics.state(self.args.device),  # of all ranks
                 "pairs_seen": self.pairs_seen,
                 "earlier": self.made.earlier,
                 "reference": self.reference_identity,
                 "objective": {name: value.tolist() for name, value in self.compared.state.items()},
                 "order": self._order,
+                "schedule": self._schedule,
             },
             **self._training(),
         )
@@ -415,14 +413,15 @@ class FocalPOTrainer(BareTrainer):
     def _take_up(self, checkpoint: Path) -> None:
         """Weights, the optimiser's state and the schedule as they were at the checkpoint."""
         self.made.check_same(checkpoint)
-        unsaid = {"objective": {}, "order": self._order, "earlier": NO_EARLIER}  # by checkpoints of earlier versions
-        extra = unsaid | load_state(checkpoint, **self._training())
-        check_keys(extra, ("metrics", "pairs_seen", "earlier", "reference", "objective", "order"), "state.json")
+        older = {"objective": {}, "order": self._order, "earlier": NO_EARLIER, "schedule": self._schedule}
+        extra = older | load_state(checkpoint, **self._training())
+        check_keys(extra, (*older, "metrics", "pairs_seen", "reference"), "state.json")
         self.pairs_seen, self.made.earlier = extra["pairs_seen"], extra["earlier"]  # of the weights, whatever follows
         check_same_reference(extra["reference"], self.reference_identity)
         check_same_order(extra["order"], self._order)
         self.made.take_up(checkpoint)
         if self.is_world_process_zero():
+            tell_another_schedule(extra["schedule"], self._schedule)
             self.metrics.load(extra["metrics"])
         left = {name: torch.tensor(value, dtype=torch.float64) for name, value in extra["objective"].items()}
         self.compared.state = {name: value.to(self.args.device) for name, value in left.items()}

@@ -82,6 +82,25 @@ def test_another_setting_of_the_optimizer_is_refused(setting: dict[str, float], 
         trainer(tmp_path, DATA, **(kept | setting)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"max_steps": 6}, "steps: 4 -> 6"),
+        ({"warmup_steps": 2}, "warmup_steps: 0 -> 2"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'linear' -> 'cosine'"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm: 1.0 -> 0.5"),
+        ({"logging_steps": 2}, ""),
+    ],
+    ids=str,
+)
+def test_steps_that_go_on_otherwise_are_told(setting, named, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path, DATA, **kept).train()
+    trainer(tmp_path, DATA, **(kept | setting)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    told = [text.partition("now): ")[2] for text in caplog.messages if "from here on the steps" in text]
+    assert told == ([named] if named else [])
+
+
 def test_checkpoints_of_an_earlier_run_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     with caplog.at_level(logging.WARNING, "lorafocal"):
