@@ -44,6 +44,8 @@ SETTINGS = {
     "UNSLOTH_FAST_GRAD_PARAMS": "0",  # torch's own clipping and zeroing of gradients
     "UNSLOTH_FUSED_FORWARD": "0",  # transformers' own forward of the causal model, not a rewritten one
 }
+NO_CPU = {"UNSLOTH_DISABLE_CPU_FALLBACK": "1", "UNSLOTH_FORCE_CPU": "0"}
+"""From 2026.10.9 on: without a GPU it is transformers' model by another name, and trainers get other defaults."""
 _CHANGED = ("transformers", "peft", "trl")  # what it changes while it is imported
 _OF_PYTHON = ("__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__")
 _ELSEWHERE = "Use `model.backend: transformers`"
@@ -71,7 +73,7 @@ def start() -> ModuleType:
         )
     if early := [name for name in _CHANGED if name in sys.modules]:
         _too_late(f"{', '.join(early)} came before it, which it changes while they are imported")
-    os.environ.update(SETTINGS | {CODE_FOLDER: _private_folder()})
+    os.environ.update(SETTINGS | NO_CPU | {CODE_FOLDER: _private_folder()})
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return importlib.import_module("unsloth")

@@ -267,7 +267,7 @@ def start_in(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     """Run `script` in `folder`, where code is planted in unsloth's usual place, with the stand-in as unsloth."""
     package, place = folder / "site" / "unsloth", folder / "work"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(PACKAGE.replace("{settings!r}", repr([*unsloth.SETTINGS])))
+    (package / "__init__.py").write_text(PACKAGE.replace("{settings!r}", repr([*unsloth.SETTINGS, *unsloth.NO_CPU])))
     (place / "unsloth_compiled_cache").mkdir(parents=True)
     (place / "unsloth_compiled_cache" / "planted.py").write_text("print('PLANTED CODE RAN')\n")
     path = os.pathsep.join([str(folder / "site"), str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
@@ -313,7 +313,7 @@ def test_where_it_does_not_start_the_reason_is_one_line(monkeypatch):
         raise NotImplementedError("Unsloth cannot find any torch accelerator\n? You need a GPU.")
 
     monkeypatch.setattr(unsloth.importlib, "import_module", no_gpu)
-    for key in (*unsloth.SETTINGS, unsloth.CODE_FOLDER):
+    for key in (*unsloth.SETTINGS, *unsloth.NO_CPU, unsloth.CODE_FOLDER):
         monkeypatch.setenv(key, "before")
     with pytest.raises(InputError, match=r"cannot find any torch accelerator\)\. It needs a CUDA device"):
         unsloth.start()
