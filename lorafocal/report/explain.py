@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lorafocal.data.needs import check_scores
 from lorafocal.data.packing import Pack, scores_of
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.data.turns import CONTEXT, Turns
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import compared_with, is_its_own_reference, prepared, row_settings
 from lorafocal.evaluations import evaluation_files, read_evaluation
@@ -61,11 +63,6 @@ def explain(
     found = find_pair(pair_id, subject, pairs, row_settings(subject), objective=entry)
     if entry is not None and entry.scores:
         check_scores([found.pair], found.place, entry.scores)
-    if found.pair.several_turns:
-        raise InputError(
-            f"{found.place}: pair {pair_id!r} has completions of several turns, which are not told token by token: name"
-            " a pair of one turn, or score it by `lorafocal score`"
-        )
     explanation = _explanation(subject, compared, objective, found)
     if out is not None:
         write_page(out, explanation.html())
@@ -114,10 +111,10 @@ def _explanation(
     scored = _scored(subject, pair, with_base=compared is None)
     policy, reference = scored if compared is None else (*scored, *_scored(compared, pair, with_base=False))
     ends = subject.ends
-    ids = (pair.chosen_ids, pair.rejected_ids)
+    sides = ((pair.chosen_ids, pair.chosen_turns), (pair.rejected_ids, pair.rejected_turns))
     chosen, rejected = (
-        Answer(tuple(map(Token, token_texts(tokenizer, side, before=pair.prompt_ids), *values)), side[-1] in ends)
-        for side, *values in zip(ids, policy.of_answers(), reference.of_answers(), strict=True)
+        Answer(tuple(_tokens(token_texts(tokenizer, ids, before=pair.prompt_ids), turns, *values)), ids[-1] in ends)
+        for (ids, turns), *values in zip(sides, policy.of_answers(), reference.of_answers(), strict=True)
     )
     return Explanation(
         id=pair.id,
@@ -128,7 +125,7 @@ def _explanation(
         prompt=token_texts(tokenizer, pair.prompt_ids),
         chosen=chosen,
         rejected=rejected,
-        shared_start=_shared_start(*ids),
+        shared_start=_shared_start(*sides),
         weighing=None if objective is None else weighing(objective, pair, chosen, rejected, policy.collisions),
         history=history,
         notes=(*found.notes, *_notes(objective)),
@@ -212,10 +209,22 @@ def _number(values: Tensor) -> float | None:
     return values.item() if len(values) else None
 
 
-def _shared_start(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """The tokens with which both answers begin."""
-    pairs = zip(chosen, rejected, strict=False)
-    return next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(chosen), len(rejected)))
+def _tokens(texts: Sequence[str], turns: Turns, policy: Sequence[float], reference: Sequence[float]) -> Iterator[Token]:
+    """The scored tokens of an answer, each with what is read before it."""
+    logps, context = zip(policy, reference, strict=True), ""
+    for text, turn in zip(texts, turns or repeat(0, len(texts)), strict=True):
+        if turn == CONTEXT:
+            context += text
+        else:
+            yield Token(text, *next(logps), context)
+            context = ""
+
+
+def _shared_start(chosen: tuple[list[int], Turns], rejected: tuple[list[int], Turns]) -> int:
+    """The scored tokens with which both answers begin."""
+    ours, theirs = (zip(ids, turns or repeat(0), strict=False) for ids, turns in (chosen, rejected))
+    same = takewhile(lambda both: both[0] == both[1], zip(ours, theirs, strict=False))
+    return sum(turn != CONTEXT for (_, turn), _ in same)
 
 
 def _history(subject: Subject, pair_id: str) -> Iterator[tuple[int, float]]:

@@ -23,6 +23,7 @@ _STYLE = """
 .tokens .more { background: color-mix(in oklab, var(--more) calc(var(--s) * 70%), transparent); }
 .tokens .less { background: color-mix(in oklab, var(--less) calc(var(--s) * 70%), transparent);
   text-decoration: underline dotted var(--soft); text-underline-offset: .25em; }
+.tokens .read { color: var(--soft); font-style: italic; }
 .scale { display: inline-block; width: 12rem; height: .9rem; border-radius: .2rem; vertical-align: -.1rem;
   margin: 0 .5rem; background: linear-gradient(to right, color-mix(in oklab, var(--less) 70%, transparent),
   transparent, color-mix(in oklab, var(--more) 70%, transparent)); print-color-adjust: exact; }
@@ -45,7 +46,7 @@ def explain_page(explanation: Explanation) -> str:
         html.section(
             "The pair in numbers", f'<div class="pieces">{_numbers(explanation)}{_weights(explanation)}</div>'
         ),
-        html.section("Its tokens", _legend(full), *_answers(explanation, full)),
+        html.section("Its tokens", _legend(explanation, full), *_answers(explanation, full)),
         html.section("Where the log-ratio sits", picture(explanation), _parts(explanation)),
         html.section("Over training", _history(explanation)) if explanation.history else "",
         html.section("Every token", *_all_tokens(explanation)),
@@ -84,11 +85,13 @@ def _weights(explanation: Explanation) -> str:
 # ---- tokens
 
 
-def _legend(full: float) -> str:
+def _legend(explanation: Explanation, full: float) -> str:
+    several = max(len(answer.turns) for answer in (explanation.chosen, explanation.rejected)) > 1
+    read = " What stands in italics between turns is read, and not scored." if several else ""
     return (
         '<p class="soft">log π − log π of the reference: less likely than before (underlined)'
         f'<span class="scale"></span>likelier; full colour from {full:.3g} nats on. Point at a token for its'
-        " numbers.</p>"
+        f" numbers.{read}</p>"
     )
 
 
@@ -102,14 +105,15 @@ def _answers(explanation: Explanation, full: float) -> Iterator[str]:
 
 
 def _span(place: int, token: Token, full: float) -> str:
-    """A token on its colour; the numbers are its title."""
+    """A token on its colour, behind what is read before it; the numbers are its title."""
+    context = f'<span class="read">{escape(in_lines(token.context))}</span>' if token.context else ""
     if not token.text:
-        return ""
+        return context
     kind = "more" if token.logratio > 0 else "less"
     share = min(abs(token.logratio) / full, 1.0)
     mark = f' class="{kind}" style="--s:{share:.2f}"' if share >= 0.05 else ""
     title = f"{place}: log-ratio {token.logratio:+.4f}; log π {token.policy:.4f}, reference {token.reference:.4f}"
-    return f'<span{mark} title="{title}">{escape(in_lines(token.text))}</span>'
+    return f'{context}<span{mark} title="{title}">{escape(in_lines(token.text))}</span>'
 
 
 # ---- where it sits

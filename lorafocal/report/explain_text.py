@@ -14,7 +14,7 @@ from lorafocal.report.explain_words import findings, in_lines, largest, places, 
 from lorafocal.report.explanation import Answer, Explanation, Gap, Token, folded, full_colour, signed
 
 ROWS, COLOURED, BLOCK = 40, 600, 25  # tokens shown of an answer: as rows, in colour and then in blocks of so many
-PROMPT = 2000  # characters
+UNSCORED = 2000  # characters of a prompt, or of what stands between two turns
 LARGEST = 5  # tokens listed below the coloured text
 BAR = 8  # signs of a full bar
 NARROWEST = 76  # columns; a narrower terminal breaks lines itself, and no number loses digits
@@ -102,9 +102,9 @@ def numbers(explanation: Explanation) -> Table:
 
 
 def shortened(text: str) -> str:
-    """A prompt as it stands, its control characters spelled out and the middle of a long one left out."""
+    """What is not scored as it stands, its control characters spelled out and the middle of a long one left out."""
     text = in_lines(text)
-    return text if len(text) <= PROMPT else f"{text[: PROMPT // 2]} [...] {text[-PROMPT // 2 :]}"
+    return text if len(text) <= UNSCORED else f"{text[: UNSCORED // 2]} [...] {text[-UNSCORED // 2 :]}"
 
 
 def coloured(answer: Answer, full: float) -> Text:
@@ -115,6 +115,7 @@ def coloured(answer: Answer, full: float) -> Text:
             text.append(f" [{piece.tokens} tokens, {piece.logratio:+.2f} nats] ", style="dim")
         else:
             token = answer.tokens[piece]
+            text.append(shortened(token.context), style="dim italic")
             text.append(in_lines(token.text), style=_style(token, full))
     return text
 
@@ -132,6 +133,8 @@ def rows(answer: Answer, full: float) -> Table:
             table.add_row("...", "", "", signed(piece.logratio), signed(total), "", f"({piece.tokens} tokens)")
             continue
         token = answer.tokens[piece]
+        if token.context:
+            table.add_row("", "", "", "", "", "", Text(f"(not scored) {shortened(token.context)}"))
         number += 1
         total += token.logratio
         table.add_row(str(number), *_row(token), signed(total), bar(token, full), spelled(token))

@@ -15,11 +15,15 @@ QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One scored token: the text that it adds, empty where a later one completes its character; log-probs in nats."""
+    """One scored token: the text that it adds, empty where a later one completes its character; log-probs in nats.
+
+    `context` stands directly before it and is not scored: what a user and the template say between two turns.
+    """
 
     text: str
     policy: float
     reference: float
+    context: str = ""
 
     @property
     def logratio(self) -> float:
@@ -50,6 +54,11 @@ class Answer:
     @property
     def logratios(self) -> list[float]:
         return [token.logratio for token in self.tokens]
+
+    @property
+    def turns(self) -> list[int]:
+        """The places of the tokens that each turn begins with."""
+        return [place for place, token in enumerate(self.tokens) if place == 0 or token.context]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ class Explanation:
     prompt: tuple[str, ...]
     chosen: Answer
     rejected: Answer
-    shared_start: int  # tokens with which both answers begin
+    shared_start: int  # scored tokens with which both answers begin
     weighing: Weighing | None = None
     history: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = ()
@@ -193,13 +202,13 @@ class Gap:
 def folded(answer: Answer, *, most: int, block: int = 1) -> list[int | Gap]:
     """The places of about `most` tokens, in order, and gaps for two or more others; sums over all are exact.
 
-    Shown are the first and the last block of `block` tokens and those that moved most.
+    Shown are the first and the last block of `block` tokens, those that moved most, and where a turn begins.
     """
     moved = answer.logratios
     blocks = [range(start, min(start + block, len(moved))) for start in range(0, len(moved), block)]
     inner = sorted(blocks[1:-1], key=lambda places: -math.fsum(abs(moved[place]) for place in places))
     kept = blocks[:1] + blocks[1:][-1:] + inner[: max(most // block - 2, 0)]
-    shown = set(range(len(moved))) if len(moved) <= most else {place for places in kept for place in places}
+    shown = set(range(len(moved))) if len(moved) <= most else {*answer.turns, *(at for places in kept for at in places)}
     pieces: list[int | Gap] = []
     place = 0
     while place < len(moved):

@@ -211,16 +211,6 @@ def test_pairs_are_found_where_they_are(run: SavedRun, tmp_path: Path, monkeypat
         explain(run.folder, run.pairs[0].id, pairs=tmp_path / "other.jsonl")
 
 
-def test_pairs_of_several_turns_are_refused_before_weights_load(
-    run: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(explain_file, "_explanation", lambda *_: pytest.fail("weights were loaded"))
-    pair = replace(run.pairs[0], id="long", rejected_ids=[5, 6, 7], rejected_turns=[0, -1, 1])
-    write_held_out(tmp_path / "long.jsonl", [pair])
-    with pytest.raises(InputError, match=r"pairs of long.jsonl: pair 'long' has completions of several turns"):
-        explain(run.folder, "long", pairs=tmp_path / "long.jsonl")
-
-
 def test_data_that_changed_since_the_run_are_told(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explain_file, "_explanation", lambda subject, compared, objective, found: found)
     manifest = run.folder / "manifest.json"
