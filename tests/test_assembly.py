@@ -61,6 +61,15 @@ def phi3(limit: int) -> Phi3ForCausalLM:
     return Phi3ForCausalLM(Phi3Config(**SIZES, **lengths, rope_parameters=rope)).requires_grad_(False)
 
 
+def test_of_layers_that_differ_in_their_heads_the_kernel_is_told_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(assembly, "choose", lambda *_, **needs: asked.append(needs["head_dim"]))
+    policy = text_policy("gemma4_text")  # 8, and 512 where attention is full
+    policy.get_base_model().set_attn_implementation(SHARED_PREFIX_ATTENTION)
+    assembly.attention_of(policy, torch.device("cpu"))
+    assert asked == [8]
+
+
 @pytest.mark.slow
 @pytest.mark.row("20")
 @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -34,6 +34,13 @@ def config_sha256(config: PreTrainedConfig) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def of_a_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config` as its first layer has it: where layers differ in a setting, transformers refuses to tell it of all."""
+    layers: Any = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    first: PreTrainedConfig = layers[0]
+    return first
+
+
 def computed(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration says of the computation; parts of a composite model alike."""
     return {

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lorafocal.errors import InputError, first_line
+from lorafocal.model.base_config import of_a_layer
 
 BLOCK = 64  # widths are its multiples: 4-bit layers are quantised by blocks of 64 weights
 HEAD_DIM = 16  # even in halves and quarters, which some rotations take
@@ -107,24 +108,19 @@ def _shrunk_values(config: PreTrainedConfig, tokens: int, eos: int, all_layers: 
     """All values of a text model's config, the sizes among them changed."""
     values = config.to_dict()
     own_name = {common: own for common, own in config.attribute_map.items() if own in values}
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    first = of_a_layer(config)
+    heads, groups = first.num_attention_heads, getattr(first, "num_key_value_heads", None)
     head_dim = values.get("head_dim") or config.hidden_size // heads
     sizes = _heads_and_width(config.hidden_size, heads, groups, head_dim, free="head_dim" in values)
     width, of_a_head = sizes["hidden_size"] / config.hidden_size, sizes["head_dim"] / head_dim
     layers = _kept_layers(config, values, all_layers)
     sizes["num_hidden_layers"] = len(layers)
 
-    small = dict(values)
+    small = {name: _smaller(name, value, width, of_a_head) for name, value in values.items()}
     for name, value in values.items():
         if isinstance(value, bool) or value is None:
             continue
-        if name in _WIDTHS and isinstance(value, int):
-            small[name] = _blocks(value * width)
-        elif name in _OF_A_HEAD:
-            small[name] = max(8, 8 * round(value * of_a_head / 8))
-        elif name in _AT_MOST and isinstance(value, int):
-            small[name] = min(value, _AT_MOST[name])
-        elif name in _OF_EACH_LAYER and len(value) == config.num_hidden_layers:
+        if name in _OF_EACH_LAYER and len(value) == config.num_hidden_layers:
             small[name] = [value[layer] for layer in layers]
         elif name.startswith("vocab_size"):
             small[name] = _blocks(tokens)
@@ -134,7 +130,32 @@ def _shrunk_values(config: PreTrainedConfig, tokens: int, eos: int, all_layers: 
     small |= {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos}
     if isinstance(rope := values.get("rope_parameters"), dict):
         small["rope_parameters"] = _rotations(rope, of_a_head)
+    if differing := values.get("per_layer_config"):
+        of_heads = {"num_attention_heads": heads, "num_key_value_heads": groups}
+        shares = {name: sizes[name] / count for name, count in of_heads.items() if count}
+
+        def smaller(name: str, value: Any) -> Any:
+            return max(1, int(value * shares[name])) if name in shares else _smaller(name, value, width, of_a_head)
+
+        small["per_layer_config"] = {
+            layers.index(int(layer)): {name: smaller(name, value) for name, value in own.items()}
+            for layer, own in differing.items()
+            if int(layer) in layers
+        }
     return small
+
+
+def _smaller(name: str, value: Any, width: float, of_a_head: float) -> Any:
+    """A setting of the tiny model, or of one of its layers, by the shares of its width and heads."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if name in _WIDTHS and isinstance(value, int):
+        return _blocks(value * width)
+    if name in _OF_A_HEAD:
+        return max(8, 8 * round(value * of_a_head / 8))
+    if name in _AT_MOST and isinstance(value, int):
+        return min(value, _AT_MOST[name])
+    return value
 
 
 def _heads_and_width(width: int, heads: int, groups: int | None, head_dim: int, *, free: bool) -> dict[str, int]:

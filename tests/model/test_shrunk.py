@@ -103,6 +103,18 @@ def test_rotations_fit_the_smaller_heads() -> None:
     assert module._sections([16, 24, 24], 8) == [2, 3, 3]
 
 
+@pytest.mark.parametrize("all_layers", [False, True])
+@pytest.mark.parametrize("heads", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 1}])
+def test_layers_that_differ_stay_different(all_layers: bool, heads: dict[str, Any]) -> None:
+    config = AutoConfig.for_model("gemma4_text", num_hidden_layers=12, num_key_value_heads=4, **heads)
+    small = shrunk(config, tokens=17, eos=1, all_layers=all_layers)
+    model = build(small, dtype=torch.float32, seed=0)
+    kinds = [small.layer_types.index(kind) for kind in ("sliding_attention", "full_attention")]
+    sliding, full = (model.model.layers[kind].self_attn.k_proj.out_features for kind in kinds)
+    assert full == sliding * (1 if heads else 2)  # of heads that are twice as wide, the half or as many
+    assert model.eval()(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
+
+
 def test_tied_embeddings_stay_tied() -> None:
     _, _, model = tiny("qwen2", tie_word_embeddings=True)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
