@@ -103,6 +103,12 @@ def _ended_by(error: BaseException) -> int:
     return code
 
 
+def _met_alone(end: SystemExit) -> bool:
+    """Whether typer ends what this process alone has met: an interruption, or an output that nobody reads any more."""
+    met = end.__context__
+    return isinstance(met, OSError) or isinstance(getattr(met, "__cause__", None), KeyboardInterrupt)
+
+
 def main() -> None:
     """Entry point of the console script; ends the process with one of the exit codes above."""
     code = 0
@@ -111,10 +117,10 @@ def main() -> None:
     try:
         app(prog_name="lorafocal")
     except SystemExit as end:
-        if not isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):  # as typer hands it on
+        if not _met_alone(end):
             launch.shutdown()  # as all ranks agreed
             raise
-        code = 130
+        code = int(end.code or 1)
     except BaseException as error:  # noqa: BLE001 whatever it is, the process ends by it
         code = _ended_by(error)
     launch.leave(code)  # the error is let go of by now, and with it the trainer

@@ -373,14 +373,19 @@ def test_a_library_s_error_that_is_not_the_system_s_keeps_its_traceback(
 
 
 @pytest.mark.usefixtures("adapters")
-def test_an_interruption_is_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks may not have heard the signal: over NCCL a farewell would wait for them."""
+@pytest.mark.parametrize(("met", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(errno.EPIPE, "no reader"), 1)])
+def test_what_one_process_alone_has_met_ends_it_without_the_others(
+    monkeypatch: pytest.MonkeyPatch, met: BaseException, code: int
+) -> None:
+    """They may not have heard the signal, and write to no pipe: over NCCL a farewell would wait for them."""
     left: list[int] = []
-    stand_in(monkeypatch, "release.merge", "merge_adapter", KeyboardInterrupt())
+    stand_in(monkeypatch, "release.merge", "merge_adapter", met)
     monkeypatch.setattr(sys, "argv", ["lorafocal", "merge", "one", "--out", "x"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which typer exchanges
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
     monkeypatch.setattr(cli.launch, "leave", left.append)
     cli.main()
-    assert left == [130]
+    assert left == [code]
 
 
 @pytest.mark.usefixtures("adapters")
