@@ -17,7 +17,7 @@ from lorafocal import launch, memory
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.packing import PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, ran_out
 from lorafocal.model.head import causal_lm
 from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
@@ -177,7 +177,7 @@ class Retry:
             try:
                 return work(batch)
             except RuntimeError as error:
-                if not _ran_out(error):
+                if not ran_out(error):
                     raise
                 self._shrink(batch, error)
             # Here, not while the exception is handled: until then its frames keep the step's tensors.
@@ -205,8 +205,3 @@ class Retry:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    """Whether memory is what was missing: torch's allocator says so, and cuBLAS, which asks the driver for its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

@@ -29,3 +29,9 @@ class UnhealthyRun(RuntimeError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, as much as a message has room for."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether a device had no memory left: torch's allocator says so, and cuBLAS, which asks the driver for its own."""
+    torch_says = type(error).__name__ == "OutOfMemoryError"  # which may not even be imported
+    return torch_says or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

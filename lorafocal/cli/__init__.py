@@ -15,7 +15,7 @@ import typer
 
 from lorafocal import __version__, launch
 from lorafocal.cli import diagnostics, evaluation, generation, judging, results, training
-from lorafocal.errors import NO_ROOM, InputError, UnhealthyRun, first_line
+from lorafocal.errors import NO_ROOM, InputError, UnhealthyRun, first_line, ran_out
 
 app = typer.Typer(
     name="lorafocal",
@@ -93,7 +93,7 @@ def _ended_by(error: BaseException) -> int:
         message, code = _told(error), 2
     elif isinstance(error, UnhealthyRun):
         message, code = str(error), 1
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which may not even be imported
+    elif ran_out(error):
         message = f"the device has no memory left ({first_line(error)}); `lorafocal plan` says what a config needs"
         code = 1
     else:  # a defect, here or below

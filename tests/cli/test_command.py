@@ -389,13 +389,19 @@ def test_what_one_process_alone_has_met_ends_it_without_the_others(
 
 
 @pytest.mark.usefixtures("adapters")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_a_device_without_memory_is_one_message(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: RuntimeError
 ) -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     stand_in(monkeypatch, "release.merge", "merge_adapter", error)
     assert call(monkeypatch, "merge", "one", "--out", "x") == 1
     said = capsys.readouterr().err
-    assert said.startswith("lorafocal: the device has no memory left (CUDA out of memory. Tried to allocate 2.00 GiB.)")
+    assert said.startswith(f"lorafocal: the device has no memory left ({str(error).splitlines()[0]})")
     assert "`lorafocal plan`" in said
     assert said.count("\n") == 1
