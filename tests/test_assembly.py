@@ -191,14 +191,17 @@ def test_the_plan_knows_where_models_are_loaded(engine: str, offload: str, refer
     assert loading_device(args) == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("offload", "threads"), [("none", []), ("optimizer", [3])])
+@pytest.mark.parametrize(
+    ("offload", "bound", "threads"), [("none", 6, []), ("optimizer", 6, [3]), ("all", 3, [3]), ("all", 2, [2])]
+)
 def test_what_a_processor_steps_has_the_threads_of_its_cores(
-    monkeypatch: pytest.MonkeyPatch, offload: str, threads: list[int]
+    monkeypatch: pytest.MonkeyPatch, offload: str, bound: int, threads: list[int]
 ) -> None:
-    """torchrun leaves each process of several one thread. A machine's other cores are another job's."""
+    """torchrun leaves each process of several one thread. A machine's other cores are another job's, and of the
+    launcher's those to which it binds another process."""
     found: list[int] = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(6)})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(6 if process else bound)})
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(engines, "set_num_threads", found.append)
     monkeypatch.setattr(engines, "get_num_threads", lambda: 1)

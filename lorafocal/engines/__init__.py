@@ -111,7 +111,9 @@ def build_engine(args: FocalPOConfig) -> Engine:
     """The engine that `args` names, not yet begun."""
     word = str(args.engine)  # settled by now
     if args.offload != "none" and args.device.type == "cuda":  # torchrun leaves one thread to what a processor steps
-        set_num_threads(max(get_num_threads(), len(os.sched_getaffinity(0)) // launch.local_world_size()))
+        own, all_ranks = (len(os.sched_getaffinity(process)) for process in (0, os.getppid()))
+        # A launcher's cores are those of all its processes, but it may bind each to some of them.
+        set_num_threads(max(get_num_threads(), min(own, all_ranks // launch.local_world_size())))
     if word.startswith("zero"):
         from lorafocal.engines.zero import Zero
 
