@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lorafocal.errors import InputError
 from lorafocal.model.quantized import base_dtype
 from lorafocal.model.stand_ins import FusedLinear, FusedMlp, FusedNorm, StandIn
-from lorafocal.ops.kernel_check import TOLERANCE
+from lorafocal.ops.kernel_check import TOLERANCE, largest
 from lorafocal.ops.segments import Segments, roles
 from lorafocal.ops.trace_check import traced_linears, traced_mlp, traced_norm
 
@@ -105,7 +105,7 @@ def _check_traced(model: nn.Module) -> None:
     how = base_dtype(model), next(model.parameters()).device
     way_out = "use kernels.compile: false, or kernels.adapters: peft, and report the versions"
     try:
-        apart = max(_traced_apart(stand_in, *how) for stand_in in stand_ins)
+        apart = largest(_traced_apart(stand_in, *how) for stand_in in stand_ins)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise InputError(
             f"kernels.compile: torch {torch.__version__} cannot compile fused functions: {way_out}"

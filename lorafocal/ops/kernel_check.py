@@ -5,7 +5,7 @@ Each `*_results` runs one function and its backward by the set `of`; `furthest` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ def furthest(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     if [(one.shape, one.dtype) for one in ours] != [(one.shape, one.dtype) for one in theirs]:
         return float("inf")
     return float(torch.stack([*map(_furthest_row, ours, theirs)]).max())  # NaN among them is the largest
+
+
+def largest(found: Iterable[float]) -> float:
+    """The largest of several such distances; NaN among them is the largest, which `max` may pass over."""
+    return float(torch.tensor([*found], dtype=torch.float64).max())
 
 
 def _furthest_row(ours: Tensor, theirs: Tensor) -> Tensor:

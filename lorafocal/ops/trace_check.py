@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafocal.ops.elementwise import Elementwise, Gated
-from lorafocal.ops.kernel_check import furthest
+from lorafocal.ops.kernel_check import furthest, largest
 from lorafocal.ops.lora import Adapter, Linear, Norm, gated_mlp, shared_linear
 
 _TOKENS, _WIDTH, _INNER, _RANK = 3, 8, 12, 2
@@ -57,7 +57,7 @@ def _with_adapters(
     parts = [part for layer in zip(weights, a, b, strict=True) for part in layer]
     for tensor in adapters:
         tensor.requires_grad_()
-    return max(_apart(call, [x.detach().requires_grad_(need), *parts]) for need in (False, True))
+    return largest(_apart(call, [x.detach().requires_grad_(need), *parts]) for need in (False, True))
 
 
 def _apart(call: Callable[..., list[Tensor]], inputs: list[Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -127,6 +128,17 @@ def test_fused_functions_that_a_compiler_gets_wrong_are_refused_and_other_models
     with pytest.raises(InputError, match=r"kernels\.compile: torch .* off by 1\).* kernels\.compile: false"):
         compile_layers(policy, BUCKET, backend="eager")
     assert not is_compiled(policy)
+
+
+@pytest.mark.row("F16")
+@pytest.mark.parametrize(("linears", "mlp"), [(0.0, math.nan), (math.nan, 0.0)])
+def test_fused_functions_that_are_no_numbers_when_compiled_are_refused(linears, mlp, monkeypatch):
+    monkeypatch.setattr(compiled, "traced_linears", lambda *_: linears)
+    monkeypatch.setattr(compiled, "traced_mlp", lambda *_: mlp)
+    policy = policy_for_packs()
+    fuse(policy, recompute="none")
+    with pytest.raises(InputError, match="off by nan"):
+        compile_layers(policy, BUCKET, backend="eager")
 
 
 @pytest.mark.row("F16")

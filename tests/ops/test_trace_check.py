@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lorafocal.ops import lora
+from lorafocal.ops import lora, trace_check
 from lorafocal.ops.elementwise import GEGLU, TORCH
 from lorafocal.ops.kernel_check import TOLERANCE
 from lorafocal.ops.trace_check import traced_linears, traced_mlp, traced_norm
@@ -49,3 +50,10 @@ def test_one_lost_gradient_is_seen(name, at, monkeypatch):
     monkeypatch.setattr(lora, "_gradients", lost)
     torch._dynamo.reset()
     assert CHECKS[name](torch.float64) == 1
+
+
+@pytest.mark.parametrize("apart", [(0.0, math.nan), (math.nan, 0.0)])
+def test_what_is_no_number_one_way_is_the_furthest(apart, monkeypatch):
+    found = iter(apart)
+    monkeypatch.setattr(trace_check, "_apart", lambda *_: next(found))
+    assert math.isnan(CHECKS["linears"](torch.float64))
