@@ -65,7 +65,7 @@ def load_tokenizer(name: str, revision: str | None = None, *, key: str = "model.
     check_place(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, ImportError) as error:  # the last for a package that its kind of file needs
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{key}: {_not_found('tokenizer', name, error)}") from error
 
 
@@ -113,7 +113,7 @@ def load_base(
         )
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model.name: {_not_found('model', name, error)}") from error
     except (RuntimeError, AttributeError) as error:  # what transformers raises over tensors that do not fit
         raise InputError(f"model.name: the weights of {name} do not fit its config ({first_line(error)})") from error
@@ -361,7 +361,8 @@ def _file_sha256(file: Path) -> str:
 
 
 def _not_found(what: str, name: str, error: Exception) -> str:
+    give = "Install the package that it needs, or give" if isinstance(error, ImportError) else "Give"
     return (
-        f"no {what} could be loaded from {name!r} ({first_line(error)}). Give a hub id that you have"
+        f"no {what} could be loaded from {name!r} ({first_line(error)}). {give} a hub id that you have"
         " access to, or a folder written by `save_pretrained` (safetensors, no remote code)"
     )

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Phi3Config,
+    Phi3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
@@ -63,6 +70,19 @@ def test_a_missing_model_is_refused(tmp_path):
 def test_a_folder_without_tokenizer_is_refused(saved):
     with pytest.raises(InputError, match="tokenizer"):
         load_tokenizer(str(saved))
+
+
+@pytest.mark.parametrize(
+    ("load", "door", "what"),
+    [(load_tokenizer, AutoTokenizer, "tokenizer"), (load_base, AutoModelForCausalLM, "model")],
+)
+def test_a_package_that_is_not_installed_is_one_message(saved, monkeypatch, load, door, what):
+    def lacks(*_: object, **__: object) -> None:
+        raise ImportError("\nThis requires the Pieces library but it was not found in your environment.\nMore.\n")
+
+    monkeypatch.setattr(door, "from_pretrained", lacks)
+    with pytest.raises(InputError, match=rf"no {what} .*the Pieces library but .*\. Install the package that it needs"):
+        load(str(saved))
 
 
 @pytest.mark.row("F15")
