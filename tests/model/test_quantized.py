@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lorafocal.model.quantized import (
     describe,
     quantization_of,
     settle,
+    to_device,
     word_of,
 )
 from lorafocal.policy import prepare_policy, sequence_logps
@@ -258,6 +260,25 @@ def test_weights_that_were_repacked_before_are_refused_with_the_way_out(llama):
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj.*load the model again.*before any forward"):
         settle(model)
+
+
+@pytest.mark.row("9")
+@pytest.mark.parametrize("used", [False, True])  # a layer's first forward takes them over
+def test_an_8_bit_base_moves_with_its_codes_and_scales(llama, used):
+    """As they stay behind where a GPU is: the codes another tensor than the weight, the scales where they were."""
+    model = load_base(llama, dtype="float32", quantization="int8")
+    wanted = logits(model) if used else None
+    there = torch.device("cpu")
+    for layer in layers(model):
+        held = layer.state if used else layer.weight
+        held.CB, held.SCB = held.CB.clone(), Mock(to={there: held.SCB}.__getitem__)
+    to_device(model, there)
+    for layer in layers(model):
+        held = layer.state if used else layer.weight
+        assert held.CB.data_ptr() == layer.weight.data_ptr()
+        assert held.SCB.device == there
+    if used:
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=0)
 
 
 def test_settling_twice_or_a_float_model_changes_nothing(llama):
