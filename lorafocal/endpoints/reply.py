@@ -40,7 +40,7 @@ def parse_body(body: bytes) -> Reply:
     """
     try:
         record = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedReply("the body is no JSON") from error
     try:
         choice = record["choices"][0]
