@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lorafocal import memory
-from lorafocal.compatibility import OFFLOADS, QUANTIZED
+from lorafocal.compatibility import OFFLOADS, QUANTIZED, SPLIT_WEIGHTS
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape, choose
 from lorafocal.model.adapters import adapter_parameters, attach_lora
@@ -218,8 +218,9 @@ def test_bytes_a_parameter_under_every_engine(engine):
     held = resident(engine)
     total = held.before + held.gradients + held.states
     assert total == pytest.approx(A_PARAMETER[engine] * 8_030_261_248, rel=1e-6)
+    assert memory.SHARING[engine].weights == (engine in SPLIT_WEIGHTS)
     published = 16 * 8.03e9 / 8  # bytes a GPU of weights split over 8
-    assert engine not in ("zero3", "fsdp2") or 0.999 < total / published < 1.001 * 18 / 16
+    assert engine not in SPLIT_WEIGHTS or 0.999 < total / published < 1.001 * 18 / 16
 
 
 @pytest.mark.row("37")
