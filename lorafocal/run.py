@@ -42,9 +42,9 @@ from lorafocal.run_folder import (
     ADAPTER_DIR,
     CONFIG_FILE,
     MANIFEST_FILE,
-    MODEL_DIR,
     STAGES_FILE,
     SWEEP_FILE,
+    made_by,
 )
 from lorafocal.saving import check_replaced
 from lorafocal.schema import Adapter
@@ -180,7 +180,7 @@ def _trained(
         if launch.is_main() and not resume and trainer.state.global_step == 0:
             (folder / MANIFEST_FILE).unlink()  # the first step was refused: the name is free for what is put right
         raise
-    state, made = trainer.state, _made(config)
+    state, made = trainer.state, made_by(config.adapter)
     late = agreed(stop.heard, trainer.args.device)  # in the last step, or in what followed it
     if stop.received is not None and state.global_step < state.max_steps:
         return RunSummary(folder, state.global_step, state.max_steps, {}, made, int(stop.received))
@@ -314,11 +314,6 @@ def full_disk_told(folder: Path) -> Iterator[None]:
         raise FullDisk(f"{place}: {error.strerror}", f"{kept}: {way_out}") from error
 
 
-def _made(config: Config) -> str:
-    """What a run makes, by the name of its folder."""
-    return ADAPTER_DIR if config.adapter is not None else MODEL_DIR
-
-
 def _check_folder(folder: Path, config: Config, resume: bool) -> None:
     if (folder / SWEEP_FILE).exists():
         raise InputError(
@@ -332,7 +327,8 @@ def _check_folder(folder: Path, config: Config, resume: bool) -> None:
         raise InputError(f"{folder} already holds a run: go on with it by --resume, or give another `name`")
     if resume and not taken:
         raise InputError(f"{folder} holds no run to resume; start it without --resume")
-    check_replaced(folder / _made(config), _made(config), "another `name`, or move that away")
+    made = made_by(config.adapter)
+    check_replaced(folder / made, made, "another `name`, or move that away")
 
 
 def _arguments(config: Config, folder: Path, *, settled: Mapping[str, Any] = MappingProxyType({})) -> FocalPOConfig:

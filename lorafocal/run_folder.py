@@ -24,6 +24,11 @@ def run_of(folder: Path) -> Path:
     return above.parent if CHECKPOINT.fullmatch(above.name) else above
 
 
+def made_by(adapter: object) -> str:
+    """What a run makes, by its config's `adapter`: the name of the folder."""
+    return MODEL_DIR if adapter is None else ADAPTER_DIR
+
+
 def read_manifest(run: Path) -> Mapping[str, Any]:
     """What a run says of itself; nothing where that cannot be read."""
     try:

@@ -26,7 +26,7 @@ from lorafocal.progress import tell
 from lorafocal.publish import write_atomically
 from lorafocal.resume import check_resumable
 from lorafocal.run import Callbacks, RunSummary, no_callbacks
-from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR, STAGES_FILE, SWEEP_FILE, read_manifest
+from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR, STAGES_FILE, SWEEP_FILE, made_by, read_manifest
 from lorafocal.schema.steps import keeps_order
 
 
@@ -115,7 +115,7 @@ def _train(
     last: RunSummary | None = None
     for number, stage in enumerate(stages, start=1):
         place = folder / stage.name
-        if (place / _made(stage)).is_dir():
+        if (place / made_by(stage.adapter)).is_dir():
             _say(f"stage {number} of {len(stages)}: done before", quiet)
             last = _done(place, stage)
             continue
@@ -144,13 +144,9 @@ def _train(
     return StagedSummary(folder, len(stages), len(stages), last)
 
 
-def _made(stage: Config) -> str:
-    return MODEL_DIR if stage.adapter is None else ADAPTER_DIR
-
-
 def _done(place: Path, stage: Config) -> RunSummary:
     """Of a stage that had ended before this call."""
-    made = _made(stage)
+    made = made_by(stage.adapter)
     lineage = json.loads((place / made / LINEAGE_FILE).read_text(encoding="utf-8"))
     return RunSummary(place, lineage["steps"], lineage["steps"], {}, made)
 

@@ -18,7 +18,7 @@ from lorafocal.interrupt import StopOnSignal
 from lorafocal.progress import tell
 from lorafocal.publish import alone_in, recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
-from lorafocal.run_folder import ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
+from lorafocal.run_folder import MANIFEST_FILE, made_by
 from lorafocal.schema import Config
 from lorafocal.sweep.grid import Grid, Planned
 from lorafocal.sweep.journal import Journal, held_out_metrics
@@ -107,8 +107,7 @@ def _is_left(journal: Journal, entry: Planned) -> bool:
     """Whether a point is still to be trained: what has failed would fail again, what was refused may be put right."""
     point = journal.entry(entry.point.identity).point
     if point.status == "finished":
-        made = MODEL_DIR if entry.config.adapter is None else ADAPTER_DIR
-        return not (journal.folder / point.slug / made).is_dir()
+        return not (journal.folder / point.slug / made_by(entry.config.adapter)).is_dir()
     return point.status != "failed"
 
 
