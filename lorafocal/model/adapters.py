@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lorafocal.compatibility import adapter_words
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, first_line
 from lorafocal.model.dora import exact_dora, reset_magnitudes
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import (
@@ -49,7 +49,21 @@ def linear_names(model: nn.Module) -> list[str]:
     """Every linear layer of the text part but its output head, by full name: an image encoder takes no adapter."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     text = set(model.get_decoder().modules())  # type: ignore[operator]
-    return [name for name, m in model.named_modules() if isinstance(m, LINEAR) and m is not head and m in text]
+    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, LINEAR) and m is not head and m in text)
+    return [name for name, layer in linear if _gives_its_product(layer)]
+
+
+def _gives_its_product(layer: nn.Module) -> bool:
+    """Not what some routers of experts do that are linear layers: they give their choices, and PEFT's give a tensor."""
+    own = type(layer).forward is not nn.Linear.forward and type(layer).__module__.startswith("transformers.models.")
+    if not own:
+        return True
+    weight: Any = layer.weight
+    try:
+        with torch.no_grad():
+            return isinstance(layer(weight.new_zeros(1, weight.shape[1])), torch.Tensor)
+    except RuntimeError:  # one of other rows than its weight says
+        return False
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -183,7 +197,10 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     check_targets(config, [] if targets == ALL_LINEAR else config.target_modules, layers)
     check_ranks(config, layers)
     tied = is_tied(model)
-    policy = widen_adapters(wrap(model, config))
+    try:
+        policy = widen_adapters(wrap(model, config))
+    except ValueError as error:  # of Mamba's own layers, which kernels read past an adapter
+        raise InputError(f"adapter: {first_line(error)}") from error
     check_tokens_follow(model, tied=tied)
     reset_magnitudes(policy)
     return policy

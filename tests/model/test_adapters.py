@@ -56,6 +56,24 @@ def test_no_layer_that_sees_an_image_takes_an_adapter(family, targets):
 
 
 @pytest.mark.row("10")
+@pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
+def test_routers_that_give_their_choices_take_no_adapter(family):
+    model = random_model(family, torch.float32)
+    assert any(isinstance(m, nn.Linear) and "Router" in type(m).__name__ for m in model.modules())
+    policy = attach_lora(model, lora())
+    policy(IDS)
+    assert not any("router" in name for name in policy.peft_config["default"].target_modules)
+    with pytest.raises(InputError, match="no linear layer is named 'router'"):
+        resolve_targets(model, ["router"])
+
+
+@pytest.mark.row("10")
+def test_what_peft_refuses_is_one_message():
+    with pytest.raises(InputError, match=r"adapter: .*'out_proj' is incompatible with Mamba"):
+        attach_lora(random_model("mamba", torch.float32), lora())
+
+
+@pytest.mark.row("10")
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [(["q_porj"], "q_proj"), ("k-proj", "k_proj"), (["q_proj", "lm_head"], "output head"), ([], "empty")],
