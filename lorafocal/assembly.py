@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.bounds import check_dropout
-from lorafocal.budget import settle_budget
+from lorafocal.budget import longest_alone, settle_budget
 from lorafocal.caching import SpotCheck, context_of, spot_check
 from lorafocal.compatibility import Cell, adapter_words, check, guide_refusal
 from lorafocal.data.needs import check_like_training, check_needs
@@ -253,7 +253,7 @@ def prepare_layers(scorers: Sequence[PeftModel], args: FocalPOConfig, pairs: Seq
         set_heads(model, load(args.elementwise_kernels), budget.head_rows)
     if layout.reason and args.process_index == 0:
         logger.warning("training padded, each prompt twice: %s", layout.reason)
-    most = max([budget.tokens, *(pair.shared_length for pair in pairs)])  # rows: a pack may be one longer pair
+    most = max(budget.tokens, longest_alone(args, pairs))
     bucket, compiled = compile_packed(policy, args, layout.layout, most)
     words |= {"attention": str(attention_of(policy, args.device)), "compiled": compiled}
     return Prepared(budget, layout, bucket, words)

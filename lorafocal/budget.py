@@ -59,9 +59,7 @@ def settle_budget(
     """
     stated = args.tokens_per_pack
     tier = "none" if args.recompute == "auto" else args.recompute
-    layout, rejected = "padded" if args.layout == "padded" else "packed", OBJECTIVES[args.objective].rejected
-    alone = PairCollator(layout, rejected=rejected, others=True).rows_alone
-    longest = max(map(alone, pairs), default=1)
+    longest = longest_alone(args, pairs)
     if device.type != "cuda":
         reason = AS_STATED if stated else f"on {device.type}"
         return memory.Choice(stated or max(CPU_TOKENS, longest), tier, reason)
@@ -85,6 +83,12 @@ def settle_budget(
     if not choice.fits:
         logger.warning("packs may not fit into the device's memory: %s. If they do not, %s", choice.reason, SMALLER)
     return choice if stated is None else replace(choice, tokens=stated)
+
+
+def longest_alone(args: FocalPOConfig, pairs: Sequence[TokenizedPair]) -> int:
+    """Token rows of the longest pair in a pack by itself, which is never split."""
+    layout, rejected = "padded" if args.layout == "padded" else "packed", OBJECTIVES[args.objective].rejected
+    return max(map(PairCollator(layout, rejected=rejected, others=True).rows_alone, pairs), default=1)
 
 
 def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPair], *, fused: bool) -> Setup:

@@ -130,7 +130,9 @@ def test_lengths_are_few_where_a_pair_is_longer_than_a_pack(tmp_path, monkeypatc
     monkeypatch.setattr(assembly, "bucket_of", lambda most: asked.append(most) or BUCKET)
     made(tmp_path, tokens_per_pack=8)
     made(tmp_path, tokens_per_pack=64)
-    assert asked == [max(pair.shared_length for pair in DATA + HELD_OUT), 64]
+    made(tmp_path, tokens_per_pack=8, objective="sft", reference=None)
+    chosen = [len(pair.prompt_ids) + len(pair.chosen_ids) for pair in DATA + HELD_OUT]
+    assert asked == [max(pair.shared_length for pair in DATA + HELD_OUT), 64, max(chosen)]
 
 
 @pytest.mark.engine
