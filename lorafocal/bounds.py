@@ -18,9 +18,6 @@ from typing import TypeGuard
 
 from lorafocal.errors import InputError
 
-Check = Callable[[float], str | None]
-"""Raises InputError for a value that cannot train; returns a warning or None."""
-
 GAMMA_LIMIT = 1 / math.log(2)
 """1.4427: from here on the gradient at margin 0, where every run starts, is zero or points backwards."""
 
