@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import base_fingerprint, tokenizer_digests
 from lorafocal.model.quantized import LoadedBase
 from lorafocal.model.saved import WEIGHTS_FILE, read_config
-from lorafocal.publish import sha256
+from lorafocal.publish import sha256, text_sha256
 from lorafocal.resume import MAY_CHANGE
 from lorafocal.run_folder import read_manifest
 from lorafocal.schema import Reference
@@ -210,4 +209,4 @@ def notes_of_changes(run: Path, part: str, pairs: Sequence[TokenizedPair]) -> tu
 
 
 def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return text_sha256(json.dumps(value))

@@ -26,7 +26,7 @@ from torch import Tensor
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.data.turns import CONTEXT, Turns
 from lorafocal.errors import InputError
-from lorafocal.publish import write_atomically
+from lorafocal.publish import text_sha256, write_atomically
 
 VERSION = 1  # raise it when equal contexts come to give other log-probs, or a part another shape
 CONTEXT_FILE = "context.json"
@@ -55,7 +55,7 @@ class Context:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+        return text_sha256(json.dumps(self.as_dict(), sort_keys=True))
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """The fields of another context that are not as here, each as "field: there, here here"."""

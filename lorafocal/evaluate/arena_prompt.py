@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from string import Formatter
 from typing import Any
 
 from lorafocal.errors import InputError
+from lorafocal.publish import text_sha256
 from lorafocal.yaml12 import parse_yaml
 
 LABEL_PATTERN = r"\[\[([AB<>=]+)\]\]"
@@ -82,7 +82,7 @@ class JudgePrompt:
     def sha256(self) -> str:
         """Of everything that a verdict depends on."""
         told = {key: value for key, value in asdict(self).items() if key != "file"}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return text_sha256(json.dumps(told, sort_keys=True))
 
     def messages(
         self, question: Sequence[str], first: Sequence[str], second: Sequence[str]

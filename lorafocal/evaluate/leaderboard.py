@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from lorafocal.evaluate.harness import (
 )
 from lorafocal.evaluate.result import Result, Score, file_hashes, package_versions
 from lorafocal.generation.subject import Subject, find_subject
-from lorafocal.publish import write_atomically
+from lorafocal.publish import text_sha256, write_atomically
 
 BATCH_SIZE = 8  # requests in a forward; padding and rounding follow it, the scores hardly
 PERCENT = ("acc", "acc_norm", "exact_match")  # shares, printed in percent; other metrics keep the harness's unit
@@ -134,7 +133,7 @@ def _run(
 
 def _key(about: Mapping[str, Any], task: str) -> str:
     """What a finished task is found again by: everything that its numbers depend on."""
-    return hashlib.sha256(json.dumps([about, task], sort_keys=True).encode()).hexdigest()
+    return text_sha256(json.dumps([about, task], sort_keys=True))
 
 
 def _read_journal(path: Path) -> dict[str, TaskRun]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from lorafocal.model.saved import (
     stored_dtype,
     tokenization_of,
 )
-from lorafocal.publish import sha256
+from lorafocal.publish import sha256, text_sha256
 from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, CONFIG_FILE, MANIFEST_FILE, MODEL_DIR, run_of
 
 MODEL_CONFIG = "config.json"
@@ -68,7 +67,7 @@ class Subject:
         if not self.speech.templated:
             return None
         said = [self.tokenizer.chat_template, dict(self.speech.encoder.renderer.options)]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return text_sha256(json.dumps(said, sort_keys=True))
 
     def describe(self) -> dict[str, Any]:
         """What a reader needs to know which weights answered; digests of files, and never a path."""

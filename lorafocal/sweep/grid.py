@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 from lorafocal.config import load_config
 from lorafocal.errors import InputError
+from lorafocal.publish import text_sha256
 from lorafocal.report.sweep_results import ACCURACY, LOSS, Criterion, Point, number_word, value_text
 from lorafocal.resume import MAY_CHANGE
 from lorafocal.schema import Config
@@ -230,7 +230,7 @@ def slug_of(values: Mapping[str, Any]) -> str:
     slug = "-".join(parts).lower().lstrip("._-")
     if exact and len(slug) <= _LONGEST_NAME:
         return slug
-    digest = hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:6]
+    digest = text_sha256(json.dumps(dict(values), sort_keys=True))[:6]
     return f"{slug[: _LONGEST_NAME - 7].rstrip('._-')}-{digest}"
 
 
@@ -245,7 +245,7 @@ def _word_of(value: Any) -> tuple[str, bool]:
 
 def identity_of(config: Config) -> str:
     """sha256 (hex) of what decides a run's result: all of the config but its name and what may change on resume."""
-    return hashlib.sha256(json.dumps(_deciding(config), sort_keys=True).encode()).hexdigest()
+    return text_sha256(json.dumps(_deciding(config), sort_keys=True))
 
 
 def _deciding(config: Config) -> dict[str, Any]:
