@@ -16,7 +16,7 @@ from typing import Any
 
 from lorafocal.data.messages import Messages
 from lorafocal.data.template_options import template_text
-from lorafocal.data.templates import OPENED_THINKING, Fault, Renderer, answer_text, left_out
+from lorafocal.data.templates import OPENED_THINKING, Fault, Renderer, answer_text, left_out, parted
 from lorafocal.errors import InputError
 
 Pieces = tuple[str, ...]  # turn, context, turn, ..., turn
@@ -111,7 +111,5 @@ def extends(asked: str, written: str) -> bool:
 
 def _difference(written: str, asked: str) -> str:
     """Where a later rendering leaves what was written before."""
-    same = next(
-        (i for i, (a, b) in enumerate(zip(written, asked, strict=False)) if a != b), min(len(written), len(asked))
-    )
+    same = parted(written, asked)
     return f"{written[same : same + 30]!r} becomes {asked[same : same + 30]!r}"

@@ -283,9 +283,14 @@ def generated_reasoning(content: str, asked: str, full: str) -> str:
     return reasoning.removeprefix(opened.group()).removeprefix("<think>") + closed + said + full[len(shown) :]
 
 
+def parted(one: str, other: str) -> int:
+    """Up to where two texts are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def prompt_not_kept(chat: Preference, answer: Messages, asked: str, full: str, renderer: Renderer) -> InputError:
     """What differs, and the way out that was found by trying."""
-    same = next((i for i, (a, b) in enumerate(zip(full, asked, strict=False)) if a != b), min(len(full), len(asked)))
+    same = parted(full, asked)
     option = option_that_keeps(chat.prompt, answer, renderer)  # type: ignore[arg-type]
     if option:
         way_out = f"Set data.chat_template_kwargs to {option}, which this template keeps its prompt with"
