@@ -1,6 +1,7 @@
 """The two ends a run can come to that are not bugs: wrong input, and numbers that went bad; and others' errors told."""
 
 import errno
+from pathlib import Path
 
 # What the system says of a full disk, of a used-up quota, and of a file above the limit for one.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -24,6 +25,11 @@ class FullDisk(InputError):
 
 class UnhealthyRun(RuntimeError):
     """A run that must not go on; its last checkpoint is untouched. The command line exits with code 1."""
+
+
+def unreadable(file: Path, error: OSError | UnicodeDecodeError) -> InputError:
+    """What is said of a file that cannot be opened, or is no text."""
+    return InputError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, unreadable
 from lorafocal.publish import write_atomically
 
 FOLDER = "evaluations"
@@ -48,7 +48,7 @@ def read_evaluation(path: Path) -> list[EvaluatedPair]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # an id may hold what `splitlines` splits at
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise unreadable(path, error) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line:

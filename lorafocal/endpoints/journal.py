@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lorafocal.endpoints.reply import MalformedReply, Reply, from_dict
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, unreadable
 from lorafocal.publish import GrowingFile, whole_lines
 
 
@@ -22,7 +22,7 @@ def read_journal(path: Path) -> dict[str, Reply]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     return _replies(path, whole_lines(content))
 
 

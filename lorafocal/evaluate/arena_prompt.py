@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, unreadable
 from lorafocal.publish import text_sha256
 from lorafocal.yaml12 import parse_yaml
 
@@ -112,7 +112,7 @@ def read_judge_prompt(path: Path) -> JudgePrompt:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), source=path.name)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise unreadable(path, error) from error
     if not isinstance(values, Mapping):
         raise InputError(f"{path.name} is not a judge's configuration: it holds no keys")
     _check_keys(values, path.name)

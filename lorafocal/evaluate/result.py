@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, unreadable
 from lorafocal.publish import check_folder_of, sha256, text_sha256, write_atomically
 from lorafocal.versions import installed
 
@@ -118,7 +118,7 @@ def read_result(path: Path) -> Result:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise unreadable(path, error) from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); an evaluation writes it by --out") from error
     if not isinstance(record, dict) or "benchmark" not in record:

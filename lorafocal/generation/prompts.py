@@ -13,7 +13,7 @@ from lorafocal.data.messages import kind, read_text
 from lorafocal.data.places import Place
 from lorafocal.data.readers import NumberedRow, objects, read_rows
 from lorafocal.data.sources import Preference, Reading, collect
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, unreadable
 from lorafocal.publish import sha256
 
 
@@ -80,7 +80,7 @@ def _lines(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise unreadable(path, error) from error
     return [
         Prompt(_asked(line), str(Place(path.name, number)))
         for number, line in enumerate((line.removesuffix("\r") for line in lines), start=1)
