@@ -306,16 +306,19 @@ def _trained_beta(subject: Subject) -> float | None:
     return None if subject.folder is None else reward_scale(lineage_of(subject.folder))
 
 
+def trained_by(subject: Subject) -> Objective | None:
+    """The objective of a subject's training; None where that is unknown. Raises InputError for one that is not here."""
+    lineage = None if subject.folder is None else lineage_of(subject.folder)
+    return None if lineage is None or lineage.objective is None else objective_from(lineage.objective)
+
+
 def _objective_of_margins(subject: Subject) -> Objective | None:
     """What the subject was trained by, where that is known and a pair's margin alone tells the pair's weight."""
-    lineage = None if subject.folder is None else lineage_of(subject.folder)
-    if lineage is None or lineage.objective is None:
-        return None
     try:
-        objective = objective_from(lineage.objective)
+        objective = trained_by(subject)
     except InputError:  # an objective of somebody's own, or of another version
         return None
-    return objective if objective.entry.of_margin else None
+    return objective if objective is not None and objective.entry.of_margin else None
 
 
 def row_settings(subject: Subject) -> Mapping[str, Any]:

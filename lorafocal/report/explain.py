@@ -16,13 +16,13 @@ from lorafocal.data.packing import Pack, scores_of
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.data.turns import CONTEXT, Turns
 from lorafocal.errors import InputError
-from lorafocal.evaluate.score import compared_with, is_its_own_reference, prepared, row_settings
+from lorafocal.evaluate.score import compared_with, is_its_own_reference, prepared, row_settings, trained_by
 from lorafocal.evaluations import evaluation_files, read_evaluation
 from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.lineage import lineage_of
 from lorafocal.model.adapters import AdapterSwitch
 from lorafocal.model.saved import SavedAdapter
-from lorafocal.objectives import Objective, PairLogps, objective_from
+from lorafocal.objectives import Objective, PairLogps
 from lorafocal.objectives.pairwise import dpo_weight, rewards
 from lorafocal.policy import token_logps
 from lorafocal.report.explanation import Answer, Explanation, Token, Weighing
@@ -58,7 +58,7 @@ def explain(
     compared = None if reference is None else compared_with(subject, reference, base=base)
     if compared is None:
         _check_starts_at_its_base(subject)
-    objective = _objective(subject)
+    objective = trained_by(subject)
     entry = None if objective is None else objective.entry
     found = find_pair(pair_id, subject, pairs, row_settings(subject), objective=entry)
     if entry is not None and entry.scores:
@@ -90,14 +90,6 @@ def _started_bare(saved: SavedAdapter) -> bool:
         return True
     run = read_manifest(run_of(saved.folder))
     return saved.lineage.reference_kind == "cached" and "reference_model" in run and run["reference_model"] is None
-
-
-def _objective(subject: Subject) -> Objective | None:
-    """What the run was trained by; None where that is unknown."""
-    lineage = None if subject.folder is None else lineage_of(subject.folder)
-    if lineage is None or lineage.objective is None:
-        return None
-    return objective_from(lineage.objective)
 
 
 # ---- scores
