@@ -78,14 +78,7 @@ def overview_png(records: Sequence[RunRecord], theme: Theme = LIGHT) -> bytes:
         _draw_panel(axes, panel, records, theme)
     for axes in places[len(panels) :]:
         axes.remove()
-    colours = run_colours(len(records), theme)
-    swatches = [Line2D([], [], color=colour, linewidth=4) for colour in colours]
-    legend = figure.legend(
-        swatches, [str(n) for n in range(len(records))], loc="outside upper center", ncols=min(len(records), 4),
-        frameon=False,
-    )  # fmt: skip
-    for text, record in zip(legend.get_texts(), records, strict=True):
-        write_words(text, shortened(record.name, 28 if len(records) > 1 else 72), theme)
+    draw_names(figure, [record.name for record in records], 28 if len(records) > 1 else 72, theme)
     return png_bytes(figure)
 
 
@@ -231,6 +224,17 @@ def dress(axes: Axes, theme: Theme) -> None:
 def draw_key(axes: Axes, theme: Theme, *entries: Any) -> None:
     """What the kinds of line mean, on a ground of its own where curves pass behind."""
     axes.legend(*entries, fontsize=8, labelcolor=theme.text, facecolor=theme.back, edgecolor="none", framealpha=0.8)
+
+
+def draw_names(figure: Figure, names: Sequence[str], limit: int, theme: Theme) -> None:
+    """What the colours are of, on top of all panels; of each name at most `limit` characters."""
+    swatches = [Line2D([], [], color=colour, linewidth=4) for colour in run_colours(len(names), theme)]
+    legend = figure.legend(
+        swatches, [str(n) for n in range(len(names))], loc="outside upper center", ncols=min(len(names), 4),
+        frameon=False,
+    )  # fmt: skip
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        write_words(text, shortened(name, limit), theme)
 
 
 def shortened(name: str, limit: int) -> str:

@@ -8,13 +8,13 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 from lorafocal.report.plots import (
     LIGHT,
     PANEL_INCHES,
     Theme,
+    draw_names,
     dress,
     new_figure,
     png_bytes,
@@ -68,13 +68,7 @@ def sweep_png(panels: Sequence[Panel], sweep: SweepRecord, choice: Choice | None
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         _draw(axes, panel, sweep, choice, theme)
     if len(lines) > 1:
-        swatches = [Line2D([], [], color=colour, linewidth=4) for colour in run_colours(len(lines), theme)]
-        legend = figure.legend(
-            swatches, [str(n) for n in range(len(lines))], loc="outside upper center", ncols=min(len(lines), 4),
-            frameon=False,
-        )  # fmt: skip
-        for text, name in zip(legend.get_texts(), lines, strict=True):
-            write_words(text, shortened(name, 40), theme)
+        draw_names(figure, [*lines], 40, theme)
     return png_bytes(figure)
 
 
