@@ -34,7 +34,7 @@ from lorafocal.tensor_files import dtype_word
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes
 WEIGHTS, INDEX = "model", "model.safetensors.index.json"
 
-# What makes tokens of images stays the base's.
+# What makes tokens of images stays the base's; without it a merged image-text model would see none.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")  # up to the first number in a name
@@ -139,10 +139,8 @@ def write_papers(
     config.dtype = dtype_word(dtype)
     config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(folder)
-    for file in (GENERATION_CONFIG, *PROCESSORS) if name is not None else ():
-        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
-            shutil.copyfile(found, folder / file)
+    if name is not None:
+        copy_of_base((GENERATION_CONFIG, *PROCESSORS), name, revision, folder)
     forget_places(folder, config)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -153,3 +151,11 @@ def write_papers(
         made.write(folder)
         card = model_card(made, results, dtype=config.dtype, run=run)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def copy_of_base(files: Iterable[str], name: str, revision: str | None, folder: Path) -> None:
+    """Those of `files` that the base `name` has, into `folder` as they stand there."""
+    for file in files:
+        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, folder / file)

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from lorafocal.card import CARD_FILE, merged_card
 from lorafocal.data.held_out import HELD_OUT_FILE, load_pairs
 from lorafocal.errors import InputError
@@ -20,7 +18,7 @@ from lorafocal.lineage import MERGED, BaseIdentity, Lineage
 from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import DTYPES as GATE_DTYPES
 from lorafocal.model.load import base_fingerprint, load_tokenizer, weight_files
-from lorafocal.model.save_model import PROCESSORS
+from lorafocal.model.save_model import PROCESSORS, copy_of_base
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter, read_config
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
@@ -153,7 +151,7 @@ def merge_adapter(
         )
         _keep_only(kept.folder, folder)
         tokenizer.save_pretrained(folder)
-        _copy_processors(saved, folder)
+        copy_of_base(PROCESSORS, saved.base, saved.revision, folder)
         _write_papers(folder, lineage, report, read_manifest(run_of(folders[0])) if len(folders) == 1 else None)
         _check_files(folder)
     return report
@@ -256,14 +254,6 @@ def _pairs_file(adapter: Path, pairs: str | Path | None) -> Path:
     if not own.is_file():
         raise InputError(f"no {HELD_OUT_FILE} lies beside {adapter}, so nothing can check the merge: say --pairs FILE.")
     return own
-
-
-def _copy_processors(saved: SavedAdapter, folder: Path) -> None:
-    """What makes tokens of images stays the base's; without it a merged image-text model would see none."""
-    for name in PROCESSORS:
-        file = cached_file(saved.base, name, revision=saved.revision, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
-            shutil.copyfile(file, folder / name)
 
 
 def _lineage(saved: SavedAdapter, onto: str, original: str | None) -> Lineage:

@@ -6,7 +6,6 @@ model (fused experts, weights in 4 bits, other names) is merged whole, in memory
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
 from lorafocal.errors import InputError
 from lorafocal.model.load import load_base
 from lorafocal.model.local_places import GENERATION_CONFIG, forget_places
+from lorafocal.model.save_model import copy_of_base
 from lorafocal.model.saved import SavedAdapter, cast_parameters, read_config
 from lorafocal.model.trained_modules import is_tied
 from lorafocal.release.deltas import Change, changes
@@ -174,11 +173,7 @@ def _write_config(source: Source, folder: Path, dtype: torch.dtype) -> tuple[str
     _forget_code(config)
     config.dtype = dtype
     config.save_pretrained(folder)
-    file = cached_file(
-        source.name, GENERATION_CONFIG, revision=source.revision, _raise_exceptions_for_missing_entries=False
-    )
-    if file is not None:
-        shutil.copyfile(file, folder / GENERATION_CONFIG)
+    copy_of_base([GENERATION_CONFIG], source.name, source.revision, folder)
     return forget_places(folder, config)
 
 
