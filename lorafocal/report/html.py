@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from lorafocal.errors import InputError
-from lorafocal.publish import check_file, check_folder_of, write_atomically
+from lorafocal.publish import check_file, check_folder_of, published, write_atomically
 
 # Nothing may be fetched, whatever text a run brings: pictures come as data, the style from this page.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -142,3 +142,13 @@ def write_page(path: Path, page: str) -> None:
         write_atomically(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another place for the page") from error
+
+
+def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """A folder of `files` in the place of `target`; complete or not at all. Raises InputError where it cannot be."""
+    try:
+        with published(target, replace=True, record=False) as folder:
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}); choose another --out") from error

@@ -11,9 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lorafocal.errors import InputError
 from lorafocal.evaluate.result import read_result
-from lorafocal.publish import check_ours, published
+from lorafocal.publish import check_ours
 from lorafocal.report import html
 from lorafocal.report.paper import Cell, PaperTables, Row, Table, all_cells, letter, mark_of, paper_tables
 from lorafocal.report.paper_plot import table_png
@@ -62,12 +61,7 @@ def write_paper(results: Sequence[Path], out: Path) -> PaperReport:
         PAGE_FILE: page(tables, [(pictures[name], dark[name]) for name in pictures]).encode("utf-8", "replace"),
         **pictures,
     }
-    try:
-        with published(target, replace=True, record=False) as folder:
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}); choose another --out") from error
+    html.write_folder(target, files)
     return PaperReport(tables, tuple(target / name for name in files))
 
 

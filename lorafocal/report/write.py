@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafocal.errors import InputError
-from lorafocal.publish import check_ours, published
-from lorafocal.report import provenance
+from lorafocal.publish import check_ours
+from lorafocal.report import html, provenance
 from lorafocal.report.numbers import HEADLINES, flips, headline, is_finite, parts
 from lorafocal.report.page import Picture, number_text, page
 from lorafocal.report.panels import drawable
@@ -88,12 +88,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportSummary
     files = {PAGE_FILE: page(records, curves, list(margins.values())).encode("utf-8", "replace")}
     files[CURVES_FILE] = overview_png(records)
     files |= {f"margins-{number}.png": picture.light for number, picture in margins.items()}
-    try:
-        with published(target, replace=True, record=False) as folder:
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}); choose another --out") from error
+    html.write_folder(target, files)
     return ReportSummary(records, target / PAGE_FILE, [target / name for name in files if name != PAGE_FILE])
 
 
