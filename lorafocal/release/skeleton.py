@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from lorafocal.model.load import DTYPES, door, local_device
@@ -60,10 +61,6 @@ class Skeleton:
 
     def _rebuilt(self, names: Iterable[str]) -> str | None:
         """A tensor that transformers computes from what is stored, under the same name (rotated, transposed)."""
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-        except ImportError:
-            return "this version of transformers does not say which tensors it rebuilds on loading"
         steps = [step for step in get_model_conversion_mapping(self.model) if getattr(step, "operations", None)]
         patterns = [pattern for step in steps for pattern in step.source_patterns]
         for name in names:
