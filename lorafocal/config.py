@@ -199,9 +199,7 @@ def training_arguments(config: Config) -> dict[str, Any]:
     }
     arguments = {key: value for key, value in arguments.items() if value is not None}  # what is left to the default
     if training.warmup_ratio > 0:
-        arguments["warmup_steps"] = (
-            training.warmup_ratio
-        )  # below 1 it is a share of all steps, in transformers 5.5 and later
+        arguments["warmup_steps"] = training.warmup_ratio  # below 1 it is a share of all steps
     return arguments
 
 

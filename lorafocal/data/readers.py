@@ -174,9 +174,7 @@ def read_csv(file: IO[bytes], name: str) -> Iterator[NumberedRow]:
 
     After broken quotes nothing that follows can be trusted, so they are a fault of the file.
     """
-    csv.field_size_limit(
-        max(csv.field_size_limit(), MAX_LINE_BYTES)
-    )  # of the process; the default refuses long answers
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # of the process; else long answers are refused
     records = csv.reader(csv_lines(file, name), strict=True)
     header: list[str] = []
     number = -1

@@ -119,9 +119,8 @@ def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
 
 def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable: bool = False) -> PeftModel:
     """The adapter of `folder` on a loaded base, in float32, frozen unless `trainable`; strict both ways (row 53)."""
-    plain = replace(
-        config, base_model_name_or_path=None, inference_mode=not trainable, init_lora_weights=True, eva_config=None
-    )  # the values of the start are replaced at once
+    start = {"init_lora_weights": True, "eva_config": None}  # its values are replaced at once
+    plain = replace(config, base_model_name_or_path=None, inference_mode=not trainable, **start)
     try:
         resolve_tokens(base, plain.trainable_token_indices)  # PEFT would look for rows that the base may not have
         policy = widen_adapters(wrap(base, plain))

@@ -35,10 +35,9 @@ def adapter_section(config: Config, quantization: str | None, instead: list[str]
         instead.append(f"adapter.start_from: a new LoRA of rank 8, for {folder} is not here")
         return section | {"r": 8, "alpha": 16}
     lora, lineage = read_lora_config(folder), lineage_of(folder)
+    # a base known by its shape alone may be stored in 4 bits
     if lineage is not None and (quantization is not None or config.model.shape is None):
-        check_same_quantization(
-            folder, lineage, quantization
-        )  # a base known by its shape alone may be stored in 4 bits
+        check_same_quantization(folder, lineage, quantization)
     instead.append(f"adapter.start_from: a new adapter of rank {lora.r}, as {folder} has it, trained for one step")
     return section | {
         "r": lora.r,
