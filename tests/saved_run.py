@@ -56,6 +56,11 @@ def save_base(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.bf
     return folder
 
 
+def edit_json(path: Path, **changes: object) -> None:
+    """The object in the file `path`, with other values."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def quantized_checkpoint(base: Path, folder: Path, quantization: str, dtype: str = "bfloat16") -> Path:
     """The base of `base` as others publish it in 4 or 8 bits, with its tokenizer."""
     load_base(str(base), dtype=dtype, quantization=quantization).save_pretrained(folder)

@@ -29,7 +29,7 @@ from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.release.merge import merge_adapter
 from lorafocal.trainer import FocalPOTrainer
-from tests.saved_run import BETA, SavedRun, other_tokenizer, quantized_checkpoint, save_base, save_run
+from tests.saved_run import BETA, SavedRun, edit_json, other_tokenizer, quantized_checkpoint, save_base, save_run
 
 
 @pytest.fixture
@@ -42,10 +42,6 @@ def plain_logps(model: PreTrainedModel, prompt: list[int], answer: list[int]) ->
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
     return logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().item()
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def numbers(score: PairScore) -> dict[str, float]:

@@ -22,7 +22,7 @@ from lorafocal.release.export import export
 from lorafocal.release.measure import Live, live_logps
 from lorafocal.release.measured import ROUNDING, SLACK, check_measured
 from lorafocal.release.merge import merge_adapter
-from tests.saved_run import SavedRun, other_tokenizer, save_run
+from tests.saved_run import SavedRun, edit_json, other_tokenizer, save_run
 
 pytestmark = pytest.mark.slow
 
@@ -44,10 +44,6 @@ def write_table(run: SavedRun, policy: PairLogps, reference: PairLogps) -> None:
     columns = zip(*(side.tolist() for side in (*policy, *reference)), strict=True)
     rows = [EvaluatedPair(pair.id, *values) for pair, values in zip(run.pairs, columns, strict=True)]
     write_evaluation(evaluation_file(run.folder, STEPS), rows)
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def one_weight(run: SavedRun) -> None:

@@ -29,7 +29,7 @@ from lorafocal.release.merge import MergeReport, merge_adapter
 from lorafocal.release.shards import ShardWriter
 from lorafocal.release.survival import LayerSurvival, survival_notes
 from lorafocal.release.weights import write_merged
-from tests.saved_run import SavedRun, save_run
+from tests.saved_run import SavedRun, edit_json, save_run
 from tests.tiny import lora, trainer
 
 pytestmark = pytest.mark.slow  # whole models are written and loaded again
@@ -43,10 +43,6 @@ FILES = {
 @pytest.fixture
 def run(tmp_path: Path) -> SavedRun:
     return save_run(tmp_path)
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}}])
