@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorafocal.data.leave_out import Named, digest, line_of, read_list
-from lorafocal.data.prepare import Part, check_sources, prepare_data
+from lorafocal.data.prepare import Part, check_sources
 from lorafocal.data.sources import Preference
-from lorafocal.data.toy import toy_preferences, toy_tokenizer
+from lorafocal.data.toy import toy_preferences
 from lorafocal.errors import InputError
 from lorafocal.schema import Data
+from tests.data.test_prepare import prepared, write
 
-TOKENIZER = toy_tokenizer()
 ROWS = toy_preferences(60, seed=1)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def prepared(**section: Any) -> dict[str, Part]:
-    return prepare_data(Data.model_validate({"max_length": 64, "cache": False, **section}), TOKENIZER)
 
 
 def ids(part: Part) -> list[str]:
