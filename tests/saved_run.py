@@ -8,15 +8,18 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorafocal.data.held_out import HELD_OUT_FILE, write_held_out
+from lorafocal.data.packing import share_prefixes
 from lorafocal.data.sources import preferences_from_rows
 from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
 from lorafocal.data.toy import toy_preferences, toy_tokenizer
 from lorafocal.lineage import BaseIdentity, Lineage
 from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import base_fingerprint, load_base
+from lorafocal.policy import prepare_policy, sequence_logps
 
 BETA = 0.1
 
@@ -97,6 +100,13 @@ def plant_adapter(model: PreTrainedModel, *, std: float, **settings: object) -> 
 def held_out_pairs(count: int = 12) -> list[TokenizedPair]:
     rows = preferences_from_rows(toy_preferences(count, seed=3, held_out=True), "toy").pairs
     return tokenize_preferences(rows, toy_tokenizer(), max_length=64).pairs
+
+
+def logps_of(model: PreTrainedModel, pairs: list[TokenizedPair]) -> Tensor:
+    """Of the pairs in one pack, (2B,), without a gradient."""
+    prepare_policy(model.eval())
+    with torch.no_grad():
+        return torch.cat(sequence_logps(model, share_prefixes(pairs)))
 
 
 def save_run(

@@ -10,16 +10,14 @@ import torch
 from transformers import AutoConfig
 
 from lorafocal.data.held_out import write_held_out
-from lorafocal.data.packing import share_prefixes
 from lorafocal.data.toy import toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import load_base
-from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.release.merge import merge_adapter
 from lorafocal.trainer import FocalPOTrainer
 from tests.model.families import random_model
-from tests.saved_run import held_out_pairs
+from tests.saved_run import held_out_pairs, logps_of
 from tests.tiny import lora, trainer
 
 pytestmark = pytest.mark.slow  # whole models are written and loaded again
@@ -45,12 +43,6 @@ def trained(root: Path, family: str) -> tuple[Path, FocalPOTrainer]:
     return base, run
 
 
-def logps_of(model) -> torch.Tensor:
-    prepare_policy(model.eval())
-    with torch.no_grad():
-        return torch.cat(sequence_logps(model, share_prefixes(PAIRS)))
-
-
 @pytest.mark.row("44", "45")
 @pytest.mark.parametrize("family", ["gpt2", "qwen2_vl", pytest.param("gemma3", marks=NEEDS_TYPES)])
 def test_live_continued_and_merged_are_one(tmp_path: Path, family: str) -> None:
@@ -58,14 +50,14 @@ def test_live_continued_and_merged_are_one(tmp_path: Path, family: str) -> None:
     base, run = trained(tmp_path, family)
     assert run.data_collator.layout == "packed"
     adapter, merged = tmp_path / "run" / "adapter", tmp_path / "merged"
-    live = logps_of(run.model)
-    start = logps_of(load_base(str(base), dtype="float32"))
+    live = logps_of(run.model, PAIRS)
+    start = logps_of(load_base(str(base), dtype="float32"), PAIRS)
     assert (live - start).abs().max() > 0.1
-    reloaded = logps_of(continue_adapter(load_base(str(base), dtype="float32"), adapter))
+    reloaded = logps_of(continue_adapter(load_base(str(base), dtype="float32"), adapter), PAIRS)
     torch.testing.assert_close(reloaded, live, rtol=1e-6, atol=1e-5)
     report = merge_adapter(adapter, merged, base=str(base), dtype="float32")
     assert report.gate.lost < 1e-4
-    torch.testing.assert_close(logps_of(load_base(str(merged), dtype="float32")), live, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logps_of(load_base(str(merged), dtype="float32"), PAIRS), live, rtol=1e-5, atol=1e-4)
     given, written = (AutoConfig.from_pretrained(folder).get_text_config() for folder in (base, merged))
     assert written.use_cache == given.use_cache
 

@@ -9,17 +9,15 @@ import pytest
 import torch
 
 from lorafocal.data.held_out import write_held_out
-from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
 from lorafocal.lineage import CONTINUED, MERGED, Lineage, lineage_of
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import base_fingerprint, load_base
 from lorafocal.objectives.focal import identity_loss
-from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.publish import sha256
 from lorafocal.release.merge import merge_adapter
 from lorafocal.trainer import FocalPOTrainer
-from tests.saved_run import held_out_pairs, save_base
+from tests.saved_run import held_out_pairs, logps_of, save_base
 from tests.tiny import lora, trainer
 
 pytestmark = pytest.mark.slow  # whole models are written and loaded again
@@ -40,12 +38,6 @@ def fresh(base: Path, folder: Path, **settings) -> FocalPOTrainer:
     return stage(folder, load_base(str(base), dtype="float32"), peft_config=lora(), **settings)
 
 
-def logps_of(model) -> torch.Tensor:
-    prepare_policy(model.eval())
-    with torch.no_grad():
-        return torch.cat(sequence_logps(model, share_prefixes(PAIRS)))
-
-
 def merged(root: Path, adapter: Path, base: Path, name: str) -> Path:
     merge_adapter(adapter, root / name, base=str(base), dtype="float32")
     return root / name
@@ -53,7 +45,7 @@ def merged(root: Path, adapter: Path, base: Path, name: str) -> Path:
 
 def assert_same(folder: Path, policy) -> None:
     torch.testing.assert_close(
-        logps_of(load_base(str(folder), dtype="float32")), logps_of(policy), rtol=1e-5, atol=1e-4
+        logps_of(load_base(str(folder), dtype="float32"), PAIRS), logps_of(policy, PAIRS), rtol=1e-5, atol=1e-4
     )
 
 
@@ -109,7 +101,8 @@ def test_sft_continued_on_preferences_against_its_frozen_copy_then_merged(
     start = root / "sft" / "adapter"
     before = base_fingerprint(str(base))
     policy = continue_adapter(load_base(str(base), dtype="float32"), start)
-    torch.testing.assert_close(logps_of(policy), logps_of(first.model), rtol=1e-5, atol=1e-5)  # fused, and PEFT's own
+    fused, peft_s = (logps_of(model, PAIRS) for model in (policy, first.model))
+    torch.testing.assert_close(fused, peft_s, rtol=1e-5, atol=1e-5)
     second = stage(tmp_path / "tuned", policy, reference="frozen_copy")
     assert second.state.log_history[0]["loss"] == pytest.approx(identity_loss(0.05), abs=1e-7)
     adapter = tmp_path / "tuned" / "adapter"

@@ -11,23 +11,20 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
 
 from lorafocal.compatibility import QUANTIZED
 from lorafocal.data.held_out import write_held_out
-from lorafocal.data.packing import share_prefixes
 from lorafocal.lineage import lineage_of
 from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import load_base
 from lorafocal.model.quantized import dequantized_weight, quantization_of, word_of
 from lorafocal.model.saved import WEIGHTS_FILE, read_adapter
-from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.release.dequantize import dequantize
 from lorafocal.release.gate import GateFailure
 from lorafocal.release.merge import merge_adapter
 from lorafocal.release.weights import write_merged
 from tests.model.families import random_model
-from tests.saved_run import SavedRun, held_out_pairs, quantized_checkpoint, save_base, save_run
+from tests.saved_run import SavedRun, held_out_pairs, logps_of, quantized_checkpoint, save_base, save_run
 from tests.tiny import lora, trainer
 
 pytestmark = pytest.mark.slow  # whole models are written and loaded again
@@ -46,12 +43,6 @@ def what_training_saw(run: SavedRun, quantization: str, dtype: str = "bfloat16")
         elif word_of(layer) and not name.endswith("base_layer"):
             weights[f"{name}.weight"] = dequantized_weight(layer)
     return weights
-
-
-def logps_of(model: nn.Module) -> torch.Tensor:
-    prepare_policy(model.eval())
-    with torch.no_grad():
-        return torch.cat(sequence_logps(model, share_prefixes(PAIRS)))
 
 
 @pytest.mark.row("41", "42")
@@ -209,7 +200,7 @@ def test_adapters_from_every_start_open_and_merge_like_plain_ones(
     adapter = tmp_path / "run" / "adapter"
     assert run.lineage().parents == ()  # type: ignore[union-attr]
     policy = continue_adapter(load_base(str(base), dtype="float32", quantization=quantization), adapter)
-    torch.testing.assert_close(logps_of(policy), logps_of(run.model), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logps_of(policy, PAIRS), logps_of(run.model, PAIRS), rtol=1e-5, atol=1e-4)
     report = merge_adapter(adapter, tmp_path / "out", base=str(base), dtype="float32")
     assert report.gate.lost < 1e-3
 
