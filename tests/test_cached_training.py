@@ -19,7 +19,7 @@ from lorafocal.model.load import load_base
 from lorafocal.objectives.focal import identity_loss
 from lorafocal.store import ReferenceStore, Score, answers_of
 from lorafocal.trainer import FocalPOTrainer
-from tests.tiny import disturb, lora, pairs, relative_difference, tiny_base, tiny_policy, trainer
+from tests.tiny import disturb, lora, pairs, relative_difference, tiny_base, tiny_policy, trainer, weights
 
 pytestmark = pytest.mark.slow
 
@@ -48,10 +48,6 @@ def logged(run: FocalPOTrainer) -> list[dict[str, float]]:
         for line in run.state.log_history
         if "loss" in line or "eval_loss" in line
     ]
-
-
-def weights(run: FocalPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in run.trained.items()}
 
 
 @pytest.mark.row("34")

@@ -23,7 +23,16 @@ from lorafocal.probes import choose_layout
 from lorafocal.trainer import FocalPOTrainer
 from tests.model.architecture_table import one_at_a_time
 from tests.model.families import known_families, random_model
-from tests.tiny import adapter_gradients, lora, pairs, relative_difference, tiny_base, trainer, with_a_wide_norm
+from tests.tiny import (
+    adapter_gradients,
+    lora,
+    pairs,
+    relative_difference,
+    tiny_base,
+    trainer,
+    weights,
+    with_a_wide_norm,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +142,7 @@ def test_sums_over_the_step_and_scores_reach_the_loss_however_it_is_split(tmp_pa
 def in_bfloat16(tmp_path_factory):
     """One step of a rate far below what a bf16 weight can move by; what was before it and after."""
     run = full_trainer(tmp_path_factory.mktemp("bf16"), dtype=torch.bfloat16, learning_rate=1e-7, max_steps=1)
-    before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    before = weights(run)
     run.train()
     return run, before
 
@@ -217,7 +226,7 @@ def test_of_an_image_text_model_the_text_part_is_trained_and_nothing_that_no_gra
 
 def test_every_weight_moves_and_tied_ones_stay_tied(tmp_path):
     run = full_trainer(tmp_path, tied=True, held_out=pairs(3, seed=2), max_steps=2, recompute="full")
-    before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    before = weights(run)
     run.evaluate()
     run.train()
     run.evaluate()
@@ -304,7 +313,7 @@ def test_a_weight_without_gradient_stops_the_first_step(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_step_before_a_weight_changes(tmp_path):
     run = full_trainer(tmp_path)
-    before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    before = weights(run)
     run.model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(UnhealthyRun, match="gradient is not finite"):
         run.train()

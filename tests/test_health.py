@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from lorafocal.errors import UnhealthyRun
 from lorafocal.model.load import load_base
-from tests.tiny import VOCABULARY, lora, pairs, tiny_base, trainer
+from tests.tiny import VOCABULARY, lora, pairs, tiny_base, trainer, weights
 
 pytestmark = pytest.mark.slow  # many small runs
 
@@ -44,7 +44,7 @@ def trained(folder, base, quantization, **adapter):
     run = trainer(folder, DATA, DATA[:3], model=model, peft_config=lora(**adapter), max_steps=3, pairs_per_step=6)
     seen = Gradients(run)
     run.add_callback(seen)
-    before = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    before = weights(run)
     run.evaluate()
     run.train()
     run.evaluate()

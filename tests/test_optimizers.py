@@ -20,7 +20,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.load import load_base
 from lorafocal.optimizers import kind_of, of_bitsandbytes, separate_rates
 from lorafocal.trainer import FocalPOTrainer
-from tests.tiny import SIZES, enlarged, lora, pairs, tiny_base, tiny_policy, trainer
+from tests.tiny import SIZES, enlarged, lora, pairs, tiny_base, tiny_policy, trainer, weights
 
 pytestmark = pytest.mark.slow  # many small runs
 
@@ -45,7 +45,7 @@ class FirstStep(TrainerCallback):
         self.updates: dict[str, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.before = {name: parameter.detach().clone() for name, parameter in self.run.trained.items()}
+        self.before = weights(self.run)
         self.gradients = {name: parameter.grad.clone() for name, parameter in self.run.trained.items()}
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -237,7 +237,7 @@ def end_of(folder, base, quantization, settings, checkpoint=None):
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "pairs_per_step": 5}
     run = trainer(folder, pairs(12), model=model, peft_config=adapter, optim="adamw_8bit", **(steps | others))
     run.train(resume_from_checkpoint=checkpoint)
-    tensors = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+    tensors = weights(run)
     for name, parameter in run.trained.items():
         tensors |= {f"{name}/{key}": torch.as_tensor(v) for key, v in plain(run).state[parameter].items()}
     return tensors

@@ -126,3 +126,8 @@ def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
     assert ours.keys() == theirs.keys()
     difference = torch.stack([(ours[name] - theirs[name]).norm() for name in theirs]).norm()
     return float(difference / torch.stack([tensor.norm() for tensor in theirs.values()]).norm())
+
+
+def weights(run: FocalPOTrainer) -> dict[str, Tensor]:
+    """A copy of all that a run trains, by full parameter name."""
+    return {name: parameter.detach().clone() for name, parameter in run.trained.items()}

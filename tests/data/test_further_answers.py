@@ -22,7 +22,7 @@ from lorafocal.ops.segments import roles, segments_of
 from lorafocal.policy import sums_of, token_logps
 from lorafocal.probes import choose_layout
 from tests.data.test_tokens import LLAMA_3_LIKE, MISTRAL_LIKE, QWEN_LIKE, byte_tokenizer
-from tests.tiny import VOCABULARY, pairs, relative_difference, tiny_policy, trainer
+from tests.tiny import VOCABULARY, pairs, relative_difference, tiny_policy, trainer, weights
 
 PLAIN = {"prompt": "Say", "chosen": " yes", "rejected": " no", "id": "a"}
 CHAT = {
@@ -284,7 +284,7 @@ def test_packs_change_nothing_in_training(tmp_path: Path, name: str, settings: d
             max_steps=2, **settings,
         )  # fmt: skip
         run.train()
-        found.append({key: value.detach().clone() for key, value in run.trained.items()})
+        found.append(weights(run))
     plain = trainer(tmp_path / "plain", batch, objective="dpo", beta=0.5, max_steps=2)
     plain.train()
     for other in found[1:]:
@@ -312,5 +312,5 @@ def test_stored_log_probs_of_further_answers_train_as_live_ones_do(tmp_path: Pat
         if store:
             assert run.cache_reference().computed == 3 * len(batch)
         run.train()
-        found.append({key: value.detach().clone() for key, value in run.trained.items()})
+        found.append(weights(run))
     assert relative_difference(*found) < 1e-5

@@ -11,7 +11,7 @@ from lorafocal.errors import InputError
 from lorafocal.health import check_first_step
 from lorafocal.model.load import load_base
 from lorafocal.objectives import build_objective
-from tests.tiny import lora, pairs, tiny_base, trainer
+from tests.tiny import lora, pairs, tiny_base, trainer, weights
 
 PAIRS = pairs(24)
 SETTINGS = {"objective": "simpo", "max_steps": 2, "pairs_per_step": 24, "logging_steps": 1, "learning_rate": 1e-2}
@@ -22,14 +22,10 @@ def made(folder, *, gamma: float, beta: float = 2.0, **more):
     return trainer(folder, PAIRS, **settings)
 
 
-def weights_of(run) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in run.trained.items()}
-
-
 @pytest.mark.row("64")
 def test_a_first_step_that_goes_the_wrong_way_is_refused_and_changes_nothing(tmp_path):
     run = made(tmp_path, gamma=1.0, tokens_per_pack=40)
-    before = weights_of(run)
+    before = weights(run)
     with pytest.raises(
         InputError, match=r"of the first step's pairs lie .* p\^gamma of simpo .*gamma 1: log-odds below -0\.5413"
     ) as told:
