@@ -13,12 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafocal.ops.elementwise import GEGLU, TORCH
 from lorafocal.ops.lora import Adapter, Linear, Norm, Normed, adapted_linear, gated_mlp, gated_mlp_plain, shared_linear
+from tests.ops.test_elementwise import random
 
 TOKENS, WIDTH, INNER = 6, 8, 12
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 class Frozen:

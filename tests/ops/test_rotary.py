@@ -11,10 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from lorafocal.model.stand_ins import rotary
 from lorafocal.ops.elementwise import TORCH
 from lorafocal.ops.rotary import rotated
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from tests.ops.test_elementwise import random
 
 
 def inputs(batch: int, angles: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
