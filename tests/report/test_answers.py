@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lorafocal.evaluate.result import Result, Score, file_hashes, prompt_sha256
 from lorafocal.report.answers import SideBySide, side_by_side
 from lorafocal.report.answers_page import answers_page, write_answers_page
 from tests import browser
+from tests.parsed_page import Page
 
 FORGED = '"></div></article><script>document.title = "forged"</script><img src=x onerror=alert(1)>&amp;'
 PROMPTS = ["Name a colour.", "Name a number.", "Name an animal."]
@@ -167,29 +167,6 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(files: list[Path
 
 
 # --- the page -------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Elements and ids; links that lead nowhere, and elements closed out of order, are errors."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-        assert self.open == []
-        ids = [attributes["id"] for _, attributes in self.elements if "id" in attributes]
-        assert len(ids) == len(set(ids))
-        links = [attributes["href"] for _, attributes in self.elements if "href" in attributes]
-        assert {link.removeprefix("#") for link in links if link} <= set(ids)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "input"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def forged(tmp_path: Path) -> SideBySide:

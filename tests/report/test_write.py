@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,12 @@ from lorafocal.errors import InputError
 from lorafocal.report import write
 from lorafocal.report.panels import PANELS, drawable
 from lorafocal.report.write import write_report
+from tests.parsed_page import Page
 from tests.written_run import evaluation_line, pairs, training_line, write_run
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-VOID = {"meta", "img", "source", "br"}
 FORGED = '"><script>alert(1)</script><img src=x onerror=alert(1)>&amp;'
 
 
@@ -29,36 +28,6 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("panel_png", "overview_png"):
         monkeypatch.setattr(write, name, lambda *_: PIXEL)
     monkeypatch.setattr(write, "margins_png", lambda record, *_: PIXEL if record.tables else None)
-
-
-class Page(HTMLParser):
-    """The elements of a page; closing another element than the last one opened is an error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.texts).split())
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.elements)
 
 
 pytestmark = pytest.mark.usefixtures("undrawn")
