@@ -14,8 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from lorafocal import launch
-from lorafocal.compatibility import offload_refusal
-from lorafocal.data.packing import LAYOUTS
+from lorafocal.compatibility import LAYOUTS, offload_refusal
 from lorafocal.errors import InputError
 from lorafocal.memory import TIERS
 from lorafocal.objectives import OBJECTIVES, PARAMETERS, Entry, Objective, build_objective, entry_of, python_name

@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from lorafocal.compatibility import LAYOUTS
 from lorafocal.data.bins import fill_bins, padded_bins
 from lorafocal.data.differing import differs_of
 from lorafocal.data.tokens import TokenizedPair, by_twos
@@ -282,9 +283,6 @@ def turns_of(pairs: Sequence[TokenizedPair]) -> Tensor | None:
     if not any(pair.several_turns for pair in pairs):
         return None
     return integers([turn for side in _sides(pairs) for turn in scored_turns(*side)])
-
-
-LAYOUTS = ("packed", "padded")
 
 
 @dataclass(frozen=True, slots=True)
