@@ -26,11 +26,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lorafocal.data.messages import Messages
 from lorafocal.data.sources import Preference
 from lorafocal.data.template_options import check_options, template_text, variables, writes_now
 from lorafocal.errors import InputError
-
-Messages = list[dict[str, str]]
 
 # A template is somebody else's program: besides its own refusals it fails as programs do.
 FAILURES = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
