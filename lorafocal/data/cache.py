@@ -24,15 +24,21 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.encoding import Encoder
 from lorafocal.data.sources import Preference
-from lorafocal.data.tokens import OtherAnswer, TokenizedData, TokenizedPair, tokenize_preferences, with_columns
+from lorafocal.data.tokens import (
+    SIDES,
+    TURNS,
+    OtherAnswer,
+    TokenizedData,
+    TokenizedPair,
+    tokenize_preferences,
+    with_columns,
+)
 from lorafocal.publish import write_atomically
 from lorafocal.versions import installed
 
 SCHEMA = 4  # raise it when equal inputs come to give other tokens, or an entry another shape
 LIBRARIES = ("lorafocal", "transformers", "tokenizers", "jinja2")
-SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 OF_OTHERS = ("prompt_ids", "completion_ids")
-TURNS = ("chosen_turns", "rejected_turns")  # in entries with completions of several turns alone
 
 logger = logging.getLogger(__name__)
 

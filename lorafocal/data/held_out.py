@@ -13,14 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafocal.data.sources import Preference, read_preferences
 from lorafocal.data.templates import is_conversation
-from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
+from lorafocal.data.tokens import SIDES, TURNS, TokenizedPair, tokenize_preferences
 from lorafocal.data.turns import is_sound
 from lorafocal.errors import InputError
 from lorafocal.publish import write_atomically
 
 HELD_OUT_FILE = "held_out.jsonl"
-_SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
-_TURNS = ("chosen_turns", "rejected_turns")  # of completions of several turns alone
 
 
 def write_held_out(path: Path, pairs: Iterable[TokenizedPair]) -> None:
@@ -32,8 +30,8 @@ def write_held_out(path: Path, pairs: Iterable[TokenizedPair]) -> None:
     """
     lines = []
     for pair in pairs:
-        record = {"id": pair.id} | {side: list(getattr(pair, side)) for side in _SIDES}
-        record |= {side: turns for side in _TURNS if (turns := getattr(pair, side)) is not None}
+        record = {"id": pair.id} | {side: list(getattr(pair, side)) for side in SIDES}
+        record |= {side: turns for side in TURNS if (turns := getattr(pair, side)) is not None}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_atomically(path, "".join(lines))
 
@@ -84,7 +82,7 @@ def load_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, **tokenization: A
         loaded = LoadedPairs(pairs, len(read.bad_rows) + len(read.pairs) - len(pairs), read.pairs)
     vocabulary = len(tokenizer)
     for pair in loaded.pairs:
-        highest = max(max(getattr(pair, side)) for side in _SIDES)
+        highest = max(max(getattr(pair, side)) for side in SIDES)
         if highest >= vocabulary:
             raise InputError(
                 f"{path}: pair {pair.id} has token id {highest}, but the tokenizer ends at {vocabulary - 1}: "
@@ -112,11 +110,11 @@ def _pair(record: object, where: str) -> TokenizedPair:
             f'{where}: expected an object {{"id": text, "prompt_ids": [...], "chosen_ids": [...],'
             ' "rejected_ids": [...]}.'
         )
-    for side in _SIDES:
+    for side in SIDES:
         ids = record.get(side)
         if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
             raise InputError(f"{where}: {side} must be a list of at least one token id.")
-    turns = {side: record[side] for side in _TURNS if record.get(side) is not None}
+    turns = {side: record[side] for side in TURNS if record.get(side) is not None}
     for side, told in turns.items():
         known = isinstance(told, list) and all(type(turn) is int for turn in told)
         if not known or not is_sound(record[side.replace("turns", "ids")], told):
@@ -124,4 +122,4 @@ def _pair(record: object, where: str) -> TokenizedPair:
                 f"{where}: {side} must give each token its turn: 0 first, then numbers that rise by one at most, -1"
                 " between turns for what is not scored."
             )
-    return TokenizedPair(record["id"], *(record[side] for side in _SIDES), **turns)
+    return TokenizedPair(record["id"], *(record[side] for side in SIDES), **turns)

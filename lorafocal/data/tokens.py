@@ -29,6 +29,10 @@ from lorafocal.errors import InputError
 CHUNK = 1000  # pairs tokenised at a time: a whole data set of tokenizer outputs would not fit in memory
 EXAMPLES_PER_REASON = 5
 
+# A pair's fields as files hold them; the turns only where completions have several.
+SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
+TURNS = ("chosen_turns", "rejected_turns")
+
 REMEDIES = {
     "control_tokens": "their text spells special tokens of this tokenizer: remove these, and give text that "
     "was rendered with a chat template as message lists instead",
