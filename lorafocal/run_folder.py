@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorafocal.errors import InputError
+
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
@@ -27,6 +29,12 @@ def run_of(folder: Path) -> Path:
 def made_by(adapter: object) -> str:
     """What a run makes, by its config's `adapter`: the name of the folder."""
     return MODEL_DIR if adapter is None else ADAPTER_DIR
+
+
+def check_there(adapter: Path) -> None:
+    """Raises InputError where the folder of an adapter is none."""
+    if not adapter.is_dir():
+        raise InputError(f"{adapter}: there is no such folder; a run keeps its adapter in RUN/{ADAPTER_DIR}")
 
 
 def read_manifest(run: Path) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from lorafocal.cli.options import (
 )
 from lorafocal.errors import InputError
 from lorafocal.publish import check_free
+from lorafocal.run_folder import check_there
 
 AdaptersArgument = Annotated[
     list[Path], typer.Argument(metavar="ADAPTER...", help="The adapter folder of a run, or several of one base.")
@@ -278,8 +279,7 @@ def _check_places(adapters: list[Path], out: Path) -> None:
     """What can be refused before the libraries are loaded, which takes seconds."""
     check_free(out)
     for adapter in adapters:
-        if not adapter.is_dir():
-            raise InputError(f"{adapter}: there is no such folder; a run keeps its adapter in RUN/adapter")
+        check_there(adapter)
 
 
 def _merging(

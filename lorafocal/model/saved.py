@@ -26,7 +26,7 @@ from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_bas
 from lorafocal.model.quantized import dequantized_weight, prequantized, settle, to_dtype
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.objectives import OBJECTIVES
-from lorafocal.run_folder import ADAPTER_CONFIG, CONFIG_FILE, MODEL_DIR, run_of
+from lorafocal.run_folder import ADAPTER_CONFIG, CONFIG_FILE, MODEL_DIR, check_there, run_of
 from lorafocal.tensor_files import PEFT_PREFIX
 from lorafocal.yaml12 import parse_yaml
 
@@ -176,8 +176,7 @@ def _what_else(folder: Path) -> str:
 def read_lora_config(folder: Path) -> LoraConfig:
     """The adapter's PEFT configuration. Raises InputError by the name of the variant where it cannot be opened."""
     path = folder / ADAPTER_CONFIG
-    if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder; a run keeps its adapter in RUN/adapter")
+    check_there(folder)
     if not path.is_file():
         raise InputError(f"{folder} is not an adapter folder: it has no {ADAPTER_CONFIG}. {_what_else(folder)}")
     if not (folder / WEIGHTS_FILE).is_file():
