@@ -28,6 +28,8 @@ Side = str | Messages
 Sides = tuple[Side, Side, Side]  # prompt, chosen, rejected
 Conversations = tuple[Messages, Messages, Messages]
 
+EQUAL = "identical_completions", "chosen and rejected are equal; remove the row"  # a reason, and what is said
+
 # Columns that hold a prompt under another name.
 OTHER_NAMES_OF_A_PROMPT = ("instruction", "question", "query", "input", "context", "messages", "conversation", "turns")
 
@@ -282,7 +284,7 @@ def implicit(row: Row) -> Sides:
         return implicit_messages(row)
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if chosen == rejected:
-        raise row.place.fault("identical_completions", "chosen and rejected are equal; remove the row")
+        raise row.place.fault(*EQUAL)
     shared = shared_length(chosen, rejected)
     if chosen[shared] != rejected[shared]:
         shared -= chosen[:shared].endswith(" ")  # TRL: the blank before an answer is the answer's

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from lorafocal.data.forms import Side
+from lorafocal.data.forms import EQUAL, Side
 from lorafocal.data.needs import misranked, unusable_scores
 from lorafocal.data.places import BadRow, OnBadRow, RowFault, leave_out, nothing_left
 from lorafocal.data.sources import Preference, Preferences
@@ -32,7 +32,7 @@ def drop_equal_answers(preferences: Preferences, *, on_bad_row: OnBadRow = "drop
     def verdict(pair: Preference) -> Verdict:
         if key(pair.chosen) != key(pair.rejected):
             return None
-        return "identical_completions", "chosen and rejected are equal; remove the row"
+        return EQUAL
 
     return sift(preferences, verdict, on_bad_row)
 
