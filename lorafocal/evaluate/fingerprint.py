@@ -17,10 +17,9 @@ from lorafocal.errors import InputError
 from lorafocal.evaluate.correlation import RESAMPLES, pearson, spearman, spread_ratio, with_interval
 from lorafocal.evaluate.intervals import share
 from lorafocal.evaluate.result import Result, file_hashes, package_versions, prompt_sha256
-from lorafocal.evaluate.score import ScoredPairs, is_its_own_reference, score_pairs
+from lorafocal.evaluate.score import ScoredPairs, is_its_own_reference, reference_name, score_pairs
 from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.model.load import check_same_tokens
-from lorafocal.publish import public_name
 
 FEWEST = 10  # pairs; below, an interval spans most of what a correlation can be
 NO_BETA = 1.0  # margins in nats: a factor changes no correlation
@@ -77,8 +76,8 @@ def evaluate_fingerprint(
         counts={"pairs": len(own.pairs), "left_out": own.report.left_out},
         settings={
             "released": theirs.describe(),
-            "reference": _public(references[0]),
-            "released_reference": _public(references[1]),
+            "reference": reference_name(references[0]),
+            "released_reference": reference_name(references[1]),
             **drawing,
         },
         inputs=file_hashes(pairs),
@@ -127,10 +126,6 @@ def _varying(scored: ScoredPairs) -> list[float]:
 def _item(tokenizer: PreTrainedTokenizerBase, pair: TokenizedPair, margin: float, released: float) -> dict[str, Any]:
     prompt = str(tokenizer.decode(list(pair.prompt_ids)))
     return {"prompt_sha256": prompt_sha256(prompt), "margin": margin, "margin_released": released}
-
-
-def _public(reference: str | None) -> str:
-    return "its own base, the adapter off" if reference is None else public_name(reference)
 
 
 def _notes(ours: Subject, theirs: Subject, own: ScoredPairs) -> Iterator[str]:

@@ -15,8 +15,7 @@ from lorafocal.errors import InputError
 from lorafocal.evaluate.calibration import BINS, Calibration, calibrate
 from lorafocal.evaluate.intervals import RESAMPLES, mean_score, share
 from lorafocal.evaluate.result import Result, Score, file_hashes, package_versions, prompt_sha256
-from lorafocal.evaluate.score import PairScore, ScoredPairs, check_rewards, score_pairs
-from lorafocal.publish import public_name
+from lorafocal.evaluate.score import PairScore, ScoredPairs, check_rewards, reference_name, score_pairs
 
 VERDICTS, SHARES = "verdicts", "shares"  # what the labels of pairs are
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -49,7 +48,7 @@ def evaluate_pairs(
     return pairs_result(
         scored,
         settings={
-            "reference": "its own base, the adapter off" if reference is None else public_name(reference),
+            "reference": reference_name(reference),
             "labels": labels,
             "bins": bins,
             "resamples": resamples,

@@ -32,11 +32,12 @@ from lorafocal.objectives.inputs import PairLogps
 from lorafocal.objectives.pairwise import rewards
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
-from lorafocal.publish import check_folder_of, write_atomically
+from lorafocal.publish import check_folder_of, public_name, write_atomically
 from lorafocal.reference import DisabledAdapterReference
 from lorafocal.run_folder import ADAPTER_CONFIG
 
 PACKS = PairCollator()
+OWN_BASE = "its own base, the adapter off"
 _WIDEST = len("rewards/accuracies_where_wrong")
 _CHES = ("ches", "ches_normalised")
 _IF_KNOWN = (*_CHES, "digest")
@@ -304,6 +305,11 @@ def _trained_beta(subject: Subject) -> float | None:
     if subject.saved is not None:
         return subject.saved.beta
     return None if subject.folder is None else reward_scale(lineage_of(subject.folder))
+
+
+def reference_name(reference: str | None) -> str:
+    """What rewards are relative to, without a place on this machine."""
+    return OWN_BASE if reference is None else public_name(reference)
 
 
 def trained_by(subject: Subject) -> Objective | None:

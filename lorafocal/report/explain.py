@@ -16,7 +16,7 @@ from lorafocal.data.packing import Pack, scores_of
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.data.turns import CONTEXT, Turns
 from lorafocal.errors import InputError
-from lorafocal.evaluate.score import compared_with, is_its_own_reference, prepared, row_settings, trained_by
+from lorafocal.evaluate.score import OWN_BASE, compared_with, is_its_own_reference, prepared, row_settings, trained_by
 from lorafocal.evaluations import evaluation_files, read_evaluation
 from lorafocal.generation.subject import Subject, find_subject
 from lorafocal.lineage import lineage_of
@@ -30,8 +30,6 @@ from lorafocal.report.find_pair import FoundPair, find_pair
 from lorafocal.report.html import check_place, write_page
 from lorafocal.report.token_texts import token_texts
 from lorafocal.run_folder import read_manifest, run_of
-
-OWN_BASE = "its own base, the adapter off"
 
 
 def explain(
