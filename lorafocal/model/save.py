@@ -14,6 +14,7 @@ from torch import Tensor
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.lineage import Lineage
 from lorafocal.model.adapters import features
+from lorafocal.model.saved import WEIGHTS_FILE
 from lorafocal.model.serving import serving_section
 from lorafocal.model.starts import plain_adapter
 from lorafocal.publish import public_name
@@ -53,7 +54,7 @@ def save_adapter(
         expected = get_peft_model_state_dict(policy, state, adapter_name=name, save_embedding_layers=False)
     finally:
         policy.peft_config[name] = own
-    check_saved(folder / "adapter_model.safetensors", expected, trained=trained)
+    check_saved(folder / WEIGHTS_FILE, expected, trained=trained)
     if lineage is not None:
         lineage.write(folder)
         card = adapter_card(lineage, results, adapter=in_words(plain))

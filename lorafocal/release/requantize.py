@@ -26,7 +26,9 @@ from lorafocal.errors import InputError, first_line
 from lorafocal.lineage import Lineage
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import local_device
+from lorafocal.model.local_places import GENERATION_CONFIG
 from lorafocal.model.quantized import MOSTLY, bitsandbytes_config, inner_weights
+from lorafocal.model.save_model import INDEX
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.release import verify
 from lorafocal.release.gate import GateEvidence, GateReport, compare
@@ -36,7 +38,7 @@ from lorafocal.release.package import merged_lineage
 FP8 = "fp8"
 COMPRESSED = (*QUANTIZED, FP8)
 REPORT_FILE = "quantize.json"
-_MADE_ANEW = {CARD_FILE, "config.json", "generation_config.json", "model.safetensors.index.json"}
+_MADE_ANEW = {CARD_FILE, "config.json", GENERATION_CONFIG, INDEX}
 
 
 @dataclass(frozen=True, slots=True)
