@@ -74,11 +74,7 @@ def model_card(
         f"Every weight was trained, and is stored in {dtype}.",
         _results(results),
         *_training(run),
-        _loading(
-            _TRANSFORMERS,
-            f'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="{dtype}")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
-        ),
+        _loading_model("THIS_MODEL", dtype),
         _limits(lineage),
     )
 
@@ -99,16 +95,8 @@ def merged_card(
         _origin(lineage),
         *_measured(dtype, gate, survival),
         *_training(run),
-        _loading(
-            _TRANSFORMERS,
-            f'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="{dtype}")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")',
-        ),
-        _limits(
-            lineage,
-            *notes,
-            _NOT_QUALITY,
-        ),
+        _loading_model("THIS_MODEL", dtype),
+        _limits(lineage, *notes, _NOT_QUALITY),
     )
 
 
@@ -130,11 +118,7 @@ def bundle_card(
         _origin(lineage),
         *_measured(dtype, gate, survival),
         *_training(run),
-        _loading(
-            _TRANSFORMERS,
-            f'model = AutoModelForCausalLM.from_pretrained("THIS_BUNDLE/merged", dtype="{dtype}")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_BUNDLE/merged")',
-        ),
+        _loading_model("THIS_BUNDLE/merged", dtype),
         _limits(lineage, *notes, _NOT_QUALITY),
     )
 
@@ -324,6 +308,14 @@ def _results(results: Mapping[str, float] | None) -> str:
 
 def _loading(imports: str, body: str) -> str:
     return f"## Loading\n\n```python\n{imports}\n\n{body}\n```"
+
+
+def _loading_model(place: str, dtype: str) -> str:
+    return _loading(
+        _TRANSFORMERS,
+        f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="{dtype}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+    )
 
 
 def _limits(lineage: Lineage, *lines: str) -> str:
