@@ -11,7 +11,7 @@ import copy
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -278,13 +278,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Without those of adapters that stand beside the policy's: a frozen copy, finished ones, a guide.
     """
     others = {"base_layer", "original_module"}
-    owned = {
-        id(parameter)
-        for layer in adapter_layers(model)
-        for name, parameter in layer.named_parameters()
-        if others.isdisjoint(parts := name.split(".")) and not any(map(stands_beside, parts))
-    }
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
+    return _of_layers(model, lambda parts: others.isdisjoint(parts) and not any(map(stands_beside, parts)))
 
 
 def stands_beside(adapter: str) -> bool:
@@ -294,11 +288,16 @@ def stands_beside(adapter: str) -> bool:
 
 def of_adapter(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """All parameters of one adapter, by full parameter name."""
+    return _of_layers(model, lambda parts: adapter in parts)
+
+
+def _of_layers(model: nn.Module, belongs: Callable[[list[str]], bool]) -> dict[str, nn.Parameter]:
+    """Those of adapter layers whose names there, in their parts, say that they belong; by full parameter name."""
     owned = {
         id(parameter)
         for layer in adapter_layers(model)
         for name, parameter in layer.named_parameters()
-        if adapter in name.split(".")
+        if belongs(name.split("."))
     }
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
 
