@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafocal.bounds import is_number
 from lorafocal.data.forms import Row, Side, Sides
-from lorafocal.data.messages import Messages, check_answer, check_prompt, kind, read_messages, read_text
+from lorafocal.data.messages import as_text, check_answer, check_prompt, kind, read_messages, read_text
 from lorafocal.data.places import Place
 
 COLUMNS = ("others", "rationale", "group", "prompt_embedding")
@@ -118,20 +118,11 @@ def _prompt(value: Any, place: Place, prompt: Side) -> Side:
 
 def why(rationale: str, sides: Sides) -> FurtherAnswer:
     """A rationale as the answer to the question which of the two answers is better."""
-    asked, chosen, rejected = map(_as_text, sides)
+    asked, chosen, rejected = (as_text(side, "\n") for side in sides)
     question = WHY.format(prompt=asked, chosen=chosen, rejected=rejected)
     if isinstance(sides[0], str):
         return FurtherAnswer(rationale, question)
     return FurtherAnswer([{"role": "assistant", "content": rationale}], [{"role": "user", "content": question}])
-
-
-def _as_text(side: str | Messages) -> str:
-    """What a side says: a message alone as its text, several with who says them."""
-    if isinstance(side, str):
-        return side
-    if len(side) == 1:
-        return side[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in side)
 
 
 # ---- numbers and names

@@ -24,6 +24,13 @@ def contents(side: str | Messages) -> list[str]:
     return [side] if isinstance(side, str) else [message["content"] for message in side]
 
 
+def as_text(side: str | Messages, between: str = "\n\n") -> str:
+    """One side of a row for a reader: a message alone as its text, several each with its role, and `between` them."""
+    if isinstance(side, str) or len(side) == 1:
+        return contents(side)[0]
+    return between.join(f"{message['role']}: {message['content']}" for message in side)
+
+
 def said_in(side: str | Messages) -> list[str]:
     """What a completion says: of several messages the assistant's."""
     if isinstance(side, str):

@@ -14,7 +14,7 @@ from lorafocal.checkpoint import checkpoints, step_of
 from lorafocal.config import load_config
 from lorafocal.data.held_out import load_pairs
 from lorafocal.data.leave_out import digest, line_of
-from lorafocal.data.messages import Messages
+from lorafocal.data.messages import as_text
 from lorafocal.data.needs import check_scores
 from lorafocal.data.packing import scores_of
 from lorafocal.data.prepare import check_sources, prepare_data
@@ -289,18 +289,11 @@ def _suspects(data: _Data, margins: Tensor, leads: Tensor | None, limit: int | N
                 reference_lead=None if leads is None else float(leads[n]),
                 chosen_tokens=data.pairs[n].scored_tokens[0],
                 rejected_tokens=data.pairs[n].scored_tokens[1],
-                prompt=text_of(data.rows[n].prompt),
-                chosen=text_of(data.rows[n].chosen),
-                rejected=text_of(data.rows[n].rejected),
+                prompt=as_text(data.rows[n].prompt),
+                chosen=as_text(data.rows[n].chosen),
+                rejected=as_text(data.rows[n].rejected),
             )
             for n in wrong[:limit]
         ),
         notes=data.notes,
     )
-
-
-def text_of(side: str | Messages) -> str:
-    """One side of a row for a reader: of several messages each with its role."""
-    if isinstance(side, str) or len(side) == 1:
-        return side if isinstance(side, str) else side[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in side)

@@ -13,11 +13,12 @@ import yaml
 
 from lorafocal.config import check_config
 from lorafocal.data.held_out import HELD_OUT_FILE
+from lorafocal.data.messages import as_text
 from lorafocal.data.prepare import prepare_data
 from lorafocal.data.toy import toy_tokenizer
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import score_file
-from lorafocal.evaluate.suspects import _place_of_reference, find_suspects, margins_of, text_of
+from lorafocal.evaluate.suspects import _place_of_reference, find_suspects, margins_of
 from lorafocal.evaluate.suspicion import Suspects
 from lorafocal.objectives import PairLogps, build_objective
 from lorafocal.run import train
@@ -173,7 +174,7 @@ def test_the_reference_is_found_where_the_run_had_it(root: Path) -> None:
 
 
 def test_several_messages_are_told_apart() -> None:
-    assert text_of("plain") == "plain"
-    assert text_of([{"role": "user", "content": "one"}]) == "one"
+    assert as_text("plain") == "plain"
+    assert as_text([{"role": "user", "content": "one"}]) == "one"
     two = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "one"}]
-    assert text_of(two) == "system: be kind\n\nuser: one"
+    assert as_text(two) == "system: be kind\n\nuser: one"
