@@ -18,6 +18,7 @@ from lorafocal.data.held_out import write_held_out
 from lorafocal.model.saved import SavedAdapter
 from lorafocal.publish import sha256
 from lorafocal.release import verify
+from lorafocal.release.files import files_in
 from lorafocal.release.gate import GateEvidence
 from lorafocal.release.merge import MergeReport
 from lorafocal.release.package import merged_lineage, package_adapter
@@ -75,8 +76,7 @@ def _by_pair(evidence: GateEvidence) -> list[dict[str, list[float]]]:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """`manifest.json` of the files that `folder` holds now, but itself."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    files = {name: path for name, path in files_in(folder).items() if name != MANIFEST_FILE}
     return {
         "format": 1,
         "lorafocal": __version__,
@@ -85,7 +85,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "files": {name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in names.items()},
+        "files": {name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()},
     }
 
 

@@ -15,6 +15,7 @@ from lorafocal.lineage import LINEAGE_FILE
 from lorafocal.model.saved import SavedAdapter, read_adapter
 from lorafocal.publish import published
 from lorafocal.release.bundle import write_bundle
+from lorafocal.release.files import files_in
 from lorafocal.release.gguf import LOSSLESS, Converted, check_converter, convert
 from lorafocal.release.merge import REPORT_FILE, MergeReport, merge_adapter
 from lorafocal.release.package import merged_lineage, package_adapter
@@ -112,13 +113,8 @@ def export(
                 made = _gguf(source, folder, converter, outtype, _model_name(out))
             else:
                 made = _compressed(source, folder, form)
-    return ExportReport(form, out, files_of(out), **made)
-
-
-def files_of(folder: Path) -> dict[str, int]:
-    """Bytes of every file under `folder`, by its name from there."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    sizes = {name: path.stat().st_size for name, path in files_in(out).items()}
+    return ExportReport(form, out, sizes, **made)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def published_files(folder: Path, *, with_pairs: bool = False) -> tuple[dict[str
             f"{folder} holds {', '.join(strange[:5])}{more}, which no export writes, and nothing is pushed unread:"
             " move these away, or export into a new folder and push that"
         )
-    files = {name: path for name, path in _places(folder).items() if path.is_file()}
+    files = files_in(folder)
     if not any(_WEIGHTS.fullmatch(path.name) for path in files.values()):
         raise InputError(f"{folder} holds no weights; name a folder that `lorafocal export` or `merge` wrote")
     if {"config.json", "adapter_config.json"} <= files.keys():
@@ -54,6 +54,11 @@ def published_files(folder: Path, *, with_pairs: bool = False) -> tuple[dict[str
 def strangers(folder: Path) -> list[str]:
     """What lies under `folder` and is nothing that an export or a merge writes."""
     return [name for name, path in _places(folder).items() if not _belongs(name, path)]
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Every file under `folder`, by its path in it."""
+    return {name: path for name, path in _places(folder).items() if path.is_file()}
 
 
 def _places(folder: Path) -> dict[str, Path]:
