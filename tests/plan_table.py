@@ -13,10 +13,10 @@ from lorafocal.hardware import parse
 from lorafocal.memory import SHARING
 from lorafocal.plan.machine import OnMachine, on_machine
 from lorafocal.plan.work import work_of
+from tests.made_parts import made_anew
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "memory.md"
-BEGIN, END = "<!-- plan_table -->\n", "<!-- end -->\n"
 
 MODELS = ("mistral-7b", "llama3-8b")  # the objective changes nothing here
 MACHINES = ("8xA100-40", "8xA100-80")
@@ -33,8 +33,7 @@ HEAD = (
 
 def page(text: str) -> str:
     """docs/memory.md with its table written again."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}{table()}{END}{rest.partition(END)[2]}"
+    return made_anew(text, plan_table=table().splitlines())
 
 
 def table() -> str:

@@ -6,13 +6,13 @@ python -m tests.reading_list_page
 from __future__ import annotations
 
 import csv
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from lorafocal.objectives import OBJECTIVES
+from tests.made_parts import made_anew
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reading-list.md"
 LIST = PAGE.with_suffix(".csv")
@@ -75,11 +75,7 @@ def papers() -> list[Paper]:
 
 def page(text: str) -> str:
     """The page with its tables made anew."""
-    for name, lines in {"counts": counts(), "papers": table()}.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert marked.search(text), name
-        text = marked.sub(lambda found, lines=lines: found[1] + "".join(f"{line}\n" for line in lines) + found[2], text)
-    return text
+    return made_anew(text, counts=counts(), papers=table())
 
 
 def counts() -> Iterator[str]:

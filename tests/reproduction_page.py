@@ -6,7 +6,6 @@ python -m tests.reproduction_page
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from lorafocal import recipes
 from lorafocal.config import layers, load_config
 from lorafocal.plan import plan
+from tests.made_parts import made_anew
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reproduction.md"
 FAMILIES = ("mistral-7b", "llama3-8b")
@@ -32,11 +32,7 @@ COSTS = {
 
 def page(text: str) -> str:
     """The page with its tables made anew."""
-    for name, lines in {"values": values(), "others": others(), "costs": costs(), "released": released()}.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert marked.search(text), name
-        text = marked.sub(lambda found, lines=lines: found[1] + "".join(f"{line}\n" for line in lines) + found[2], text)
-    return text
+    return made_anew(text, values=values(), others=others(), costs=costs(), released=released())
 
 
 def values() -> Iterator[str]:

@@ -6,14 +6,14 @@ Registers a thread and bytes spilled of every kernel at Llama-3-8B's shape in bf
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 
 import torch
 
+from tests.made_parts import made_anew
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
-MARKED = re.compile(r"(?<=<!-- registers -->\n).*?(?=<!-- end -->)", re.DOTALL)
 SHAPE = "Llama-3-8B"
 
 
@@ -40,9 +40,7 @@ def main() -> None:
             f"Triton {triton.__version__}, {SHAPE}, bf16, packs of 4096 tokens: registers a thread, bytes spilled.\n\n"
         )
         written += table()
-    page, count = MARKED.subn(lambda _: written, PAGE.read_text(encoding="utf-8"))
-    assert count == 1
-    PAGE.write_text(page, encoding="utf-8")
+    PAGE.write_text(made_anew(PAGE.read_text(encoding="utf-8"), registers=written.splitlines()), encoding="utf-8")
     print(written)
 
 
