@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,14 @@ from lorafocal.objectives import PairLogps, PairLosses, PairScores
 from lorafocal.objectives.objective import Objective
 from tests.objectives import oracles
 from tests.objectives.oracles import Pair
+
+GAMMAS = {"p_gamma": 0.2, "eq3": 0.3, "hard": 1.0, "detached": 0.5}  # large, so that the factor shows
+
+
+def each_of(cases: Sequence[tuple[str, dict[str, float]]]) -> pytest.MarkDecorator:
+    """A test of each objective with these parameters."""
+    ids = [f"{name}-{'-'.join(map(str, values.values()))}" for name, values in cases]
+    return pytest.mark.parametrize(("name", "parameters"), cases, ids=ids)
 
 
 class Batch:

@@ -26,7 +26,7 @@ from tests.objectives import (
     oracles_of_tokens,
     oracles_of_vocabulary,
 )
-from tests.objectives.batch import Batch, close, slopes
+from tests.objectives.batch import GAMMAS, Batch, close, each_of, slopes
 from tests.objectives.oracles import FACTORS, FOCAL, WRAPPABLE
 
 OMNI = {"beta": 2.0, "eta": 0.7, "gamma": 3.0, "tau_ref": 0.8, "nll_weight": 0.001, "tau_good": 3.2}
@@ -66,12 +66,9 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("focalpo-detached", {"beta": 0.4, "gamma": 0.05}),
     ("focalpo-detached", {"beta": 0.4, "gamma": 1.0}),
 ]
-GAMMAS = {"p_gamma": 0.2, "eq3": 0.3, "hard": 1.0, "detached": 0.5}  # large, so that the factor shows
 LIKELY = ("cpo", "omni-dpo")  # with a likelihood beside the preference
 SMOOTHED = ("cdpo", "robust-dpo")  # where Eq. 3's factor has no finite product
-each_case = pytest.mark.parametrize(
-    ("name", "parameters"), CASES, ids=[f"{name}-{'-'.join(map(str, values.values()))}" for name, values in CASES]
-)
+each_case = each_of(CASES)
 
 
 def wrappers(name: str, gammas: dict[str, float] = GAMMAS) -> list[dict[str, Any] | None]:

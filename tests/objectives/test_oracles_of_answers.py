@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafocal.objectives import OBJECTIVES, OtherAnswers, PairLogps, PairLosses, build_objective
 from lorafocal.objectives.registry.answers import ANSWERS
 from tests.objectives import oracles_of_answers as oracles
-from tests.objectives.batch import Batch, close
+from tests.objectives.batch import Batch, close, each_of
 from tests.objectives.oracles_of_answers import Other
 
 CASES: list[tuple[str, dict[str, float]]] = [
@@ -28,9 +28,7 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("selm", {"beta": 0.01, "alpha": 1e-3}),
     ("selm", {"beta": 0.4, "alpha": 0.5}),
 ]
-each_case = pytest.mark.parametrize(
-    ("name", "parameters"), CASES, ids=[f"{name}-{'-'.join(map(str, values.values()))}" for name, values in CASES]
-)
+each_case = each_of(CASES)
 BATCH = Batch(5, seed=3)
 PAIR = (0, 1, 1, 3, 4, 4, 4)  # whose the further answers are: of some pairs several, of one none
 

@@ -16,7 +16,7 @@ from lorafocal.objectives import OBJECTIVES, PairLogps, PairLosses, PairScores, 
 from lorafocal.objectives.factor import FORMS
 from lorafocal.objectives.objective import Objective
 from tests.objectives import oracles_of_pairs as oracles
-from tests.objectives.batch import Batch, close, slopes
+from tests.objectives.batch import GAMMAS, Batch, close, each_of, slopes
 from tests.objectives.oracles import Pair
 
 # Each loss at the recipe's values and at others. Betas keep log-odds within some tens.
@@ -62,10 +62,7 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("todo", {"beta": 0.01, "alpha": 0.5}),
     ("todo", {"beta": 0.5, "alpha": 2.0}),
 ]
-GAMMAS = {"p_gamma": 0.2, "eq3": 0.3, "hard": 1.0, "detached": 0.5}  # large, so that the factor shows
-each_case = pytest.mark.parametrize(
-    ("name", "parameters"), CASES, ids=[f"{name}-{'-'.join(map(str, values.values()))}" for name, values in CASES]
-)
+each_case = each_of(CASES)
 
 
 class UnitBatch(Batch):

@@ -24,7 +24,7 @@ from lorafocal.objectives import (
 from lorafocal.objectives.registry.sets import SETS
 from lorafocal.whole_step import shared_out
 from tests.objectives import oracles_of_steps
-from tests.objectives.batch import Batch, close
+from tests.objectives.batch import Batch, close, each_of
 from tests.objectives.logps import some
 from tests.objectives.oracles_of_steps import Told
 
@@ -48,9 +48,7 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("exo-reward", {"beta": 0.5, "score_temperature": 0.5}),
     ("exo-reward", {"beta": 0.1, "score_temperature": 3.0}),
 ]
-each_case = pytest.mark.parametrize(
-    ("name", "parameters"), CASES, ids=[f"{name}-{'-'.join(map(str, values.values()))}" for name, values in CASES]
-)
+each_case = each_of(CASES)
 COUNT = 8
 BATCHES = Batch(COUNT), Batch(COUNT, seed=1)  # two steps
 
