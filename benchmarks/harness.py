@@ -22,9 +22,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from lorafocal.versions import installed
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -252,15 +253,8 @@ def environment_columns(threads: int) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "threads": str(threads),
         "python": platform.python_version(),
-        **{name: _version(name) for name in LIBRARIES},
+        **{name: installed(name) or "" for name in LIBRARIES},
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def commit() -> str:
