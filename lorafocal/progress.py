@@ -21,6 +21,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from lorafocal import launch
 from lorafocal.metrics import loss_gaps
 from lorafocal.publish import write_atomically
 from lorafocal.run_folder import METRICS_FILE
@@ -278,6 +279,13 @@ class ProgressLine(TrainerCallback):
 
     def _print(self, line: str) -> None:
         tell(self.stream, f"{_CLEAR_LINE if self._in_place else ''}{line}\n")
+
+
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """Says lines on standard error, of all processes the first alone; nothing at all where it is to be `quiet`."""
+    if quiet or not launch.is_main():
+        return lambda line: None
+    return lambda line: tell(sys.stderr, f"{line}\n")
 
 
 def tell(stream: TextIO | None, text: str) -> None:

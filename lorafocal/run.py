@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,7 +33,7 @@ from lorafocal.model.continued import continue_adapter
 from lorafocal.model.load import check_place, check_same_tokens, load_base, load_tokenizer
 from lorafocal.model.quantized import describe
 from lorafocal.model.starts import lora_config
-from lorafocal.progress import ProgressLine, tell
+from lorafocal.progress import ProgressLine, speaker
 from lorafocal.publish import alone_in, file_in_the_way, full_disk_named, inside, recover, write_atomically
 from lorafocal.resume import changes, check_resumable
 from lorafocal.run_folder import (
@@ -114,7 +113,7 @@ def train(
         raise InputError("evaluation: nobody answers; give run.train `callbacks=lorafocal.evaluate.during.callbacks`")
     if config.stages is not None:
         raise InputError("stages: one run is one stage; `lorafocal.stages.train_stages` trains one after the other")
-    say = _speaker(quiet)
+    say = speaker(quiet)
     folder = run_folder(runs_dir, config.name)
     _check_folder(folder, config, resume)
     check_places(config)
@@ -136,7 +135,7 @@ def _train(
     callbacks: Callbacks,
 ) -> RunSummary:
     """`train` in the folder of `args`, which is this launch's alone; `began` is the manifest of a run that goes on."""
-    say, folder, resume = _speaker(quiet), Path(args.output_dir), began is not None
+    say, folder, resume = speaker(quiet), Path(args.output_dir), began is not None
     began = began or {}
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer, data = _tokenized(config, say)
@@ -207,7 +206,7 @@ def cache_reference(config: Config, *, per_token: bool = False, quiet: bool = Fa
         )
     if not launch.launched():
         config = config.model_copy(update={"engine": None})
-    say = _speaker(quiet)
+    say = speaker(quiet)
     check_places(config)
     with tempfile.TemporaryDirectory(prefix="lorafocal-cache-") as folder:  # a trainer's, which writes nothing here
         args = _arguments(config, Path(folder))
@@ -427,15 +426,3 @@ def _write_run_files(folder: Path, config: Config, manifest: Mapping[str, Any], 
         write_held_out(folder / HELD_OUT_FILE, data["eval"].tokens.pairs[:GATE_PAIRS])
     write_atomically(folder / CONFIG_FILE, resolved_yaml(config))
     write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
-
-
-def _speaker(quiet: bool) -> Callable[[str], None]:
-    return _to_stderr if launch.is_main() and not quiet else _silent
-
-
-def _to_stderr(line: str) -> None:
-    tell(sys.stderr, f"{line}\n")
-
-
-def _silent(line: str) -> None:
-    pass

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from lorafocal import launch, run
 from lorafocal.config import Config, check_config
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE
-from lorafocal.progress import tell
+from lorafocal.progress import speaker
 from lorafocal.publish import write_atomically
 from lorafocal.resume import check_resumable
 from lorafocal.run import Callbacks, RunSummary, no_callbacks
@@ -67,7 +66,7 @@ def train_stages(
     _check_folder(folder, resume)
     if resume:
         for note in _check_same(folder, config):
-            _say(f"note: {note}", quiet)
+            speaker(quiet)(f"note: {note}")
     run.check_places(stages[0])
     run.join(stages[0])
     with run.nothing_left_of(folder), run.claimed(folder, lambda: _check_folder(folder, resume)):
@@ -109,17 +108,18 @@ def _train(
     if launch.is_main() and not resume:
         record = {"format": 1, "stages": len(stages), "config": config.model_dump(mode="json")}
         write_atomically(folder / STAGES_FILE, json.dumps(record, indent=1) + "\n")
+    say = speaker(quiet)
     ordered = keeps_order(config.data.steps)
     how = "the order that data.steps makes" if ordered else "pairs drawn at random"
-    _say(f"{len(stages)} stages, each on a chunk of {how}; from the second on the one before is the reference", quiet)
+    say(f"{len(stages)} stages, each on a chunk of {how}; from the second on the one before is the reference")
     last: RunSummary | None = None
     for number, stage in enumerate(stages, start=1):
         place = folder / stage.name
         if (place / made_by(stage.adapter)).is_dir():
-            _say(f"stage {number} of {len(stages)}: done before", quiet)
+            say(f"stage {number} of {len(stages)}: done before")
             last = _done(place, stage)
             continue
-        _say(f"stage {number} of {len(stages)}: {place}", quiet)
+        say(f"stage {number} of {len(stages)}: {place}")
         try:
             last = run.train(
                 stage,
@@ -184,8 +184,3 @@ def _check_same_pairs(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, .
 
 def _all_pairs(data: Mapping[str, Any]) -> Any:
     return data["train"]["steps"][-1]["from_sha256"]
-
-
-def _say(line: str, quiet: bool) -> None:
-    if launch.is_main() and not quiet:
-        tell(sys.stderr, f"{line}\n")

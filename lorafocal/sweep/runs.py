@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from lorafocal.caching import CacheReport
 from lorafocal.errors import FullDisk, InputError, UnhealthyRun
 from lorafocal.evaluate.during import callbacks
 from lorafocal.interrupt import StopOnSignal
-from lorafocal.progress import tell
+from lorafocal.progress import speaker
 from lorafocal.publish import alone_in, recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
 from lorafocal.run_folder import MANIFEST_FILE, made_by
@@ -55,7 +54,7 @@ def sweep(
 
 def _sweep(asked: Grid, folder: Path, best: str | None, *, quiet: bool) -> SweepReport:
     """Train what is left of the grid into its folder, and compare."""
-    say = _silent if quiet else _to_stderr
+    say = speaker(quiet)
     with alone_in(folder, "swept"):
         recover(folder)
         journal = Journal(folder, asked, best)
@@ -173,11 +172,3 @@ def _check_one_process() -> None:
             "a sweep runs in one process, because a run that fails on one rank alone would leave the others waiting:"
             f" start it without the launcher. Single points may be trained before it by `{one}`; it takes them up"
         )
-
-
-def _to_stderr(line: str) -> None:
-    tell(sys.stderr, f"{line}\n")
-
-
-def _silent(line: str) -> None:
-    pass
