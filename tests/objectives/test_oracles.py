@@ -66,7 +66,6 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("focalpo-detached", {"beta": 0.4, "gamma": 0.05}),
     ("focalpo-detached", {"beta": 0.4, "gamma": 1.0}),
 ]
-LIKELY = ("cpo", "omni-dpo")  # with a likelihood beside the preference
 SMOOTHED = ("cdpo", "robust-dpo")  # where Eq. 3's factor has no finite product
 each_case = each_of(CASES)
 
