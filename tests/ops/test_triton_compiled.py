@@ -10,9 +10,10 @@ import triton
 
 from lorafocal.ops.triton import TRITON
 from lorafocal.ops.triton.launch import block_and_warps, launch
+from tests.made_parts import made_part
 from tests.triton_cases import TRANSFORMS
 from tests.triton_compiled import SHAPES, TARGETS, Launch, caught, compiled, launches
-from tests.triton_table import MARKED, PAGE, SHAPE, table
+from tests.triton_table import PAGE, SHAPE, table
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, tmp_path):
 @pytest.mark.engine
 def test_the_page_s_table_of_registers_is_of_these_kernels():
     """Its figures too, where this is the Triton that it was written with."""
-    (written,) = MARKED.findall(PAGE.read_text(encoding="utf-8"))
+    written = made_part(PAGE.read_text(encoding="utf-8"), "registers")
     rows = [line.split("|")[1].strip() for line in written.splitlines() if line.startswith("| ")][1:]
     assert rows == list(launches(SHAPE, torch.bfloat16))
     if written.startswith(f"Triton {triton.__version__},"):
