@@ -5,6 +5,7 @@ bitsandbytes quantises moments in blocks of 256; tensors below 4096 entries keep
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import defaultdict
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 from lorafocal.errors import InputError, first_line
 from lorafocal.resume import changes
@@ -55,14 +56,17 @@ def check_schedule(name: str, settings: Mapping[str, Any], learning_rate: float)
 
 
 def schedule_of(args: FocalPOConfig, pairs: int) -> dict[str, Any]:
-    """How many steps a run on so many pairs makes and, beside the optimiser's own settings, what decides their size."""
+    """How many steps a run on so many pairs makes and, beside the optimiser's own settings, what decides their size.
+
+    As JSON reads it back.
+    """
     epochs = math.ceil(args.num_train_epochs * math.ceil(pairs / args.pairs_per_step))
     steps = args.max_steps if args.max_steps > 0 else epochs
     return {
         "steps": steps,
         "warmup_steps": args.get_warmup_steps(steps),
-        "lr_scheduler_type": str(args.lr_scheduler_type.value),
-        "lr_scheduler_kwargs": args.lr_scheduler_kwargs or None,
+        "lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value,
+        "lr_scheduler_kwargs": json.loads(json.dumps(args.lr_scheduler_kwargs or None, default=str)),
         "max_grad_norm": args.max_grad_norm,
     }
 

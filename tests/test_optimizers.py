@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.optim import GlobalOptimManager
@@ -18,7 +20,7 @@ from lorafocal.checkpoint import load_state, save_state
 from lorafocal.engines.whole import Whole
 from lorafocal.errors import InputError
 from lorafocal.model.load import load_base
-from lorafocal.optimizers import kind_of, of_bitsandbytes, separate_rates
+from lorafocal.optimizers import kind_of, of_bitsandbytes, schedule_of, separate_rates
 from lorafocal.trainer import FocalPOTrainer
 from tests.tiny import SIZES, enlarged, lora, pairs, tiny_base, tiny_policy, trainer, weights
 
@@ -297,3 +299,16 @@ def test_paged_moments_come_back_paged_and_bit_for_bit(tmp_path, optim):
     assert torch.equal(parameter, again)
     for key, value in optimizer.state[parameter].items():
         assert value == restored.state[again][key] if key == "step" else torch.equal(value, restored.state[again][key])
+
+
+def test_a_schedule_is_told_as_json_reads_it_back(tmp_path: Path) -> None:
+    """A checkpoint holds it: what JSON lacks would end a run at its first one."""
+    settings = {"num_cycles": np.int64(2), "cycle": (1, 2)}
+    args = FocalPOConfig(output_dir=str(tmp_path), max_steps=4, warmup_steps=0.5, report_to="none", use_cpu=True)
+    args.lr_scheduler_type, args.lr_scheduler_kwargs = "cosine", settings
+    told = schedule_of(args, 10)
+    assert told == json.loads(json.dumps(told))
+    assert (told["steps"], told["warmup_steps"], told["lr_scheduler_type"]) == (4, 2, "cosine")
+    assert told["lr_scheduler_kwargs"] == {"num_cycles": "2", "cycle": [1, 2]}
+    args.max_steps, args.num_train_epochs, args.pairs_per_step = -1, 1.5, 4
+    assert schedule_of(args, 10)["steps"] == 5  # 3 an epoch

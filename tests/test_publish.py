@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -299,22 +298,12 @@ def test_no_other_error_is_told_so(tmp_path: Path, error: Exception) -> None:
     assert caught.value is error
 
 
-def test_a_folder_that_another_process_removes_meanwhile_is_said_to_be_replaced(tmp_path: Path, monkeypatch) -> None:
-    folder, lock = tmp_path / "run", fcntl.flock
-
-    def made_anew(*args: int) -> None:
-        folder.rename(tmp_path / "removed")
-        folder.mkdir()
-        lock(*args)
-
-    for _ in range(2):  # gone before it is opened; another one after
-        with (
-            pytest.raises(InputError, match="run was replaced by another process just now: try again"),
-            alone_in(folder, "swept"),
-        ):
-            pytest.fail("is not alone in the folder of that name")
-        folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(fcntl, "flock", made_anew)
+def test_a_folder_that_is_gone_before_it_is_opened_is_said_to_be_replaced(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="was replaced by another process"), alone_in(tmp_path / "run", "swept"):
+        pytest.raises(InputError, match="was replaced by another process just now"),
+        alone_in(tmp_path / "run", "swept"),
+    ):
+        pytest.fail("is not alone in a folder that is not there")
 
 
 def test_a_process_is_alone_in_a_folder_until_it_ends_however_it_does(tmp_path: Path) -> None:
