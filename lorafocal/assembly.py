@@ -31,7 +31,6 @@ from lorafocal.model.adapters import (
     features,
     freeze,
     stands_beside,
-    switch_dropout_off,
     widen_adapters,
 )
 from lorafocal.model.base_config import of_a_layer
@@ -41,6 +40,7 @@ from lorafocal.model.fused import fuse, unfuse
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length, check_same_tokens, check_vocabulary, load_base, load_tokenizer
 from lorafocal.model.master import arithmetic_of, has_masters
+from lorafocal.model.noise import switch_noise_off
 from lorafocal.model.quantized import quantization_of, settle
 from lorafocal.model.starts import attaching, initialize, rewrites_base
 from lorafocal.model.stored import check_as_stored
@@ -117,8 +117,8 @@ def assemble_policy(
         raise InputError(
             f"the adapter is named {policy.active_adapter!r}, the name of a frozen copy: load it under another name"
         )
-    if not args.allow_dropout and (count := switch_dropout_off(policy)):
-        logger.info("switched %d dropouts off: they would make policy and reference differ by noise", count)
+    if not args.allow_dropout and (count := switch_noise_off(policy)):
+        logger.info("switched %d dropouts and jitters off: they would make policy and reference differ by noise", count)
     return policy
 
 
@@ -192,7 +192,7 @@ def assemble_ref_model(
             f"ref_model has {theirs} embeddings, the policy {ours}: they do not share a tokenizer, so the same token"
             " ids mean other text. Give a reference of the same family"
         )
-    switch_dropout_off(model)
+    switch_noise_off(model)
     freeze(dict(model.named_parameters()))
     return model.eval()
 

@@ -204,7 +204,7 @@ def lineage_of(folder: Path) -> Lineage | None:
             base_config_sha256=record.get("base_config_sha256"),
             lorafocal=record["lorafocal"],
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is not a lineage file ({type(error).__name__}: {error}). "
             "Restore it from the run, or delete it to treat the adapter as one of another tool."

@@ -135,7 +135,7 @@ GUARDS: list[Guard] = [
     Guard("32", "lorafocal.model.trained_modules:resolve_modules", lambda _: lambda model, names: names, "tests/model/test_variant_names.py::test_a_module_to_save_that_no_module_is_named_is_refused_with_the_nearest"),
     Guard("45", "lorafocal.model.trained_modules:is_tied", lambda _: lambda model: False, "tests/model/test_variant_names.py::test_a_part_of_tied_embeddings_is_refused_with_the_way_out"),
     Guard("46", "lorafocal.model.trained_modules:resolve_tokens", lambda _: lambda model, tokens: tokens, "tests/model/test_variant_names.py::test_a_token_that_the_base_has_no_row_for_is_refused"),
-    Guard("14", "lorafocal.model.adapters:switch_dropout_off", lambda _: lambda model: 0, "tests/test_trainer.py::test_dropout_is_switched_off_everywhere"),
+    Guard("14", "lorafocal.model.noise:switch_noise_off", lambda _: lambda model: 0, "tests/test_trainer.py::test_dropout_is_switched_off_everywhere"),
     Guard("39", "lorafocal.health:HealthCheck.check_gradients", lambda _: lambda *a, **k: None, "tests/test_trainer.py::test_missing_gradients_stop_the_first_step"),
     # numbers
     Guard("11", "lorafocal.objectives.focal:p_gamma", lambda _: careless.naive_factor, "tests/objectives/test_focal.py::test_value_and_gradient_stay_finite_and_accurate_at_extreme_margins"),

@@ -191,7 +191,7 @@ def read_provenance(file: Path) -> dict[str, Any]:
     """What `write_answers` left beside its answers. Raises InputError naming the key where it is something else."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as the provenance of answers ({error}): remove it") from error
     keys = ("target", "sampling", "prompts", "versions", "counts", "answers")
     wrong = [key for key in keys if not isinstance(record, dict) or not isinstance(record.get(key), dict)]

@@ -415,29 +415,3 @@ class AdapterSwitch:
         finally:
             for layer, old in zip(self._layers, before, strict=True):
                 setattr(layer, attribute, old)
-
-
-def switch_dropout_off(model: nn.Module) -> int:
-    """Set every dropout of model and adapter to 0, in modules, attributes and configs; the number that were not."""
-    changed = 0
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
-            module.p, changed = 0.0, changed + 1
-        if isinstance(module, LoraLayer):
-            # at 0, too, DoRA with a dropout multiplies by the base a second time in training, and rounds otherwise
-            module.lora_dropout.update({name: nn.Identity() for name in module.lora_dropout})
-        changed += _zero_dropouts(module)
-    configs = [causal_lm(model).config, *getattr(model, "peft_config", {}).values()]
-    return changed + sum(_zero_dropouts(config) for config in configs)
-
-
-def _zero_dropouts(owner: object) -> int:
-    """Zero the plain float attributes whose names end in dropout, dropout_p, dropout_prob or pdrop."""
-    named = [
-        name
-        for name, value in vars(owner).items()
-        if name.endswith(("dropout", "dropout_p", "dropout_prob", "pdrop")) and isinstance(value, float) and value
-    ]
-    for name in named:
-        setattr(owner, name, 0.0)
-    return len(named)

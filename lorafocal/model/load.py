@@ -314,7 +314,7 @@ def weight_names(name: str, revision: str | None) -> list[str]:
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [shard for shard in shards if not _SHARD.fullmatch(shard)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{name}: {index.name} is no index of safetensors files ({error}): download it again"
         ) from error

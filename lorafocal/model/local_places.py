@@ -37,7 +37,7 @@ def _read(file: Path) -> dict[str, Any]:
     """Nothing where there is no file, or one that holds no settings, as transformers has it."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -186,7 +186,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}. Copy it again from where it was trained.") from error
     kind = record.get("peft_type") if isinstance(record, dict) else None
     if kind != "LORA":

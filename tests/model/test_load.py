@@ -22,6 +22,7 @@ from transformers import (
 
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
+from lorafocal.lineage import LINEAGE_FILE, lineage_of
 from lorafocal.model import load as load_module
 from lorafocal.model.continued import place_of
 from lorafocal.model.load import base_fingerprint, check_length, check_vocabulary, load_base, load_tokenizer
@@ -188,6 +189,18 @@ def test_what_a_later_peft_can_do_is_refused_by_name_only_where_an_adapter_uses_
         read_lora_config(tmp_path)
 
 
+@pytest.mark.row("S9")
+@pytest.mark.parametrize("broken", ["{", "\x00", "[" * 100_000], ids=["cut", "bytes", "deep"])
+def test_a_strangers_file_that_cannot_be_read_is_named(tmp_path, broken):
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text(broken)
+    with pytest.raises(InputError, match=r"adapter_config\.json is not JSON"):
+        read_lora_config(tmp_path)
+    (tmp_path / LINEAGE_FILE).write_text(broken)
+    with pytest.raises(InputError, match=r"lorafocal\.json is not a lineage file"):
+        lineage_of(tmp_path)
+
+
 @pytest.mark.row("52")
 def test_a_base_with_an_adapter_in_its_folder_is_refused(saved):
     """transformers loads both without a word, and the adapter is then taken for the base."""
@@ -267,7 +280,7 @@ def test_an_index_that_leads_elsewhere_is_refused_before_anything_is_read(tmp_pa
         for read in (load_base, base_fingerprint):
             with pytest.raises(InputError, match=r"outside its folder|is no index"):
                 read(str(tmp_path / "base"))
-    for broken in ("{", "[]", "{}", '{"weight_map": 3}'):
+    for broken in ("{", "[]", "{}", '{"weight_map": 3}', "[" * 100_000):
         index.write_text(broken)
         with pytest.raises(InputError, match="is no index"):
             load_base(str(tmp_path / "base"))

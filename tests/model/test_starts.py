@@ -17,8 +17,9 @@ from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.model import eva
-from lorafocal.model.adapters import AdapterSwitch, adapter_parameters, attach_lora, switch_dropout_off
+from lorafocal.model.adapters import AdapterSwitch, adapter_parameters, attach_lora
 from lorafocal.model.load import load_base
+from lorafocal.model.noise import switch_noise_off
 from lorafocal.model.quantized import dequantized_weight
 from lorafocal.model.save import save_adapter
 from lorafocal.model.saved import lora_layers
@@ -298,7 +299,7 @@ def test_eva_starts_exactly_at_the_base_in_every_dtype(saved_base, kind):
         return load_base(str(saved_base / "whole"), quantization="nf4" if kind == "nf4" else None)
 
     policy = started(base(), "eva", use_dora=kind.endswith("dora"))
-    switch_dropout_off(policy)
+    switch_noise_off(policy)
     assert {p.dtype for p in adapter_parameters(policy).values()} == {torch.float32}
     start = logps(policy)
     assert torch.equal(start, logps(base()))

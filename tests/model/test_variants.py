@@ -23,10 +23,10 @@ from lorafocal.model.adapters import (
     add_frozen_copy,
     attach_lora,
     check_trainable,
-    switch_dropout_off,
     widen_adapters,
 )
 from lorafocal.model.load import load_base
+from lorafocal.model.noise import switch_noise_off
 from lorafocal.model.quantized import settle
 from lorafocal.objectives import PairLogps
 from lorafocal.objectives.focal import focalpo
@@ -229,7 +229,7 @@ def test_an_adapter_whose_dropout_was_switched_off_is_computed_like_its_copy():
     policy = get_peft_model(tiny_base(), lora(use_dora=True, lora_dropout=0.1)).train()
     widen_adapters(policy)
     shake(policy, 0.05)
-    assert switch_dropout_off(policy)
+    assert switch_noise_off(policy)
     prepare_policy(policy)
     add_frozen_copy(policy)
     start, frozen = sequence_logps(policy, PACK), build_reference("frozen_copy", policy)
