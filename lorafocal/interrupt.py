@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing.util  # its hook is registered by the import
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -44,7 +45,11 @@ class StopOnSignal(TrainerCallback):
 
         A SIGHUP that is ignored remains so: that is what nohup asks for.
         Of two that watch one inside the other, as a run inside a sweep, each knows what the other has heard.
+        In a thread of its own a run hears none: Python gives signals to the main thread.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         unheard = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         before = {number: signal.signal(number, self._hear) for number in _SIGNALS if number not in unheard}
         outer = getattr(before[signal.SIGINT], "__self__", None)

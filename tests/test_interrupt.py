@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.utils.data import DataLoader
@@ -36,6 +37,16 @@ def test_a_hang_up_that_is_ignored_remains_so() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
         assert inner.heard is None
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_thread_of_its_own_hears_nothing_and_leaves_the_signals_alone() -> None:
+    def during() -> list[object]:
+        with StopOnSignal().watching():
+            return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(during).result() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -349,8 +350,11 @@ def test_seed_decides_the_adapter_and_data_seed_the_order(tmp_path: Path) -> Non
 
 @pytest.mark.row("57")
 def test_a_run_of_the_same_config_gives_the_same_adapter(root: Path, finished: RunSummary, tmp_path: Path) -> None:
-    torch.manual_seed(123)  # whatever happened in the process before
-    again = run.train(run_config(root, training__logging_steps=1), quiet=True, runs_dir=tmp_path)
+    """Whatever happened in the process before, and in whatever thread: a web page's and Ray's are not the main one."""
+    torch.manual_seed(123)
+    with ThreadPoolExecutor(1) as thread:
+        config = run_config(root, training__logging_steps=1)
+        again = thread.submit(run.train, config, quiet=True, runs_dir=tmp_path).result()
     name = "adapter/adapter_model.safetensors"
     assert sha256(again.folder / name) == sha256(finished.folder / name)
 
