@@ -26,6 +26,7 @@ from lorafocal.data.prepare import Part, check_sources, prepare_data, template_n
 from lorafocal.engines import loading_device
 from lorafocal.errors import NO_ROOM, FullDisk, InputError
 from lorafocal.interrupt import StopOnSignal, agreed
+from lorafocal.loggers import services
 from lorafocal.manifest import assembled, assembled_lines, manifest_of
 from lorafocal.model import backends
 from lorafocal.model.adapters import trainable_token_ids
@@ -162,7 +163,7 @@ def _train(
         say("no held-out pairs: nothing is evaluated, and a merge will need some by --pairs (give data.held_out: 0.05)")
     if trainer.args.should_save:
         _write_run_files(folder, config, manifest, data)
-    with full_disk_told(folder):
+    with full_disk_told(folder), services(trainer, say):
         return _trained(trainer, config, folder, checkpoint, resume)
 
 

@@ -30,7 +30,7 @@ FLOORS = {
     1: "data model lineage card store",
     2: "policy reference comparison whole_step gathered probes caching",
     3: "arguments assembly budget callbacks engines bare_trainer trainer saving optimizers sampler checkpoint health"
-    " interrupt resume progress manifest run given",
+    " interrupt resume progress manifest run given loggers",
     4: "generation endpoints release evaluate report rehearsal plan sweep stages chat provenance",
     5: "cli compat __init__ __main__",
 }
