@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorafocal.arguments import FocalPOConfig
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
+from lorafocal.model.load import check_tokenizer
 from lorafocal.model.loose import check_not_loose
 from lorafocal.publish import file_in_the_way
 
@@ -46,6 +47,8 @@ def as_given(
             f"processing_class is {_kind(processing_class)}: give a tokenizer,"
             f" {'its `.tokenizer`' if inner else '`AutoTokenizer.from_pretrained(folder)`'}"
         )
+    if processing_class is not None:
+        check_tokenizer(processing_class, "processing_class")
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise InputError(f"peft_config is {_kind(peft_config)}: give `peft.LoraConfig(r=16, lora_alpha=32, ...)`")
     named = [str(one) if isinstance(one, Path) else one for one in (model, ref_model)]

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import tokenization_auto
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -34,6 +35,8 @@ from lorafocal.tensor_files import dtype_word
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SCALES = re.compile(r"(SCB|absmax|scales?|scale_inv)$")  # what quantised weights are multiplied by, in their files
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Whether mistral-common (which comes with vLLM) is installed does not decide how a Mistral's text is cut.
+_BY_TRANSFORMERS = {"mistral_format": False} if hasattr(tokenization_auto, "_use_mistral_format") else {}
 _SHARD = re.compile(r"(?!\.)[A-Za-z0-9._-]+\.safetensors")  # a bare name: no folder, no link up, no pickle
 
 
@@ -64,9 +67,21 @@ def load_tokenizer(name: str, revision: str | None = None, *, key: str = "model.
     """The tokenizer of a hub id or local folder. Raises InputError where there is none, at the config's `key`."""
     check_place(name)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **_BY_TRANSFORMERS)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{key}: {_not_found('tokenizer', name, error)}") from error
+    check_tokenizer(tokenizer, key)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    """Raises InputError for a Mistral's tokenizer as mistral-common has it: its chat template is code, not text."""
+    if type(tokenizer).__name__ == "MistralCommonBackend":
+        raise InputError(
+            f"{key}: this tokenizer was loaded through mistral-common, which shows no chat template and no special"
+            " tokens: load it by `AutoTokenizer.from_pretrained(folder, mistral_format=False)`; where transformers does"
+            " not know that, update it, or uninstall mistral-common"
+        )
 
 
 def load_base(

@@ -19,13 +19,21 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.auto import tokenization_auto
 
 from lorafocal.data.packing import share_prefixes
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, lineage_of
 from lorafocal.model import load as load_module
 from lorafocal.model.continued import place_of
-from lorafocal.model.load import base_fingerprint, check_length, check_vocabulary, load_base, load_tokenizer
+from lorafocal.model.load import (
+    base_fingerprint,
+    check_length,
+    check_tokenizer,
+    check_vocabulary,
+    load_base,
+    load_tokenizer,
+)
 from lorafocal.model.saved import read_lora_config
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.probes import LayoutChoice, choose_layout
@@ -332,3 +340,21 @@ def test_a_place_that_is_none_is_said_without_asking_a_hub(name, monkeypatch):
     for load in (load_base, load_tokenizer):
         with pytest.raises(InputError, match="no such folder"):
             load(name)
+
+
+@pytest.mark.row("46")
+def test_no_tokenizer_is_taken_from_mistral_common(monkeypatch):
+    """transformers takes it where that package is installed and a folder has a tekken.json; it has no template."""
+
+    class MistralCommonBackend:
+        pass
+
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: asked.update(options))
+    load_tokenizer("owner/model")
+    assert asked.get("mistral_format") is (False if hasattr(tokenization_auto, "_use_mistral_format") else None)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: MistralCommonBackend())
+    with pytest.raises(InputError, match=r"model\.name: .*mistral-common.*mistral_format=False"):
+        load_tokenizer("owner/model")
+    with pytest.raises(InputError, match=r"processing_class: .*mistral-common"):
+        check_tokenizer(MistralCommonBackend(), "processing_class")
