@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from lorafocal import memory
 from lorafocal.compatibility import stored_as
 from lorafocal.config import Config
@@ -17,7 +20,7 @@ from lorafocal.memory import Lengths, Setup, Shape
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.ops.shapes import attention_on_a_gpu
 from lorafocal.run_folder import ADAPTER_CONFIG
-from lorafocal.schema import Adapter, Reference
+from lorafocal.schema import Adapter, Model, Reference
 from lorafocal.schema.steps import pairs_left
 
 TYPICAL = Lengths(200, 305, 305)  # UltraFeedback's means
@@ -163,17 +166,30 @@ def _evaluations(fields: Mapping[str, Any], steps: int, steps_an_epoch: int) -> 
 
 
 def shape_of(config: Config) -> Shape:
-    """From `model.shape`, or the config.json of a local folder. Raises InputError where there is neither."""
+    """From `model.shape`, or the base's config.json on this machine. Raises InputError where there is neither."""
     if config.model.shape is not None:
         return Shape.of(config.model.shape)
-    file = Path(config.model.name) / "config.json"
-    if not file.is_file():
+    file = _config_of(config.model)
+    if file is None:
         raise InputError(
-            f"model.shape is missing, and {config.model.name} is no local folder with a config.json, so the model's"
-            " size is not known here: copy these values from its config.json to `model.shape` (model_type, vocab_size,"
-            " hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads)"
+            f"model.shape is missing, and the config.json of {config.model.name} is not on this machine, so the model's"
+            " size is not known: fetch that one file (`hf download MODEL config.json`), or copy these of its values to"
+            " `model.shape` (model_type, vocab_size, hidden_size, intermediate_size, num_hidden_layers,"
+            " num_attention_heads, num_key_value_heads)"
         )
     return Shape.of(_mapping(file))
+
+
+def _config_of(model: Model) -> Path | None:
+    """The base's config.json in its folder or in the hub's cache: nothing is asked of a network."""
+    file = Path(model.name) / "config.json"
+    if file.is_file():
+        return file
+    try:
+        cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    except HFValidationError:  # a folder's name
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def setup_of(config: Config, lengths: Lengths) -> Setup:
@@ -195,9 +211,9 @@ def setup_of(config: Config, lengths: Lengths) -> Setup:
 
 
 def _held_as(config: Config) -> str | None:
-    """What is asked for, or what the weights of a local folder are stored as."""
-    file = Path(config.model.name) / "config.json"
-    if config.model.quantization is not None or not file.is_file():
+    """What is asked for, or what the base's weights are stored as."""
+    file = None if config.model.quantization is not None else _config_of(config.model)
+    if file is None:
         return config.model.quantization
     stated = _mapping(file).get("quantization_config")
     return stored_as(stated, config.model.name) if isinstance(stated, dict) else None
