@@ -42,11 +42,12 @@ _OF_A_HEAD = {
 }  # fmt: skip
 _AT_MOST = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "attention_chunk_size"), WINDOW),
 }
 _EVERY_SO_MANY = ("decoder_sparse_step", "attn_layer_period", "expert_layer_period", "interleave_moe_layer_step")
+_SHARING = "num_kv_shared_layers"  # the last ones, which read the keys and values of layers of their kind before them
 _OF_EACH_LAYER = {"layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "block_types"}
 
 
@@ -126,6 +127,8 @@ def _shrunk_values(config: PreTrainedConfig, tokens: int, eos: int, all_layers: 
             small[name] = _blocks(tokens)
         elif name == "max_window_layers":
             small[name] = min(value, 1) if value < config.num_hidden_layers else len(layers)
+        elif name == _SHARING:
+            small[name] = sum(layer >= config.num_hidden_layers - value for layer in layers)
     small |= {own_name.get(name, name): value for name, value in sizes.items() if own_name.get(name, name) in values}
     small |= {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos}
     if isinstance(rope := values.get("rope_parameters"), dict):
@@ -183,9 +186,10 @@ def _kept_layers(config: PreTrainedConfig, values: Mapping[str, Any], all_layers
     if all_layers:
         return list(range(count))
     lists = [value for name, value in values.items() if name in _OF_EACH_LAYER and _has_length(value, count)]
+    sharing = count - (values.get(_SHARING) or 0)  # from this layer on
     kinds: dict[tuple[str, ...], int] = {}
     for layer in range(count):
-        kinds.setdefault(tuple(str(entries[layer]) for entries in lists), layer)
+        kinds.setdefault((*(str(entries[layer]) for entries in lists), str(layer >= sharing)), layer)
     periods = [values[name] for name in _EVERY_SO_MANY if isinstance(values.get(name), int)]
     if max(periods, default=1) > 1 or values.get("first_k_dense_replace"):
         return list(range(min(count, max([LAYERS, *periods]))))

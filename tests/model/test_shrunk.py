@@ -115,6 +115,23 @@ def test_layers_that_differ_stay_different(all_layers: bool, heads: dict[str, An
     assert model.eval()(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
 
 
+def test_layers_that_read_the_keys_of_others_stay_of_each_kind() -> None:
+    kinds = ["full_attention" if layer % 5 == 4 else "sliding_attention" for layer in range(35)]
+    _, small, model = tiny("gemma4_text", num_hidden_layers=35, layer_types=kinds, num_kv_shared_layers=20)
+    assert small.layer_types == ["sliding_attention", "full_attention"] * 2
+    assert [hasattr(layer.self_attn, "k_proj") for layer in model.model.layers] == [True, True, False, False]
+    assert model.eval()(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
+    everything = shrunk(small, tokens=17, eos=1, all_layers=True)
+    assert everything.num_kv_shared_layers == 2
+
+
+def test_no_more_experts_are_chosen_than_there_are() -> None:
+    experts = {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+    _, small, model = tiny("gemma4_text", **experts)
+    assert (small.num_experts, small.top_k_experts) == (4, 2)
+    assert model.eval()(input_ids=torch.tensor([[2, 3, 4]]), use_cache=False).logits.isfinite().all()
+
+
 def test_tied_embeddings_stay_tied() -> None:
     _, _, model = tiny("qwen2", tie_word_embeddings=True)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
