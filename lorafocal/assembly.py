@@ -33,7 +33,7 @@ from lorafocal.model.adapters import (
     stands_beside,
     widen_adapters,
 )
-from lorafocal.model.base_config import of_a_layer
+from lorafocal.model.base_config import of_layers
 from lorafocal.model.beside import add_guide, add_strategy
 from lorafocal.model.compiled import bucket_of, compile_layers, restore_layers
 from lorafocal.model.fused import fuse, unfuse
@@ -286,7 +286,7 @@ def assemble_kernels(
 
 def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
     """What attends in `policy`, prepared for its layout: transformers' own where rows are padded."""
-    config = of_a_layer(causal_lm(policy).config.get_text_config())  # each layer's own is chosen when it is called
+    config = of_layers(causal_lm(policy).config.get_text_config())[0]  # each layer's own is chosen when it is called
     if config._attn_implementation != SHARED_PREFIX_ATTENTION:
         backend = getattr(causal_lm(policy), "backend", None)
         name = f"transformers' {config._attn_implementation}" if backend is None else f"{backend}'s own"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -34,11 +34,12 @@ def config_sha256(config: PreTrainedConfig) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def of_a_layer(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`config` as its first layer has it: where layers differ in a setting, transformers refuses to tell it of all."""
-    layers: Any = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    first: PreTrainedConfig = layers[0]
-    return first
+def of_layers(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+    """`config` as each layer has it, or itself alone: transformers refuses to tell a setting in which layers differ."""
+    layers: Sequence[PreTrainedConfig] = [config]
+    if getattr(config, "is_heterogeneous", False):
+        layers = config.per_layer_config
+    return layers
 
 
 def computed(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafocal.errors import InputError
 from lorafocal.model.adapters import AdapterSwitch, adapter_layers
+from lorafocal.model.base_config import of_layers
 from lorafocal.model.head import causal_lm, logit_transform
 from lorafocal.model.quantized import base_dtype, quantization_of
 from lorafocal.model.stand_ins import (
@@ -247,9 +248,9 @@ class _Door:
         values = _random(5, _PROBE_TOKENS * 8, next(module.parameters()), self.dtype).view(1, 5, _PROBE_TOKENS, 8)
         probe = values[:, :2], values[:, 2:3], values[:, 3], values[:, 4]  # queries, keys, cos, sin
         if _turns_halves(own, probe):
-            config, width = self.base.config.get_text_config(), getattr(module, "head_dim", 8)
-            for name in ("num_attention_heads", "num_key_value_heads"):  # a kernel is compiled for each number
-                heads = getattr(config, name, None) or 2
+            width, layers = getattr(module, "head_dim", 8), of_layers(self.base.config.get_text_config())
+            counts = ("num_attention_heads", "num_key_value_heads")
+            for heads in {getattr(layer, name, None) or 2 for layer in layers for name in counts}:  # a kernel for each
                 rows = _random(_PROBE_TOKENS, (heads + 2) * width, next(module.parameters()), self.dtype)
                 x, cos, sin = (part.contiguous() for part in rows.split([heads * width, width, width], dim=1))
                 self._check_kernels(module, rope_results, x.view(-1, heads, width), cos, sin)

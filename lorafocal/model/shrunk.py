@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lorafocal.errors import InputError, first_line
-from lorafocal.model.base_config import of_a_layer
+from lorafocal.model.base_config import of_layers
 
 BLOCK = 64  # widths are its multiples: 4-bit layers are quantised by blocks of 64 weights
 HEAD_DIM = 16  # even in halves and quarters, which some rotations take
@@ -109,7 +109,7 @@ def _shrunk_values(config: PreTrainedConfig, tokens: int, eos: int, all_layers: 
     """All values of a text model's config, the sizes among them changed."""
     values = config.to_dict()
     own_name = {common: own for common, own in config.attribute_map.items() if own in values}
-    first = of_a_layer(config)
+    first = of_layers(config)[0]
     heads, groups = first.num_attention_heads, getattr(first, "num_key_value_heads", None)
     head_dim = values.get("head_dim") or config.hidden_size // heads
     sizes = _heads_and_width(config.hidden_size, heads, groups, head_dim, free="head_dim" in values)

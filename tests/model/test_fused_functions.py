@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved
 from transformers.models.llama import modeling_llama
 
@@ -19,6 +20,7 @@ from lorafocal.errors import InputError
 from lorafocal.model.fused import _Door, fuse, unfuse
 from lorafocal.model.stand_ins import FusedRotary
 from lorafocal.ops.elementwise import TORCH, Elementwise
+from lorafocal.ops.kernel_check import rope_results
 from lorafocal.ops.logps import Fold
 from tests.model.families import text_policy
 from tests.model.test_fused import assert_same_step, logits, step, trainable
@@ -54,6 +56,22 @@ def test_queries_and_keys_are_turned_by_the_set_s_own_rope_and_by_nothing_else(f
     other = text_policy(family)
     assert torch.equal(logits(other), logits(copy.deepcopy(other)))
     assert counts["rope"] == 2 * layers  # other models of the family go on as they were
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedConfig, "is_heterogeneous"), reason="layers are alike in older transformers")
+def test_where_layers_differ_in_their_heads_rope_is_checked_for_each_number_of_them(monkeypatch):
+    """As in Step 3.5, where layers with a window have more heads."""
+    checked = set()
+
+    def check(_, module, results, x, *more):
+        if results is rope_results:
+            checked.add(x.shape[1])
+
+    monkeypatch.setattr(_Door, "_check_kernels", check)
+    policy = tiny_policy()
+    policy.config.per_layer_config = {1: {"num_attention_heads": 8}}
+    assert fuse(policy).rotary == 2
+    assert checked == {2, 4, 8}
 
 
 @pytest.mark.row("35")
