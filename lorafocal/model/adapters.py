@@ -59,9 +59,10 @@ def _gives_its_product(layer: nn.Module) -> bool:
     if not own:
         return True
     weight: Any = layer.weight
+    still = copy.copy(layer).eval()  # in training some draw at random, before the adapter's start is drawn
     try:
         with torch.no_grad():
-            return isinstance(layer(weight.new_zeros(1, weight.shape[1])), torch.Tensor)
+            return isinstance(still(weight.new_zeros(1, weight.shape[1])), torch.Tensor)
     except RuntimeError:  # one of other rows than its weight says
         return False
 

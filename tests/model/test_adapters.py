@@ -68,6 +68,19 @@ def test_routers_that_give_their_choices_take_no_adapter(family):
 
 
 @pytest.mark.row("10")
+def test_looking_at_routers_draws_nothing_of_the_adapter_s_start():
+    """PhiMoE's draw in training, in which a model of Python's door may be."""
+    starts = []
+    for training in (False, True):
+        model = random_model("phimoe", torch.float32).train(training)
+        torch.manual_seed(0)
+        starts.append({n: p.detach() for n, p in adapter_parameters(attach_lora(model, lora())).items()})
+        assert all(module.training is training for module in model.modules() if "Router" in type(module).__name__)
+    for name, values in starts[0].items():
+        assert torch.equal(values, starts[1][name])
+
+
+@pytest.mark.row("10")
 def test_what_peft_refuses_is_one_message():
     with pytest.raises(InputError, match=r"adapter: .*'out_proj' is incompatible with Mamba"):
         attach_lora(random_model("mamba", torch.float32), lora())
