@@ -257,15 +257,15 @@ def score_pairs(
     compared = None if reference is None else compared_with(subject, reference, base=base)
     loaded = load_pairs(pairs, subject.tokenizer, **row_settings(subject))
     check(loaded.pairs)
+    beta, objective = _trained_beta(subject) if beta is None else beta, _objective_of_margins(subject)
     measured = _measured(subject, loaded.pairs, ches=ches)
     against = measured.own if compared is None else _measured(compared, loaded.pairs).policy
-    beta = _trained_beta(subject) if beta is None else beta
     digests = {row.id: digest(row) for row in loaded.rows}
     scores = [
         replace(score, digest=digests.get(score.id))
         for score in pair_scores(loaded.pairs, measured.policy, against, beta, measured.ches)
     ]
-    report = ScoreReport(subject.name, beta, scores, loaded.left_out, _objective_of_margins(subject))
+    report = ScoreReport(subject.name, beta, scores, loaded.left_out, objective)
     return ScoredPairs(report, loaded.pairs, subject)
 
 
@@ -314,14 +314,20 @@ def reference_name(reference: str | None) -> str:
 
 def trained_by(subject: Subject) -> Objective | None:
     """The objective of a subject's training; None where that is unknown. Raises InputError for one that is not here."""
+    record = _recorded_objective(subject)
+    return None if record is None else objective_from(record)
+
+
+def _recorded_objective(subject: Subject) -> Mapping[str, Any] | None:
     lineage = None if subject.folder is None else lineage_of(subject.folder)
-    return None if lineage is None or lineage.objective is None else objective_from(lineage.objective)
+    return None if lineage is None else lineage.objective
 
 
 def _objective_of_margins(subject: Subject) -> Objective | None:
     """What the subject was trained by, where that is known and a pair's margin alone tells the pair's weight."""
+    record = _recorded_objective(subject)
     try:
-        objective = trained_by(subject)
+        objective = None if record is None else objective_from(record)
     except InputError:  # an objective of somebody's own, or of another version
         return None
     return objective if objective is not None and objective.entry.of_margin else None

@@ -21,6 +21,8 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.data.toy import toy_preferences
 from lorafocal.errors import InputError
 from lorafocal.evaluate.score import PairScore, ScoreReport, pair_logps, pair_scores, score_file
+from lorafocal.generation.subject import Subject
+from lorafocal.lineage import LINEAGE_FILE
 from lorafocal.model.load import load_base, load_tokenizer
 from lorafocal.model.quantized import dequantized_weight, quantization_of
 from lorafocal.model.saved import cast_parameters, open_adapter, read_adapter
@@ -334,6 +336,15 @@ def test_a_broken_line_is_named(run: SavedRun, tmp_path: Path, line: str, named:
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(InputError, match=rf"pairs\.jsonl:2.*{named}"):
         score_file(run.adapter, path)
+
+
+def test_a_damaged_lineage_is_refused_before_weights_are_loaded(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where --beta says what is read of it otherwise: its objective decides what is measured."""
+    (run.base / LINEAGE_FILE).write_text("{")
+    monkeypatch.setattr(Subject, "load", lambda _: pytest.fail("weights are loaded"))
+    for beta in (None, BETA):
+        with pytest.raises(InputError, match=r"lorafocal\.json is not a lineage file"):
+            score_file(run.base, run.folder / "held_out.jsonl", beta=beta)
 
 
 def test_input_that_cannot_be_scored_is_refused(run: SavedRun, tmp_path: Path) -> None:
