@@ -201,6 +201,9 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     try:
         policy = widen_adapters(wrap(model, config))
     except ValueError as error:  # of Mamba's own layers, which kernels read past an adapter
+        for name, layer in [*model.named_modules()]:
+            if isinstance(layer, BaseTunerLayer):  # those that PEFT has come to before
+                model.set_submodule(name, layer.get_base_layer())
         raise InputError(f"adapter: {first_line(error)}") from error
     check_tokens_follow(model, tied=tied)
     reset_magnitudes(policy)

@@ -81,9 +81,13 @@ def test_looking_at_routers_draws_nothing_of_the_adapter_s_start():
 
 
 @pytest.mark.row("10")
-def test_what_peft_refuses_is_one_message():
+def test_what_peft_refuses_is_one_message_and_leaves_the_model_as_it_was():
+    model = random_model("mamba", torch.float32)
+    before = dict(model.named_modules())
     with pytest.raises(InputError, match=r"adapter: .*'out_proj' is incompatible with Mamba"):
-        attach_lora(random_model("mamba", torch.float32), lora())
+        attach_lora(model, lora())
+    assert dict(model.named_modules()) == before
+    assert adapter_parameters(attach_lora(model, lora(target_modules=["in_proj"])))
 
 
 @pytest.mark.row("10")
