@@ -47,7 +47,7 @@ from lorafocal.model.stored import check_as_stored
 from lorafocal.model.trained_modules import embeddings_of
 from lorafocal.objectives import OBJECTIVES, Entry
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
-from lorafocal.ops.attention_kernels import KernelChoice, choose
+from lorafocal.ops.attention_kernels import KernelChoice, all_of, choose
 from lorafocal.ops.elementwise import load
 from lorafocal.ops.logps import set_heads
 from lorafocal.policy import plain_attention
@@ -286,18 +286,22 @@ def assemble_kernels(
 
 def attention_of(policy: nn.Module, device: torch.device) -> KernelChoice:
     """What attends in `policy`, prepared for its layout: transformers' own where rows are padded."""
-    config = of_layers(causal_lm(policy).config.get_text_config())[0]  # each layer's own is chosen when it is called
+    config = causal_lm(policy).config.get_text_config()
     if config._attn_implementation != SHARED_PREFIX_ATTENTION:
         backend = getattr(causal_lm(policy), "backend", None)
         name = f"transformers' {config._attn_implementation}" if backend is None else f"{backend}'s own"
         return KernelChoice(name, None, "padded rows")
-    return choose(
-        device,
-        arithmetic_of(policy),
-        window=getattr(config, "sliding_window", None),
-        softcap=getattr(config, "attn_logit_softcapping", None),
-        sinks=any(name.endswith("sinks") for name, _ in policy.named_parameters()),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    sinks = any(name.endswith("sinks") for name, _ in policy.named_parameters())
+    return all_of(
+        choose(
+            device,
+            arithmetic_of(policy),
+            window=getattr(layer, "sliding_window", None),
+            softcap=getattr(layer, "attn_logit_softcapping", None),
+            sinks=sinks,
+            head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+        )
+        for layer in of_layers(config)
     )
 
 

@@ -21,6 +21,7 @@ from lorafocal.model import load
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import load_base
 from lorafocal.ops.attention import SHARED_PREFIX_ATTENTION
+from lorafocal.ops.attention_kernels import KernelChoice
 from lorafocal.ops.elementwise import TORCH
 from lorafocal.trainer import FocalPOTrainer
 from tests.model.families import text_policy
@@ -61,13 +62,18 @@ def phi3(limit: int) -> Phi3ForCausalLM:
     return Phi3ForCausalLM(Phi3Config(**SIZES, **lengths, rope_parameters=rope)).requires_grad_(False)
 
 
-def test_of_layers_that_differ_in_their_heads_the_kernel_is_told_one(monkeypatch):
-    asked = []
-    monkeypatch.setattr(assembly, "choose", lambda *_, **needs: asked.append(needs["head_dim"]))
+def test_of_layers_that_differ_in_their_heads_every_kernel_is_named(monkeypatch):
+    """Each layer's own is found when it is called; a store's log-probs are told apart by all of them."""
+
+    def choose(*_: object, head_dim: int, **__: object) -> KernelChoice:
+        return KernelChoice("a call a segment" if head_dim > 256 else "flash", None, f"for {head_dim}")
+
+    monkeypatch.setattr(assembly, "choose", choose)
     policy = text_policy("gemma4_text")  # 8, and 512 where attention is full
     policy.get_base_model().set_attn_implementation(SHARED_PREFIX_ATTENTION)
-    assembly.attention_of(policy, torch.device("cpu"))
-    assert asked == [8]
+    assert str(assembly.attention_of(policy, torch.device("cpu"))) == "flash and a call a segment (for 8; for 512)"
+    monkeypatch.setattr(assembly, "choose", lambda *_, **__: KernelChoice("flash", None, "first"))
+    assert str(assembly.attention_of(policy, torch.device("cpu"))) == "flash (first)"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -123,6 +123,15 @@ def choose(
 ) -> KernelChoice:
     """The attention of packs on `device`; looked for and checked once, then remembered."""
     return _choose(device, dtype, head_dim, Needs(window is not None, softcap is not None, sinks))
+
+
+def all_of(layers: Iterable[KernelChoice]) -> KernelChoice:
+    """What attends in these layers: all names and reasons where they differ, as each calls its own."""
+    found = [*dict.fromkeys(layers)]
+    if len(found) == 1:
+        return found[0]
+    names, reasons = (dict.fromkeys(words) for words in zip(*((one.name, one.reason) for one in found), strict=True))
+    return KernelChoice(" and ".join(names), None, "; ".join(reasons))
 
 
 @cache
