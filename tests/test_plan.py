@@ -249,7 +249,8 @@ def test_common_cards_say_why_they_know_no_time():
 
 def test_a_stored_adapter_that_is_no_lora_is_refused(tmp_path):
     values = config().model_dump() | {"reference": {"kind": "frozen_copy"}, "adapter": {"start_from": str(tmp_path)}}
-    for content, said in (("[]", "holds no JSON object"), ('{"peft_type": "IA3"}', "no LoRA adapter")):
+    refused = {"[]": "holds no JSON object", '{"peft_type": "IA3"}': "no LoRA adapter", "[" * 100_000: "is no JSON"}
+    for content, said in refused.items():
         (tmp_path / "adapter_config.json").write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=said):
             plan(check_config(values), "1xH100")

@@ -44,7 +44,7 @@ def read_held_out(path: Path) -> list[TokenizedPair]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not JSON ({error}). Write one object a line.") from error
         pairs.append(_pair(record, f"{path}:{number}"))
     if not pairs:
@@ -99,7 +99,7 @@ def _holds_token_ids(path: Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as file:
         try:
             first = json.loads(file.readline(2**24))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             return False
     return isinstance(first, dict) and "prompt_ids" in first
 

@@ -68,7 +68,7 @@ def load_tokenizer(name: str, revision: str | None = None, *, key: str = "model.
     check_place(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **_BY_TRANSFORMERS)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RecursionError) as error:
         raise InputError(f"{key}: {_not_found('tokenizer', name, error)}") from error
     check_tokenizer(tokenizer, key)
     return tokenizer
@@ -128,7 +128,7 @@ def load_base(
         )
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RecursionError) as error:
         raise InputError(f"model.name: {_not_found('model', name, error)}") from error
     except (RuntimeError, AttributeError) as error:  # what transformers raises over tensors that do not fit
         raise InputError(f"model.name: the weights of {name} do not fit its config ({first_line(error)})") from error

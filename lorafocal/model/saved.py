@@ -254,7 +254,7 @@ def read_config(name: str, revision: str | None = None) -> PretrainedConfig:
     check_place(name)
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = first_line(error)
         raise InputError(
             f"no model can be read from {name} ({reason}). A base that lies elsewhere is named with --base."

@@ -286,7 +286,7 @@ def _mapping(file: Path) -> Mapping[str, Any]:
 def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is no JSON ({error}): download the folder again") from error
 
 

@@ -324,6 +324,7 @@ def test_held_out_pairs_read_back(run: SavedRun, tmp_path: Path) -> None:
     ("line", "named"),
     [
         ("{", "not JSON"),
+        pytest.param("[" * 100_000, "not JSON", id="deep"),
         ('{"id": 3, "prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [2]}', "expected"),
         ('{"id": "a", "prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]}', "chosen_ids"),
         ('{"id": "a", "prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [true]}', "rejected_ids"),
@@ -335,6 +336,13 @@ def test_a_broken_line_is_named(run: SavedRun, tmp_path: Path, line: str, named:
     write_held_out(path, run.pairs[:1])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(InputError, match=rf"pairs\.jsonl:2.*{named}"):
+        score_file(run.adapter, path)
+
+
+def test_a_first_line_that_is_too_deep_is_one_of_rows(run: SavedRun, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 1: .*nested too deeply"):
         score_file(run.adapter, path)
 
 

@@ -34,7 +34,7 @@ from lorafocal.model.load import (
     load_base,
     load_tokenizer,
 )
-from lorafocal.model.saved import read_lora_config
+from lorafocal.model.saved import read_config, read_lora_config
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.probes import LayoutChoice, choose_layout
 from tests.model.families import random_model
@@ -204,6 +204,10 @@ def test_a_strangers_file_that_cannot_be_read_is_named(tmp_path, broken):
     (tmp_path / "adapter_config.json").write_text(broken)
     with pytest.raises(InputError, match=r"adapter_config\.json is not JSON"):
         read_lora_config(tmp_path)
+    (tmp_path / "config.json").write_text(broken)
+    for read in (load_base, load_tokenizer, read_config):
+        with pytest.raises(InputError, match=r"no (model|tokenizer) c(an|ould) be"):
+            read(str(tmp_path))
     (tmp_path / LINEAGE_FILE).write_text(broken)
     with pytest.raises(InputError, match=r"lorafocal\.json is not a lineage file"):
         lineage_of(tmp_path)
