@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorafocal import launch
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, ran_out
 from lorafocal.model.adapters import stands_beside
 from lorafocal.model.base_config import computed
 from lorafocal.model.fused import forget
@@ -198,7 +198,9 @@ def _score_within_memory(
     while True:
         try:
             return score(model, rows, collator), collator
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             if collator.tokens_per_pack <= alone:
                 raise InputError(
                     f"reference store: the device ran out of memory with one pair of {alone} token rows: lower"

@@ -24,6 +24,7 @@ from lorafocal.model.load import load_base
 from lorafocal.policy import prepare_policy, sequence_logps, sums_of, token_logps
 from lorafocal.store import ReferenceStore, answers_of
 from tests.killing import moments
+from tests.no_memory import NO_MEMORY, whoever_says_it
 from tests.tiny import disturb, lora, pairs, tiny_base, tiny_policy
 
 pytestmark = pytest.mark.slow
@@ -277,14 +278,14 @@ def test_a_store_that_cannot_be_written_costs_no_pass(tmp_path, monkeypatch):
         stored(tmp_path / "file", prepared(), pairs(2))
 
 
-def short_of_memory(monkeypatch, most: int) -> list[int]:
+def short_of_memory(monkeypatch, most: int, error: RuntimeError = NO_MEMORY[0]) -> list[int]:
     """Packs of more than `most` token rows fail as on a GPU; the rows of those that were tried."""
     tried: list[int] = []
 
     def limited(model, pack, *given):
         tried.append(pack.num_rows)
         if pack.num_rows > most:
-            raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+            raise error
         return token_logps(model, pack, *given)
 
     monkeypatch.setattr(caching, "token_logps", limited)
@@ -292,11 +293,12 @@ def short_of_memory(monkeypatch, most: int) -> list[int]:
 
 
 @pytest.mark.row("35 37")
-def test_packs_that_are_too_large_for_the_memory_are_halved_and_the_answers_stay(tmp_path, monkeypatch, caplog):
+@whoever_says_it
+def test_packs_that_are_too_large_for_the_memory_are_halved_and_the_answers_stay(tmp_path, monkeypatch, caplog, error):
     of, model = pairs(20), prepared()
     expected = values(stored(tmp_path / "whole", model, of))
     longest = max(map(PairCollator().rows_alone, of))
-    tried = short_of_memory(monkeypatch, 2 * longest)
+    tried = short_of_memory(monkeypatch, 2 * longest, error)
     found = values(stored(tmp_path / "halved", model, of, tokens_per_pack=16 * longest))
     assert torch.allclose(found, expected, rtol=1e-6)
     assert max(tried) > 2 * longest >= tried[-1]

@@ -29,7 +29,7 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.compatibility import SPLIT_WEIGHTS
 from lorafocal.config import Config
 from lorafocal.data.prepare import Part
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, ran_out
 from lorafocal.evaluate.answered import FOLDER, Answered, first_verdicts, write_answered
 from lorafocal.evaluate.intervals import Share, paired_interval, share
 from lorafocal.evaluate.judges import Judge, Verdicts, judge_of
@@ -165,8 +165,9 @@ class AnswersOnTheWay(TrainerCallback):
         """What the judge says; what its device's cache took is given back to the training."""
         try:
             return judge.verdicts(answers)
-        except torch.OutOfMemoryError:
-            pass  # with the error go the tensors that its traceback holds
+        except RuntimeError as error:  # with which go the tensors that its traceback holds
+            if not ran_out(error):
+                raise
         finally:
             self._give_back()
         raise InputError(
@@ -212,7 +213,9 @@ class AnswersOnTheWay(TrainerCallback):
         try:
             with plain_attention(model), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16):
                 return complete_batch(model, tokenizer, prompts, [(place,) for place in batch], sampling, self._ends)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             return None
         finally:
             self._give_back()

@@ -21,7 +21,7 @@ from lorafocal.data.encoding import encode
 from lorafocal.data.messages import Messages
 from lorafocal.data.templates import Fault, Renderer
 from lorafocal.data.tokens import REMEDIES
-from lorafocal.errors import InputError, first_line
+from lorafocal.errors import InputError, first_line, ran_out
 from lorafocal.generation.batches import plan_batches
 from lorafocal.model.load import DTYPES, check_place, load_tokenizer, local_device, weight_names
 from lorafocal.model.saved import stored_dtype
@@ -124,9 +124,9 @@ def open_reward_model(name: str, *, dtype: str | None = None, device: torch.devi
             device_map={"": device or local_device()},
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, RuntimeError) as error:
+        if ran_out(error):
+            raise
         raise InputError(f"the reward model {name} cannot be loaded ({first_line(error)})") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(

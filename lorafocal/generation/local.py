@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, ran_out
 from lorafocal.generation.asks import Ask, Completion, Key
 from lorafocal.generation.batches import complete_batch, plan_batches
 from lorafocal.generation.presets import Sampling
@@ -97,7 +96,9 @@ class TransformersEngine(SubjectEngine):
         keys = [ask.key for ask in batch]
         try:
             return complete_batch(self._model, self.subject.tokenizer, rows, keys, self.sampling, self.ends)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             raise InputError(
                 f"a batch of {len(batch)} answers does not fit the memory: begin again, in another --out, with less"
                 f" than --batch-tokens {self._batch_tokens:,}"

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lorafocal.compatibility import adapter_words
-from lorafocal.errors import InputError, first_line
+from lorafocal.errors import InputError, first_line, ran_out
 from lorafocal.model.dora import exact_dora, reset_magnitudes
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import (
@@ -63,8 +63,10 @@ def _gives_its_product(layer: nn.Module) -> bool:
     try:
         with torch.no_grad():
             return isinstance(still(weight.new_zeros(1, weight.shape[1])), torch.Tensor)
-    except RuntimeError:  # one of other rows than its weight says
-        return False
+    except RuntimeError as error:
+        if ran_out(error):
+            raise
+        return False  # one of other rows than its weight says
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, ran_out
 from lorafocal.model.adapters import AdapterSwitch, adapter_layers
 from lorafocal.model.base_config import of_layers
 from lorafocal.model.head import causal_lm, logit_transform
@@ -296,9 +296,9 @@ class _Door:
             return
         try:
             difference = furthest(results(self.functions, *given), results(TORCH, *given))
-        except torch.OutOfMemoryError:
-            raise
         except self.functions.failures as error:
+            if ran_out(error):
+                raise
             raise InputError(
                 f"kernels.elementwise: {self.functions.name} cannot run on this device ({type(module).__name__}:"
                 f" {type(error).__name__}: {error}): use torch"
@@ -316,10 +316,10 @@ class _Door:
         """The largest of a row: norm of the difference over the norm; infinite where outputs cannot be compared."""
         try:
             ours, theirs = self._run(stand_in.fused, x), self._run(stand_in.module, x)
-        except torch.OutOfMemoryError:  # says nothing of the block
-            raise
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # a block that is called otherwise
-            return float("inf")
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+            if ran_out(error):  # says nothing of the block
+                raise
+            return float("inf")  # a block that is called otherwise
         if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
             return float("inf")
         return furthest([ours], [theirs])
@@ -329,10 +329,10 @@ def _turns_halves(own: Callable[..., Any], probe: Sequence[Tensor]) -> bool:
     """Whether a rotary embedding gives the very bits of `elementwise.rope`."""
     try:
         return all(map(torch.equal, own(*probe), rotary(own, TORCH, *probe)))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # one that is called otherwise
-        return False
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if ran_out(error):
+            raise
+        return False  # one that is called otherwise
 
 
 def _width(layer: nn.Module) -> int:

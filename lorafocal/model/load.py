@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from lorafocal import launch
-from lorafocal.errors import InputError, first_line
+from lorafocal.errors import InputError, first_line, ran_out
 from lorafocal.model.quantized import bitsandbytes_config, check_loaded, library, prequantized, settle, to_dtype
 from lorafocal.publish import public_name, sha256
 from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, MANIFEST_FILE, MODEL_DIR
@@ -126,11 +126,13 @@ def load_base(
             output_loading_info=True,
             **how,
         )
-    except (InputError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except (OSError, ValueError, ImportError, RecursionError) as error:
         raise InputError(f"model.name: {_not_found('model', name, error)}") from error
     except (RuntimeError, AttributeError) as error:  # what transformers raises over tensors that do not fit
+        if ran_out(error):
+            raise
         raise InputError(f"model.name: the weights of {name} do not fit its config ({first_line(error)})") from error
     _check_complete(report, name)
     model.config._commit_hash = commit_of(name, revision)  # as older versions of transformers said; it is not saved

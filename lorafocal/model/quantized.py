@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorafocal.compatibility import QUANTIZED, quantized_word, stored_as
-from lorafocal.errors import InputError, first_line
+from lorafocal.errors import InputError, first_line, ran_out
 from lorafocal.model.adapters import LINEAR, linear_names
 from lorafocal.model.head import causal_lm
 from lorafocal.model.trained_modules import embeddings_of
@@ -54,6 +54,8 @@ def library(device: torch.device | None = None) -> ModuleType:
         if device is not None:
             module.functional.quantize_4bit(torch.ones(64, device=device), quant_type="nf4")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        if ran_out(error):
+            raise
         reason = first_line(error)
         raise InputError(
             f"a base in 4 or 8 bits needs bitsandbytes, which does not work here ({reason}): install it with"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafocal.errors import ran_out
 from lorafocal.ops.plain_attention import causal_mask, softmax_attention
 from lorafocal.versions import installed
 
@@ -231,9 +232,9 @@ def check_bottom_right(
         try:
             with autograd_anywhere():
                 error = _distance(kernel, device, dtype, head_dim, needs, window)
-        except torch.OutOfMemoryError:  # says nothing of the kernel
-            raise
         except BROKEN as problem:
+            if ran_out(problem):  # says nothing of the kernel
+                raise
             return f"does not run here: {_one_line(problem)}"
         if not error <= (0.05 if dtype in HALF else 1e-4):
             kind = f"a window of {window}" if window else "causal masks aligned at the bottom right"

@@ -15,7 +15,7 @@ import torch
 
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
-from lorafocal.errors import InputError
+from lorafocal.errors import InputError, ran_out
 from lorafocal.evaluate.score import pair_logps
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length
@@ -92,7 +92,9 @@ def merged_logps(folder: Path, live: Live, *, dtype: str, tied: bool) -> Merged:
 def _enough_memory() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise InputError(
             "the model does not fit the GPU's memory. Gate in half of it with --gate-dtype bfloat16, or "
             "merge on the CPU by setting CUDA_VISIBLE_DEVICES to nothing."

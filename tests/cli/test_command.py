@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lorafocal import cli
 from lorafocal.cli.training import ends_tidily
@@ -22,6 +21,7 @@ from lorafocal.errors import InputError
 from lorafocal.memory import Lengths
 from lorafocal.report.html import document
 from tests.command import Report, Summary, call, command, stand_in
+from tests.no_memory import whoever_says_it
 
 pytestmark = pytest.mark.slow
 
@@ -389,13 +389,7 @@ def test_what_one_process_alone_has_met_ends_it_without_the_others(
 
 
 @pytest.mark.usefixtures("adapters")
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ],
-)
+@whoever_says_it
 def test_a_device_without_memory_is_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: RuntimeError
 ) -> None:

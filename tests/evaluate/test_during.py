@@ -32,6 +32,7 @@ from lorafocal.report.read import read_run
 from lorafocal.report.words import answers_fell
 from lorafocal.run import Callbacks, Watchers, no_callbacks
 from tests.evaluate.test_reward import save_causal
+from tests.no_memory import NO_MEMORY, whoever_says_it
 from tests.test_config import VALUES, mistakes
 from tests.toy_run import HELD_OUT, metric_lines, run_config, write_inputs
 
@@ -261,21 +262,22 @@ def test_a_reward_model_is_where_the_policy_is(root: Path, tmp_path: Path, monke
 # ---- what goes wrong
 
 
-def out_of_memory(when: Callable[[Sequence[Any]], bool]) -> Callable[..., Any]:
+def out_of_memory(when: Callable[[Sequence[Any]], bool], error: RuntimeError = NO_MEMORY[0]) -> Callable[..., Any]:
     real = during.complete_batch
 
     def complete(model: Any, tokenizer: Any, prompts: Sequence[Any], *rest: Any) -> Any:
         if when(prompts):
-            raise torch.OutOfMemoryError("no room")
+            raise error
         return real(model, tokenizer, prompts, *rest)
 
     return complete
 
 
+@whoever_says_it
 def test_without_memory_batches_get_smaller(
-    root: Path, tmp_path: Path, watched: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, watched: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
-    monkeypatch.setattr(during, "complete_batch", out_of_memory(lambda prompts: len(prompts) > 1))
+    monkeypatch.setattr(during, "complete_batch", out_of_memory(lambda prompts: len(prompts) > 1, error))
     folder = trained(config_of(root, ASKED), tmp_path)
     assert shares(folder) == shares(watched)
 
@@ -297,15 +299,21 @@ def test_a_failure_on_the_way_is_said_and_loses_nothing(
     assert "warning: no answers at step 2, training goes on: the device has no memory for one answer" in said
 
 
+@whoever_says_it
 def test_a_judge_without_memory_is_said_and_the_run_goes_on(
-    root: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    alone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: RuntimeError,
 ) -> None:
     seen: list[int] = []
 
     def verdicts(answers: Sequence[str]) -> list[bool]:
         seen.append(len(answers))
         if len(seen) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return [True] * len(answers)
 
     monkeypatch.setattr(during, "judge_of", lambda *_: Judge(SHARE, "right", verdicts))

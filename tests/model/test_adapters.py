@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import EvaConfig, LoraConfig, LoraRuntimeConfig, get_peft_model
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lorafocal.data.toy import toy_tokenizer
 from lorafocal.errors import InputError
@@ -22,6 +23,7 @@ from lorafocal.model.adapters import (
     trainable_token_ids,
 )
 from tests.model.families import IMAGE_TEXT, known_families, random_model
+from tests.no_memory import whoever_says_it
 from tests.tiny import disturb, lora, tiny_base, tiny_policy
 
 pytestmark = pytest.mark.slow
@@ -78,6 +80,17 @@ def test_looking_at_routers_draws_nothing_of_the_adapter_s_start():
         assert all(module.training is training for module in model.modules() if "Router" in type(module).__name__)
     for name, values in starts[0].items():
         assert torch.equal(values, starts[1][name])
+
+
+@whoever_says_it
+def test_a_device_without_memory_makes_no_layer_a_router(monkeypatch, error):
+    def lacks(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FalconLinear, "forward", lacks)
+    with pytest.raises(type(error)) as raised:
+        linear_names(random_model("falcon", torch.float32))
+    assert raised.value is error
 
 
 @pytest.mark.row("10")

@@ -18,12 +18,13 @@ from transformers.models.llama import modeling_llama
 
 from lorafocal.errors import InputError
 from lorafocal.model.fused import _Door, fuse, unfuse
-from lorafocal.model.stand_ins import FusedRotary
+from lorafocal.model.stand_ins import FusedLinear, FusedRotary
 from lorafocal.ops.elementwise import TORCH, Elementwise
 from lorafocal.ops.kernel_check import rope_results
 from lorafocal.ops.logps import Fold
 from tests.model.families import text_policy
 from tests.model.test_fused import assert_same_step, logits, step, trainable
+from tests.no_memory import whoever_says_it
 from tests.tiny import disturb, relative_difference, tiny_policy
 
 pytestmark = pytest.mark.slow
@@ -72,6 +73,17 @@ def test_where_layers_differ_in_their_heads_rope_is_checked_for_each_number_of_t
     policy.config.per_layer_config = {1: {"num_attention_heads": 8}}
     assert fuse(policy).rotary == 2
     assert checked == {2, 4, 8}
+
+
+@whoever_says_it
+def test_a_device_without_memory_is_no_fault_of_a_block(monkeypatch, error):
+    def lacks(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FusedLinear, "fused", lacks)
+    with pytest.raises(type(error)) as raised:
+        fuse(tiny_policy())
+    assert raised.value is error
 
 
 @pytest.mark.row("35")

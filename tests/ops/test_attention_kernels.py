@@ -25,6 +25,7 @@ from lorafocal.ops.attention_kernels import (
     torch_varlen,
 )
 from lorafocal.ops.plain_attention import softmax_attention
+from tests.no_memory import whoever_says_it
 
 CPU = torch.device("cpu")
 HAS_VARLEN = pytest.mark.skipif(
@@ -225,6 +226,17 @@ def test_a_kernel_that_the_card_does_not_run_is_passed_over(monkeypatch):
     install(monkeypatch, flash_attn=not_on_this_card)
     choice = first(flash_attn_2)
     assert "does not run here: FlashAttention only supports Ampere GPUs or newer. more lines" in choice.reason
+
+
+@whoever_says_it
+def test_a_device_without_memory_is_no_fault_of_a_kernel(monkeypatch, error):
+    def lacks(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+        raise error
+
+    install(monkeypatch, flash_attn=lacks)
+    with pytest.raises(type(error)) as raised:
+        first(flash_attn_2)
+    assert raised.value is error
 
 
 @HAS_VARLEN

@@ -27,7 +27,7 @@ from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorafocal import launch
-from lorafocal.errors import InputError, first_line
+from lorafocal.errors import InputError, first_line, ran_out
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +114,6 @@ def load(
     side, and may have a token more. Raises InputError for what `start`, `load_base` and `check_supported` refuse.
     """
     unsloth = start()
-    import torch
     from peft import PeftModelForCausalLM
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Trainer
 
@@ -144,9 +143,9 @@ def load(
                     use_safetensors=True,
                     **how,
                 )
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, ValueError, RuntimeError, AttributeError, TypeError, AssertionError) as error:
+            if ran_out(error):
+                raise
             raise InputError(f"model.backend: unsloth does not load {name} ({_said(error)}). {_ELSEWHERE}") from error
         keep_forwards(model, found)
     restore_embeddings(model, name, revision)
