@@ -61,7 +61,7 @@ def test_queries_and_keys_are_turned_by_the_set_s_own_rope_and_by_nothing_else(f
 
 @pytest.mark.skipif(not hasattr(PreTrainedConfig, "is_heterogeneous"), reason="layers are alike in older transformers")
 def test_where_layers_differ_in_their_heads_rope_is_checked_for_each_number_of_them(monkeypatch):
-    """As in Step 3.5, where layers with a window have more heads."""
+    """As in Step 3.7, where layers with a window have more heads."""
     checked = set()
 
     def check(_, module, results, x, *more):
