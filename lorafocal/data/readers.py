@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow
+import pyarrow.ipc
 from pyarrow import parquet
 
 from lorafocal.data.messages import kind
@@ -30,7 +31,9 @@ Reader = Callable[[IO[bytes], str], Iterator[NumberedRow]]
 MIB = 2**20
 MAX_LINE_BYTES = 16 * MIB  # a longer line is skipped piece by piece, never held as a whole
 MAX_JSON_BYTES = 1024 * MIB  # a .json file is one value, which has to be held as a whole
-PARQUET_ROWS = 1000
+BATCH_ROWS = 1000  # of a table, made into objects at a time
+ARROW_FILE = b"ARROW1"
+DESCRIBING = {"dataset_dict.json", "dataset_info.json", "state.json"}  # beside the rows that `save_to_disk` writes
 
 
 def read_rows(path: Path) -> Iterator[NumberedRow]:
@@ -78,7 +81,7 @@ def folder_problem(path: Path) -> str:
         return (
             f"{path.name} holds {scripts[0]}: loading scripts are never run; export its rows to a file such as .jsonl"
         )
-    files = sorted(file.name for file in path.iterdir() if extension_of(file))
+    files = sorted(file.name for file in path.iterdir() if extension_of(file) and file.name not in DESCRIBING)
     return f"{path.name} is a folder; name its files one by one" + (f": {', '.join(files[:5])}" if files else "")
 
 
@@ -221,23 +224,50 @@ def csv_row(header: list[str], cells: list[str], place: Place) -> dict[str, str 
     return {column: cell or None for column, cell in zip(header, cells, strict=True)}
 
 
-# ---- Parquet
+# ---- Parquet and Arrow
 
 
 def read_parquet(file: IO[bytes], name: str) -> Iterator[NumberedRow]:
     """Rows of a Parquet file, batch by batch."""
+    return table_rows(_parquet_batches(file), name, "Parquet")
+
+
+def read_arrow(file: IO[bytes], name: str) -> Iterator[NumberedRow]:
+    """Rows of an Arrow file or stream, which is what `save_to_disk` of datasets writes, batch by batch."""
+    return table_rows(_arrow_batches(file), name, "Arrow")
+
+
+def _parquet_batches(file: IO[bytes]) -> Iterator[pyarrow.RecordBatch]:
+    with parquet.ParquetFile(file) as table:
+        yield from table.iter_batches(batch_size=BATCH_ROWS)
+
+
+def _arrow_batches(file: IO[bytes]) -> Iterator[pyarrow.RecordBatch]:
+    begins = file.read(len(ARROW_FILE))
+    file.seek(0)
+    if begins == ARROW_FILE:
+        table = pyarrow.ipc.open_file(file)
+        batches = map(table.get_batch, range(table.num_record_batches))
+    else:
+        batches = iter(pyarrow.ipc.open_stream(file))
+    for batch in batches:
+        batch.validate(full=True)  # Arrow trusts the lengths in such a file, and would read past its end
+        yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
+
+
+def table_rows(batches: Iterator[pyarrow.RecordBatch], name: str, what: str) -> Iterator[NumberedRow]:
+    """The rows of a table. Raises InputError where it cannot be read on."""
     number = 0
     try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-                for row in batch_rows(batch):
-                    number += 1
-                    if row is None:
-                        yield number, Place(name, number).fault("not_utf8", "text that is not UTF-8; write it again")
-                    else:
-                        yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{name}: not a readable Parquet file after row {number}; write it again") from error
+        for batch in batches:
+            for row in batch_rows(batch):
+                number += 1
+                if row is None:
+                    yield number, Place(name, number).fault("not_utf8", "text that is not UTF-8; write it again")
+                else:
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:  # of lengths that are damaged
+        raise InputError(f"{name}: not a readable {what} file after row {number}; write it again") from error
 
 
 def batch_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | None]:
@@ -252,5 +282,6 @@ def batch_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | None]:
                 yield None
 
 
-READERS: dict[str, Reader] = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
-EXTENSIONS = (*READERS, *(f"{extension}.gz" for extension in READERS if extension != ".parquet"))
+TEXTS: dict[str, Reader] = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv}
+READERS: dict[str, Reader] = TEXTS | {".parquet": read_parquet, ".arrow": read_arrow}
+EXTENSIONS = (*READERS, *(f"{extension}.gz" for extension in TEXTS))

@@ -108,7 +108,7 @@ def read_preferences(
     on_bad_row: OnBadRow = "error",
     pairing: Pairing | None = None,
 ) -> Preferences:
-    """Preferences of a .jsonl, .json (one list), .csv or .parquet file; all but the last may end in .gz too.
+    """Preferences of a .jsonl, .json (one list), .csv, .parquet or .arrow file; the first three may end in .gz too.
 
     Rows count from 1; in JSONL a row is a line, and blank lines are skipped; in CSV it is a record below the header.
     An id is the row's own `id` (in many data sets the prompt's: a second one becomes `"<id>~<row>"`), or

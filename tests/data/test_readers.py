@@ -28,6 +28,11 @@ def write(rows: list[dict[str, Any]], path: Path) -> Path:
     if kind == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         return path
+    if kind == "arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(path, table.schema) as file:
+            file.write_table(table)
+        return path
     if kind.startswith("jsonl"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
     elif kind.startswith("json"):
@@ -153,7 +158,7 @@ def test_a_parquet_row_that_is_not_utf8_costs_itself_only(tmp_path: Path) -> Non
 HEADER = b"prompt,chosen,rejected\n"
 WRONG_FILES: dict[str, tuple[str, bytes, str]] = {
     # what: (file name, content, what the message says)
-    "extension": ("pairs.tsv", b"prompt\tchosen", "end in .jsonl, .json, .parquet, .csv, .jsonl.gz"),
+    "extension": ("pairs.tsv", b"prompt\tchosen", "end in .jsonl, .json, .csv, .parquet, .arrow, .jsonl.gz"),
     "script": ("pairs.py", b"print(1)", "convert the file or rename it"),
     "packed parquet": ("pairs.parquet.gz", b"", "convert the file or rename it"),
     "empty lines": ("pairs.jsonl", b"\n\n", "holds no rows"),
@@ -167,6 +172,9 @@ WRONG_FILES: dict[str, tuple[str, bytes, str]] = {
     "open quote": ("pairs.csv", HEADER + b'a,b,c\n"a,b,c\n', "line 3, after row 1: not valid CSV"),
     "text after quote": ("pairs.csv", HEADER + b'a,"b" b,c\n', "repair the quotes there"),
     "empty parquet": ("pairs.parquet", b"", "not a readable Parquet file"),
+    "empty arrow": ("pairs.arrow", b"", "not a readable Arrow file after row 0"),
+    "not arrow": ("pairs.arrow", b"ARROW1 but no more", "not a readable Arrow file"),
+    "cut arrow": ("pairs.arrow", b"\xff\xff\xff\xff\x10", "not a readable Arrow file"),
     "not parquet": ("pairs.parquet", b"PAR1 but no more", "not a readable Parquet file"),
     "cut line": ("pairs.jsonl", LINE + b'\n{"prompt": "x', "row 2: not valid JSON"),
     "cut list": ("pairs.json", b'[{"prompt": 1}', "not valid JSON"),

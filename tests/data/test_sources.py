@@ -51,6 +51,33 @@ def test_a_datasets_table_is_read_like_a_list() -> None:
     assert [preference.id for preference in preferences_from_rows(table, "hub").pairs] == ["hub:1", "7"]
 
 
+def test_what_datasets_saves_is_read_file_by_file(tmp_path: Path) -> None:
+    """Also a choice of rows; the folder's other files are none."""
+    first, second, third = (CHAT | {"id": number} for number in (1, 2, 3))
+    datasets.Dataset.from_list([first, second, third]).select([2, 0]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"saved is a folder; name its files one by one: data-00000-of-00001\.arrow$"):
+        read_preferences(tmp_path / "saved")
+    file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    assert read_preferences(file).pairs == preferences_from_rows([third, first], file.name).pairs
+    table = pyarrow.Table.from_pylist([CHAT] * 2500)
+    with pyarrow.ipc.new_file(tmp_path / "pairs.arrow", table.schema) as whole:
+        whole.write_table(table)
+    assert [pair.chosen for pair in read_preferences(tmp_path / "pairs.arrow").pairs] == [CHAT["chosen"]] * 2500
+
+
+@pytest.mark.row("29")
+def test_an_arrow_file_that_is_damaged_ends_no_process(tmp_path: Path) -> None:
+    """Arrow believes the lengths that it finds, and would read wherever they point to."""
+    table = pyarrow.table({"prompt": ["p" * 40] * 9, "chosen": ["c"] * 9, "rejected": ["r"] * 9})
+    with pyarrow.ipc.new_stream(tmp_path / "pairs.arrow", table.schema) as file:
+        file.write_table(table)
+    content = (tmp_path / "pairs.arrow").read_bytes()
+    place = content.index(b"p" * 40) - 40  # the offsets, nine of which end at most 360 bytes on
+    (tmp_path / "pairs.arrow").write_bytes(content[:place] + b"\x7f" * 16 + content[place + 16 :])
+    with pytest.raises(InputError, match=r"pairs\.arrow: not a readable Arrow file after row 0"):
+        read_preferences(tmp_path / "pairs.arrow")
+
+
 def test_pandas_records_are_read_like_a_list() -> None:
     rows = [CHAT | {"id": 7, "score_chosen": 0.5, "score_rejected": None, "images": []}]
     arrays = {key: np.array(value, object) for key, value in rows[0].items() if isinstance(value, list)}
