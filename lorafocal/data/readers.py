@@ -260,14 +260,38 @@ def table_rows(batches: Iterator[pyarrow.RecordBatch], name: str, what: str) -> 
     number = 0
     try:
         for batch in batches:
+            as_json = json_columns(batch.schema, name)
             for row in batch_rows(batch):
                 number += 1
                 if row is None:
                     yield number, Place(name, number).fault("not_utf8", "text that is not UTF-8; write it again")
                 else:
-                    yield number, row
+                    yield number, decoded(row, as_json, Place(name, number)) if as_json else row
     except (pyarrow.ArrowException, OSError, MemoryError) as error:  # of lengths that are damaged
         raise InputError(f"{name}: not a readable {what} file after row {number}; write it again") from error
+
+
+def json_columns(schema: pyarrow.Schema, name: str) -> Any:
+    """The columns in which datasets keeps JSON text for values, as its `Features`: where rows differ in their kinds."""
+    described = (schema.metadata or {}).get(b"huggingface", b"")
+    if b'"Json"' not in described:
+        return {}
+    from datasets import Features  # here: it takes seconds
+
+    try:
+        features = Features.from_arrow_schema(schema)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name}: the installed datasets does not know its columns ({reason}); update it") from error
+    return Features({key: feature for key, feature in features.items() if "Json(" in repr(feature)})
+
+
+def decoded(row: dict[str, Any], as_json: Any, place: Place) -> dict[str, Any] | RowFault:
+    """The row with the values of its `json_columns`."""
+    try:
+        return row | as_json.decode_example({key: row[key] for key in as_json})
+    except (ValueError, RecursionError) as error:
+        return place.fault("not_json", f"a value that datasets keeps as JSON is none ({error}); write it again")
 
 
 def batch_rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | None]:

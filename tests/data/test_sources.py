@@ -65,6 +65,36 @@ def test_what_datasets_saves_is_read_file_by_file(tmp_path: Path) -> None:
     assert [pair.chosen for pair in read_preferences(tmp_path / "pairs.arrow").pairs] == [CHAT["chosen"]] * 2500
 
 
+@pytest.mark.parametrize("file", ["pairs.parquet", "saved/data-00000-of-00001.arrow"])
+def test_values_that_datasets_keeps_as_json_are_values(tmp_path: Path, file: str) -> None:
+    """It does so where rows differ in kind; their text would be trained as if somebody had said it."""
+    rows = [CHAT, PLAIN | {"chosen": "four", "rejected": "five"}]
+    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    assert "Json" in repr(table.features["prompt"])
+    table.to_parquet(tmp_path / "pairs.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    read = read_preferences(tmp_path / file).pairs
+    assert read == preferences_from_rows(rows, Path(file).name).pairs
+
+
+@pytest.mark.row("29")
+def test_json_of_datasets_that_is_none_costs_its_row(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([CHAT, PLAIN], on_mixed_types="use_json").data.table
+    broken = pyarrow.array(['"p', '"q"', "[" * 100_000, '"r"'], table.schema.field("prompt").type)
+    answers = {key: pyarrow.array(['"a"', '"b"'] * 2, broken.type) for key in ("chosen", "rejected")}
+    columns = {key: answers.get(key, broken) for key in table.schema.names}
+    parquet.write_table(pyarrow.table(columns, schema=table.schema), tmp_path / "pairs.parquet")
+    read = read_preferences(tmp_path / "pairs.parquet", on_bad_row="drop")
+    assert read.bad_rows[0].reason == "not_json"
+    assert "pairs.parquet, row 1: a value that datasets keeps as JSON is none" in str(read.bad_rows[0])
+    known = pyarrow.schema(
+        table.schema, metadata={"huggingface": '{"info": {"features": {"prompt": {"_type": "Json"}}, "x": 1}'}
+    )
+    parquet.write_table(pyarrow.table(columns, schema=known), tmp_path / "pairs.parquet")
+    with pytest.raises(InputError, match=r"pairs\.parquet: the installed datasets does not know its columns"):
+        read_preferences(tmp_path / "pairs.parquet")
+
+
 @pytest.mark.row("29")
 def test_an_arrow_file_that_is_damaged_ends_no_process(tmp_path: Path) -> None:
     """Arrow believes the lengths that it finds, and would read wherever they point to."""
