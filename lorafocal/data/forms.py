@@ -28,6 +28,11 @@ Side = str | Messages
 Sides = tuple[Side, Side, Side]  # prompt, chosen, rejected
 Conversations = tuple[Messages, Messages, Messages]
 
+# Messages that JSON or Python's repr has made one text: the keys of the forms below, of both kinds of quotes.
+WRITTEN_MESSAGES = re.compile(
+    r"""\s*\[\s*\{(?=.*?["'](role|from)["']\s*:)(?=.*?["'](content|value)["']\s*:).*\}\s*\]\s*""", re.DOTALL
+)
+
 EQUAL = "identical_completions", "chosen and rejected are equal; remove the row"  # a reason, and what is said
 
 # Columns that hold a prompt under another name.
@@ -52,6 +57,18 @@ class Row:
             reason = "empty_prompt" if key == "prompt" else "empty_completion"
             raise self.place.at(key).fault(reason, "an empty string; remove the row or give it a text")
         return text
+
+    def texts(self, *keys: str) -> list[str]:
+        """Plain texts, and no conversation that something wrote as text; one answer alone may be such JSON."""
+        texts = {key: self.text(key) for key in keys}
+        written = [key for key, text in texts.items() if WRITTEN_MESSAGES.fullmatch(text)]
+        if len(written) > 1 or "prompt" in written:
+            raise self.place.at(written[0]).fault(
+                "messages_as_text",
+                "a list of messages that was written as text, as CSV files do, so its brackets would be trained; read"
+                " it back (json.loads, or ast.literal_eval where quotes are single) and write the rows as .jsonl",
+            )
+        return [*texts.values()]
 
     def messages(self, key: str) -> Messages:
         """A conversation of at least one message."""
@@ -210,14 +227,15 @@ def check_repeated(row: Row, prompt: Messages) -> None:
 def explicit(row: Row) -> Sides:
     """TRL's preference form with its own prompt: three strings, or three lists of messages, of one turn or several."""
     if row.kinds("prompt", "chosen", "rejected") == {"a string"}:
-        return row.text("prompt"), row.text("chosen"), row.text("rejected")
+        prompt, chosen, rejected = row.texts("prompt", "chosen", "rejected")
+        return prompt, chosen, rejected
     return row.prompt("prompt"), row.turns("chosen"), row.turns("rejected")
 
 
 @form("single_turn", "prompt", "chosen", "rejected", looks=lambda values: False)
 def single_turn(row: Row) -> Sides:
     """Three strings as one question and two answers. Only where it is stated: they may be meant as plain text."""
-    asked, *answers = (row.text(key) for key in ("prompt", "chosen", "rejected"))
+    asked, *answers = row.texts("prompt", "chosen", "rejected")
     chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
     return [{"role": "user", "content": asked}], chosen, rejected
 
@@ -282,7 +300,7 @@ def implicit(row: Row) -> Sides:
     """TRL's preference form without a prompt: it is what chosen and rejected begin with."""
     if row.kinds("chosen", "rejected") == {"a list"}:
         return implicit_messages(row)
-    chosen, rejected = row.text("chosen"), row.text("rejected")
+    chosen, rejected = row.texts("chosen", "rejected")
     if chosen == rejected:
         raise row.place.fault(*EQUAL)
     shared = shared_length(chosen, rejected)

@@ -170,6 +170,17 @@ WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
     "boolean score": (PLAIN | {"score_rejected": True}, "key `score_rejected`", "found True"),
     "id": (PLAIN | {"id": 1.5}, "key `id`", "whole number, found 1.5"),
     "half an id": (PLAIN | {"id": "\ud83d"}, "key `id`", "character 1 is half of a surrogate pair"),
+    "messages as JSON": (
+        {key: json.dumps(value, indent=1) for key, value in CHAT.items()},
+        "key `prompt`",
+        "as text, as CSV files do",
+    ),
+    "answers as Python": (
+        PLAIN | {"chosen": f"[{GOOD}]", "rejected": f"[{BAD}\n {USER}]"},
+        "key `chosen`",
+        "json.loads",
+    ),
+    "a prompt as turns": (PLAIN | {"prompt": '[{"from": "human", "value": "x"}]'}, "key `prompt`", "its brackets"),
     "image": (CHAT | {"images": ["a.png"]}, "key `images`", "remove these rows"),
     "list row": ([1], "row 2: ", "not a list"),
 }
@@ -178,6 +189,27 @@ WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
 WAYS_OUT = re.compile(
     r"; .*(add|correct|give|keep|leave|move|needs|remove|repair|say|use|write) |prompt needs|ends before"
 )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chosen": f"[{GOOD}]"},  # an answer may be JSON of messages where the other is none
+        {"prompt": f"Who speaks in [{USER}]"},
+        {"chosen": '[{"role": "a"}]', "rejected": '[{"content": "a"}]'},
+        {"chosen": "[{a}]", "rejected": "[]"},
+    ],
+)
+def test_texts_that_hold_brackets_are_texts(changes: dict[str, str]) -> None:
+    (read,) = preferences_from_rows([PLAIN | changes], "made").pairs
+    assert {key: getattr(read, key) for key in PLAIN} == PLAIN | changes
+
+
+@pytest.mark.parametrize("form", ["explicit", "single_turn", "implicit"])
+def test_no_form_of_texts_takes_messages_that_were_written_as_text(form: str) -> None:
+    row = {"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])}
+    with pytest.raises(InputError, match="was written as text"):
+        preferences_from_rows([row | ({} if form == "implicit" else {"prompt": "p"})], "made", form=form)
 
 
 @pytest.mark.row("29")
