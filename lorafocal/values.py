@@ -11,10 +11,30 @@ from lorafocal.compatibility import QUANTIZED
 from lorafocal.memory import TIERS
 from lorafocal.training_fields import RULES
 
-RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Revision = Annotated[str | None, Field(pattern=r"^[0-9a-f]{40}$")]
-
 INITS = r"default|gaussian|orthogonal|pissa(_niter_[1-9][0-9]*)?|olora|loftq|eva"
+
+
+def _matching(pattern: str, allowed: str) -> BeforeValidator:
+    """Text that matches a whole expression, whose meaning is `allowed`."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(pattern, value):
+            raise ValueError(f"found {value!r}; allowed: {allowed}")
+        return value
+
+    return BeforeValidator(check)
+
+
+RunName = Annotated[
+    str,
+    _matching(
+        r"[a-z0-9][a-z0-9._-]{0,63}",
+        "at most 64 lower-case letters, digits, dots, dashes and underscores, a letter or digit first",
+    ),
+]
+Revision = Annotated[
+    str | None, _matching(r"[0-9a-f]{40}", "the 40 hex digits of a commit, for a branch may change under a run")
+]
 
 
 def _place(value: Any) -> Any:

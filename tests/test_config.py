@@ -250,6 +250,8 @@ def test_all_mistakes_are_told_at_once() -> None:
     for key in told.split():
         assert f"\n  {key}: " in text, key
     assert "16 mistakes" in text
+    assert "name: found 'Not A Name'; allowed: at most 64 lower-case letters" in text
+    assert "model.revision: found 'main'; allowed: the 40 hex digits of a commit" in text
 
 
 @pytest.mark.row("32")
