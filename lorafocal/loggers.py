@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from lorafocal.errors import InputError, first_line
+from lorafocal.progress import beside_progress
 from lorafocal.together import all_or_none
 from lorafocal.training_fields import LOGGERS
 
@@ -96,8 +97,9 @@ class Service(TrainerCallback):
 
 
 @contextmanager
-def services(trainer: Trainer, say: Callable[[str], None]) -> Iterator[None]:
+def services(trainer: Trainer) -> Iterator[None]:
     """Within, each logger of `trainer` is a `Service`, whose run ends with the block."""
+    say = beside_progress(trainer)
     names = {INTEGRATION_TO_CALLBACK[name]: name for name in LOGGERS}
     callbacks = trainer.callback_handler.callbacks
     made = {n: Service(names[type(c)], c, say) for n, c in enumerate(callbacks) if type(c) in names}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from lorafocal import launch
@@ -279,6 +279,11 @@ class ProgressLine(TrainerCallback):
 
     def _print(self, line: str) -> None:
         tell(self.stream, f"{_CLEAR_LINE if self._in_place else ''}{line}\n")
+
+
+def beside_progress(trainer: Trainer) -> Callable[[str], None]:
+    """Says lines of their own while `trainer` trains, above its status line and as quiet as that is."""
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressLine)).say
 
 
 def speaker(quiet: bool) -> Callable[[str], None]:

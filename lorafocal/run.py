@@ -163,7 +163,7 @@ def _train(
         say("no held-out pairs: nothing is evaluated, and a merge will need some by --pairs (give data.held_out: 0.05)")
     if trainer.args.should_save:
         _write_run_files(folder, config, manifest, data)
-    with full_disk_told(folder), services(trainer, say):
+    with full_disk_told(folder), services(trainer):
         return _trained(trainer, config, folder, checkpoint, resume)
 
 

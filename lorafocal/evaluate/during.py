@@ -42,7 +42,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_length
 from lorafocal.model.master import arithmetic_of
 from lorafocal.policy import plain_attention
-from lorafocal.progress import ProgressLine
+from lorafocal.progress import beside_progress
 from lorafocal.publish import public_name, text_sha256
 from lorafocal.report.read import RunRecord
 from lorafocal.report.words import answers_fell
@@ -111,7 +111,7 @@ class AnswersOnTheWay(TrainerCallback):
         tokenizer = trainer.processing_class
         speech = Speech.of(tokenizer, templated=bool(tokenizer.chat_template))
         self._ends = speech.ends(getattr(causal_lm(trainer.model), "generation_config", None))
-        self._say = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressLine)).say
+        self._say = beside_progress(trainer)
 
     def rehearse(self) -> None:
         """A few tokens of an answer to the longest prompt. Raises InputError where there is no room for a whole one."""
