@@ -11,9 +11,22 @@ from transformers import EarlyStoppingCallback, Trainer
 
 from lorafocal.errors import InputError
 
+# What TRL's and transformers' trainers call in a step, and nothing calls here.
+_NEVER_CALLED = ("compute_loss", "_compute_loss", "prediction_step", "get_batch_loss_metrics", "dpo_loss")
+
 
 class BareTrainer(Trainer):
     """What is left: its loop, its schedule, its callbacks and its logs."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Raises InputError for a subclass with a loss or an evaluation of its own, which would never be called."""
+        super().__init_subclass__(**more)
+        if own := [name for name in _NEVER_CALLED if getattr(cls, name, None) is not getattr(Trainer, name, None)]:
+            raise InputError(
+                f"{cls.__name__} defines {', '.join(own)}, which nothing calls here, so it would be ignored: a loss is"
+                " an objective (FocalPOConfig(objective=...); docs/design.md adds one of your own); `training_step`,"
+                " `evaluate` and `log` may be overridden"
+            )
 
     def add_callback(self, callback: Any) -> None:
         """Raises InputError for one that chooses among checkpoints, of which none is marked as the best here."""

@@ -100,3 +100,13 @@ def test_one_dataset_is_rows_and_several_are_evaluated(tmp_path):
     assert {"eval_a_loss", "eval_b_loss"} <= run.evaluate(parts).keys()
     with pytest.raises(InputError, match=r"eval_dataset is 'typo', and no dataset.*`trainer\.evaluate\(\)` without it"):
         run.evaluate("typo")
+
+
+def test_a_subclass_whose_loss_nobody_would_call_is_refused():
+    for name in ("compute_loss", "prediction_step", "get_batch_loss_metrics"):
+        with pytest.raises(InputError, match=rf"Mine defines {name}, which nothing calls here.*an objective"):
+            type("Mine", (FocalPOTrainer,), {name: lambda self, *args: None})
+    mixin = type("Weighted", (), {"compute_loss": lambda self, *args: None})
+    with pytest.raises(InputError, match="Mine defines compute_loss"):
+        type("Mine", (mixin, FocalPOTrainer), {})
+    type("Mine", (FocalPOTrainer,), {"log": lambda self, *args: None})
