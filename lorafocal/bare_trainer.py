@@ -43,6 +43,13 @@ class BareTrainer(Trainer):
             "predict: pairs have none; `evaluate(rows)` gives their metrics, `lorafocal score` each pair's"
         )
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """transformers' would upload the whole of `output_dir`, to a repository that may be public."""
+        raise InputError(
+            "push_to_hub: a run never uploads; after `trainer.save_model()`, `lorafocal export ADAPTER --as adapter"
+            " --out BUNDLE --push OWNER/NAME` shows the files and asks first, or use the hub's own client"
+        )
+
     def num_examples(self, dataloader: DataLoader) -> int:
         """Pairs."""
         return len(dataloader.dataset)  # type: ignore[arg-type]

@@ -110,3 +110,8 @@ def test_a_subclass_whose_loss_nobody_would_call_is_refused():
     with pytest.raises(InputError, match="Mine defines compute_loss"):
         type("Mine", (mixin, FocalPOTrainer), {})
     type("Mine", (FocalPOTrainer,), {"log": lambda self, *args: None})
+
+
+def test_a_run_is_not_uploaded_as_it_stands(tmp_path):
+    with pytest.raises(InputError, match=r"push_to_hub: a run never uploads.*`lorafocal export"):
+        trainer(tmp_path, pairs(3)).push_to_hub("done")
