@@ -50,6 +50,13 @@ class BareTrainer(Trainer):
             " --out BUNDLE --push OWNER/NAME` shows the files and asks first, or use the hub's own client"
         )
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """It needs a `model_init`, which is no argument here."""
+        raise InputError(
+            "hyperparameter_search: not from Python; `lorafocal sweep CONFIG --grid training.learning_rate=1e-6,5e-6`"
+            " trains a grid and names the best by held-out pairs, or make a trainer for each point"
+        )
+
     def num_examples(self, dataloader: DataLoader) -> int:
         """Pairs."""
         return len(dataloader.dataset)  # type: ignore[arg-type]

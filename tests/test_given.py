@@ -115,3 +115,8 @@ def test_a_subclass_whose_loss_nobody_would_call_is_refused():
 def test_a_run_is_not_uploaded_as_it_stands(tmp_path):
     with pytest.raises(InputError, match=r"push_to_hub: a run never uploads.*`lorafocal export"):
         trainer(tmp_path, pairs(3)).push_to_hub("done")
+
+
+def test_a_search_is_a_sweep(tmp_path):
+    with pytest.raises(InputError, match=r"hyperparameter_search: .*`lorafocal sweep CONFIG --grid"):
+        trainer(tmp_path, pairs(3)).hyperparameter_search(n_trials=2)
