@@ -21,7 +21,7 @@ class BareTrainer(Trainer):
     def __init_subclass__(cls, **more: Any) -> None:
         """Raises InputError for a subclass with a loss or an evaluation of its own, which would never be called."""
         super().__init_subclass__(**more)
-        if own := [name for name in _NEVER_CALLED if getattr(cls, name, None) is not getattr(Trainer, name, None)]:
+        if own := [name for name in _NEVER_CALLED if getattr(cls, name, None) is not getattr(BareTrainer, name, None)]:
             raise InputError(
                 f"{cls.__name__} defines {', '.join(own)}, which nothing calls here, so it would be ignored: a loss is"
                 " an objective (FocalPOConfig(objective=...); docs/design.md adds one of your own); `training_step`,"
@@ -42,6 +42,21 @@ class BareTrainer(Trainer):
         raise InputError(
             "predict: pairs have none; `evaluate(rows)` gives their metrics, `lorafocal score` each pair's"
         )
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A batch is a whole step of packs, which is no model's input."""
+        raise InputError(
+            "compute_loss: a batch is a whole step, and `training_step` runs it; `evaluate(rows)` gives the loss of"
+            " pairs, `lorafocal.policy` the log-probs of a pack"
+        )
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """As `predict`."""
+        self.predict()
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As held-out pairs'."""
+        return self.get_eval_dataloader(test_dataset)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
         """transformers' would upload the whole of `output_dir`, to a repository that may be public."""

@@ -120,3 +120,13 @@ def test_a_run_is_not_uploaded_as_it_stands(tmp_path):
 def test_a_search_is_a_sweep(tmp_path):
     with pytest.raises(InputError, match=r"hyperparameter_search: .*`lorafocal sweep CONFIG --grid"):
         trainer(tmp_path, pairs(3)).hyperparameter_search(n_trials=2)
+
+
+def test_what_is_called_from_outside_a_step_works_or_says_what_to_call(tmp_path):
+    run = trainer(tmp_path, pairs(3))
+    (batch,) = run.get_test_dataloader(pairs(4))
+    assert sum(len(pack.pair_ids) for pack in batch.packs) == 4
+    with pytest.raises(InputError, match=r"compute_loss: .*`evaluate\(rows\)` gives the loss"):
+        run.compute_loss(run.model, batch)
+    with pytest.raises(InputError, match=r"predict: pairs have none; `evaluate\(rows\)`"):
+        run.prediction_step(run.model, batch, True)
