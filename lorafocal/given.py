@@ -87,6 +87,15 @@ def _kind(value: object) -> str:
     return f"of the type {type(value).__name__}"
 
 
+def check_evaluated(args: FocalPOConfig, eval_dataset: object) -> None:
+    """Refuse evaluations that are planned with nothing to evaluate. Raises InputError."""
+    if eval_dataset is None and args.eval_strategy != "no":
+        raise InputError(
+            f"eval_strategy is {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}, but eval_dataset is"
+            ' missing: give eval_dataset, or eval_strategy="no"'
+        )
+
+
 def check_rows(rows: object, name: str) -> None:
     """Refuse a name in place of rows, and several parts in place of one. Raises InputError."""
     if isinstance(rows, str | Path):

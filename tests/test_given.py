@@ -130,3 +130,8 @@ def test_what_is_called_from_outside_a_step_works_or_says_what_to_call(tmp_path)
         run.compute_loss(run.model, batch)
     with pytest.raises(InputError, match=r"predict: pairs have none; `evaluate\(rows\)`"):
         run.prediction_step(run.model, batch, True)
+
+
+def test_planned_evaluations_need_something_to_evaluate(tmp_path):
+    with pytest.raises(InputError, match=r"eval_strategy is 'steps', but eval_dataset is missing: give eval_dataset"):
+        trainer(tmp_path, pairs(3), eval_strategy="steps", eval_steps=1)
