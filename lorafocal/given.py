@@ -5,7 +5,7 @@ Without this, a wrong object would end in the middle of something else, with a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,14 @@ def check_rows(rows: object, name: str) -> None:
         if name == "eval_dataset":
             way_out += "; `trainer.evaluate()` without it takes the constructor's, which has no name of its own"
         raise InputError(f"{name} is {_kind(rows)}, and no dataset: {way_out}")
+    if hasattr(rows, "iloc"):  # of pandas, which gives the names of its columns one by one
+        raise InputError(f"{name} is {_kind(rows)}: give `datasets.Dataset.from_pandas({name})`")
     if isinstance(rows, Mapping):
         parts = ", ".join(map(repr, rows))
         several = "; `trainer.evaluate({'a': rows, 'b': rows})` takes several" if name == "eval_dataset" else ""
         raise InputError(f"{name} is of the type {type(rows).__name__} ({parts}): give the rows of one part{several}")
+    if not isinstance(rows, Iterable) and not hasattr(rows, "__getitem__"):
+        raise InputError(
+            f"{name} is {_kind(rows)}, and no dataset: give a `datasets.Dataset` or a list of rows with prompt, chosen"
+            " and rejected"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from peft import LoraConfig
@@ -135,3 +136,11 @@ def test_what_is_called_from_outside_a_step_works_or_says_what_to_call(tmp_path)
 def test_planned_evaluations_need_something_to_evaluate(tmp_path):
     with pytest.raises(InputError, match=r"eval_strategy is 'steps', but eval_dataset is missing: give eval_dataset"):
         trainer(tmp_path, pairs(3), eval_strategy="steps", eval_steps=1)
+
+
+def test_a_table_of_pandas_and_what_holds_no_rows_are_refused_by_kind(tmp_path):
+    table = pandas.DataFrame(toy_preferences(3))
+    with pytest.raises(InputError, match=r"train_dataset is of the type DataFrame: give `datasets\.Dataset\.from_pand"):
+        trainer(tmp_path, table)
+    with pytest.raises(InputError, match=r"eval_dataset is of the type bool, and no dataset: give a `datasets\.Dat"):
+        trainer(tmp_path, pairs(3), False)
