@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from lorafocal.errors import InputError
 
@@ -29,7 +29,10 @@ class BareTrainer(Trainer):
             )
 
     def add_callback(self, callback: Any) -> None:
-        """Raises InputError for one that chooses among checkpoints, of which none is marked as the best here."""
+        """Raises InputError for what is none, and for one that chooses among checkpoints: none is the best here."""
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise InputError(f"a callback is of the type {kind.__name__}: give a transformers.TrainerCallback")
         if isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback:
             raise InputError(
                 "EarlyStoppingCallback stops by the best checkpoint, and none is chosen during training: keep"

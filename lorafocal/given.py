@@ -96,6 +96,12 @@ def check_evaluated(args: FocalPOConfig, eval_dataset: object) -> None:
         )
 
 
+def check_callbacks(callbacks: object) -> None:
+    """Refuse one callback in place of a list of them. Raises InputError."""
+    if callbacks is not None and not isinstance(callbacks, Iterable):
+        raise InputError(f"callbacks is {_kind(callbacks)}: give a list, [{type(callbacks).__name__}(...)]")
+
+
 def check_rows(rows: object, name: str) -> None:
     """Refuse a name in place of rows, and several parts in place of one. Raises InputError."""
     if isinstance(rows, str | Path):

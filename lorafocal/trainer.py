@@ -53,7 +53,7 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import build_engine, loading_device
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
-from lorafocal.given import as_given, check_evaluated
+from lorafocal.given import as_given, check_callbacks, check_evaluated
 from lorafocal.health import HealthCheck, check_first_step
 from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, pair_values, sum_keys
@@ -111,6 +111,7 @@ class FocalPOTrainer(BareTrainer):
         refuse_unknown("FocalPOTrainer", unknown, TRAINER_WORDS_OF_TRL)
         args = args or FocalPOConfig(output_dir="focalpo_output")
         model, ref_model, optimizers = as_given(model, ref_model, args, processing_class, peft_config, optimizers)
+        check_callbacks(callbacks)
         check_ref_model(args.reference, ref_model)
         check_evaluated(args, eval_dataset)
         check_given(optimizers[0], args.loraplus_lr_ratio)

@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModel, AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModel, AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
 from trl import DPOConfig
 
 from lorafocal.arguments import FocalPOConfig
@@ -144,3 +144,13 @@ def test_a_table_of_pandas_and_what_holds_no_rows_are_refused_by_kind(tmp_path):
         trainer(tmp_path, table)
     with pytest.raises(InputError, match=r"eval_dataset is of the type bool, and no dataset: give a `datasets\.Dat"):
         trainer(tmp_path, pairs(3), False)
+
+
+def test_callbacks_are_a_list_of_callbacks(tmp_path):
+    given: dict[str, Any] = {"args": FocalPOConfig(str(tmp_path), use_cpu=True), "train_dataset": pairs(3)}
+    for wrong, says in (
+        (TrainerCallback(), r"callbacks is of the type TrainerCallback: give a list, \[TrainerCallback"),
+        ([print], r"a callback is of the type builtin_function_or_method: give a transformers\.TrainerCallback"),
+    ):
+        with pytest.raises(InputError, match=says):
+            FocalPOTrainer(tiny_base(), peft_config=lora(), callbacks=wrong, **given)
