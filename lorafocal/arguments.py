@@ -185,7 +185,8 @@ class FocalPOConfig(_Parameters):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FocalPOConfig:
         """Words TypeError's case: a keyword that is no field, such as one of TRL's."""
-        refuse_unknown("FocalPOConfig", kwargs.keys() - {spec.name for spec in fields(cls)}, _CONFIG_WORDS_OF_TRL)
+        gone = {name: rule.reason for name, rule in RULES.items() if rule.kind == "refused"} | _CONFIG_WORDS_OF_TRL
+        refuse_unknown("FocalPOConfig", kwargs.keys() - {spec.name for spec in fields(cls)}, gone)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

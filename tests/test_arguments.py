@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from lorafocal.arguments import FocalPOConfig, _OfTheEngine
 from lorafocal.errors import InputError
 from lorafocal.trainer import FocalPOTrainer
+from lorafocal.training_fields import installed_fields
 from tests.tiny import lora, pairs, tiny_base
 
 
@@ -320,3 +321,9 @@ def test_what_transformers_5_5_makes_of_fsdp_left_alone_is_nobody_s_choice(tmp_p
     args.fsdp_config["xla"] = True
     with pytest.raises(InputError, match="fsdp_config: found"):
         args.build_objective()
+
+
+@pytest.mark.skipif("warmup_ratio" in installed_fields(), reason="this transformers still has the field")
+def test_a_field_that_transformers_no_longer_has_is_refused_with_its_way_out(tmp_path):
+    with pytest.raises(InputError, match=r"warmup_ratio: gone from transformers; warmup_steps below 1 is the same"):
+        FocalPOConfig(output_dir=str(tmp_path), use_cpu=True, warmup_ratio=0.1)
