@@ -32,6 +32,12 @@ _OF_THE_STRATEGY = {
 _OF_THE_REFERENCE = (*_OF_THE_STRATEGY, "identity_probe", "reference_store")
 _OF_THE_OBJECTIVE = (*map(python_name, PARAMETERS), *_OF_THE_REFERENCE)
 
+# What a trainer reads once, when it is made.
+READ_ONCE = (
+    *("objective", *map(python_name, PARAMETERS), "focal", "guard"),
+    *(*_OF_THE_STRATEGY, "reference_store", "max_length", "truncation"),
+)
+
 # Words that people bring along from TRL's DPOConfig and DPOTrainer.
 _CONFIG_WORDS_OF_TRL = {
     "loss_type": f"say objective: {', '.join(OBJECTIVES)}",

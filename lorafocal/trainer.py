@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from lorafocal.arguments import TRAINER_WORDS_OF_TRL, FocalPOConfig, refuse_unknown
+from lorafocal.arguments import READ_ONCE, TRAINER_WORDS_OF_TRL, FocalPOConfig, refuse_unknown
 from lorafocal.assembly import (
     Rows,
     StoredReference,
@@ -164,6 +164,7 @@ class FocalPOTrainer(BareTrainer):
             self.add_callback(ProgressLine())
         self.metrics = PairMetrics(sum_keys(self.objective))
         self.pairs_seen = 0
+        self._read = {name: copy(getattr(args, name)) for name in READ_ONCE}
         drawn: dict[str, Any] = {"noisy": args.allow_dropout, "seed": args.seed, "rank": args.process_index}
         drawn |= {"num_groups": len(self.data_collator.groups), "strategy": args.strategy}
         self.compared = Comparison(self.objective, args.reference, self.ref_model, **drawn)
@@ -359,6 +360,11 @@ class FocalPOTrainer(BareTrainer):
         Raises InputError where the checkpoint is torn or missing; a torn one is never loaded. Where training is refused
         before its first step has ended, log, counts and files are as they were.
         """
+        if late := [name for name, value in self._read.items() if getattr(self.args, name) != value]:
+            raise InputError(
+                f"args.{late[0]} was changed after the trainer was made, which has read it: it would be ignored. Say it"
+                " in FocalPOConfig(...), and make the trainer with that"
+            )
         self.look_up_reference()  # while the policy is at its start
         found = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir), writes=self.args.should_save)
         with counted_anew(self):

@@ -327,3 +327,13 @@ def test_what_transformers_5_5_makes_of_fsdp_left_alone_is_nobody_s_choice(tmp_p
 def test_a_field_that_transformers_no_longer_has_is_refused_with_its_way_out(tmp_path):
     with pytest.raises(InputError, match=r"warmup_ratio: gone from transformers; warmup_steps below 1 is the same"):
         FocalPOConfig(output_dir=str(tmp_path), use_cpu=True, warmup_ratio=0.1)
+
+
+def test_what_a_trainer_has_read_cannot_be_changed_behind_it(tmp_path):
+    settings = config(tmp_path, max_steps=1, save_strategy="no")
+    run = FocalPOTrainer(tiny_base(), args=settings, train_dataset=pairs(4), peft_config=lora())
+    run.args.beta = 0.5
+    with pytest.raises(InputError, match=r"args\.beta was changed after the trainer was made"):
+        run.train()
+    run.args.beta, run.args.learning_rate = 0.1, 1e-4
+    assert run.train().global_step == 1
