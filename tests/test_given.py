@@ -7,7 +7,7 @@ from typing import Any
 import pandas
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
 from trl import DPOConfig
 
@@ -154,3 +154,14 @@ def test_callbacks_are_a_list_of_callbacks(tmp_path):
     ):
         with pytest.raises(InputError, match=says):
             FocalPOTrainer(tiny_base(), peft_config=lora(), callbacks=wrong, **given)
+
+
+def test_a_compiled_model_whose_adapter_nobody_would_find_is_refused(tmp_path):
+    compiled = torch.compile(tiny_base(), backend="eager")
+    for model, settings in (
+        (compiled, {"peft_config": lora()}),
+        (get_peft_model(compiled, lora()), {}),
+        (torch.compile(get_peft_model(tiny_base(), lora()), backend="eager"), {}),
+    ):
+        with pytest.raises(InputError, match=r"model went through torch\.compile.*compile_layers=True"):
+            trainer(tmp_path, pairs(3), model=model, **settings)
