@@ -110,6 +110,8 @@ def train(
     would give another result; UnhealthyRun where numbers stop being finite. Under a launcher all processes call it
     alike; rank 0 alone writes and speaks.
     """
+    if not isinstance(config, Config):
+        raise InputError(f"config is of the type {type(config).__name__}: give `lorafocal.load_config(FILE)`")
     if config.evaluation is not None and callbacks is no_callbacks:
         raise InputError("evaluation: nobody answers; give run.train `callbacks=lorafocal.evaluate.during.callbacks`")
     if config.stages is not None:

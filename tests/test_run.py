@@ -383,3 +383,8 @@ def test_a_run_on_the_cpu_loads_nothing_on_an_accelerator(root, tmp_path, monkey
     else:
         config = run_config(root, training__num_train_epochs=None, training__max_steps=1)
         run.train(config, quiet=True, runs_dir=tmp_path)
+
+
+def test_a_file_in_place_of_its_config_is_refused():
+    with pytest.raises(InputError, match=r"config is of the type str: give `lorafocal\.load_config"):
+        run.train("run.yaml")
