@@ -6,15 +6,16 @@ Without this, a wrong object would end in the middle of something else, with a t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from lorafocal.arguments import FocalPOConfig
+from lorafocal.arguments import READ_ONCE, FocalPOConfig
 from lorafocal.errors import InputError
 from lorafocal.model.head import causal_lm
 from lorafocal.model.load import check_tokenizer
@@ -28,6 +29,26 @@ class Given(NamedTuple):
     model: str | PreTrainedModel | PeftModel
     ref_model: str | PreTrainedModel | PeftModel | None
     optimizers: tuple[torch.optim.Optimizer | None, Any]
+
+
+class AsMade:
+    """What a trainer has read of its arguments and parts: changed behind it, it would be ignored, or break."""
+
+    _PARTS = ("train_dataset", "eval_dataset", "data_collator", "compute_metrics")
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._arguments = {name: copy(getattr(trainer.args, name)) for name in READ_ONCE}
+        self._parts = {name: getattr(trainer, name) for name in self._PARTS}
+
+    def check(self, trainer: Trainer) -> None:
+        """Raises InputError naming what was changed."""
+        late = [f"args.{name}" for name, value in self._arguments.items() if getattr(trainer.args, name) != value]
+        late += [name for name, part in self._parts.items() if getattr(trainer, name) is not part]
+        if late:
+            raise InputError(
+                f"{late[0]} was changed after the trainer was made, which has read it: it would be ignored. Make a new"
+                " trainer with it; other rows are evaluated by `evaluate(rows)`"
+            )
 
 
 def as_given(
@@ -93,17 +114,14 @@ def _kind(value: object) -> str:
     return f"of the type {type(value).__name__}"
 
 
-def check_evaluated(args: FocalPOConfig, eval_dataset: object) -> None:
-    """Refuse evaluations that are planned with nothing to evaluate. Raises InputError."""
+def check_beside(args: FocalPOConfig, eval_dataset: object, callbacks: object) -> None:
+    """Refuse evaluations planned with nothing to evaluate, and one callback for a list of them. Raises InputError."""
     if eval_dataset is None and args.eval_strategy != "no":
         raise InputError(
             f"eval_strategy is {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}, but eval_dataset is"
             ' missing: give eval_dataset, or eval_strategy="no"'
         )
 
-
-def check_callbacks(callbacks: object) -> None:
-    """Refuse one callback in place of a list of them. Raises InputError."""
     if callbacks is not None and not isinstance(callbacks, Iterable):
         raise InputError(f"callbacks is {_kind(callbacks)}: give a list, [{type(callbacks).__name__}(...)]")
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from lorafocal.arguments import READ_ONCE, TRAINER_WORDS_OF_TRL, FocalPOConfig, refuse_unknown
+from lorafocal.arguments import TRAINER_WORDS_OF_TRL, FocalPOConfig, refuse_unknown
 from lorafocal.assembly import (
     Rows,
     StoredReference,
@@ -53,7 +53,7 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.engines import build_engine, loading_device
 from lorafocal.errors import InputError
 from lorafocal.evaluations import evaluation_file, write_evaluation
-from lorafocal.given import as_given, check_callbacks, check_evaluated
+from lorafocal.given import AsMade, as_given, check_beside
 from lorafocal.health import HealthCheck, check_first_step
 from lorafocal.lineage import Lineage
 from lorafocal.metrics import PairMetrics, PairTable, pair_values, sum_keys
@@ -111,9 +111,8 @@ class FocalPOTrainer(BareTrainer):
         refuse_unknown("FocalPOTrainer", unknown, TRAINER_WORDS_OF_TRL)
         args = args or FocalPOConfig(output_dir="focalpo_output")
         model, ref_model, optimizers = as_given(model, ref_model, args, processing_class, peft_config, optimizers)
-        check_callbacks(callbacks)
+        check_beside(args, eval_dataset, callbacks)
         check_ref_model(args.reference, ref_model)
-        check_evaluated(args, eval_dataset)
         check_given(optimizers[0], args.loraplus_lr_ratio)
         device = loading_device(args)
         model, processing_class = opened(model, ref_model, processing_class, device)
@@ -162,9 +161,8 @@ class FocalPOTrainer(BareTrainer):
             self.add_callback(callback)
         if not any(isinstance(c, ProgressLine) for c in self.callback_handler.callbacks):
             self.add_callback(ProgressLine())
-        self.metrics = PairMetrics(sum_keys(self.objective))
-        self.pairs_seen = 0
-        self._read = {name: copy(getattr(args, name)) for name in READ_ONCE}
+        self.metrics, self.pairs_seen = PairMetrics(sum_keys(self.objective)), 0
+        self._as_made = AsMade(self)
         drawn: dict[str, Any] = {"noisy": args.allow_dropout, "seed": args.seed, "rank": args.process_index}
         drawn |= {"num_groups": len(self.data_collator.groups), "strategy": args.strategy}
         self.compared = Comparison(self.objective, args.reference, self.ref_model, **drawn)
@@ -197,8 +195,9 @@ class FocalPOTrainer(BareTrainer):
     def look_up_reference(self, say: Callable[[str], None] = logger.info) -> None:
         """Give all pairs their stored reference, and check some; training and evaluation begin with it.
 
-        Raises InputError for what is missing, altered, foreign, or further from a live pass than noise explains.
+        Raises InputError for what is missing, altered, foreign or far from a live pass, and for parts changed since.
         """
+        self._as_made.check(self)
         if self.stored is None or self.stored.checked is not None or not (pairs := self._all_pairs()):
             return
         found = iter(self.stored.look_up(pairs, seed=self.args.seed))
@@ -360,11 +359,6 @@ class FocalPOTrainer(BareTrainer):
         Raises InputError where the checkpoint is torn or missing; a torn one is never loaded. Where training is refused
         before its first step has ended, log, counts and files are as they were.
         """
-        if late := [name for name, value in self._read.items() if getattr(self.args, name) != value]:
-            raise InputError(
-                f"args.{late[0]} was changed after the trainer was made, which has read it: it would be ignored. Say it"
-                " in FocalPOConfig(...), and make the trainer with that"
-            )
         self.look_up_reference()  # while the policy is at its start
         found = find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir), writes=self.args.should_save)
         with counted_anew(self):
@@ -445,8 +439,7 @@ class FocalPOTrainer(BareTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Collective: what was trained, as others load it, with its lineage; default: `output_dir`/adapter, or /model.
 
-        An adapter becomes plain PEFT files, a whole model what plain transformers loads. Raises InputError for a folder
-        that holds more than an earlier one.
+        An adapter becomes PEFT's files, a whole model transformers'. Raises InputError for a folder with other files.
         """
         target = Path(output_dir or Path(self.args.output_dir) / self.made.folder)
         seen = {"pairs_seen": self.pairs_seen, "trained": self.health.moved}

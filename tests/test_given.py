@@ -165,3 +165,15 @@ def test_a_compiled_model_whose_adapter_nobody_would_find_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=r"model went through torch\.compile.*compile_layers=True"):
             trainer(tmp_path, pairs(3), model=model, **settings)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset", "data_collator", "compute_metrics"])
+def test_a_part_replaced_in_a_finished_trainer_is_refused(tmp_path, name):
+    run = trainer(tmp_path, pairs(8), pairs(4), max_steps=1)
+    before = getattr(run, name)
+    setattr(run, name, [])
+    for begin in (run.train, run.evaluate):
+        with pytest.raises(InputError, match=f"^{name} was changed after the trainer was made.*Make a new trainer"):
+            begin()
+    setattr(run, name, before)
+    assert run.train().global_step == 1
