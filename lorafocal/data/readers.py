@@ -257,10 +257,10 @@ def _arrow_batches(file: IO[bytes]) -> Iterator[pyarrow.RecordBatch]:
 
 def table_rows(batches: Iterator[pyarrow.RecordBatch], name: str, what: str) -> Iterator[NumberedRow]:
     """The rows of a table. Raises InputError where it cannot be read on."""
-    number = 0
+    number, as_json = 0, None
     try:
         for batch in batches:
-            as_json = json_columns(batch.schema, name)
+            as_json = json_columns(batch.schema, name) if as_json is None else as_json  # of all batches
             for row in batch_rows(batch):
                 number += 1
                 if row is None:
