@@ -121,7 +121,6 @@ def check_beside(args: FocalPOConfig, eval_dataset: object, callbacks: object) -
             f"eval_strategy is {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r}, but eval_dataset is"
             ' missing: give eval_dataset, or eval_strategy="no"'
         )
-
     if callbacks is not None and not isinstance(callbacks, Iterable):
         raise InputError(f"callbacks is {_kind(callbacks)}: give a list, [{type(callbacks).__name__}(...)]")
 

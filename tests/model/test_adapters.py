@@ -23,7 +23,7 @@ from lorafocal.model.adapters import (
     trainable_token_ids,
 )
 from tests.model.families import IMAGE_TEXT, known_families, random_model
-from tests.no_memory import whoever_says_it
+from tests.no_memory import lacking, whoever_says_it
 from tests.tiny import disturb, lora, tiny_base, tiny_policy
 
 pytestmark = pytest.mark.slow
@@ -84,10 +84,7 @@ def test_looking_at_routers_draws_nothing_of_the_adapter_s_start():
 
 @whoever_says_it
 def test_a_device_without_memory_makes_no_layer_a_router(monkeypatch, error):
-    def lacks(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(FalconLinear, "forward", lacks)
+    monkeypatch.setattr(FalconLinear, "forward", lacking(error))
     with pytest.raises(type(error)) as raised:
         linear_names(random_model("falcon", torch.float32))
     assert raised.value is error

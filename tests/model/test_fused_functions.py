@@ -24,7 +24,7 @@ from lorafocal.ops.kernel_check import rope_results
 from lorafocal.ops.logps import Fold
 from tests.model.families import text_policy
 from tests.model.test_fused import assert_same_step, logits, step, trainable
-from tests.no_memory import whoever_says_it
+from tests.no_memory import lacking, whoever_says_it
 from tests.tiny import disturb, relative_difference, tiny_policy
 
 pytestmark = pytest.mark.slow
@@ -77,10 +77,7 @@ def test_where_layers_differ_in_their_heads_rope_is_checked_for_each_number_of_t
 
 @whoever_says_it
 def test_a_device_without_memory_is_no_fault_of_a_block(monkeypatch, error):
-    def lacks(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(FusedLinear, "fused", lacks)
+    monkeypatch.setattr(FusedLinear, "fused", lacking(error))
     with pytest.raises(type(error)) as raised:
         fuse(tiny_policy())
     assert raised.value is error

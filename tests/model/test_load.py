@@ -38,7 +38,7 @@ from lorafocal.model.saved import read_config, read_lora_config
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.probes import LayoutChoice, choose_layout
 from tests.model.families import random_model
-from tests.no_memory import whoever_says_it
+from tests.no_memory import lacking, whoever_says_it
 from tests.tiny import SIZES, enlarged, pairs, tiny_base
 
 pytestmark = pytest.mark.slow
@@ -97,10 +97,7 @@ def test_a_package_that_is_not_installed_is_one_message(saved, monkeypatch, load
 
 @whoever_says_it
 def test_a_device_without_memory_is_no_fault_of_the_weights(saved, monkeypatch, error):
-    def lacks(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacks)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacking(error))
     with pytest.raises(type(error)) as raised:
         load_base(str(saved))
     assert raised.value is error
