@@ -25,7 +25,7 @@ TRIED = (  # off by default on a GPU, until they win here
     ("Triton's elementwise kernels", {"elementwise_kernels": "triton"}),
     ("compiled layers", {"compile_layers": True}),
 )
-MODELS = ("tiny", "llama-3.2-1b", "mistral-7b", "llama-3-8b")
+MODELS = ("tiny", "stories-42m", "llama-3.2-1b", "mistral-7b", "llama-3-8b")
 
 
 # ---- in the worker ------------------------------------------------------------------------------------------------

@@ -24,6 +24,13 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "num_key_value_heads": 2, "vocab_size": 4096,
         },
     ),
+    "stories-42m": (  # llama2.c's: 25 million parameters in the layers, 16 million in the tied head
+        LlamaConfig,
+        {
+            "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "vocab_size": 32000, "tie_word_embeddings": True,
+        },
+    ),
     "llama-3-8b": (LlamaConfig, {"intermediate_size": 14336, "vocab_size": 128256, "rope_theta": 5e5, **_OF_128}),
     "mistral-7b": (MistralConfig, {"intermediate_size": 14336, "vocab_size": 32000, "sliding_window": None, **_OF_128}),
     "llama-3.2-1b": (
