@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from lorafocal import launch
 from lorafocal.compatibility import LAYOUTS, offload_refusal
+from lorafocal.data.truncation import check_limits
 from lorafocal.errors import InputError
 from lorafocal.memory import TIERS
 from lorafocal.objectives import OBJECTIVES, PARAMETERS, Entry, Objective, build_objective, entry_of, python_name
@@ -38,16 +40,27 @@ READ_ONCE = (
     *(*_OF_THE_STRATEGY, "reference_store", "max_length", "truncation"),
 )
 
-# Words that people bring along from TRL's DPOConfig and DPOTrainer.
+# Words that people bring along from TRL's DPOConfig and DPOTrainer, and from earlier versions of transformers.
 _CONFIG_WORDS_OF_TRL = {
+    "evaluation_strategy": "say eval_strategy",
+    "f_divergence_type": "say objective='f-dpo-forward-kl', 'f-dpo-js' or 'f-dpo-alpha'",
+    "group_by_length": "leave it out: packs hold no padding, and the order stays random",
+    "ld_alpha": "say objective='ld-dpo', alpha",
     "loss_type": f"say objective: {', '.join(OBJECTIVES)}",
+    "model_init_kwargs": "load the base yourself: lorafocal.load_base(name, dtype=..., quantization=...)",
     "truncation_mode": "say truncation",
     "disable_dropout": "say allow_dropout",
     "padding_free": "say layout; packed is padding-free",
     "precompute_ref_log_probs": "say reference='cached', and call trainer.cache_reference() before trainer.train()",
+    "ref_model_mixup_alpha": "say reference_mixing",
+    "ref_model_sync_steps": "say reference_every",
+    "rpo_alpha": "say objective='irpo', nll_weight",
+    "sync_ref_model": "say reference='moving', reference_every, reference_mixing",
+    "use_weighting": "say objective='wpo'",
 }
 TRAINER_WORDS_OF_TRL = {
     "tokenizer": "say processing_class",
+    "model_init": "give the model: each training has a trainer of its own",
     "beta": "say args=FocalPOConfig(beta=...)",
     "loss_type": "say args=FocalPOConfig(objective=...)",
     "max_length": "say args=FocalPOConfig(max_length=...)",
@@ -72,10 +85,18 @@ class _OfTheEngine(dict[str, Any]):
     """A DeepSpeed config that we made: a copy of its `FocalPOConfig` brings it along, and makes its own."""
 
 
-def refuse_unknown(owner: str, names: Iterable[str], hints: Mapping[str, str]) -> None:
-    """Raise InputError for keyword arguments that `owner` does not have, with what to say instead."""
-    if lines := [f"{name}: {hints.get(name, 'no such argument')}" for name in sorted(names)]:
+def refuse_unknown(owner: str, names: Iterable[str], hints: Mapping[str, str], known: Collection[str] = ()) -> None:
+    """Raise InputError for keyword arguments that `owner` does not have, with what to say instead.
+
+    `hints` say it of some names; of others it is the nearest of the `known` ones.
+    """
+    if lines := [f"{name}: {hints.get(name) or _no_such(name, known)}" for name in sorted(names)]:
         raise InputError("\n  ".join([f"{owner} (lorafocal.compat.trl translates a DPOConfig):", *lines]))
+
+
+def _no_such(name: str, known: Collection[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return "no such argument" + (f"; did you mean {close[0]}?" if close else "")
 
 
 _Parameters: Any = make_dataclass(
@@ -192,7 +213,8 @@ class FocalPOConfig(_Parameters):
     def __new__(cls, *args: Any, **kwargs: Any) -> FocalPOConfig:
         """Words TypeError's case: a keyword that is no field, such as one of TRL's."""
         gone = {name: rule.reason for name, rule in RULES.items() if rule.kind == "refused"} | _CONFIG_WORDS_OF_TRL
-        refuse_unknown("FocalPOConfig", kwargs.keys() - {spec.name for spec in fields(cls)}, gone)
+        known = {spec.name for spec in fields(cls)}
+        refuse_unknown("FocalPOConfig", kwargs.keys() - known, gone, known - gone.keys())
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -202,6 +224,7 @@ class FocalPOConfig(_Parameters):
                 setattr(self, name, read)
         if errors := self._problems(_defaults()):
             raise InputError("FocalPOConfig: " + "\n".join(errors))
+        check_limits(self.truncation, self.max_length, self.max_prompt_length)
         for name, value in (forced_values() | {name: RULES[name].value for name in self._written_otherwise()}).items():
             setattr(self, name, value)
         self._settle_objective()

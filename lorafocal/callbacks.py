@@ -16,6 +16,7 @@ from lorafocal.evaluations import drop_later, evaluation_file
 from lorafocal.model.moving import move
 from lorafocal.progress import MetricsFile
 from lorafocal.publish import write_atomically
+from lorafocal.sampler import StepSampler
 from lorafocal.saving import counted
 
 
@@ -23,7 +24,14 @@ class SetEpoch(TrainerCallback):
     """Tells the sampler its epoch, from the step count: `set_epoch` does not reach a plain loader's batch sampler."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        sampler = kwargs["train_dataloader"].batch_sampler
+        """Raises InputError for a loader that is not the trainer's."""
+        loader = kwargs["train_dataloader"]
+        if not isinstance(sampler := getattr(loader, "batch_sampler", None), StepSampler):
+            raise InputError(
+                f"get_train_dataloader gave a {type(loader).__name__} of another kind of batches: a batch here is a"
+                " whole step of packed pairs. Return what `super().get_train_dataloader()` gives; rows are chosen by"
+                " train_dataset, their order by keep_order"
+            )
         sampler.epoch = state.global_step // len(sampler)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -71,9 +71,15 @@ def schedule_of(args: FocalPOConfig, pairs: int) -> dict[str, Any]:
     }
 
 
-def tell_another_schedule(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A run may be made longer than its checkpoint's was, but not unsaid: it ends as no uninterrupted run would."""
-    if differ := changes(saved, now, ()):
+def tell_another_schedule(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
+    """A run may be made longer than its checkpoint's was, but not unsaid: it ends as no uninterrupted run would.
+
+    `step` is the checkpoint's; a run that has no more of them is as it was saved.
+    """
+    differ = changes(saved, now, ())
+    if step > now["steps"]:
+        logger.warning("the checkpoint is of step %d, and this run has %d: nothing is trained", step, now["steps"])
+    elif differ and step < now["steps"]:
         logger.warning(
             "from here on the steps are not those that the checkpoint's run would have made (then -> now): %s",
             "; ".join(differ),

@@ -231,11 +231,13 @@ def build_guide(model: nn.Module) -> Reference:
 
 def check_ref_model(kind: str | None, ref_model: object) -> None:
     """Refuse a second model that would not be used, and a kind whose model is missing."""
+    if ref_model is not None and kind is None:
+        raise InputError("ref_model was given, but this objective has no reference: leave `ref_model` out")
     if ref_model is not None and kind not in ("separate_model", "cached"):
         raise InputError(
-            f"ref_model was given, but the reference is {kind or 'not needed by this objective'}: it would be ignored."
-            " Leave `ref_model` out (the base with its adapter off costs no second model), or set"
-            ' `reference="separate_model"`, or "cached" to keep its log-probs in a store'
+            f"ref_model was given, but the reference is {kind}: it would be ignored."
+            ' Set `reference="separate_model"`, or "cached" to keep its log-probs in a store; where an adapter is'
+            " trained, leave `ref_model` out (the base with its adapter off costs no second model)"
         )
     if ref_model is None and kind == "separate_model":
         raise InputError(

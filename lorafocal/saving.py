@@ -119,7 +119,7 @@ def write_checkpoint(
     if launch.is_main():
         recover(run)
     target = run / f"checkpoint-{progress.global_step}"
-    with published_by_all(target, replace=True) as folder:
+    with published_by_all(target) as folder:
         with all_or_none():
             made.mark(folder, progress, engine, pairs_seen=training["extra"]["pairs_seen"])
         save_state(folder, engine=engine, **training)
@@ -275,7 +275,7 @@ def publish(target: Path, made: Trained, progress: TrainerState, engine: Engine,
         if launch.is_main():
             check_replaced(target, made.folder)
     engine.rest()
-    with published_by_all(target, replace=True, record=False) as folder:
+    with published_by_all(target, record=False) as folder:
         made.write(folder, progress, engine, **seen)
 
 

@@ -79,8 +79,8 @@ def all_or_none() -> Iterator[None]:
 
 
 @contextmanager
-def published_by_all(target: Path, *, replace: bool = False, record: bool = True) -> Iterator[Path]:
-    """Collective: `publish.published` of a folder that every rank may write into, its own files each.
+def published_by_all(target: Path, *, record: bool = True) -> Iterator[Path]:
+    """Collective: `publish.published`, in the place of `target`, of a folder that every rank may write its files into.
 
     It is published by rank 0, when all ranks have left the block without an error. A rank on a machine that does not
     share the run's files gets a path where there is nothing.
@@ -89,7 +89,7 @@ def published_by_all(target: Path, *, replace: bool = False, record: bool = True
         partial: Path | None = None
         with all_or_none():
             if launch.is_main():
-                partial = stack.enter_context(published(target, replace=replace, record=record))
+                partial = stack.enter_context(published(target, replace=True, record=record))
         owner = of_all_ranks(os.getpid())[0]
         with all_or_none():
             yield partial or hidden(target, "partial", owner)

@@ -423,7 +423,7 @@ class FocalPOTrainer(BareTrainer):
         check_same_order(extra["order"], self._order)
         self.made.take_up(checkpoint)
         if self.is_world_process_zero():
-            tell_another_schedule(extra["schedule"], self._schedule)
+            tell_another_schedule(extra["schedule"], self._schedule, progress_at(checkpoint).global_step)
             self.metrics.load(extra["metrics"])
         left = {name: torch.tensor(value, dtype=torch.float64) for name, value in extra["objective"].items()}
         self.compared.state = {name: value.to(self.args.device) for name, value in left.items()}

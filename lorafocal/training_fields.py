@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from lorafocal.bounds import is_number
 from lorafocal.compatibility import engine_refusal
 from lorafocal.errors import InputError
 
@@ -332,7 +333,7 @@ def accepts(annotation: str, value: Any) -> bool:
 
 def _fits(kind: str, value: Any) -> bool:
     if kind == "float":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return is_number(value)
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in ("list[str]", "list[float]"):

@@ -90,6 +90,8 @@ def test_all_refusals_come_at_once(tmp_path):
         ({"reference": ["frozen_copy"]}, r"reference is \['frozen_copy'\]; it takes str \| None"),
         ({"max_length": None}, "max_length is None; it takes int"),
         ({"max_length": "x"}, "max_length is 'x'; it takes int"),
+        ({"max_length": 0}, "max_length is at least 2 tokens"),
+        ({"max_prompt_length": 9}, "max_prompt_length has no effect with truncation: drop"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x'; it takes a mapping, or one JSON object as text"),
         ({"focal": '{"gamma": '}, "focal is .*; it takes a mapping, or one JSON object as text"),
         ({"keep_order": 1, "max_length": 2.0}, r"keep_order is 1.*\nmax_length is 2.0"),
@@ -111,6 +113,21 @@ def test_all_refusals_come_at_once(tmp_path):
 def test_our_own_fields_are_checked(tmp_path, settings, words):
     with pytest.raises(InputError, match=words):
         config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("rpo_alpha", "objective='irpo', nll_weight"),
+        ("evaluation_strategy", "say eval_strategy"),
+        ("group_by_length", "packs hold no padding"),
+        ("learning_rat", "no such argument; did you mean learning_rate?"),
+        ("zzz", "no such argument$"),
+    ],
+)
+def test_words_that_are_no_argument_are_answered_with_what_to_say(tmp_path, word, says):
+    with pytest.raises(InputError, match=rf"{word}: .*{says}"):
+        config(tmp_path, **{word: 0.1})
 
 
 @pytest.mark.parametrize(

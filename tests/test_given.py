@@ -113,6 +113,19 @@ def test_a_subclass_whose_loss_nobody_would_call_is_refused():
     type("Mine", (FocalPOTrainer,), {"log": lambda self, *args: None})
 
 
+def test_a_loader_may_wrap_the_trainers_and_no_other(tmp_path):
+    run = trainer(tmp_path, pairs(3))
+    own = run.get_train_dataloader
+    run.get_train_dataloader = lambda: torch.utils.data.DataLoader(run.train_dataset, batch_size=2)
+    with pytest.raises(InputError, match=r"get_train_dataloader gave a DataLoader .* train_dataset, .* keep_order"):
+        run.train()
+    asked = []
+    run.get_train_dataloader = lambda: asked.append(run) or own()
+    run.train()
+    assert asked
+    assert run.state.global_step == run.state.max_steps
+
+
 def test_a_run_is_not_uploaded_as_it_stands(tmp_path):
     with pytest.raises(InputError, match=r"push_to_hub: a run never uploads.*`lorafocal export"):
         trainer(tmp_path, pairs(3)).push_to_hub("done")

@@ -101,6 +101,19 @@ def test_steps_that_go_on_otherwise_are_told(setting, named, tmp_path: Path, cap
     assert told == ([named] if named else [])
 
 
+def test_a_checkpoint_beyond_the_last_step_says_that_nothing_is_trained(tmp_path: Path, caplog) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    first = trainer(tmp_path, DATA, **kept)
+    first.train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    for steps, told in ((4, []), (3, ["the checkpoint is of step 4, and this run has 3: nothing is trained"])):
+        caplog.clear()
+        again = trainer(tmp_path, DATA, **(kept | {"max_steps": steps}))
+        again.train(resume_from_checkpoint=checkpoint)
+        assert [text for text in caplog.messages if "the checkpoint" in text] == told
+        torch.testing.assert_close(weights(again), weights(first), rtol=0, atol=0)
+
+
 def test_checkpoints_of_an_earlier_run_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     with caplog.at_level(logging.WARNING, "lorafocal"):

@@ -146,8 +146,10 @@ def test_kinds_and_models_that_do_not_go_together_are_refused_with_the_way_out()
     model = tiny_policy()
     with pytest.raises(InputError, match="disabled_adapter, frozen_copy, separate_model"):
         build_reference("base", model)
-    with pytest.raises(InputError, match=r'Leave `ref_model` out .* or set `reference="separate_model"`'):
+    with pytest.raises(InputError, match=r'Set `reference="separate_model"`.*leave `ref_model` out'):
         build_reference("frozen_copy", model, tiny_base())
+    with pytest.raises(InputError, match="this objective has no reference: leave `ref_model` out"):
+        check_ref_model(None, tiny_base())
     with pytest.raises(InputError, match=r'pass `ref_model`.*"disabled_adapter" or "frozen_copy"'):
         build_reference("separate_model", model)
 

@@ -287,7 +287,7 @@ def base_fingerprint(name: str, *, revision: str | None = None) -> dict[str, str
     files = weight_files(name, revision)
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
-        digest.update(f"{file.name} {_file_sha256(file)}\n".encode())
+        digest.update(f"{file.name} {stated_sha256(file) or sha256(file)}\n".encode())
     return {
         "name": public_name(name),
         "revision": commit_of(name, revision),
@@ -299,12 +299,12 @@ def commit_of(name: str, revision: str | None) -> str | None:
     """The commit of a hub's model as it lies in the cache; None for a local folder."""
     if Path(name).exists():
         return None
-    return extract_commit_hash(str(_file(name, "config.json", revision)), None) or revision
+    return extract_commit_hash(str(file_of(name, "config.json", revision)), None) or revision
 
 
 def weight_files(name: str, revision: str | None) -> list[Path]:
     """The safetensors files of a model, on this machine. Raises InputError as `weight_names`, and where one lacks."""
-    files = {file: _file(name, file, revision) for file in weight_names(name, revision)}
+    files = {file: file_of(name, file, revision) for file in weight_names(name, revision)}
     if absent := [file for file, path in files.items() if path is None]:
         raise InputError(f"{name} lacks {absent[0]}, which its index names: download it again")
     return [path for path in files.values() if path is not None]
@@ -319,9 +319,9 @@ def weight_names(name: str, revision: str | None) -> list[str]:
     """
     _check_no_adapter(name, revision)
     _check_usual_names(name, revision)
-    if _file(name, "model.safetensors", revision) is not None:
+    if file_of(name, "model.safetensors", revision) is not None:
         return ["model.safetensors"]
-    index = _file(name, "model.safetensors.index.json", revision)
+    index = file_of(name, "model.safetensors.index.json", revision)
     if index is None:
         raise InputError(
             f"{name} has no safetensors weights, and no others are read: a pickle (.bin, .pt) may run code when it is"
@@ -345,7 +345,7 @@ def weight_names(name: str, revision: str | None) -> list[str]:
 
 def _check_no_adapter(name: str, revision: str | None) -> None:
     """Refuse a base with an adapter in its folder (row 52): transformers would load both, and call that the base."""
-    if _file(name, ADAPTER_CONFIG, revision) is not None:
+    if file_of(name, ADAPTER_CONFIG, revision) is not None:
         raise InputError(
             f"{name} holds a model and an adapter (adapter_config.json) in one place, so that it is not clear which is"
             " meant: move the adapter's files into a folder of their own"
@@ -354,7 +354,7 @@ def _check_no_adapter(name: str, revision: str | None) -> None:
 
 def _check_usual_names(name: str, revision: str | None) -> None:
     """Refuse a config that names the file of its weights: transformers would load that one, whatever kind it is."""
-    config = _file(name, "config.json", revision)
+    config = file_of(name, "config.json", revision)
     stated = None if config is None else json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
     if stated is not None:
         raise InputError(
@@ -363,18 +363,16 @@ def _check_usual_names(name: str, revision: str | None) -> None:
         )
 
 
-def _file(name: str, file: str, revision: str | None) -> Path | None:
+def file_of(name: str, file: str, revision: str | None) -> Path | None:
     """A file of a folder or of a hub's model, downloaded if need be; None where there is none of that name."""
     found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
-def _file_sha256(file: Path) -> str:
-    """A hub cache file is a link to a blob named by its own sha256; any other file is read."""
+def stated_sha256(file: Path) -> str | None:
+    """A file in a hub's cache is a link to a blob that is named by its own sha256; None of any other file."""
     blob = file.resolve().name
-    if file.is_symlink() and _SHA256.fullmatch(blob):
-        return blob
-    return sha256(file)
+    return blob if file.is_symlink() and _SHA256.fullmatch(blob) else None
 
 
 def _not_found(what: str, name: str, error: Exception) -> str:

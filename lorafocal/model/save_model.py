@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from lorafocal import launch
 from lorafocal.card import CARD_FILE, model_card
 from lorafocal.lineage import FULL, Lineage
 from lorafocal.model.continued import place_of
-from lorafocal.model.load import base_fingerprint
+from lorafocal.model.load import base_fingerprint, file_of
 from lorafocal.model.local_places import GENERATION_CONFIG, forget_places
 from lorafocal.model.saved import read_config
 from lorafocal.shard_files import StoredTensors, write_shards
@@ -156,6 +155,5 @@ def write_papers(
 def copy_of_base(files: Iterable[str], name: str, revision: str | None, folder: Path) -> None:
     """Those of `files` that the base `name` has, into `folder` as they stand there."""
     for file in files:
-        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
+        if (found := file_of(name, file, revision)) is not None:
             shutil.copyfile(found, folder / file)

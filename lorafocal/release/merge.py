@@ -4,7 +4,6 @@ or absent."""
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from lorafocal.errors import InputError
 from lorafocal.lineage import MERGED, BaseIdentity, Lineage
 from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import DTYPES as GATE_DTYPES
-from lorafocal.model.load import base_fingerprint, load_tokenizer, weight_files
+from lorafocal.model.load import base_fingerprint, load_tokenizer, stated_sha256, weight_files
 from lorafocal.model.save_model import PROCESSORS, copy_of_base
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter, read_config
 from lorafocal.publish import published, sha256, write_atomically
@@ -34,8 +33,6 @@ from lorafocal.run_folder import read_manifest, run_of
 
 FEW_PAIRS = 20  # below this the gate says little
 REPORT_FILE = "merge.json"
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")  # a blob in a hub's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +173,7 @@ def _one_adapter(
 def _check_downloaded(saved: SavedAdapter) -> None:
     """Read a hub's files to their end: their names are their digests, which `read_adapter` believes."""
     for file in weight_files(saved.base, saved.revision):
-        stated = file.resolve().name
-        if file.is_symlink() and _SHA256.fullmatch(stated) and sha256(file) != stated:
+        if (stated := stated_sha256(file)) is not None and sha256(file) != stated:
             raise InputError(
                 f"{saved.base}: {file.name} is not what was downloaded (its sha256 is not {stated}, its name in the"
                 " cache): a disk or a program changed it. Delete it there and download it again"

@@ -33,7 +33,7 @@ STEP_2 = "checkpoint-2"
 
 
 def save(run_dir: Path, run: Run, step: int) -> None:
-    with published_by_all(run_dir / f"checkpoint-{step}", replace=True) as folder:
+    with published_by_all(run_dir / f"checkpoint-{step}") as folder:
         run.save(folder, {"global_step": step}, most=MOST)
     if launch.is_main():
         rotate(run_dir, 1)
