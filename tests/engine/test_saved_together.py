@@ -179,16 +179,19 @@ def test_a_rank_that_does_not_share_the_folder_leaves_the_writing_to_the_others(
     goes_on(tmp_path / "run")
 
 
-def test_a_taken_name_is_refused_on_every_rank(run_dir: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_told_of_on_every_rank(tmp_path: Path) -> None:
+    taken = tmp_path / "checkpoint-1"
+    taken.write_text("mine")
+
     def work(rank: int) -> None:
         with (
-            pytest.raises(InputError, match="exists already" if rank == 0 else "rank 0 could not"),
-            published_by_all(run_dir / "checkpoint-1"),
+            pytest.raises(InputError, match="is a file" if rank == 0 else "rank 0 could not"),
+            published_by_all(taken),
         ):
             kill_self()
 
     assert forked_ranks(work, tmp_path) == [0, 0]
-    assert [path.name for path in run_dir.iterdir()] == ["checkpoint-1"]
+    assert taken.read_text() == "mine"
 
 
 def test_what_is_made_fails_on_both_where_the_rank_that_writes_it_fails(run_dir: Path, tmp_path: Path) -> None:
