@@ -50,24 +50,24 @@ class Service(TrainerCallback):
 
     def __init__(self, name: str, callback: TrainerCallback, say: Callable[[str], None]) -> None:
         self._name, self._callback, self._say = name, callback, say
-        self._started, self._works = False, True
+        self._told, self._works = False, True
         self._given = False  # its run was open before, so whoever opened it ends it
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises InputError, on every rank, where the service does not start."""
         with all_or_none():
             try:
-                if state.is_world_process_zero and self._name in _OPEN:
-                    self._given = _OPEN[self._name].has_run(import_module(self._name))
+                self._meet(state)
                 self._callback.on_train_begin(args, state, control, **kwargs)
             except Exception as error:
                 raise InputError(
                     f"training.report_to: {self._name} does not start ({first_line(error)}). Put that right, or leave"
                     f" {self._name} out: metrics.jsonl is always written"
                 ) from error
-        self._started = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first event of a run that is resumed after its last step, and evaluated: it opens a run, too."""
+        self._try(lambda: self._meet(state))
         self._try(lambda: self._callback.on_log(args, state, control, **kwargs))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -75,14 +75,25 @@ class Service(TrainerCallback):
 
     def end(self, trainer: Trainer, *, whole: bool) -> None:
         """After the last evaluation, which may come after the last step; not at `on_train_end`."""
-        if not self._started:
+        if not self._told:
             return
         if whole or self._name not in _WHOLE_AT_END:
             known = {"model": trainer.model, "processing_class": trainer.processing_class}
             self._try(lambda: self._callback.on_train_end(trainer.args, trainer.state, trainer.control, **known))
         if trainer.state.is_world_process_zero and self._name in _OPEN and not self._given:
             self._works = True  # also of a service that failed: the next run is not to be written into this one
-            self._try(lambda: _OPEN[self._name].end(import_module(self._name), whole))
+            self._try(lambda: self._end(whole))
+
+    def _meet(self, state: Any) -> None:
+        """Before the first word: a service that then fails half-way has a run to be ended, too."""
+        if not self._told and state.is_world_process_zero and self._name in _OPEN:
+            self._given = _OPEN[self._name].has_run(import_module(self._name))
+        self._told = True
+
+    def _end(self, whole: bool) -> None:
+        opened, module = _OPEN[self._name], import_module(self._name)
+        if opened.has_run(module):
+            opened.end(module, whole)
 
     def _try(self, tell: Callable[[], object]) -> None:
         if not self._works:

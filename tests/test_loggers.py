@@ -22,17 +22,22 @@ pytestmark = pytest.mark.slow
 
 
 class Wandb(TrainerCallback):
-    """In the place of transformers' callback; fails at the event of `fails_at`."""
+    """In the place of transformers' callback; fails at the event of `fails_at`, once its run is `opened_before`."""
 
     made: ClassVar[list[Wandb]] = []
 
     def __init__(self) -> None:
         self.events: list[Any] = []
-        self.fails_at = ""
+        self.fails_at, self.opened_before = "", False
         self.made.append(self)
 
     def tell(self, event: str, said: Any = None) -> None:
         self.events.append(event if said is None else (event, said))
+        package = sys.modules["wandb"]
+        if event == "finish":
+            package.run = None
+        elif event != self.fails_at or self.opened_before:
+            package.run = package.run or self
         if event == self.fails_at:
             raise ConnectionError("the service is\nout of reach")
 
@@ -44,6 +49,10 @@ class Wandb(TrainerCallback):
 
     def on_train_end(self, *arguments: Any, model: Any, processing_class: Any) -> None:
         self.tell("end")
+
+
+def killed(*arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -96,6 +105,26 @@ def test_a_service_that_does_not_start_is_named_before_the_first_step(tmp_path, 
     with pytest.raises(InputError, match=r"report_to: wandb does not start \(the service is\)\. .*leave wandb out"):
         trained(tmp_path, wandb)
     assert wandb.events == ["begin"]
+
+
+def test_a_run_of_a_service_that_fails_while_it_starts_is_none_of_the_next_training(tmp_path, wandb):
+    wandb.fails_at, wandb.opened_before = "begin", True
+    with pytest.raises(InputError, match="wandb does not start"):
+        trained(tmp_path, wandb)
+    assert wandb.events == ["begin", ("finish", 1)]
+
+
+def test_an_evaluation_after_the_last_step_of_an_earlier_launch_is_a_run_that_ends(tmp_path, wandb):
+    """A kill came between the two: nothing is left to train, and the callback opens its run where it logs."""
+    root = write_inputs(tmp_path)
+    config = run_config(root, training__report_to="wandb", training__eval_strategy="no", training__save_steps=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_held_out_metrics", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(config, quiet=True, runs_dir=tmp_path)
+    sys.modules["wandb"].run = None  # with the process
+    run.train(config, resume=True, quiet=True, runs_dir=tmp_path)
+    assert Wandb.made[-1].events == [("log", 9), "end", ("finish", 0)]
 
 
 @pytest.mark.parametrize("event", ["log", "end"])
