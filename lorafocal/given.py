@@ -91,11 +91,11 @@ def check_model(model: object, argument: str, policy: object = None) -> None:
             f"{argument} is {_kind(model)}: give a causal language model (`lorafocal.load_base(name)`), a PeftModel, or"
             " a name or folder"
         )
-    if any(hasattr(module, "_orig_mod") for module in (model, causal_lm(model))):
+    if any("_orig_mod" in module._modules for module in model.modules()):  # of it, or of one of its layers
         raise InputError(
             f"{argument} went through torch.compile, which renames its weights: an adapter would be saved under names"
-            " that PEFT does not find. Give the model itself (its `_orig_mod`); FocalPOConfig(compile_layers=True)"
-            " compiles its layers"
+            " that PEFT does not find. Give the model as it was before (its `_orig_mod`);"
+            " FocalPOConfig(compile_layers=True) compiles its layers"
         )
     if not (isinstance(policy, PeftModel) and causal_lm(policy) is model):
         check_not_loose(model, argument)

@@ -180,6 +180,15 @@ def test_a_compiled_model_whose_adapter_nobody_would_find_is_refused(tmp_path):
             trainer(tmp_path, pairs(3), model=model, **settings)
 
 
+def test_so_is_one_of_which_a_part_is_compiled(tmp_path):
+    decoder, layer = tiny_base(), tiny_base()
+    decoder.model = torch.compile(decoder.model, backend="eager")
+    layer.model.layers[1] = torch.compile(layer.model.layers[1], backend="eager")
+    for model in (decoder, layer):
+        with pytest.raises(InputError, match=r"model went through torch\.compile"):
+            trainer(tmp_path, pairs(3), model=model, peft_config=lora())
+
+
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset", "data_collator", "compute_metrics"])
 def test_a_part_replaced_in_a_finished_trainer_is_refused(tmp_path, name):
     run = trainer(tmp_path, pairs(8), pairs(4), max_steps=1)
