@@ -37,7 +37,9 @@ _OF_THE_OBJECTIVE = (*map(python_name, PARAMETERS), *_OF_THE_REFERENCE)
 # What a trainer reads once, when it is made.
 READ_ONCE = (
     *("objective", *map(python_name, PARAMETERS), "focal", "guard"),
-    *(*_OF_THE_STRATEGY, "reference_store", "max_length", "truncation"),
+    *(*_OF_THE_STRATEGY, "reference_store"),
+    *("max_length", "max_prompt_length", "truncation", "chat_template_kwargs", "allow_dropout", "engine", "offload"),
+    *("layout", "tokens_per_pack", "recompute", "adapter_kernels", "elementwise_kernels", "compile_layers"),
 )
 
 # Words that people bring along from TRL's DPOConfig and DPOTrainer, and from earlier versions of transformers.

@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from lorafocal.arguments import FocalPOConfig, _OfTheEngine
 from lorafocal.errors import InputError
 from lorafocal.trainer import FocalPOTrainer
-from lorafocal.training_fields import installed_fields
+from lorafocal.training_fields import RULES, installed_fields
 from tests.tiny import lora, pairs, tiny_base
 
 
@@ -354,3 +354,15 @@ def test_what_a_trainer_has_read_cannot_be_changed_behind_it(tmp_path):
         run.train()
     run.args.beta, run.args.learning_rate = 0.1, 1e-4
     assert run.train().global_step == 1
+
+
+def test_every_field_is_read_once_or_when_it_is_needed(tmp_path):
+    """One that is neither would be changed behind the trainer, and ignored."""
+    run = FocalPOTrainer(tiny_base(), args=config(tmp_path, max_steps=1), train_dataset=pairs(4), peft_config=lora())
+    later = {"pairs_per_step", "keep_order", "identity_probe", "loraplus_lr_ratio"}
+    for name in FocalPOConfig.__annotations__.keys() - RULES.keys() - later:
+        before = getattr(run.args, name)
+        setattr(run.args, name, "another")
+        with pytest.raises(InputError, match=rf"args\.{name} was changed after the trainer was made"):
+            run.train()
+        setattr(run.args, name, before)
