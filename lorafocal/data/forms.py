@@ -62,7 +62,7 @@ class Row:
         """Plain texts, and no conversation that something wrote as text; one answer alone may be such JSON."""
         texts = {key: self.text(key) for key in keys}
         written = [key for key, text in texts.items() if WRITTEN_MESSAGES.fullmatch(text)]
-        if len(written) > 1 or "prompt" in written:
+        if len(written) > 1 or {*written} - {"chosen", "rejected"}:
             raise self.place.at(written[0]).fault(
                 "messages_as_text",
                 "a list of messages that was written as text, as CSV files do, so its brackets would be trained; read"

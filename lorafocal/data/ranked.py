@@ -140,7 +140,7 @@ def _prompt(row: Row, *, question: bool) -> Side:
     name = next((name for name in PROMPTS if row.values.get(name) is not None), PROMPTS[0])
     if isinstance(row.values.get(name), list):
         return row.prompt(name)
-    text = row.text(name)
+    [text] = row.texts(name)
     objects = isinstance(row.values.get("completions"), list) and isinstance(row.values["completions"][0], Mapping)
     if question or (name == "instruction" and objects):
         return [{"role": "user", "content": text}]

@@ -149,7 +149,7 @@ def _question(row: Row) -> Prompt:
 def _prompt(row: Row) -> Prompt:
     """A row with a prompt alone: a text, or messages."""
     if isinstance(row.values.get("prompt"), str):
-        return Prompt(_asked(row.text("prompt")), str(row.place))
+        return Prompt(_asked(*row.texts("prompt")), str(row.place))
     return Prompt(tuple(row.prompt("prompt")), str(row.place))
 
 

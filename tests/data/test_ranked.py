@@ -115,6 +115,8 @@ def test_columns_and_single_turn() -> None:
         ({"scores": [1.0] * 4}, "no answer is judged better"),
         ({"scores": [1.0, 2.0, float("inf"), 3.0]}, "finite number"),
         ({"answers": ["three", "", "five", "cow"]}, "empty string"),
+        ({"prompt": '[{"role": "user", "content": "2 + 2?"}]'}, "was written as text"),
+        ({"prompt": None, "question": '[{"from": "human", "value": "2 + 2?"}]'}, "key `question`: .* written as text"),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said(change: dict[str, Any], reason: str) -> None:

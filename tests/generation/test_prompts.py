@@ -66,6 +66,7 @@ def test_conversations_and_several_turns(tmp_path: Path) -> None:
         ([{"instruction": "a"}, {"prompt": "b"}], "row 2, key `instruction`: expected a string, found null"),
         ([{"instruction": "a", "input": "b"}], "key `input`: half of what was asked"),
         ([{"prompt": CHAT[:2]}], "key `prompt`: the last message is the assistant's"),
+        ([{"prompt": json.dumps(CHAT)}], "key `prompt`: a list of messages that was written as text"),
         ([{"prompt": "a", "tools": ["x"]}], "rows with tools are not supported"),
         ([{"question_id": "q", "turns": []}], "key `turns`: expected a list of turns"),
         ([{"question_id": "q", "turns": [{"text": "a"}]}], r"key `turns\[0\]\.content`: expected a string"),
