@@ -26,6 +26,8 @@ def test_the_shape_comes_from_a_local_folder_or_is_asked_for(tmp_path, monkeypat
         InputError, match=r"model.shape is missing.*config.json of meta-llama.* is not on this machine.*hf download"
     ):
         plan(config("model.shape=null"), "1xH100")
+    with pytest.raises(InputError, match=f"hf download MODEL config.json --revision {'a' * 40}`"):
+        plan(config("model.shape=null", f"model.revision={'a' * 40}"), "1xH100")
 
 
 def test_a_local_folder_of_quantised_weights_is_held_as_it_is_stored(tmp_path):

@@ -173,7 +173,7 @@ def shape_of(config: Config) -> Shape:
     if file is None:
         raise InputError(
             f"model.shape is missing, and the config.json of {config.model.name} is not on this machine, so the model's"
-            " size is not known: fetch that one file (`hf download MODEL config.json`), or copy these of its values to"
+            f" size is not known: fetch that one file (`{config.model.fetched}`), or copy these of its values to"
             " `model.shape` (model_type, vocab_size, hidden_size, intermediate_size, num_hidden_layers,"
             " num_attention_heads, num_key_value_heads)"
         )

@@ -117,7 +117,7 @@ def architecture(config: Config) -> tuple[PreTrainedConfig, str | None]:
         if shape is None:
             raise InputError(
                 f"a rehearsal must know the architecture of {name}, whose config.json is not on this machine: state its"
-                " values as model.shape, model_type first, or fetch that one file (`hf download MODEL config.json`)"
+                f" values as model.shape, model_type first, or fetch that one file (`{config.model.fetched}`)"
             ) from error
         try:
             return AutoConfig.for_model(**shape), config.model.quantization

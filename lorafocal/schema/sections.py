@@ -47,6 +47,11 @@ class Model(Section):
     backend: Literal["transformers", "unsloth"] = "transformers"
     shape: Architecture = None
 
+    @property
+    def fetched(self) -> str:
+        """What brings the base's config.json into the hub's cache, where this revision of it is looked for."""
+        return "hf download MODEL config.json" + (f" --revision {self.revision}" if self.revision else "")
+
 
 class Adapter(Section):
     """The LoRA adapter that is trained: a fresh one (`r`, `alpha`), or an existing one (`start_from`).
