@@ -132,7 +132,7 @@ def check_rows(rows: object, name: str) -> None:
         if name == "eval_dataset":
             way_out += "; `trainer.evaluate()` without it takes the constructor's, which has no name of its own"
         raise InputError(f"{name} is {_kind(rows)}, and no dataset: {way_out}")
-    if hasattr(rows, "iloc"):  # of pandas, which gives the names of its columns one by one
+    if hasattr(rows, "itertuples"):  # a table of pandas, which gives the names of its columns one by one
         raise InputError(f"{name} is {_kind(rows)}: give `datasets.Dataset.from_pandas({name})`")
     if isinstance(rows, Mapping):
         parts = ", ".join(map(repr, rows))

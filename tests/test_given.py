@@ -157,6 +157,7 @@ def test_a_table_of_pandas_and_what_holds_no_rows_are_refused_by_kind(tmp_path):
         trainer(tmp_path, table)
     with pytest.raises(InputError, match=r"eval_dataset is of the type bool, and no dataset: give a `datasets\.Dat"):
         trainer(tmp_path, pairs(3), False)
+    assert trainer(tmp_path, pandas.Series(pairs(3))).train_dataset == pairs(3)  # one row after the other
 
 
 def test_callbacks_are_a_list_of_callbacks(tmp_path):
