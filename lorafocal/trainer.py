@@ -179,18 +179,17 @@ class FocalPOTrainer(BareTrainer):
         """Compute and store the reference's log-probs of all pairs, as far as the store lacks them.
 
         Those of single tokens with `per_token`, and where the objective weighs tokens. Raises InputError where the
-        reference is not "cached".
+        reference is not "cached", and for parts changed since the trainer was made.
         """
+        self._as_made.check(self)
         if self.stored is None:
             raise InputError(f'the reference is {self.args.reference}: nothing is stored; set `reference="cached"`')
         if self.stored.model is None:
             raise InputError("the reference model was let go once its log-probs were looked up: build a new trainer")
-        rank, world, collator = self.args.process_index, self.args.world_size, self.data_collator
         scored, store, pairs = self.stored.model, self.stored.store, self._all_pairs()
-        per_token = per_token or self.stored.per_token
-        return cache_reference(
-            scored, pairs, store, collator=collator, per_token=per_token, say=say, rank=rank, world=world
-        )
+        how: dict[str, Any] = {"collator": self.data_collator, "per_token": per_token or self.stored.per_token}
+        how |= {"rank": self.args.process_index, "world": self.args.world_size}
+        return cache_reference(scored, pairs, store, say=say, **how)
 
     def look_up_reference(self, say: Callable[[str], None] = logger.info) -> None:
         """Give all pairs their stored reference, and check some; training and evaluation begin with it.

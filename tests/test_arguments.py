@@ -366,3 +366,12 @@ def test_every_field_is_read_once_or_when_it_is_needed(tmp_path):
         with pytest.raises(InputError, match=rf"args\.{name} was changed after the trainer was made"):
             run.train()
         setattr(run.args, name, before)
+
+
+def test_a_store_that_is_changed_behind_a_trainer_is_not_filled_in_its_place(tmp_path):
+    settings = config(tmp_path, reference="cached", reference_store=str(tmp_path / "first"))
+    run = FocalPOTrainer(tiny_base(), args=settings, train_dataset=pairs(4), peft_config=lora())
+    run.args.reference_store = str(tmp_path / "second")
+    with pytest.raises(InputError, match=r"args\.reference_store was changed after the trainer was made"):
+        run.cache_reference()
+    assert not (tmp_path / "first").exists()
