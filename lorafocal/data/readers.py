@@ -81,7 +81,8 @@ def folder_problem(path: Path) -> str:
         return (
             f"{path.name} holds {scripts[0]}: loading scripts are never run; export its rows to a file such as .jsonl"
         )
-    files = sorted(file.name for file in path.iterdir() if extension_of(file) and file.name not in DESCRIBING)
+    inside = [*path.glob("*"), *path.glob("*/*")]  # `save_to_disk` gives each split a folder
+    files = sorted(str(file.relative_to(path)) for file in inside if extension_of(file) and file.name not in DESCRIBING)
     return f"{path.name} is a folder; name its files one by one" + (f": {', '.join(files[:5])}" if files else "")
 
 

@@ -57,6 +57,9 @@ def test_what_datasets_saves_is_read_file_by_file(tmp_path: Path) -> None:
     datasets.Dataset.from_list([first, second, third]).select([2, 0]).save_to_disk(tmp_path / "saved")
     with pytest.raises(InputError, match=r"saved is a folder; name its files one by one: data-00000-of-00001\.arrow$"):
         read_preferences(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([first])}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(InputError, match=r"splits is a folder.*: train/data-00000-of-00001\.arrow$"):
+        read_preferences(tmp_path / "splits")
     file = tmp_path / "saved" / "data-00000-of-00001.arrow"
     assert read_preferences(file).pairs == preferences_from_rows([third, first], file.name).pairs
     table = pyarrow.Table.from_pylist([CHAT] * 2500)
