@@ -113,10 +113,12 @@ def architecture(config: Config) -> tuple[PreTrainedConfig, str | None]:
         check_place(name)
     try:
         found = AutoConfig.from_pretrained(name, revision=config.model.revision, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if shape is None:
+            missing = isinstance(error, OSError) and not (Path(name) / "config.json").is_file()
+            why = "is not on this machine" if missing else f"cannot be read ({first_line(error)})"
             raise InputError(
-                f"a rehearsal must know the architecture of {name}, whose config.json is not on this machine: state its"
+                f"a rehearsal must know the architecture of {name}, whose config.json {why}: state its"
                 f" values as model.shape, model_type first, or fetch that one file (`{config.model.fetched}`)"
             ) from error
         try:
