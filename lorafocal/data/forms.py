@@ -65,8 +65,9 @@ class Row:
         if len(written) > 1 or {*written} - {"chosen", "rejected"}:
             raise self.place.at(written[0]).fault(
                 "messages_as_text",
-                "a list of messages that was written as text, as CSV files do, so its brackets would be trained; read"
-                " it back (json.loads, or ast.literal_eval where quotes are single) and write the rows as .jsonl",
+                "a list of messages that was written as text, as CSV files do, so its brackets would be trained; write"
+                " the rows as .jsonl where they still are lists (`Dataset.to_json`), or read the text back (json.loads;"
+                " ast.literal_eval where quotes are single, and only if commas stand between messages)",
             )
         return [*texts.values()]
 

@@ -181,7 +181,7 @@ WRONG_ROWS: dict[str, tuple[Any, str, str]] = {
     "answers as Python": (
         PLAIN | {"chosen": f"[{GOOD}]", "rejected": f"[{BAD}\n {USER}]"},
         "key `chosen`",
-        "json.loads",
+        "Dataset.to_json",  # numpy writes no commas between messages, so nothing reads them back
     ),
     "a prompt as turns": (PLAIN | {"prompt": '[{"from": "human", "value": "x"}]'}, "key `prompt`", "its brackets"),
     "image": (CHAT | {"images": ["a.png"]}, "key `images`", "remove these rows"),
