@@ -1,10 +1,16 @@
 """The two ends a run can come to that are not bugs: wrong input, and numbers that went bad; and others' errors told."""
 
 import errno
+import re
 from pathlib import Path
 
 # What the system says of a full disk, of a used-up quota, and of a file above the limit for one.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What others than torch's allocator say of a device: libraries that ask the driver for memory of their own, and the
+# driver, to torch or to Triton, of a kernel that is loaded where it is called first.
+_NO_MEMORY = re.compile(
+    r"[A-Z]+_STATUS_ALLOC_FAILED|(CUDA|HIP)( driver)? error: out of memory|Triton Error \[\w+\]: out of memory"
+)
 
 
 class InputError(ValueError):
@@ -38,6 +44,6 @@ def first_line(error: BaseException) -> str:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether a device had no memory left: torch's allocator says so, and cuBLAS, which asks the driver for its own."""
+    """Whether a device had no memory left, whoever says it; what torch's allocator kept then helps to try again."""
     torch_says = type(error).__name__ == "OutOfMemoryError"  # which may not even be imported
-    return torch_says or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    return torch_says or _NO_MEMORY.search(str(error)) is not None

@@ -1,4 +1,4 @@
-"""What a device without memory says: torch's allocator, and cuBLAS, which asks the driver for its own."""
+"""What a device without memory says: torch's allocator, and libraries and kernels that ask the driver themselves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 NO_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported later"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
 )
 
 
@@ -23,4 +25,4 @@ def lacking(error: RuntimeError) -> Callable[..., NoReturn]:
     return lacks
 
 
-whoever_says_it = pytest.mark.parametrize("error", NO_MEMORY, ids=["torch", "cublas"])
+whoever_says_it = pytest.mark.parametrize("error", NO_MEMORY, ids=["torch", "cublas", "driver", "triton"])

@@ -16,6 +16,7 @@ def test_a_device_without_memory_is_known_whoever_says_it(error: RuntimeError) -
 
 def test_another_error_of_a_device_is_none_of_memory() -> None:
     assert not ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"))
+    assert not ran_out(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not ran_out(MemoryError())
 
 
