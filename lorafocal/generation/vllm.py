@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -18,6 +19,9 @@ from lorafocal.model.quantized import prequantized
 from lorafocal.model.saved import read_config
 from lorafocal.model.serving import VLLM_RANKS, serving_notes
 
+# Not one of its own, unless somebody says otherwise: vLLM forks where CUDA is not initialised, and there CUDA does not
+# start, since this process, and libraries that it imports, have asked whether there is a GPU.
+OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 CHUNK = 256  # answers that a kill loses at most; vLLM batches them as it likes
 
 
@@ -76,6 +80,7 @@ class VllmEngine(SubjectEngine):
 
     @cached_property
     def _model(self) -> Any:
+        os.environ.setdefault(OWN_PROCESS, "0")
         from vllm import LLM
 
         saved = self.subject.saved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from lorafocal.errors import InputError
 from lorafocal.generation import generate
 from lorafocal.generation.formats import provenance_file, read_answers
 from lorafocal.generation.subject import find_subject
-from lorafocal.generation.vllm import hindrance, request_seed
+from lorafocal.generation.vllm import OWN_PROCESS, hindrance, request_seed
 from tests.saved_run import SavedRun
 
 ANSWER = [5, 6, 7]  # of which the last but one, below, ends
@@ -26,9 +27,11 @@ ANSWER = [5, 6, 7]  # of which the last but one, below, ends
 class FakeLLM:
     made: ClassVar[list[dict[str, Any]]] = []
     calls: ClassVar[list[tuple[list[Any], list[Any], Any]]] = []
+    processes: ClassVar[list[str | None]] = []
 
     def __init__(self, **options: Any) -> None:
         self.made.append(options)
+        self.processes.append(os.environ.get(OWN_PROCESS))
 
     def generate(self, prompts: list[Any], parameters: list[Any], lora_request: Any = None) -> list[Any]:
         self.calls.append((prompts, parameters, lora_request))
@@ -48,7 +51,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     for module in (package, lora, request):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    FakeLLM.made, FakeLLM.calls = [], []
+    monkeypatch.setenv(OWN_PROCESS, "")
+    monkeypatch.delenv(OWN_PROCESS)  # what it is set to is gone after the test
+    FakeLLM.made, FakeLLM.calls, FakeLLM.processes = [], [], []
     return FakeLLM
 
 
@@ -80,6 +85,16 @@ def test_prompts_parameters_and_the_adapter_go_as_documented(
     assert "enable_lora" not in installed.made[1]
     assert installed.calls[1][2] is None
     assert installed.calls[1][1][0].seed is None  # greedy
+
+
+def test_no_process_is_forked_in_which_cuda_would_not_start(
+    run: SavedRun, asked: Path, tmp_path: Path, installed: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda.is_available() is enough for that, and vLLM looks for an initialised CUDA alone."""
+    generate(run.base, asked, out=tmp_path / "a.json", max_new_tokens=5)
+    monkeypatch.setenv(OWN_PROCESS, "1")  # what somebody has set stays
+    generate(run.base, asked, out=tmp_path / "b.json", max_new_tokens=5)
+    assert installed.processes == ["0", "1"]
 
 
 def test_what_vllm_would_get_wrong_is_left_to_transformers(run: SavedRun, installed: type[FakeLLM]) -> None:
