@@ -22,6 +22,7 @@ from lorafocal.model.serving import VLLM_RANKS, serving_notes
 # Not one of its own, unless somebody says otherwise: vLLM forks where CUDA is not initialised, and there CUDA does not
 # start, since this process, and libraries that it imports, have asked whether there is a GPU.
 OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+ROOM = 16_384  # tokens of a conversation that there is memory for, at least
 CHUNK = 256  # answers that a kill loses at most; vLLM batches them as it likes
 
 
@@ -89,10 +90,18 @@ class VllmEngine(SubjectEngine):
             model=self.subject.place,
             revision=self.subject.revision,
             dtype=self.subject.dtype,
+            max_model_len=self._room,
             generation_config="vllm",  # nothing of the model's own: all is said in the parameters
             trust_remote_code=False,
             **lora,
         )
+
+    @property
+    def _room(self) -> int | None:
+        """Tokens of the longest conversation, with further turns: vLLM does not start on a card that has no memory for
+        one of all positions, be they 131,072."""
+        longest = max(map(len, self.ids.values())) + self.sampling.max_new_tokens
+        return None if self._positions is None else min(self._positions, max(ROOM, 4 * longest))
 
     @cached_property
     def _adapter(self) -> Any:

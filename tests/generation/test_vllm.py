@@ -17,8 +17,9 @@ from peft import LoraConfig
 from lorafocal.errors import InputError
 from lorafocal.generation import generate
 from lorafocal.generation.formats import provenance_file, read_answers
+from lorafocal.generation.presets import Sampling
 from lorafocal.generation.subject import find_subject
-from lorafocal.generation.vllm import OWN_PROCESS, hindrance, request_seed
+from lorafocal.generation.vllm import OWN_PROCESS, ROOM, VllmEngine, hindrance, request_seed
 from tests.saved_run import SavedRun
 
 ANSWER = [5, 6, 7]  # of which the last but one, below, ends
@@ -95,6 +96,19 @@ def test_no_process_is_forked_in_which_cuda_would_not_start(
     monkeypatch.setenv(OWN_PROCESS, "1")  # what somebody has set stays
     generate(run.base, asked, out=tmp_path / "b.json", max_new_tokens=5)
     assert installed.processes == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("positions", "prompt", "room"),
+    [(131_072, 10, ROOM), (131_072, 10_000, 4 * 10_005), (8192, 10_000, 8192), (None, 10, None)],
+)
+def test_there_is_room_for_the_conversations_not_for_all_positions(
+    run: SavedRun, installed: type[FakeLLM], positions: int | None, prompt: int, room: int | None
+) -> None:
+    engine = VllmEngine(find_subject(run.base), Sampling(max_new_tokens=5))
+    engine._positions, engine.ids = positions, {(0, 0): [1] * prompt}
+    assert engine._model
+    assert installed.made[0]["max_model_len"] == room
 
 
 def test_what_vllm_would_get_wrong_is_left_to_transformers(run: SavedRun, installed: type[FakeLLM]) -> None:
