@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class Subject:
 
     def load(self) -> nn.Module:
         """The model in eval mode, an adapter attached to its base as in training (quantised alike)."""
+        gc.collect()  # one that was let go of before: 8-bit layers hold themselves
         if self.saved is not None:
             return open_adapter(self.saved, dtype=self.dtype)
         return load_base(self.place, revision=self.revision, dtype=self.dtype).eval()

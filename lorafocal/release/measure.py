@@ -5,6 +5,7 @@ Both compute in the gate's dtype, in one layout, with the code of training.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def merged_logps(folder: Path, live: Live, *, dtype: str, tied: bool) -> Merged:
 
 @contextmanager
 def _enough_memory() -> Iterator[None]:
+    gc.collect()  # the model before: quantised layers have forwards that hold them in turn
     try:
         yield
     except RuntimeError as error:

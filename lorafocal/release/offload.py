@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from lorafocal import budget
 from lorafocal.compatibility import STARTS
 from lorafocal.model.adapters import features
 from lorafocal.model.load import DTYPES, load_base, local_device
@@ -82,9 +83,9 @@ def too_big(name: str, revision: str | None, *, held_in: str, dtype: str) -> OnD
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses, of a GPU or of the host."""
+    """Memory that nobody uses, of a GPU or of the host; what torch keeps of a model that was let go of is free."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return int(budget.free_bytes(device))
     return int(psutil.virtual_memory().available)
 
 

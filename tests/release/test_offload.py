@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lorafocal.model.load import local_device
 from lorafocal.model.saved import read_adapter
-from lorafocal.release import offload
+from lorafocal.release import measure, offload
 from lorafocal.release.measure import Live, Merged, live_logps, merged_logps
 from lorafocal.release.shards import Checkpoint
 from lorafocal.release.weights import write_merged
 from tests.saved_run import SavedRun, save_run
 
 
-def numbers(run: SavedRun, merged: Path) -> tuple[Live, Merged]:
+def numbers(run: SavedRun, merged: Path, *, tied: bool = True) -> tuple[Live, Merged]:
     live = live_logps(read_adapter(run.adapter), run.pairs, "float32")
-    return live, merged_logps(merged, live, dtype="bfloat16", tied=True)
+    return live, merged_logps(merged, live, dtype="bfloat16", tied=tied)
 
 
 def test_log_probs_are_bit_for_bit_those_of_the_model_in_memory(
@@ -43,6 +46,45 @@ def test_log_probs_are_bit_for_bit_those_of_the_model_in_memory(
         assert before is not None
         assert after is not None
         torch.testing.assert_close(torch.cat(after), torch.cat(before), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_the_adapters_model_is_gone_when_the_merged_one_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None
+) -> None:
+    run = save_run(tmp_path, quantization=quantization)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    write_merged(read_adapter(run.adapter), merged, dtype="bfloat16")
+    alive: list[weakref.ref[torch.nn.Module]] = []
+    left: list[int] = []
+
+    def open_live(*given: Any) -> Any:
+        policy, notes = offload.open_live(*given)
+        alive.extend(map(weakref.ref, policy.modules()))
+        return policy, notes
+
+    def open_merged(*given: Any) -> Any:
+        left.append(sum(module() is not None for module in alive))
+        return offload.open_merged(*given)
+
+    monkeypatch.setattr(measure, "open_live", open_live)
+    monkeypatch.setattr(measure, "open_merged", open_merged)
+    gc.disable()  # or it may come by itself
+    try:
+        numbers(run, merged, tied=False)
+    finally:
+        gc.enable()
+    assert alive
+    assert left == [0]
+
+
+def test_what_torch_keeps_of_a_model_that_was_let_go_of_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4, 24))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 18)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
+    assert offload.free_bytes(torch.device("cuda", 0)) == 4 + 18 - 2
 
 
 def test_no_layer_is_in_memory_after_a_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
