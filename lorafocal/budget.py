@@ -22,6 +22,7 @@ from lorafocal.model.head import causal_lm
 from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
 from lorafocal.objectives import OBJECTIVES
+from lorafocal.ops.attention_kernels import choose
 from lorafocal.ops.shapes import Lengths, Setup, Shape, attention_on_a_gpu
 from lorafocal.tensor_files import dtype_word
 from lorafocal.together import least
@@ -69,7 +70,8 @@ def settle_budget(
     except InputError as problem:
         reason = AS_STATED if stated and args.recompute != "auto" else str(problem)
         return memory.Choice(stated or max(CPU_TOKENS, longest), tier, reason)
-    setup = replace(setup, head_rows=memory.head_rows(shape, setup, whole_bytes(device)))
+    rows = memory.head_rows(shape, setup, whole_bytes(device))
+    setup = replace(setup, head_rows=rows, attention=_attention_on(device, shape, setup))
     if stated is not None and args.recompute != "auto":
         return memory.Choice(stated, tier, AS_STATED, head_rows=setup.head_rows)
     tiers = memory.TIERS if args.recompute == "auto" else (args.recompute,)
@@ -113,6 +115,15 @@ def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPa
         attention=attention_on_a_gpu(dtype),
         lengths=Lengths(*means) if means else Lengths(),
     )
+
+
+def _attention_on(device: torch.device, shape: Shape, setup: Setup) -> str:
+    """As `setup` has it, but where no variable-length kernel works: then each segment's keys are repeated."""
+    if setup.attention != "flash":
+        return setup.attention
+    dtype: torch.dtype = getattr(torch, setup.dtype)
+    found = choose(device, dtype, window=shape.sliding_window, head_dim=shape.head_dim)
+    return "repeated" if found.function is None else "flash"
 
 
 def _adapter_of(policy: PeftModel, args: FocalPOConfig) -> dict[str, Any]:
