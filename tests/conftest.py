@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import browser
@@ -27,6 +28,10 @@ ALLOWED_SKIPS = {
     "gpu": "needs a CUDA device, which the machine of the tests does not have",
     "chromium": "needs a Chromium, to open pages with",
 }
+# The same cases in every run, and however busy the machine is: an example is no test of speed.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", "", None}
 
 

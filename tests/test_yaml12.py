@@ -69,7 +69,7 @@ def test_yaml_too_deep_to_be_read_is_refused(inside: str) -> None:
 WORDS = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), max_size=8)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | WORDS

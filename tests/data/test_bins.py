@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lorafocal.data.bins import fill_bins
 
 
-@settings(max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100))
 def test_bins_hold_every_item_once_within_the_budget(lengths: list[int], budget: int) -> None:
     bins = fill_bins(lengths, budget)
@@ -39,7 +39,7 @@ def fewest(lengths: list[int], budget: int) -> int:
     return best(tuple(lengths), ())
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), max_size=7), st.integers(30, 100))
 def test_bins_are_few(lengths: list[int], budget: int) -> None:
     """The bound of best fit, longest first (Johnson 1974; Dosa 2007): 11/9 of the fewest and 6/9."""

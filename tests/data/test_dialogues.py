@@ -191,7 +191,7 @@ def only_answer(tokenizer: Any, preference: Preference, options: dict[str, Any])
 
 @pytest.mark.row("23", "24", "25")
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(derandomize=True, max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(texts=st.lists(TEXTS, min_size=5, max_size=5))
 def test_any_texts_keep_every_seam(family: str, texts: list[str]) -> None:
     """The ids before each turn are the tokenizer's of the text that asks for it, and the turn's its own."""

@@ -79,7 +79,7 @@ def test_a_merge_on_one_side_drops_the_pair_and_says_what_to_do() -> None:
 IDS = st.lists(st.integers(0, 3), max_size=6)
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(before=IDS, tail=IDS, joint=IDS)
 def test_a_split_is_that_of_the_whole_joint_ids(before: list[int], tail: list[int], joint: list[int]) -> None:
     """The oracle looks at whole texts, as TRL's function does; ours at their ends."""

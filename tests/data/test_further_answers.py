@@ -99,7 +99,7 @@ LENGTHS = st.integers(2, 40).flatmap(lambda length: st.tuples(st.just(length), s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRUNCATIONS)
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sides=st.tuples(IDS, IDS, IDS), others=st.lists(st.tuples(st.booleans(), IDS, IDS), max_size=3), lengths=LENGTHS)
 def test_cut_answers_keep_one_prompt_and_fit(name: str, sides: Any, others: Any, lengths: tuple[int, int]) -> None:
     limits = Limits(lengths[0], lengths[1] if name == "recipe" else None, 0)

@@ -101,7 +101,7 @@ TEXTS = st.text(alphabet=st.sampled_from("yes no: \n<|>é中/[]"), min_size=1, m
 
 @pytest.mark.row("23", "24", "25", "27", "28")
 @pytest.mark.parametrize("family", [*TEMPLATES, "plain", "plain, no BOS"])
-@settings(derandomize=True, max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=4), max_length=st.integers(80, 130))
 def test_every_kept_pair_is_sound(family: str, rows: list[tuple[str, str, str]], max_length: int) -> None:
     """At most one BOS, at index 0; one EOS, the last completion token; nothing is lost or cut."""
@@ -267,7 +267,7 @@ PIECES = st.lists(st.sampled_from([*SPECIAL, "y", "e", "s", " ", "\n", "answer:"
 
 
 @pytest.mark.row("25")
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(prompt=PIECES, answer=PIECES)
 def test_comparing_from_the_last_special_token_on_is_comparing_whole_texts(prompt: str, answer: str) -> None:
     """The oracle tokenises the whole prompt with the whole answer."""

@@ -34,7 +34,7 @@ def limits_for(name: str, lengths: tuple[int, int]) -> Limits:
 
 @pytest.mark.row("28")
 @pytest.mark.parametrize("name", TRUNCATIONS)
-@settings(derandomize=True, max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(one=PAIRS, lengths=LENGTHS)
 def test_what_a_rule_keeps_fits_and_is_part_of_what_was_given(
     name: str, one: TokenizedPair, lengths: tuple[int, int]
@@ -56,7 +56,7 @@ def test_what_a_rule_keeps_fits_and_is_part_of_what_was_given(
 
 
 @pytest.mark.row("28")
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(one=PAIRS, lengths=LENGTHS)
 def test_recipe_is_what_the_published_recipes_do(one: TokenizedPair, lengths: tuple[int, int]) -> None:
     """The oracle takes tokens away one at a time, as the description of TRL 0.9 to 0.11, SimPO and Lions reads."""
@@ -75,7 +75,7 @@ def test_recipe_is_what_the_published_recipes_do(one: TokenizedPair, lengths: tu
     assert astuple(kept)[1:4] == (prompt, *answers)
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(one=PAIRS, lengths=LENGTHS)
 def test_keep_start_is_the_start_of_both_sequences(one: TokenizedPair, lengths: tuple[int, int]) -> None:
     kept = TRUNCATIONS["keep_start"](one, limits_for("keep_start", lengths))
@@ -88,7 +88,7 @@ def test_keep_start_is_the_start_of_both_sequences(one: TokenizedPair, lengths: 
         assert [kept.prompt_ids + ids for ids in (kept.chosen_ids, kept.rejected_ids)] == whole
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(one=PAIRS, lengths=LENGTHS)
 def test_cut_prompt_left_keeps_answers_whole_and_a_leading_bos(one: TokenizedPair, lengths: tuple[int, int]) -> None:
     assume(one.longest > lengths[0])
@@ -113,7 +113,7 @@ TEXTS = st.text(alphabet="ab ", min_size=1, max_size=12)
 
 @pytest.mark.row("28", "30")
 @pytest.mark.parametrize("name", TRUNCATIONS)
-@settings(derandomize=True, max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), max_size=6), lengths=LENGTHS)
 def test_kept_and_dropped_add_up_and_no_pair_is_without_a_difference(
     name: str, rows: list[tuple[str, str, str]], lengths: tuple[int, int]

@@ -87,7 +87,7 @@ replies = st.builds(Reply, st.text(), st.none() | st.text(), counts, counts, st.
 
 
 @given(replies)
-@settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 def test_a_journal_gives_back_what_it_got(reply: Reply) -> None:
     assert from_dict(json.loads(json.dumps(reply.as_dict()))) == reply
 

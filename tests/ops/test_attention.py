@@ -96,7 +96,7 @@ def assert_alike(ours, definition):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@settings(max_examples=30, derandomize=True, deadline=None)
+@settings(max_examples=30)
 @given(SIZES, st.sampled_from([None, 1, 3, 50]), st.sampled_from([2, 4]))
 def test_every_path_equals_the_definition_in_value_and_gradient(sizes, window, kv_heads):
     segments = Segments.of(spans(*sizes))
@@ -108,7 +108,7 @@ def test_every_path_equals_the_definition_in_value_and_gradient(sizes, window, k
 
 
 @pytest.mark.row("F15")
-@settings(max_examples=20, derandomize=True, deadline=None)
+@settings(max_examples=20)
 @given(SIZES, st.sampled_from([None, 3]), st.sampled_from([None, 0.7]), st.booleans())
 def test_caps_and_sinks_equal_the_definition_in_value_and_gradient(sizes, window, softcap, with_sinks):
     segments = Segments.of(spans(*sizes))
@@ -305,7 +305,7 @@ def test_gradients_of_gathered_keys_are_the_same_bits_every_time(sizes):
 
 
 @pytest.mark.row("F16")
-@settings(max_examples=20, derandomize=True, deadline=None)
+@settings(max_examples=20)
 @given(SIZES)
 def test_the_bounds_of_a_pack_survive_as_one_byte_a_token(sizes):
     segments = Segments.of(spans(*sizes))
