@@ -95,8 +95,11 @@ def started(stage: Stage, config: Config, folder: Path) -> Stage:
 
 
 def joined_by(config: Config) -> dict[str, Any]:
-    """What of the trainer's arguments decides how processes find each other."""
-    return {"use_cpu": True} if _on_cpu(config.training.fields) else {}
+    """What of the trainer's arguments decides how processes find each other, and what they talk through then."""
+    fields = config.training.fields
+    said: dict[str, Any] = {key: fields[key] for key in ("ddp_backend", "ddp_timeout") if key in fields}
+    said |= {} if config.engine is None else {"engine": config.engine.kind, "offload": config.engine.offload}
+    return said | ({"use_cpu": True} if _on_cpu(fields) else {})
 
 
 def _on_cpu(fields: Mapping[str, Any]) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from lorafocal.rehearsal.stage import joined_by
 from tests.engine import launches
 from tests.engine.forked import both
 from tests.engine.paper_rehearsals import PAPER, rehearsed
+from tests.test_rehearsal import described
 
 pytestmark = pytest.mark.engine
 
@@ -46,3 +48,11 @@ def test_the_readmes_command(tmp_path: Path) -> None:
     assert "loss 0.669536 at the first" in output
     assert "Traceback" not in output
     assert list(tmp_path.glob("lorafocal-*")) == []
+
+
+def test_processes_join_as_those_of_the_run_do() -> None:
+    """Once joined they stay so: FSDP2 that offloads clips on the CPU, and through NCCL alone nobody answers there."""
+    full: dict[str, Any] = {"adapter": None, "reference": {"kind": "cached"}, "training__ddp_timeout": 7200}
+    config = described(engine={"kind": "fsdp2", "offload": "all"}, training__use_cpu=True, **full)
+    assert joined_by(config) == {"engine": "fsdp2", "offload": "all", "ddp_timeout": 7200, "use_cpu": True}
+    assert joined_by(described(training__use_cpu=True)) == {"use_cpu": True}
