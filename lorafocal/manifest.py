@@ -43,7 +43,7 @@ EXACT = "exact"  # a run that does nothing otherwise than its recipe
 NO_DEVIATION = frozenset(
     {
         *("name", "recipe", "reference.store", *MAY_CHANGE),
-        *("training.activation_checkpointing", "training.use_cpu", "training.ddp_timeout"),
+        *("training.activation_checkpointing", "training.use_cpu"),
     }
 )
 """Keys that a run may set as it likes and still repeat its recipe: labels, places, and what cannot reach the weights

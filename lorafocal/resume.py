@@ -26,6 +26,7 @@ MAY_CHANGE: dict[str, str] = {
     "training.dataloader_num_workers": "the order of the pairs is a function of seed and epoch alone",
     "training.dataloader_prefetch_factor": "as dataloader_num_workers",
     "training.dataloader_persistent_workers": "as dataloader_num_workers",
+    "training.ddp_timeout": "how long processes wait for each other does not touch the weights",
     "training.log_level": "display only",
     "training.log_level_replica": "display only",
     "data.cache": "what is tokenised again gives the same tokens",

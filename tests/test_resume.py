@@ -85,6 +85,12 @@ def test_an_allowed_change_is_noted_with_its_reason(key: str) -> None:
     assert note.endswith(f"(allowed: {MAY_CHANGE[key]})")
 
 
+def test_a_run_that_one_process_kept_waiting_too_long_goes_on_with_more_time() -> None:
+    """What docs/several-processes.md advises."""
+    [note] = check_resumable(MANIFEST, changed("config.training.ddp_timeout", 7200))
+    assert note.startswith("training.ddp_timeout: (absent) -> 7200 (allowed: ")
+
+
 def test_smaller_packs_are_allowed_and_said_to_change_the_last_bits() -> None:
     """What the message of a several-process run that is out of memory advises."""
     [note] = check_resumable(MANIFEST, changed("config.packing.tokens", 4096))
