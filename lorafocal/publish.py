@@ -108,10 +108,10 @@ class GrowingFile:
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror})") from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            _lock(self._file.fileno(), f"{path} is being written by another process: wait for it to end, or stop it")
+        except InputError:
             self._file.close()
-            raise InputError(f"{path} is being written by another process: wait for it to end, or stop it") from error
+            raise
         self._file.seek(0)
         self.lines = whole_lines(self._file.read())
         self._file.truncate(sum(len(line) + 1 for line in self.lines))
@@ -151,7 +151,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
     """Within, `folder`, which is there, is being `doing` by this process alone. Raises InputError where another is.
 
     The system's lock on the folder itself ends with the process, however that ends, and leaves no file. In a network's
-    file system it holds on this machine; where there are no locks, nobody is kept out.
+    file system it holds on this machine.
     """
     replaced = f"{folder} was replaced by another process just now: try again"
     try:
@@ -160,12 +160,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
         raise InputError(replaced) from error
     _HELD.add(handle)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{folder} is being {doing} by another process: wait for it, or stop it first") from error
-        except OSError:
-            pass
+        _lock(handle, f"{folder} is being {doing} by another process: wait for it, or stop it first")
         if not _is_still(handle, folder):  # a start that failed beside this one has removed the folder that it made
             raise InputError(replaced)
         yield
@@ -175,6 +170,19 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not, until a worker just forked has let go
             os.close(handle)
+
+
+def _lock(handle: int, taken: str) -> None:
+    """Take the system's lock. Raises InputError, in the words `taken`, where another process has it.
+
+    Where a file system has no locks (Lustre without `-o flock`), nobody is kept out.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(taken) from error
+    except OSError:
+        pass
 
 
 def _is_still(handle: int, folder: Path) -> bool:

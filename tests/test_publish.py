@@ -372,6 +372,10 @@ def test_where_a_file_system_has_no_locks_nobody_is_kept_out(tmp_path: Path, mon
     monkeypatch.setattr("lorafocal.publish.fcntl.flock", unlockable)
     with alone_in(tmp_path, "trained in"):
         pass
+    file = GrowingFile(tmp_path / "lines.jsonl")
+    file.add({"a": 1})
+    file.close()
+    assert (tmp_path / "lines.jsonl").read_text() == '{"a": 1}\n'
 
 
 EVIL_NAMES = [
