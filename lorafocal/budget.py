@@ -54,9 +54,9 @@ def settle_budget(
     not yet begun.
 
     What `args` states wins; the rest is what `memory.choose` finds for the device's free memory and the lengths of
-    `pairs`. The least free memory of all ranks counts: where weights are split, one that recomputed alone would wait
-    for the others. Without CUDA, and for models that the arithmetic does not know, packs of 2048 that keep everything.
-    `fused`: the MLP blocks run through the fused functions, which save less and alone have the tier "mlp".
+    `pairs`. The least memory of all ranks counts, whole and free: where weights are split, one that recomputed alone
+    would wait for the others. Without CUDA, and for models that the arithmetic does not know, packs of 2048 that keep
+    everything. `fused`: the MLP blocks run through the fused functions, which save less and alone have the tier "mlp".
     """
     stated = args.tokens_per_pack
     tier = "none" if args.recompute == "auto" else args.recompute
@@ -70,7 +70,7 @@ def settle_budget(
     except InputError as problem:
         reason = AS_STATED if stated and args.recompute != "auto" else str(problem)
         return memory.Choice(stated or max(CPU_TOKENS, longest), tier, reason)
-    rows = memory.head_rows(shape, setup, whole_bytes(device))
+    rows = memory.head_rows(shape, setup, least(whole_bytes(device), device))
     setup = replace(setup, head_rows=rows, attention=_attention_on(device, shape, setup))
     if stated is not None and args.recompute != "auto":
         return memory.Choice(stated, tier, AS_STATED, head_rows=setup.head_rows)

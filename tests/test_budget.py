@@ -132,6 +132,13 @@ def test_the_heads_chunk_follows_from_the_whole_memory_whatever_is_free_and_reac
     assert [head.rows_per_chunk for head in heads] == [384]
 
 
+def test_of_unlike_devices_the_smallest_decides_on_every_rank(tmp_path, gpu_with, monkeypatch):
+    """The head's chunk is part of what is weighed: another one might mean another tier."""
+    gpu_with(1e12)
+    monkeypatch.setattr(budget, "least", lambda number, device: min(number, 1e8))  # as another rank has it
+    assert settle_budget(tiny_policy(), arguments(tmp_path), CUDA, DATA).head_rows == 3968
+
+
 def test_where_nothing_fits_it_is_said(tmp_path, gpu_with, caplog):
     gpu_with(1e4)
     with caplog.at_level(logging.WARNING):
