@@ -101,7 +101,7 @@ def train(
 
         tell(sys.stdout, f"{said}\n")
         if summary.interrupted_by is not None:
-            tell(sys.stdout, f"go on with:\n  {_resume_command()}\n")
+            tell(sys.stdout, f"go on with:\n  {resume_command()}\n")
     launch.meet()  # a launcher stops the others when one has ended, and rank 0 had something to say
     if summary.interrupted_by is not None:
         raise typer.Exit(128 + summary.interrupted_by)
@@ -319,12 +319,14 @@ def without_option(words: list[str], option: str) -> list[str]:
     return kept
 
 
-def _resume_command() -> str:
+def resume_command() -> str:
     """This command line with --resume, under a launcher where there was one."""
     words = shlex.join([*(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
-    return (
-        f"lorafocal {words}" if launch.world_size() == 1 else launch.several(words, processes=launch.local_world_size())
-    )
+    if launch.world_size() == 1:
+        return f"lorafocal {words}"
+    if launch.local_world_size() < launch.world_size():  # how they meet, their launcher alone knows
+        return f"(the launcher as before, on every machine) -m lorafocal {words}"
+    return launch.several(words, processes=launch.local_world_size())
 
 
 def _begin(backend: str) -> None:

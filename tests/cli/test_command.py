@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lorafocal import cli
-from lorafocal.cli.training import ends_tidily
+from lorafocal.cli.training import ends_tidily, resume_command
 from lorafocal.config import load_config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths
@@ -399,3 +399,20 @@ def test_a_device_without_memory_is_one_message(
     assert said.startswith(f"lorafocal: the device has no memory left ({str(error).splitlines()[0]})")
     assert "`lorafocal plan`" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("here", "of", "expected"),
+    [
+        (1, 1, "lorafocal train run.yaml --resume"),
+        (8, 8, "torchrun --standalone --nproc-per-node 8 -m lorafocal train run.yaml --resume"),
+        (8, 16, "(the launcher as before, on every machine) -m lorafocal train run.yaml --resume"),
+    ],
+)
+def test_how_to_go_on_is_said_of_the_machines_that_trained(
+    monkeypatch: pytest.MonkeyPatch, here: int, of: int, expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lorafocal", "train", "run.yaml"])
+    monkeypatch.setenv("WORLD_SIZE", str(of))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    assert resume_command() == expected
