@@ -63,8 +63,9 @@ def of_all_ranks(number: int) -> list[int]:
 def all_or_none() -> Iterator[None]:
     """A block that every rank runs; where it fails on one of them, it fails on all.
 
-    Raises this rank's own error, or InputError that names the rank whose message says more. A block that itself waits
-    for other ranks must not fail on one of them before it has done its waiting.
+    Raises this rank's own error, or InputError with the words of the first rank that failed: the launcher may have
+    ended that one before it can say them. A block that itself waits for other ranks must not fail on one of them before
+    it has done its waiting.
     """
     error: Exception | None = None
     try:
@@ -72,10 +73,19 @@ def all_or_none() -> Iterator[None]:
     except EXPECTED as caught:
         error = caught
     failed = [rank for rank, bad in enumerate(of_all_ranks(error is not None)) if bad]
+    why = _words_of(failed[0], str(error)) if failed else ""
     if error is not None:
         raise error
     if failed:
-        raise InputError(f"rank {failed[0]} could not do its part; its message says why")
+        raise InputError(f"rank {failed[0]} could not do its part: {why}")
+
+
+def _words_of(rank: int, words: str) -> str:
+    """Collective: what one rank says."""
+    said = [words]
+    if grouped():
+        dist.broadcast_object_list(said, src=rank)
+    return said[0]
 
 
 @contextmanager
