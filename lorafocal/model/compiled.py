@@ -129,9 +129,10 @@ def _traced_apart(stand_in: StandIn, dtype: torch.dtype, device: torch.device) -
 
 
 def _allow_graphs() -> None:
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MOST_GRAPHS)
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, MOST_GRAPHS)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 4 * MOST_GRAPHS)
+    settings.optimize_ddp = False  # it cuts a graph where DDP's buckets end; layers are graphs of their own as it is
 
 
 class _Compiled:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 from lorafocal.data.packing import Pack, PairCollator
 from lorafocal.errors import InputError
@@ -105,6 +107,24 @@ def test_fused_adapters_compile_without_breaks_and_equal_plain_layers(recompute)
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert graphs.frame_count == 2
     assert not counters["graph_break"]
+
+
+@pytest.mark.engine
+def test_under_ddp_a_layer_is_one_graph_too(monkeypatch):
+    """By itself torch cuts it where a bucket is full, the first of which holds a MiB."""
+    within = SimpleNamespace(bucket_bytes_cap=1)  # what DDP leaves there during its forward
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", within)
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    policy = policy_for_packs(dtype=torch.float64)
+    [pack, *_] = packs(128, count=9)
+    fuse(policy)
+    wanted = values_and_gradients(policy, pack)
+    graphs = CompileCounterWithBackend("aot_eager")
+    assert compile_layers(policy, BUCKET, backend=graphs) is None
+    for a, b in zip(values_and_gradients(policy, pack), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert graphs.frame_count == 2
 
 
 @pytest.mark.engine
