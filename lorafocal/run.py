@@ -48,10 +48,20 @@ from lorafocal.run_folder import (
 )
 from lorafocal.saving import check_replaced
 from lorafocal.schema import Adapter
-from lorafocal.together import all_or_none, of_all_ranks
+from lorafocal.together import all_or_none, check_same, of_all_ranks
 from lorafocal.trainer import FocalPOTrainer
 
 GATE_PAIRS = 64  # held-out pairs kept with the run, for the merge gate
+
+# What all processes must have alike, and where the manifest says it.
+_SHARED = {
+    "config": "config_sha256",
+    "base": "base",
+    "reference model": "reference_model",
+    "chat template": "chat_template_sha256",
+    "vocabulary": "vocabulary_sha256",
+    "set of pairs": "data",
+}
 
 Watchers = Callable[[FocalPOTrainer], Sequence[TrainerCallback]]
 Callbacks = Callable[[Config, FocalPOConfig, Mapping[str, Part], PreTrainedTokenizerBase], Watchers]
@@ -143,6 +153,7 @@ def _train(
     checkpoint = _checkpoint_to_resume(folder, say) if resume else None
     tokenizer, data = _tokenized(config, say)
     manifest = manifest_of(config, tokenizer, data)
+    check_same({name: manifest[key] for name, key in _SHARED.items()})
     for note in (*(check_resumable(began, manifest) if resume else ()), *inspect(manifest)):
         say(f"note: {note}")
     watchers = callbacks(config, args, data, tokenizer)

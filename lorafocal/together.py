@@ -3,10 +3,13 @@ a folder that they fill together."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +60,18 @@ def of_all_ranks(number: int) -> list[int]:
     slots[launch.rank()] = number
     dist.all_reduce(slots)
     return slots.tolist()
+
+
+def check_same(given: Mapping[str, Any]) -> None:
+    """Collective: refuse ranks that differ in what they were given, JSON by what it is called. Raises InputError."""
+    for name, value in given.items():
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+        numbers = of_all_ranks(int.from_bytes(digest[:7], "big"))
+        if others := [rank for rank, number in enumerate(numbers) if number != numbers[0]]:
+            raise InputError(
+                f"rank {others[0]} has another {name} than rank 0, and they would train as one: give all machines the"
+                " same config, overrides and data, and the same base (of a hub's state `model.revision`)"
+            )
 
 
 @contextmanager

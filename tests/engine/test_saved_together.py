@@ -21,7 +21,7 @@ from lorafocal.checkpoint import latest_complete, rotate, save_state
 from lorafocal.errors import InputError
 from lorafocal.publish import recover, why_incomplete
 from lorafocal.saving import write_checkpoint
-from lorafocal.together import all_or_none, of_all_ranks, published_by_all
+from lorafocal.together import all_or_none, check_same, of_all_ranks, published_by_all
 from tests.engine.forked import forked_ranks
 from tests.small_run import Run
 from tests.test_killed_runs import at, kill_self
@@ -164,6 +164,15 @@ def test_ranks_tell_each_other_numbers_and_an_error_is_everybodys(tmp_path: Path
         ):
             wrong_on(1, rank)
         wrong_on(5, rank)
+
+    assert forked_ranks(work, tmp_path, world=3) == [0, 0, 0]
+
+
+def test_ranks_that_were_given_different_things_are_refused_on_all_of_them(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        check_same({"config": "ab", "set of pairs": {"train": [1, 2]}})
+        with pytest.raises(InputError, match="rank 2 has another set of pairs than rank 0"):
+            check_same({"config": "ab", "set of pairs": {"train": [1, 2 + rank // 2]}})
 
     assert forked_ranks(work, tmp_path, world=3) == [0, 0, 0]
 
