@@ -86,6 +86,7 @@ GUARDS: list[Guard] = [
     Guard("F10", "lorafocal.engines.fsdp:Sharded.rest", lambda _: lambda self: None, "tests/engine/test_fsdp.py::test_weights_and_states_come_back_also_after_an_evaluation_and_the_run_with_them"),
     Guard("F4", "lorafocal.trainer:FocalPOTrainer._in_step", careless.packs_as_they_come, "tests/engine/test_data_parallel.py::test_ranks_run_as_many_packs_as_each_other"),
     Guard("F8", "lorafocal.launch:check_launch", lambda _: lambda: None, "tests/test_launch.py::test_launches_that_silently_train_alone_are_refused_with_the_command_that_works"),
+    Guard("F8", "lorafocal.run:check_same", lambda _: lambda given: None, "tests/engine/test_given_apart.py::test_another_learning_rate_or_base_on_one_of_them_is_refused_on_both_before_training"),
     Guard("57", "lorafocal.assembly:set_seed", lambda _: lambda seed: None, "tests/test_run.py::test_a_run_of_the_same_config_gives_the_same_adapter"),
     # what is trained, and whether it learns
     Guard("2 3", "lorafocal.model.adapters:check_trainable", lambda _: lambda model: {n: p for n, p in model.named_parameters() if "lora_" in n}, "tests/test_trainer.py::test_a_frozen_adapter_is_refused"),
