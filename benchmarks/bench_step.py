@@ -168,7 +168,8 @@ def compare(given: argparse.Namespace, folder: str, at: Session) -> None:
         place.mkdir()
         source = data if data in DISTRIBUTIONS else str(Path(data).resolve())
         drawn = {"folder": str(place), "data": source, "pairs": steps * pairs_per_step, "max_length": given.max_length}
-        means = worker("inputs", {**drawn, "vocabulary": vocabulary_of(model)}, at)
+        clock = {"steps": (pairs_per_step, given.warmup)}
+        means = worker("inputs", {**drawn, **clock, "vocabulary": vocabulary_of(model)}, at)
         print(f"{label}: {steps} steps of {pairs_per_step} pairs, {_tokens(means)}", flush=True)
         return {**common, "folder": str(place), "steps": steps}
 

@@ -4,14 +4,16 @@
     tokenizer/     whole words for made-up pairs, so that lengths are exact; for a file, trained on its own text
     lengths.json   tokens of (prompt, chosen, rejected), pair by pair
 
-Made-up pairs follow a distribution of lengths; files are given by path and named by a label, never by the path.
+Made-up pairs follow a distribution of lengths; files are given by path and named by a label, never by the path. Of a
+file's pairs a step or two differ much from the rest: of many samples that one is taken whose lengths make as much work,
+padded and not, as the file's do on average (`like_the_whole`).
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,18 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorafocal.data.sources import Preference, read_preferences
-from lorafocal.data.tokens import tokenize_preferences
+from lorafocal.data.tokens import TokenizedPair, tokenize_preferences
 from lorafocal.sampler import shuffled
 
 SEED = 0
+DRAWS = 1000  # samples of a file, of which one is chosen
 LARGEST_VOCABULARY = 32000  # of what is trained on a file: enough for its text
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+Triple = tuple[int, int, int]  # tokens of prompt, chosen and rejected answer
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,10 @@ DISTRIBUTIONS = {
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Write the inputs; their mean lengths. A process of its own, since text is trained on and tokenised."""
+    """Write the inputs; their mean lengths. A process of its own, since text is trained on and tokenised.
+
+    `steps` of the settings, where given: (pairs a step, steps before the clock starts), to draw a file's sample by.
+    """
     folder, pairs, longest = Path(settings["folder"]), settings["pairs"], settings["max_length"]
     data, vocabulary = settings["data"], settings["vocabulary"]
     if data in DISTRIBUTIONS:
@@ -75,17 +82,50 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     kept = tokenize_preferences(preferences, tokenizer, max_length=longest).pairs
     if len(kept) < pairs:
         raise SystemExit(f"only {len(kept)} pairs fit {longest} tokens, and {pairs} are needed")
-    chosen = [kept[i] for i in shuffled(len(kept), SEED, 0)[:pairs]]
+    if settings.get("steps") and data not in DISTRIBUTIONS:
+        chosen = [kept[i] for i in like_the_whole([lengths_of(pair) for pair in kept], pairs, *settings["steps"])]
+    else:
+        chosen = [kept[i] for i in shuffled(len(kept), SEED, 0)[:pairs]]
     by_id = {preference.id: preference for preference in preferences}
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for pair in chosen:
             row = asdict(by_id[pair.id])
             file.write(json.dumps({name: row[name] for name in ("id", "prompt", "chosen", "rejected")}) + "\n")
     tokenizer.save_pretrained(folder / "tokenizer")
-    lengths = [(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in chosen]
+    lengths = [lengths_of(pair) for pair in chosen]
     (folder / "lengths.json").write_text(json.dumps(lengths), encoding="utf-8")
     means = (sum(column) / pairs for column in zip(*lengths, strict=True))
     return dict(zip(("prompt tokens", "chosen tokens", "rejected tokens"), means, strict=True))
+
+
+def lengths_of(pair: TokenizedPair) -> Triple:
+    return len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+
+
+def like_the_whole(lengths: Sequence[Triple], pairs: int, per_step: int, warmup: int) -> list[int]:
+    """Which `pairs` to train on: of DRAWS samples the one nearest to their mean in what its timed steps compute.
+
+    Lengths alone decide, so nothing that is measured can. `lengths` are tokens of (prompt, chosen, rejected).
+    """
+    draws = [shuffled(len(lengths), seed, 0)[:pairs] for seed in range(DRAWS)]
+    trained = shuffled(pairs, SEED, 0)[warmup * per_step :]  # in this order, by everybody
+    found = [work([lengths[draw[i]] for i in trained], per_step) for draw in draws]
+    means = [sum(column) / DRAWS for column in zip(*found, strict=True)]
+    away = [max(abs(value / mean - 1) for value, mean in zip(one, means, strict=True)) for one in found]
+    return draws[min(range(DRAWS), key=away.__getitem__)]
+
+
+def work(lengths: Sequence[Triple], per_step: int) -> tuple[float, float, float, float]:
+    """Rows of (batches of a step's pairs, padded; pairs with one prompt), and their squares, as attention has them."""
+    padded = padded_squares = 0
+    for start in range(0, len(lengths), per_step):
+        batch = lengths[start : start + per_step]
+        width = max(prompt + max(answers) for prompt, *answers in batch)
+        padded += 2 * len(batch) * width
+        padded_squares += 2 * len(batch) * width**2
+    own = sum(map(sum, lengths))
+    own_squares = sum((p + c) ** 2 + (p + r) ** 2 - p**2 for p, c, r in lengths)
+    return padded, own, padded_squares, own_squares
 
 
 def made_up(distribution: Distribution, count: int, longest: int, vocabulary: int) -> list[Preference]:

@@ -6,6 +6,7 @@ import csv
 import importlib
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,28 @@ def test_a_step_before_the_clock_is_needed(harness, monkeypatch):
 
 
 @pytest.mark.engine
+def test_the_sample_of_a_file_makes_as_much_work_as_the_file_does(monkeypatch):
+    """Seen where it matters: what rows and their squares, padded and not, the steps after the warm-up compute."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    inputs = importlib.import_module("inputs")
+    source = random.Random(7)
+    lengths = [(source.randint(2, 200), source.randint(2, 800), source.randint(2, 300)) for _ in range(400)]
+
+    def away(sample: list[int]) -> float:
+        """Of the timed steps from the whole data's mean, of twenty orders."""
+        trained = [sample[i] for i in inputs.shuffled(24, inputs.SEED, 0)][8:]
+        orders = [inputs.work([lengths[i] for i in inputs.shuffled(400, seed, 1)], 8) for seed in range(20)]
+        whole = [sum(column) / (20 * 400) for column in zip(*orders, strict=True)]
+        own = inputs.work([lengths[i] for i in trained], 8)
+        return max(abs(value / 16 / mean - 1) for value, mean in zip(own, whole, strict=True))
+
+    sample = inputs.like_the_whole(lengths, 24, 8, 1)
+    assert sample == inputs.like_the_whole(lengths, 24, 8, 1)
+    assert len(set(sample)) == 24
+    assert away(sample) < 0.05
+    assert sorted(away(inputs.shuffled(400, seed, 0)[:24]) for seed in range(9))[4] > 0.1  # what chance gives
+
+
 def test_a_run_is_a_process_of_its_own(harness, at):
     answer = harness.worker("bench_packing", {"fill": "ours", "budget": 8, "steps": [[3, 5, 4, 4]]}, at)
     assert answer["share filled"] == 1.0
