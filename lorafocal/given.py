@@ -46,8 +46,8 @@ class AsMade:
         late += [name for name, part in self._parts.items() if getattr(trainer, name) is not part]
         if late:
             raise InputError(
-                f"{late[0]} was changed after the trainer was made, which has read it: it would be ignored. Make a new"
-                " trainer with it; other rows are evaluated by `evaluate(rows)`"
+                f"{late[0]} was changed after the trainer was made, which has read it: in training it would be ignored."
+                " Make a new trainer with it; other rows are evaluated by `evaluate(rows)`"
             )
 
 

@@ -66,8 +66,10 @@ class Service(TrainerCallback):
                 ) from error
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The first event of a run that is resumed after its last step, and evaluated: it opens a run, too."""
-        self._try(lambda: self._meet(state))
+        """The first event of a run that is resumed after its last step, and evaluated: it begins here."""
+        if not self._told:
+            self._try(lambda: self._meet(state))
+            self._try(lambda: self._callback.on_train_begin(args, state, control, **kwargs))
         self._try(lambda: self._callback.on_log(args, state, control, **kwargs))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ HASHERS = 8  # files that are read at a time
 _MEANING = {errno.EFBIG: " (for ulimit -f, or for its file system)"}  # what the system's word leaves open
 _NAME = re.compile(r"(?!\.)[a-z0-9._-]{1,64}")
 _HELD: set[int] = set()  # handles of the folders that this process is alone in
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<pid>\d{1,10})")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<pid>\d{1,10})(-[0-9a-f]{8})?")
 
 
 def check_name(name: str) -> str:
@@ -81,7 +82,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises InputError where something else than a file is there.
     """
     check_file(path)
-    partial = hidden(path, "partial")
+    own = hidden(path, "partial")
+    partial = own.with_name(f"{own.name}-{secrets.token_hex(4)}")  # in containers that share a disk ids are the same
     try:
         with full_disk_named(path):
             partial.write_bytes(content.encode() if isinstance(content, str) else content)

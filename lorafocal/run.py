@@ -58,6 +58,8 @@ _SHARED = {
     "config": "config_sha256",
     "base": "base",
     "reference model": "reference_model",
+    "set of reference adapters": "reference_adapters",
+    "adapter to start from": "start_from",
     "chat template": "chat_template_sha256",
     "vocabulary": "vocabulary_sha256",
     "set of pairs": "data",

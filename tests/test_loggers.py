@@ -115,7 +115,7 @@ def test_a_run_of_a_service_that_fails_while_it_starts_is_none_of_the_next_train
 
 
 def test_an_evaluation_after_the_last_step_of_an_earlier_launch_is_a_run_that_ends(tmp_path, wandb):
-    """A kill came between the two: nothing is left to train, and the callback opens its run where it logs."""
+    """A kill came between the two: nothing is left to train, and the service's run begins where it logs."""
     root = write_inputs(tmp_path)
     config = run_config(root, training__report_to="wandb", training__eval_strategy="no", training__save_steps=9)
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +124,7 @@ def test_an_evaluation_after_the_last_step_of_an_earlier_launch_is_a_run_that_en
             run.train(config, quiet=True, runs_dir=tmp_path)
     sys.modules["wandb"].run = None  # with the process
     run.train(config, resume=True, quiet=True, runs_dir=tmp_path)
-    assert Wandb.made[-1].events == [("log", 9), "end", ("finish", 0)]
+    assert Wandb.made[-1].events == ["begin", ("log", 9), "end", ("finish", 0)]
 
 
 @pytest.mark.parametrize("event", ["log", "end"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from lorafocal import publish as publish_module
 from lorafocal.errors import InputError
 from lorafocal.publish import (
     RECORD,
@@ -178,7 +179,7 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: 
     publish(tmp_path / ".checkpoint-1.replaced-999", "put back")
     (tmp_path / ".checkpoint-1.replaced-999").rename(tmp_path / f".checkpoint-1.replaced-{DEAD_PID}")
     (tmp_path / f".checkpoint-2.partial-{DEAD_PID}").mkdir()
-    (tmp_path / f".manifest.json.partial-{DEAD_PID}").write_text("half")
+    (tmp_path / f".manifest.json.partial-{DEAD_PID}-0123abcd").write_text("half")
     (tmp_path / f".checkpoint-4.partial-{os.getpid()}").mkdir()  # a container gave our id to the one before us
     (tmp_path / f".checkpoint-3.partial-{os.getppid()}").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -188,6 +189,13 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: 
     assert "put back checkpoint-1" in done
     assert recover(tmp_path) == []
     assert recover(tmp_path / "absent") == []
+
+
+def test_containers_whose_programs_are_all_process_1_write_one_file_at_once(tmp_path: Path, monkeypatch) -> None:
+    file, others = tmp_path / "part", iter(["theirs"])
+    monkeypatch.setattr(publish_module, "_sync", lambda path: [write_atomically(file, other) for other in others])
+    write_atomically(file, "ours")
+    assert (names(tmp_path), file.read_text()) == (["part"], "ours")
 
 
 def test_publishing_clears_leftovers_of_its_own_target_only(tmp_path: Path) -> None:

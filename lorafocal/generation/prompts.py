@@ -126,7 +126,7 @@ def _instruction(row: Row) -> Prompt:
         )
     dataset = row.values.get("dataset")
     return Prompt(
-        _asked(row.text("instruction")),
+        _asked(*row.texts("instruction")),
         str(row.place),
         dataset=None if dataset is None else read_text(dataset, row.place.at("dataset")),
     )
@@ -137,12 +137,10 @@ def _question(row: Row) -> Prompt:
     turns = row.values.get("turns")
     if not isinstance(turns, list) or not turns:
         raise row.place.at("turns").fault("wrong_type", f"expected a list of turns, found {kind(turns)}")
-    texts = [
-        Row({"content": turn.get("content") if isinstance(turn, Mapping) else turn}, row.place.at(f"turns[{n}].")).text(
-            "content"
-        )
-        for n, turn in enumerate(turns)
-    ]
+    texts = []
+    for n, turn in enumerate(turns):
+        content = turn.get("content") if isinstance(turn, Mapping) else turn
+        texts += Row({"content": content}, row.place.at(f"turns[{n}].")).texts("content")
     return Prompt(_asked(texts[0]), str(row.place), later=tuple(texts[1:]), question_id=row.text("question_id"))
 
 

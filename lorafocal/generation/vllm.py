@@ -19,8 +19,8 @@ from lorafocal.model.quantized import prequantized
 from lorafocal.model.saved import read_config
 from lorafocal.model.serving import VLLM_RANKS, serving_notes
 
-# Not one of its own, unless somebody says otherwise: vLLM forks where CUDA is not initialised, and there CUDA does not
-# start, since this process, and libraries that it imports, have asked whether there is a GPU.
+# Not one of its own where CUDA is not initialised, unless somebody says otherwise: vLLM would fork, and there CUDA does
+# not start, since this process, and libraries that it imports, have asked whether there is a GPU.
 OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 ROOM = 16_384  # tokens of a conversation that there is memory for, at least
 CHUNK = 256  # answers that a kill loses at most; vLLM batches them as it likes
@@ -56,8 +56,15 @@ class VllmEngine(SubjectEngine):
         return [list(asks[start : start + CHUNK]) for start in range(0, len(asks), CHUNK)]
 
     def answer(self, batch: Sequence[Ask]) -> list[Completion]:
-        """One call of `LLM.generate`."""
-        outputs = self._model.generate(
+        """One call of `LLM.generate`. Raises InputError for conversations that have grown out of the room."""
+        model = self._model
+        longest = max(len(self.ids[ask.key]) for ask in batch) + self.sampling.max_new_tokens
+        if self._room is not None and self._room < longest <= (self._positions or 0):
+            raise InputError(
+                f"a conversation of several turns needs {longest} tokens, and vLLM has room for {self._room} until it"
+                " is started anew: give the same command again. It goes on from the answers that are there"
+            )
+        outputs = model.generate(
             [{"prompt_token_ids": self.ids[ask.key]} for ask in batch],
             [self._parameters(ask) for ask in batch],
             lora_request=self._adapter,
@@ -81,7 +88,8 @@ class VllmEngine(SubjectEngine):
 
     @cached_property
     def _model(self) -> Any:
-        os.environ.setdefault(OWN_PROCESS, "0")
+        if not torch.cuda.is_initialized():
+            os.environ.setdefault(OWN_PROCESS, "0")
         from vllm import LLM
 
         saved = self.subject.saved
@@ -96,10 +104,10 @@ class VllmEngine(SubjectEngine):
             **lora,
         )
 
-    @property
+    @cached_property
     def _room(self) -> int | None:
-        """Tokens of the longest conversation, with further turns: vLLM does not start on a card that has no memory for
-        one of all positions, be they 131,072."""
+        """Tokens that the longest conversation of the first turn asked for may grow to, as vLLM is started with them:
+        it does not start on a card that has no memory for one of all positions, be they 131,072."""
         longest = max(map(len, self.ids.values())) + self.sampling.max_new_tokens
         return None if self._positions is None else min(self._positions, max(ROOM, 4 * longest))
 

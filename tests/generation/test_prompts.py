@@ -67,6 +67,8 @@ def test_conversations_and_several_turns(tmp_path: Path) -> None:
         ([{"instruction": "a", "input": "b"}], "key `input`: half of what was asked"),
         ([{"prompt": CHAT[:2]}], "key `prompt`: the last message is the assistant's"),
         ([{"prompt": json.dumps(CHAT)}], "key `prompt`: a list of messages that was written as text"),
+        ([{"instruction": json.dumps(CHAT)}], "key `instruction`: a list of messages that was written as text"),
+        ([{"question_id": "q", "turns": ["a", json.dumps(CHAT)]}], r"key `turns\[1\]\.content`: a list of messages"),
         ([{"prompt": "a", "tools": ["x"]}], "rows with tools are not supported"),
         ([{"question_id": "q", "turns": []}], "key `turns`: expected a list of turns"),
         ([{"question_id": "q", "turns": [{"text": "a"}]}], r"key `turns\[0\]\.content`: expected a string"),

@@ -16,6 +16,7 @@ from peft import LoraConfig
 
 from lorafocal.errors import InputError
 from lorafocal.generation import generate
+from lorafocal.generation.asks import Ask
 from lorafocal.generation.formats import provenance_file, read_answers
 from lorafocal.generation.presets import Sampling
 from lorafocal.generation.subject import find_subject
@@ -95,7 +96,10 @@ def test_no_process_is_forked_in_which_cuda_would_not_start(
     generate(run.base, asked, out=tmp_path / "a.json", max_new_tokens=5)
     monkeypatch.setenv(OWN_PROCESS, "1")  # what somebody has set stays
     generate(run.base, asked, out=tmp_path / "b.json", max_new_tokens=5)
-    assert installed.processes == ["0", "1"]
+    monkeypatch.delenv(OWN_PROCESS)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # then vLLM spawns one, whose memory ends with it
+    generate(run.base, asked, out=tmp_path / "c.json", max_new_tokens=5)
+    assert installed.processes == ["0", "1", None]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,18 @@ def test_there_is_room_for_the_conversations_not_for_all_positions(
     engine._positions, engine.ids = positions, {(0, 0): [1] * prompt}
     assert engine._model
     assert installed.made[0]["max_model_len"] == room
+
+
+def test_a_later_turn_that_outgrows_the_room_is_told_how_to_go_on(run: SavedRun, installed: type[FakeLLM]) -> None:
+    engine = VllmEngine(find_subject(run.base), Sampling(max_new_tokens=5))
+    engine._positions, engine.ids = 131_072, {(0, 0): [1] * 10}
+    asks = [Ask(key, ({"role": "user", "content": "x"},), "row") for key in ((0, 0), (0, 1), (1, 1))]
+    assert engine.answer(asks[:1])
+    engine.ids |= {(0, 1): [1] * (ROOM - 5), (1, 1): [1] * ROOM}
+    assert engine.answer(asks[1:2])
+    with pytest.raises(InputError, match=rf"needs {ROOM + 5} tokens, .* for {ROOM} .* give the same command again"):
+        engine.answer(asks[1:])
+    assert len(installed.calls) == 2
 
 
 def test_what_vllm_would_get_wrong_is_left_to_transformers(run: SavedRun, installed: type[FakeLLM]) -> None:
