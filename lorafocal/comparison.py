@@ -98,7 +98,7 @@ class Comparison:
         """
         self._number = number
         if not self.objective.entry.whole_step:
-            return Step(tuple(map(Part, packs)), pairs, self.state)
+            return Step(tuple(Part(pack, place=place) for place, pack in enumerate(packs)), pairs, self.state)
         seen = []
         for place, pack in enumerate(packs):
             self._settle_noise(place)
@@ -116,8 +116,8 @@ class Comparison:
     def __call__(self, model: nn.Module, part: Part) -> Compared:
         """The losses of a pack's pairs, and what they are made of."""
         pack, share = part.pack, part.share
+        self._settle_noise(part.place)
         if share is not None:  # of a filler too: every rank calls the models equally often
-            self._settle_noise(part.place)
             sums = sums_of(token_logps(model, pack), pack)
             policy = of_pairs(sums, pack)
             return Compared(share.losses_of(policy, sums[2 * pack.num_pairs :]), policy, share.inputs.reference)
@@ -163,7 +163,7 @@ class Comparison:
         return Seen(inputs, of_pairs(sums, pack), None if sums_before is None else of_pairs(sums_before, pack))
 
     def _settle_noise(self, place: int) -> None:
-        """Both passes of a step over its pack `place` meet the same dropout."""
+        """Of each pack its own dropout, the same in a resumed run and in both passes of a step over it."""
         if self.noisy:
             name = f"lorafocal noise {self.seed} {self.rank} {self._number} {place}"
             torch.manual_seed(random.Random(name).getrandbits(63))

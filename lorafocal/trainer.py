@@ -24,7 +24,6 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
     TrainerState,
-    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -259,9 +258,6 @@ class FocalPOTrainer(BareTrainer):
 
     def _step(self, model: nn.Module, batch: StepBatch) -> tuple[Tensor, int]:
         """Gradients add up over packs; only the last one synchronises ranks and lets the optimiser step."""
-        if self.args.allow_dropout:
-            # so that a resumed run draws the same noise, and each rank its own
-            set_seed(self.args.seed + self.state.global_step * self.args.world_size + self.args.process_index)
         packs, step_pairs = self._in_step(batch)
         step = self.compared.step(model, packs, step_pairs, self.state.global_step)
         total = torch.zeros((), device=self.args.device)

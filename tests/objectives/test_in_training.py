@@ -179,6 +179,23 @@ def test_both_passes_of_a_step_meet_the_same_dropout_and_steps_another(tmp_path)
     assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.row("14")
+def test_each_pack_of_a_step_has_dropout_of_its_own_that_no_other_seed_or_rank_has(tmp_path):
+    """Seed and step were added up: runs of seeds side by side had each other's noise."""
+    run = trainer(tmp_path, pairs(4), allow_dropout=True, peft_config=lora(lora_dropout=0.5))
+    disturb(run.model)
+    run.model.train()
+    [pack] = run.data_collator(run.train_dataset).packs
+    seen = []
+    for seed, rank, number in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0)]:
+        run.compared.seed, run.compared.rank = seed, rank
+        step = run.compared.step(run.model, [pack, pack], 8, number)
+        seen += [run.compared(run.model, part).policy.chosen for part in step.parts]
+    again, first = seen[-2:], seen[:-2]
+    assert all(torch.equal(one, other) for one, other in zip(again, first, strict=False))
+    assert len({tuple(chosen.tolist()) for chosen in first}) == len(first) == 8
+
+
 @pytest.mark.row("F4")
 def test_a_filler_calls_the_models_as_often_as_a_pack_does(tmp_path):
     """Or ranks with a sharded model wait for each other."""
