@@ -76,7 +76,7 @@ def work_of(job: Any, *, live: bool) -> tuple[float, list[tuple[int, int, int]]]
     from shapes import config_of, lora_config
 
     from lorafocal import memory
-    from lorafocal.ops.shapes import Lengths, Setup, Shape
+    from lorafocal.memory import Lengths, Setup, Shape
 
     config = config_of(job.model)
     config.num_hidden_layers = job.layers or config.num_hidden_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,14 +18,15 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.data.packing import PairCollator, StepBatch
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError, ran_out
+from lorafocal.memory import Lengths, Setup, Shape
+from lorafocal.memory.setup import attention_on_a_gpu, count_of
 from lorafocal.model.head import causal_lm
 from lorafocal.model.master import arithmetic_of
 from lorafocal.model.quantized import quantization_of
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.ops.attention_kernels import choose
-from lorafocal.ops.shapes import Lengths, Setup, Shape, attention_on_a_gpu
 from lorafocal.tensor_files import dtype_word
-from lorafocal.together import least
+from lorafocal.together import anywhere, least
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +119,15 @@ def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPa
 
 
 def _attention_on(device: torch.device, shape: Shape, setup: Setup) -> str:
-    """As `setup` has it, but where no variable-length kernel works: then each segment's keys are repeated."""
+    """As `setup` has it, but where no variable-length kernel works: then keys are repeated, all of them at worst.
+
+    Where one rank has none, all count so: their tiers must be the same.
+    """
     if setup.attention != "flash":
         return setup.attention
     dtype: torch.dtype = getattr(torch, setup.dtype)
     found = choose(device, dtype, window=shape.sliding_window, head_dim=shape.head_dim)
-    return "repeated" if found.function is None else "flash"
+    return "repeated" if anywhere(found.function is None, device) else "flash"
 
 
 def _adapter_of(policy: PeftModel, args: FocalPOConfig) -> dict[str, Any]:
@@ -136,13 +140,8 @@ def _adapter_of(policy: PeftModel, args: FocalPOConfig) -> dict[str, Any]:
         "use_dora": adapter.use_dora,
         "dropout": adapter.lora_dropout if args.allow_dropout else 0.0,
         "modules_to_save": adapter.modules_to_save or (),
-        "trainable_tokens": _count(adapter.trainable_token_indices or ()),
+        "trainable_tokens": count_of(adapter.trainable_token_indices or ()),
     }
-
-
-def _count(tokens: Mapping[str, Sequence[int]] | Sequence[int]) -> int:
-    """Of trained tokens, as PEFT takes them: those of the embeddings, or of several modules by name."""
-    return sum(map(len, tokens.values())) if isinstance(tokens, Mapping) else len(tokens)
 
 
 def _bytes_on(device: torch.device, model: nn.Module) -> int:
@@ -161,8 +160,6 @@ def free_bytes(device: torch.device) -> float:
 def whole_bytes(device: torch.device) -> int:
     """Bytes of the device that this process may hold."""
     _, whole = torch.cuda.mem_get_info(device)
-    if not hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.8 and later
-        return whole
     return int(torch.cuda.get_per_process_memory_fraction(device) * whole)
 
 

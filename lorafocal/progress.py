@@ -184,9 +184,8 @@ class Speed(TrainerCallback):
 class ProgressLine(TrainerCallback):
     """One status line: redrawn in place on a terminal, else a plain line a logged event; nothing if `quiet`.
 
-    Speed and remaining time leave evaluation and saving out. Pairs are counted by the logged `pairs_seen`
-    (pairs so far) over the last 20 logged events, before that by `args.pairs_per_step`; a logged
-    `pairs_per_s` wins.
+    Speed and remaining time leave evaluation and saving out. Pairs a second are those that were logged last, before
+    that `args.pairs_per_step` by the time of a step.
     """
 
     def __init__(
@@ -197,7 +196,6 @@ class ProgressLine(TrainerCallback):
         self.now = now
         self.clock = StepClock()
         self.logs: Mapping[str, Any] = {}
-        self._counted: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -219,8 +217,6 @@ class ProgressLine(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self.logs = dict(logs)
-            if "pairs_seen" in logs:
-                self._counted.append((logs["pairs_seen"], self.clock.trained_s))
             if self._shown(state):
                 self._draw(args, state)
         elif logs and "eval_loss" in logs and self._shown(state):
@@ -254,9 +250,6 @@ class ProgressLine(TrainerCallback):
     def _pairs_per_s(self, args: TrainingArguments) -> float | None:
         if "pairs_per_s" in self.logs:
             return self.logs["pairs_per_s"]
-        if len(self._counted) > 1:
-            (pairs, seconds), (pairs_now, seconds_now) = self._counted[0], self._counted[-1]
-            return (pairs_now - pairs) / (seconds_now - seconds) if seconds_now > seconds else None
         pairs_per_step = getattr(args, "pairs_per_step", None)
         return pairs_per_step / self.clock.step_s if pairs_per_step and self.clock.step_s else None
 

@@ -16,7 +16,7 @@ from lorafocal.config import Config, apply_override, check_config
 from lorafocal.errors import InputError
 from lorafocal.publish import sha256
 from lorafocal.references.strategy import BASE
-from lorafocal.resume import MAY_CHANGE, MAY_MOVE, changes
+from lorafocal.resume import MAY_CHANGE, MAY_MOVE, NOTED, changes
 
 if TYPE_CHECKING:
     from lorafocal.run import RunSummary
@@ -53,7 +53,7 @@ INPUTS: Mapping[tuple[str, ...], str] = {
 """Digests that must be equal, each with what it is of and the way out."""
 
 _FURTHER = "a further adapter of the reference: reference.members=[FOLDER, ...] names those of then"
-NOTED = ("versions", "processes", "threads", "hardware", "machine")
+_TOLD = (*NOTED, "machine")
 AGAIN = "-again"
 _MISSING = object()
 
@@ -173,7 +173,7 @@ def _other_members(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[s
 
 
 def _noted(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: manifest.get(key) for key in NOTED} | {"engine": (manifest["config"].get("engine") or {}).get("kind")}
+    return {key: manifest.get(key) for key in _TOLD} | {"engine": (manifest["config"].get("engine") or {}).get("kind")}
 
 
 def _at(manifest: Mapping[str, Any], path: Sequence[str]) -> Any:

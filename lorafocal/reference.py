@@ -122,14 +122,6 @@ class AdapterReference(Reference):
             return reference_rows(self.model, pack)
 
 
-class FrozenCopyReference(AdapterReference):
-    """A frozen copy of the adapter as it was at the start, on the same base: for an adapter that is continued."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """`model` is the policy as it is called in training, `model.adapters.add_frozen_copy` done."""
-        super().__init__(model, FROZEN_COPY)
-
-
 class SeveralReference(Reference):
     """Several references on the same base as one: each answers the pack, and their log-probs are combined."""
 
@@ -216,12 +208,14 @@ def build_reference(
         return CachedReference()
     if ref_model is not None:
         return SeparateModelReference(ref_model)
-    if kind == "several" and strategy is not None:
+    if kind == "several":
+        if strategy is None:
+            raise InputError("reference is several, but nothing says of which: pass its strategy")
         names = iter(names_beside(strategy))
         live = (None if member == BASE else next(names) for member in strategy.members or ())
         members = [DisabledAdapterReference(model) if n is None else AdapterReference(model, n) for n in live]
         return SeveralReference(members, strategy)
-    return DisabledAdapterReference(model) if kind == "disabled_adapter" else FrozenCopyReference(model)
+    return DisabledAdapterReference(model) if kind == "disabled_adapter" else AdapterReference(model, FROZEN_COPY)
 
 
 def build_guide(model: nn.Module) -> Reference:

@@ -26,10 +26,11 @@ def dtype_word(dtype: torch.dtype) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file. Raises InputError where it cannot be read."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file.name} cannot be read ({error}). {WAY_OUT}") from error
+        raise InputError(f"{file} is damaged: {error}. Copy it again from where it was trained.") from error
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -291,7 +291,7 @@ GUARDS: list[Guard] = [
     Guard("61", "lorafocal.model.backends.unsloth:check_rotations", lambda _: lambda *a: None, "tests/model/backends/test_unsloth.py::test_rotations_that_were_left_uninitialised_are_refused"),
     # several adapters, bases and names from strangers
     Guard("5", "lorafocal.release.combine:concatenated", careless_release.weights_on_both_factors, "tests/release/test_combine.py::test_a_negative_weight_subtracts"),
-    Guard("6", "lorafocal.release.combine:COMBINES", lambda known: known | {"dora", "modules_to_save", "trainable_tokens"}, "tests/release/test_combine.py::test_what_is_no_sum_of_b_times_a_is_refused_by_name"),
+    Guard("6", "lorafocal.release.combine:LOW_RANK", lambda known: known | {"dora", "modules_to_save", "trainable_tokens"}, "tests/release/test_combine.py::test_what_is_no_sum_of_b_times_a_is_refused_by_name"),
     Guard("S13 9", "lorafocal.release.combine:_check_same_base", lambda _: lambda *a: None, "tests/release/test_combine.py::test_adapters_of_another_base_dtype_or_quantisation_are_refused_by_name"),
     Guard("41", "lorafocal.release.requantize:_measured", lambda _: lambda model, merge, form: merge.gate, "tests/release/test_requantize.py::test_the_cost_is_measured_on_the_files_as_a_stranger_loads_them"),
     Guard("51", "lorafocal.card:_public", lambda _: lambda value: True, "tests/test_card.py::test_data_and_recipe_come_from_the_manifest_without_places"),

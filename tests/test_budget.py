@@ -15,10 +15,10 @@ from lorafocal.arguments import FocalPOConfig
 from lorafocal.assembly import assemble_kernels
 from lorafocal.budget import settle_budget, setup_of
 from lorafocal.errors import InputError
+from lorafocal.memory import Shape
 from lorafocal.model.adapters import attach_lora
 from lorafocal.ops.attention_kernels import KernelChoice
 from lorafocal.ops.logps import LogProbHead
-from lorafocal.ops.shapes import Shape
 from tests.model.families import text_policy
 from tests.tiny import lora, pairs, tiny_base, tiny_policy, trainer
 
@@ -43,7 +43,7 @@ def gpu_with(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, max(2e12, 2 * free)))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
 
     return of
 
@@ -93,17 +93,18 @@ def test_on_a_gpu_the_budget_is_what_fits_and_a_tighter_one_recomputes(tmp_path,
     assert without.tier != "mlp"
 
 
-def test_without_a_variable_length_kernel_on_the_gpu_fewer_rows_are_taken_to_fit(tmp_path, gpu_with):
+def test_without_a_variable_length_kernel_on_a_gpu_fewer_rows_are_taken_to_fit_on_all(tmp_path, gpu_with, monkeypatch):
     policy, args = tiny_policy(dtype=torch.bfloat16), arguments(tmp_path, recompute="none")
     shape = Shape.of(policy.get_base_model().config.to_dict())
     setup = replace(setup_of(policy, args, DATA, fused=True), head_rows=ROWS)
     held = memory.gradient_bytes(shape, setup) + memory.optimizer_bytes(shape, setup, on_gpu=True)
     free = (memory.pack_bytes(shape, setup, "none", 4096) + held + 1) / (1 - memory.SLACK)
     rows = []
-    for kernel in (None, "one call"):
+    for kernel, others in ((None, False), ("one call", True), ("one call", False)):
         gpu_with(free, kernel=kernel)
+        monkeypatch.setattr(budget, "anywhere", lambda flag, device, others=others: flag or others)
         rows.append(settle_budget(policy, args, CUDA, DATA).tokens)
-    assert LONGEST < rows[0] < rows[1] == 4096
+    assert LONGEST < rows[0] == rows[1] < rows[2] == 4096
 
 
 def test_a_stated_budget_on_a_gpu_gets_a_tier_in_which_it_fits(tmp_path, gpu_with):

@@ -14,9 +14,9 @@ from lorafocal.model.adapters import FROZEN_COPY, AdapterSwitch, add_frozen_copy
 from lorafocal.ops.divergences import ComparedTokens
 from lorafocal.policy import compared_tokens, plain_attention, prepare_policy, reference_rows, token_logps
 from lorafocal.reference import (
+    AdapterReference,
     CachedReference,
     DisabledAdapterReference,
-    FrozenCopyReference,
     Reference,
     SeparateModelReference,
 )
@@ -91,7 +91,7 @@ def test_a_reference_with_a_head_of_its_own(layout: str) -> None:
             copied = logits(model)
     for reference, before in (
         (DisabledAdapterReference(model), base),
-        (FrozenCopyReference(model), copied),
+        (AdapterReference(model, FROZEN_COPY), copied),
         (SeparateModelReference(second), other),
     ):
         model.zero_grad()

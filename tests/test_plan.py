@@ -187,6 +187,12 @@ def test_a_continued_adapter_has_its_own_size(tmp_path):
     values = config().model_dump() | {"reference": {"kind": "frozen_copy"}}
     found = plan(check_config(values | {"adapter": {"start_from": str(tmp_path)}}), "1xH100")
     assert memory.adapter_parameters(found.work.shape, found.work.setup) == 32 * 8 * (2 * 4096 + 4096 + 1024)
+    stored |= {"lora_dropout": 0.1, "trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3]}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored), encoding="utf-8")
+    for allowed in (False, True):
+        adapter = {"start_from": str(tmp_path), "allow_dropout": allowed}
+        setup = plan(check_config(values | {"adapter": adapter}), "1xH100").work.setup
+        assert (setup.trainable_tokens, setup.dropout, setup.fused) == (3, 0.1 * allowed, not allowed)
     with pytest.raises(InputError, match=r"adapter.start_from.*adapter_config.json"):
         plan(check_config(values | {"adapter": {"start_from": "owner/adapter"}}), "1xH100")
 

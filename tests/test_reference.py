@@ -10,14 +10,14 @@ import torch
 
 from lorafocal.data.packing import PairCollator, share_prefixes
 from lorafocal.errors import InputError
-from lorafocal.model.adapters import add_frozen_copy, check_trainable
+from lorafocal.model.adapters import FROZEN_COPY, add_frozen_copy, check_trainable
 from lorafocal.objectives import PairLogps
 from lorafocal.policy import prepare_policy, sequence_logps
 from lorafocal.reference import (
     REFERENCES,
+    AdapterReference,
     CachedReference,
     DisabledAdapterReference,
-    FrozenCopyReference,
     build_reference,
     check_identity,
     check_ref_model,
@@ -73,7 +73,7 @@ def test_a_frozen_copy_is_the_adapter_as_it_was_to_the_last_bit(kind, dtype):
     add_frozen_copy(model)
     prepare_policy(model)
     pack = share_prefixes(pairs(6))
-    reference = FrozenCopyReference(model)
+    reference = AdapterReference(model, FROZEN_COPY)
     at_start = sequence_logps(model, pack)
     check_identity(at_start, reference.logps(pack), pack.pair_ids, kind="frozen_copy")
     disturb(model, scale=0.3)
@@ -97,7 +97,7 @@ def test_a_call_of_the_reference_leaves_what_is_trained_and_what_is_active_alone
     frozen = {name.replace(".default.", ".reference.") for name in before}
     assert trainable(model) == before == set(check_trainable(model))
     assert frozen <= dict(model.named_parameters()).keys() - before
-    for reference in (FrozenCopyReference(model), DisabledAdapterReference(model)):
+    for reference in (AdapterReference(model, FROZEN_COPY), DisabledAdapterReference(model)):
         for _ in range(3):
             assert not reference.logps(pack).chosen.requires_grad
             assert trainable(model) == before
@@ -122,7 +122,7 @@ def test_our_switch_computes_what_pefts_set_adapter_does():
     prepare_policy(model)
     disturb(model, scale=0.3)
     pack = share_prefixes(pairs(6))
-    ours = FrozenCopyReference(model).logps(pack)
+    ours = AdapterReference(model, FROZEN_COPY).logps(pack)
     model.set_adapter("reference")
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(ours, sequence_logps(model, pack), strict=True))

@@ -272,11 +272,18 @@ def test_an_architecture_that_is_not_here_is_asked_for() -> None:
         rehearse(described(model__shape={"model_type": "lama"}))
 
 
-@pytest.mark.parametrize("broken", ["{", "[" * 100_000, '{"model_type": "lama"}'], ids=["cut", "deep", "unknown"])
-def test_a_config_that_is_here_and_cannot_be_read_is_not_called_missing(tmp_path: Path, broken: str) -> None:
-    (tmp_path / "config.json").write_text(broken)
-    with pytest.raises(InputError, match=r"whose config\.json cannot be read \(.*state its values as model\.shape"):
-        rehearse(described(model={"name": str(tmp_path), "dtype": "float32"}))
+BROKEN = ("{", "[" * 100_000, '{"model_type": "lama"}', '{"model_type": "llama", "hidden_size": "x"}')
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=["cut", "deep", "unknown", "mistyped"])
+def test_a_config_that_is_here_and_cannot_be_read_is_not_called_missing(tmp_path: Path, monkeypatch, broken) -> None:
+    place = tmp_path / "models--owner--model" / "snapshots" / ("a" * 40)
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(broken)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for model in {"name": "owner/model", "revision": "a" * 40}, {"name": str(place)}:
+        with pytest.raises(InputError, match=r"whose config\.json cannot be read \(.*state its values as model\.shape"):
+            rehearse(described(model={**model, "dtype": "float32"}))
 
 
 def test_a_local_config_tells_it_and_is_held_against_the_stated_shape(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lorafocal import memory
 from lorafocal.data.packing import PairCollator
 from lorafocal.data.tokens import TokenizedPair
+from lorafocal.memory import Lengths, Setup, Shape
 from lorafocal.model.adapters import attach_lora
 from lorafocal.model.fused import fuse
 from lorafocal.model.head import causal_lm
 from lorafocal.ops import attention, logps
-from lorafocal.ops.shapes import Lengths, Setup, Shape
 from lorafocal.policy import sequence_logps
 from lorafocal.probes import choose_layout
 from lorafocal.trainer import FocalPOTrainer

@@ -7,14 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafocal.cli.options import BaseOption, JsonOption, ResultOption, finish, no_loading_bars, refuse_given
+from lorafocal.cli.options import (
+    BaseOption,
+    JsonOption,
+    ReferenceOption,
+    ResultOption,
+    finish,
+    no_loading_bars,
+    refuse_given,
+)
 from lorafocal.cli.servers import say
 from lorafocal.errors import InputError
-
-ReferenceOption = Annotated[
-    str | None,
-    typer.Option("--reference", metavar="ADAPTER_OR_MODEL", help="What rewards are relative to, if not its base."),
-]
 
 
 def rule(

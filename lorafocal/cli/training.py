@@ -64,13 +64,8 @@ def train(
     if tiny and (resume or repro):
         raise InputError(f"--tiny keeps nothing, and {'--resume' if resume else '--repro'} needs a run: leave one out")
     checked = _run_of(config, _with_engine(overrides, engine), repro)
-    _launch(None if checked.engine is None else checked.engine.kind, processes)
-    if not tiny:  # a rehearsal loads by transformers
-        _begin(checked.model.backend)
-    launch.settle_precision(checked.model.dtype)
-    launch.check_launch()
-    no_loading_bars()
-    launch.quiet_unless_main()
+    engine_kind = None if checked.engine is None else checked.engine.kind
+    _prepare(checked, engine_kind, processes, None if tiny else checked.model.backend)  # it rehearses on transformers
     for warning in checked.warnings() if launch.is_main() else []:
         typer.echo(f"warning: {warning}", err=True)
 
@@ -182,12 +177,7 @@ def cache_reference(
     from lorafocal.config import load_config
 
     checked = load_config(config, overrides or [])
-    _launch(None, processes)
-    _begin(checked.model.backend)
-    launch.settle_precision(checked.model.dtype)
-    launch.check_launch()
-    no_loading_bars()
-    launch.quiet_unless_main()
+    _prepare(checked, None, processes, checked.model.backend)
 
     from lorafocal import run
 
@@ -296,6 +286,17 @@ def _run_of(config: Path | None, overrides: list[str], repro: Path | None) -> Co
 
 def _with_engine(overrides: list[str] | None, engine: str | None) -> list[str]:
     return [*(overrides or []), *([] if engine is None else [f"engine.kind={engine}"])]
+
+
+def _prepare(config: Config, engine: str | None, processes: int | None, backend: str | None) -> None:
+    """This process among those of the launch, before any library that computes is imported, in this order."""
+    _launch(engine, processes)
+    if backend is not None:
+        _begin(backend)
+    launch.settle_precision(config.model.dtype)
+    launch.check_launch()
+    no_loading_bars()
+    launch.quiet_unless_main()
 
 
 def _launch(engine: str | None, processes: int | None) -> None:

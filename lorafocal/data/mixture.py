@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from lorafocal.data.hygiene import Key, key
 from lorafocal.data.sources import Preference, Preferences
 from lorafocal.errors import InputError
+from lorafocal.schema.steps import held_out_of
 
 MOST_COPIES = 1000
 
@@ -132,7 +133,7 @@ def held_out_pairs(size: int | float, total: int) -> int:
         raise InputError(f"held_out is {size!r}; a share is between 0 and 1, a number of pairs is whole")
     if isinstance(size, int) and not 0 < size < total:
         raise InputError(f"held_out is {size}; there are {total} pairs: give 1 to {total - 1}, or a share such as 0.05")
-    return size if isinstance(size, int) else min(max(1, round(size * total)), total - 1)
+    return held_out_of(size, total)
 
 
 def draw(seed: int, name: str) -> bytes:

@@ -39,8 +39,9 @@ from lorafocal.memory.residents import (
     trained_tensors,
     weight_bytes,
 )
-from lorafocal.memory.shards import SHARING, WHOLE, Residents, Traffic, held_dtype, residents, starting_bytes, traffic
-from lorafocal.ops.shapes import Lengths, Setup, Shape
+from lorafocal.memory.setup import WHOLE, Lengths, Setup
+from lorafocal.memory.shape import Shape
+from lorafocal.memory.shards import SHARING, Residents, Traffic, held_dtype, residents, starting_bytes, traffic
 
 __all__ = [
     "HEAD_CHUNK_ELEMENTS",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lorafocal.memory.residents import adapter_parameters
-from lorafocal.ops.shapes import WIDE, Setup, Shape
+from lorafocal.memory.setup import WIDE, Setup
+from lorafocal.memory.shape import Shape
 
 HEAD_CHUNK_ELEMENTS = 2**26  # entries of the largest logits chunk: 256 MiB in fp32
 ROW_TILE = 128  # rows of a chunk are multiples: a GPU's matrix products work in tiles of as many
@@ -68,7 +69,7 @@ def _layer_bytes(shape: Shape, setup: Setup, tier: str, layer: int) -> float:
             continue
         kept += setup.use_dora * 2 * setup.width * linear.rows  # the base's product and the adapter's
         if setup.dropout and rank and (layer or linear.reads != "normed"):  # embeddings, again, need no gradient
-            kept += linear.columns * (1 if setup.attention == "flash" else WIDE)  # the mask
+            kept += linear.columns * (WIDE if setup.attention == "sdpa" else 1)  # the mask: CUDA's kernel keeps a bool
         # PEFT casts its input for each adapter, so in bf16 every one keeps a copy; in fp32 all keep the same tensor.
         shared = linear.reads if setup.width == WIDE and not setup.dropout else name
         inputs[shared] = linear.columns

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from lorafocal.errors import InputError
 from lorafocal.memory.activations import pack_bytes, peaks
 from lorafocal.memory.operations import flops_per_pair
+from lorafocal.memory.setup import Setup
+from lorafocal.memory.shape import Shape
 from lorafocal.memory.shards import Residents
-from lorafocal.ops.shapes import Setup, Shape
 
 TIERS = ("none", "mlp", "full")
 MAX_TOKENS = 16384  # larger packs gain nothing: the matrix products are at their peak long before

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lorafocal.memory.activations import trains_head
 from lorafocal.memory.residents import low_rank_tensors
-from lorafocal.ops.shapes import Lengths, Setup, Shape
+from lorafocal.memory.setup import Lengths, Setup
+from lorafocal.memory.shape import Shape
 
 
 def flops_per_pair(

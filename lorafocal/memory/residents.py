@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorafocal.ops.shapes import WIDE, Linear, Setup, Shape
+from lorafocal.memory.setup import WIDE, Setup
+from lorafocal.memory.shape import Linear, Shape
 from lorafocal.references.strategy import BASE
 
 

@@ -18,7 +18,8 @@ from lorafocal.memory.residents import (
     trained_tensors,
     weight_bytes,
 )
-from lorafocal.ops.shapes import WIDE, Setup, Shape
+from lorafocal.memory.setup import WHOLE, WIDE, Setup
+from lorafocal.memory.shape import Shape
 
 LIVE_PARAMETERS = 10**9  # entries that ZeRO-3 keeps whole at a time: `stage3_max_live_parameters`
 BUCKET_ENTRIES = 50_000_000  # that DeepSpeed is told to reduce, or fetch ahead, at a time: 200 MB in fp32
@@ -34,7 +35,6 @@ class Sharing:
     masters: bool = False
 
 
-WHOLE = ("one-process", "ddp")  # every GPU holds everything
 SHARING = {
     "one-process": Sharing(),
     "ddp": Sharing(),

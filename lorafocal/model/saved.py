@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -27,7 +25,7 @@ from lorafocal.model.quantized import dequantized_weight, prequantized, settle, 
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.objectives import OBJECTIVES
 from lorafocal.run_folder import ADAPTER_CONFIG, CONFIG_FILE, MODEL_DIR, check_there, run_of
-from lorafocal.tensor_files import PEFT_PREFIX
+from lorafocal.tensor_files import PEFT_PREFIX, read_tensors
 from lorafocal.yaml12 import parse_yaml
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -133,7 +131,7 @@ def put_on(base: PreTrainedModel, folder: Path, config: LoraConfig, *, trainable
 
 def exchange_adapter(policy: PeftModel, folder: Path, adapter: str = "default") -> None:
     """Give an `adapter` of `policy` the values of another one of its configuration, in place; strict (row 53)."""
-    stored = _read_tensors(folder / WEIGHTS_FILE)
+    stored = read_tensors(folder / WEIGHTS_FILE)
     expected = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
     _check_tensors(folder / WEIGHTS_FILE, stored, expected)
     set_peft_model_state_dict(policy, stored, adapter_name=adapter)
@@ -371,13 +369,6 @@ def _check_places(folder: Path, policy: PeftModel) -> None:
                 f"{folder}: the adapter changes {name}, which is not an inner linear layer, and no other is opened"
                 " here. Use the adapter as it is, with PEFT"
             )
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged: {error}. Copy it again from where it was trained.") from error
 
 
 def _check_tensors(path: Path, stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

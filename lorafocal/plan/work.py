@@ -17,13 +17,13 @@ from lorafocal.compatibility import stored_as
 from lorafocal.config import Config
 from lorafocal.errors import InputError
 from lorafocal.memory import Lengths, Setup, Shape
+from lorafocal.memory.setup import attention_on_a_gpu, count_of
 from lorafocal.objectives import OBJECTIVES
-from lorafocal.ops.shapes import attention_on_a_gpu
 from lorafocal.run_folder import ADAPTER_CONFIG
 from lorafocal.schema import Adapter, Model, Reference
-from lorafocal.schema.steps import pairs_left
+from lorafocal.schema.steps import held_out_of, pairs_left, part_of
 
-TYPICAL = Lengths(200, 305, 305)  # UltraFeedback's means
+TYPICAL = Lengths()  # UltraFeedback's means
 TYPICAL_PAIRS, TYPICAL_HELD_OUT = 61_135, 2_000  # binarised UltraFeedback's splits
 COUNTED_BELOW = {".jsonl": 2**28, ".parquet": 2**36}  # bytes of a file whose rows are counted
 READ_BELOW = 2**26  # of one that must be read for it
@@ -117,7 +117,7 @@ def _pairs(config: Config, stated: int | None, assumed: list[str]) -> tuple[int,
         assumed.append(f"data: {counted:,} pairs, as in binarised UltraFeedback; data.train is not here to be counted")
     share = config.data.held_out
     if share is not None:
-        held_out = round(share * counted) if share < 1 else round(share)
+        held_out = held_out_of(share, counted)
         return (counted if stated else max(1, counted - held_out)), held_out
     if config.data.eval is None:
         return counted, 0
@@ -139,8 +139,7 @@ def _after_steps(config: Config, pairs: int, assumed: list[str]) -> int:
 def _steps_an_epoch(config: Config, pairs: int) -> int:
     """Optimiser steps of one pass over the pairs, where each of several stages ends with a short one."""
     stages, pairs_per_step = config.stages or 1, config.training.pairs_per_step
-    sizes = ((number + 1) * pairs // stages - number * pairs // stages for number in range(stages))
-    return sum(math.ceil(size / pairs_per_step) for size in sizes)
+    return sum(math.ceil(len(part_of(take, stages, pairs)) / pairs_per_step) for take in range(1, stages + 1))
 
 
 def _typical(max_length: int, assumed: list[str]) -> Lengths:
@@ -169,7 +168,7 @@ def shape_of(config: Config) -> Shape:
     """From `model.shape`, or the base's config.json on this machine. Raises InputError where there is neither."""
     if config.model.shape is not None:
         return Shape.of(config.model.shape)
-    file = _config_of(config.model)
+    file = config_here(config.model)
     if file is None:
         raise InputError(
             f"model.shape is missing, and the config.json of {config.model.name} is not on this machine, so the model's"
@@ -180,7 +179,7 @@ def shape_of(config: Config) -> Shape:
     return Shape.of(_mapping(file))
 
 
-def _config_of(model: Model) -> Path | None:
+def config_here(model: Model) -> Path | None:
     """The base's config.json in its folder or in the hub's cache: nothing is asked of a network."""
     file = Path(model.name) / "config.json"
     if file.is_file():
@@ -212,7 +211,7 @@ def setup_of(config: Config, lengths: Lengths) -> Setup:
 
 def _held_as(config: Config) -> str | None:
     """What is asked for, or what the base's weights are stored as."""
-    file = None if config.model.quantization is not None else _config_of(config.model)
+    file = None if config.model.quantization is not None else config_here(config.model)
     if file is None:
         return config.model.quantization
     stated = _mapping(file).get("quantization_config")
@@ -230,9 +229,9 @@ def _compared(reference: Reference | None) -> dict[str, Any]:
 def _adapter(adapter: Adapter) -> dict[str, Any]:
     """What the arithmetic asks of an adapter: a fresh one's settings, or those of the one that is continued."""
     names = ("r", "targets", "rank_pattern", "use_dora", "modules_to_save")
-    found = {name: getattr(adapter, name) for name in names}
     if adapter.start_from is not None:
-        found = _stored_adapter(Path(adapter.start_from))
+        return _stored_adapter(Path(adapter.start_from), allow_dropout=adapter.allow_dropout)
+    found = {name: getattr(adapter, name) for name in names}
     return found | {"dropout": adapter.dropout, "trainable_tokens": len(adapter.trainable_tokens)}
 
 
@@ -256,7 +255,7 @@ def _not_counted(shape: Shape, setup: Setup) -> Iterator[str]:
             )
 
 
-def _stored_adapter(folder: Path) -> dict[str, Any]:
+def _stored_adapter(folder: Path, *, allow_dropout: bool) -> dict[str, Any]:
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise InputError(
@@ -273,6 +272,8 @@ def _stored_adapter(folder: Path) -> dict[str, Any]:
         "rank_pattern": stored.get("rank_pattern") or {},
         "use_dora": bool(stored.get("use_dora")),
         "modules_to_save": stored.get("modules_to_save") or (),
+        "dropout": stored.get("lora_dropout", 0.0) if allow_dropout else 0.0,
+        "trainable_tokens": count_of(stored.get("trainable_token_indices") or ()),
     }
 
 

@@ -22,6 +22,7 @@ from lorafocal.model.load import DTYPES, check_place, check_shape, planned
 from lorafocal.model.quantized import prequantized
 from lorafocal.model.shrunk import build, shrunk
 from lorafocal.optimizers import UNPAGED
+from lorafocal.plan.work import config_here
 from lorafocal.rehearsal.adapter import adapter_section, first_adapter, fitted, layer_names, look_up_tokens
 
 STEPS, PAIRS_PER_STEP = 3, 4
@@ -116,10 +117,10 @@ def architecture(config: Config) -> tuple[PreTrainedConfig, str | None]:
         check_place(name)
     try:
         found = AutoConfig.from_pretrained(name, revision=config.model.revision, local_files_only=True)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, StrictDataclassError) as error:
         if shape is None:
-            missing = isinstance(error, OSError) and not (Path(name) / "config.json").is_file()
-            why = "is not on this machine" if missing else f"cannot be read ({first_line(error)})"
+            here = config_here(config.model) is not None
+            why = f"cannot be read ({first_line(error)})" if here else "is not on this machine"
             raise InputError(
                 f"a rehearsal must know the architecture of {name}, whose config.json {why}: state its"
                 f" values as model.shape, model_type first, or fetch that one file (`{config.model.fetched}`)"

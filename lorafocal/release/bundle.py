@@ -26,7 +26,7 @@ from lorafocal.release.survival import survival_table
 from lorafocal.versions import __version__
 
 GATE_FILE, MANIFEST_FILE = "gate.json", "manifest.json"
-RULE = "rms(merged - live) <= max_drift * rms(live - reference) + 1e-6 * rms(live)"
+RULE = f"rms(merged - live) <= max_drift * rms(live - reference) + {verify.NOISE:g} * rms(live)"
 
 
 def write_bundle(

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafocal.card import CARD_FILE, adapter_card
-from lorafocal.compatibility import STARTS
 from lorafocal.errors import InputError
 from lorafocal.lineage import COMBINED, BaseIdentity, Lineage
 from lorafocal.model.adapters import features
@@ -27,10 +26,8 @@ from lorafocal.model.save import in_order, in_words
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held
 from lorafocal.model.serving import serving_section
 from lorafocal.publish import full_disk_named, sha256
-from lorafocal.release.deltas import LowRank, changes
+from lorafocal.release.deltas import LOW_RANK, LowRank, changes
 from lorafocal.tensor_files import PEFT_PREFIX, check_saved
-
-COMBINES = frozenset(("lora", "rslora", "patterns", *STARTS))  # what is a change of the form scaling * B A, no more
 
 
 def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: Path) -> Path:
@@ -74,7 +71,7 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
 
 def factors(saved: SavedAdapter) -> dict[str, LowRank]:
     """The changes of an adapter by its layers' names. Raises InputError by the name of what is no change B A."""
-    more = sorted(features(saved.config) - COMBINES)
+    more = sorted(features(saved.config) - LOW_RANK)
     if more:
         raise InputError(
             f"{saved.folder}: the adapter uses {', '.join(more)}, which no sum of B A can hold. Merge it alone"

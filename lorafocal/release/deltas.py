@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from lorafocal.compatibility import STARTS
 from lorafocal.errors import InputError
 from lorafocal.model.dora import row_norms
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter
@@ -22,6 +23,7 @@ from lorafocal.tensor_files import PEFT_PREFIX, read_tensors
 
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+LOW_RANK = frozenset(("lora", "rslora", "patterns", *STARTS))  # features that change a weight by scaling * B A, no more
 
 
 class Change(Protocol):

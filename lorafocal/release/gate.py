@@ -19,11 +19,10 @@ from torch import Tensor
 from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.objectives.inputs import PairLogps
+from lorafocal.release.verify import NOISE as FLOAT32_NOISE
 
 # At most a tenth of what was learned may be lost, as 90% of a layer's delta must survive its cast (row 43).
 MAX_DRIFT = 0.1
-# Two float32 ways to the same log-prob differ by this share of it; below, nothing can be told apart.
-FLOAT32_NOISE = 1e-6
 
 
 class GateFailure(InputError):

@@ -20,22 +20,21 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from lorafocal import budget
-from lorafocal.compatibility import STARTS
 from lorafocal.model.adapters import features
 from lorafocal.model.load import DTYPES, load_base, local_device
 from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, open_adapter, put_on, read_config
+from lorafocal.release.deltas import LOW_RANK
 from lorafocal.release.shards import Checkpoint
 from lorafocal.release.skeleton import Skeleton, skeleton
 from lorafocal.tensor_files import PEFT_PREFIX, read_tensors
 
-_STREAMS = frozenset(("lora", "rslora", "patterns", *STARTS))  # what sees a weight through its layer's forward only
 _ROOM = 1.2  # memory that scoring takes, in units of the weights'
 
 
 def open_live(saved: SavedAdapter, dtype: str) -> tuple[PeftModel, tuple[str, ...]]:
     """`open_adapter`, its layers left on disk where they do not fit; and a note where that is so."""
     on_disk = None
-    if saved.quantization is None and features(saved.config) <= _STREAMS:
+    if saved.quantization is None and features(saved.config) <= LOW_RANK:
         on_disk = too_big(saved.base, saved.revision, held_in=saved.dtype, dtype=dtype)
     if on_disk is None:
         return open_adapter(saved, dtype=dtype), ()

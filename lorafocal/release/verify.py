@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-NOISE = 1e-6  # two float32 ways to one log-prob differ by this share of it
+NOISE = 1e-6  # two float32 ways to one log-prob differ by this share of it: below, nothing can be told apart
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PAIRS = "pairs.jsonl"  # the publisher's data: the one file that may be held back
 OF_A_COPY = (".gitattributes", ".git/", ".cache/huggingface/")  # what a hub or git adds, and nothing here reads

@@ -186,5 +186,15 @@ def pairs_left(steps: Sequence[Step] | None, pairs: int) -> int:
             keep = step.select.keep
             pairs = round(keep * pairs) if isinstance(keep, float) else min(keep, pairs)
         if step.chunk is not None:
-            pairs = step.chunk.take * pairs // step.chunk.of - (step.chunk.take - 1) * pairs // step.chunk.of
+            pairs = len(part_of(step.chunk.take, step.chunk.of, pairs))
     return max(1, pairs)
+
+
+def held_out_of(size: int | float, pairs: int) -> int:
+    """How many of `pairs` a number or a share of them holds out: of a share one at least, and not all."""
+    return size if isinstance(size, int) else min(max(1, round(size * pairs)), pairs - 1)
+
+
+def part_of(take: int, of: int, count: int) -> range:
+    """The places of the `take`-th of `of` parts of `count` pairs, whose sizes differ by one at most."""
+    return range((take - 1) * count // of, take * count // of)

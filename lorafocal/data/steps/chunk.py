@@ -8,6 +8,7 @@ from lorafocal.data.mixture import draw
 from lorafocal.data.sources import Preference
 from lorafocal.data.steps.outcome import Outcome
 from lorafocal.errors import InputError
+from lorafocal.schema.steps import part_of
 
 
 def chunk(pairs: Sequence[Preference], *, take: int, of: int, seed: int | None, ordered: bool, where: str) -> Outcome:
@@ -18,7 +19,7 @@ def chunk(pairs: Sequence[Preference], *, take: int, of: int, seed: int | None, 
     """
     rows = range(len(pairs))
     places = list(rows) if ordered else sorted(rows, key=lambda row: draw(seed or 0, f"chunk {pairs[row].id}"))
-    mine = set(places[(take - 1) * len(pairs) // of : take * len(pairs) // of])
+    mine = {places[place] for place in part_of(take, of, len(pairs))}
     if not mine:
         raise InputError(f"{where}: chunk {take} of {of} of {len(pairs)} pairs is empty; use fewer chunks")
     how = "of the order" if ordered else "drawn at random"
