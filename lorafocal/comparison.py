@@ -67,8 +67,8 @@ class Comparison:
 
     `kind` is the reference's (`reference.REFERENCES`), None for an objective without one; `ref_model` may be exchanged
     for what an engine holds in its place; `strategy` says what else belongs to the kind. `noisy`: dropout is allowed.
-    It is the policy's alone: the reference has none, in no layer. `seed` is that of an objective's draws, `state` what
-    the steps so far have left to it.
+    It is the policy's alone: the reference has none, in no layer. `seed` is that of an objective's draws and of the
+    noise, `state` what the steps so far have left to it.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Comparison:
             return Step(tuple(Part(pack, place=place) for place, pack in enumerate(packs)), pairs, self.state)
         seen = []
         for place, pack in enumerate(packs):
-            self._settle_noise(place)
+            self._settle_noise(model, place)
             seen.append(self.seen(model, pack).inputs)
         real = [inputs for inputs, pack in zip(seen, packs, strict=True) if not is_filler(pack)]
         device = packs[0].input_ids.device  # a rank without pairs has a filler
@@ -116,7 +116,7 @@ class Comparison:
     def __call__(self, model: nn.Module, part: Part) -> Compared:
         """The losses of a pack's pairs, and what they are made of."""
         pack, share = part.pack, part.share
-        self._settle_noise(part.place)
+        self._settle_noise(model, part.place)
         if share is not None:  # of a filler too: every rank calls the models equally often
             sums = sums_of(token_logps(model, pack), pack)
             policy = of_pairs(sums, pack)
@@ -162,9 +162,9 @@ class Comparison:
         )
         return Seen(inputs, of_pairs(sums, pack), None if sums_before is None else of_pairs(sums_before, pack))
 
-    def _settle_noise(self, place: int) -> None:
+    def _settle_noise(self, model: nn.Module, place: int) -> None:
         """Of each pack its own dropout, the same in a resumed run and in both passes of a step over it."""
-        if self.noisy:
+        if self.noisy and model.training:
             name = f"lorafocal noise {self.seed} {self.rank} {self._number} {place}"
             torch.manual_seed(random.Random(name).getrandbits(63))
 

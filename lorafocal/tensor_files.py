@@ -29,8 +29,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a file. Raises InputError where it cannot be read."""
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} is damaged: {error}. Copy it again from where it was trained.") from error
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged: {error}. Copy it again from where it was written.") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror or error})") from error
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -70,7 +70,7 @@ def check_same(given: Mapping[str, Any]) -> None:
         if others := [rank for rank, number in enumerate(numbers) if number != numbers[0]]:
             raise InputError(
                 f"rank {others[0]} has another {name} than rank 0, and they would train as one: give all machines the"
-                " same config, overrides and data, and the same base (of a hub's state `model.revision`)"
+                " same config, overrides, data, adapters and base (of a hub's state `model.revision`)"
             )
 
 

@@ -154,7 +154,6 @@ def test_a_step_before_the_clock_is_needed(harness, monkeypatch):
         importlib.import_module("bench_step").main(["--dry-run", "--warmup", "0"])
 
 
-@pytest.mark.engine
 def test_the_sample_of_a_file_makes_as_much_work_as_the_file_does(monkeypatch):
     """Seen where it matters: what rows and their squares, padded and not, the steps after the warm-up compute."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -177,6 +176,7 @@ def test_the_sample_of_a_file_makes_as_much_work_as_the_file_does(monkeypatch):
     assert sorted(away(inputs.shuffled(400, seed, 0)[:24]) for seed in range(9))[4] > 0.1  # what chance gives
 
 
+@pytest.mark.engine
 def test_a_run_is_a_process_of_its_own(harness, at):
     answer = harness.worker("bench_packing", {"fill": "ours", "budget": 8, "steps": [[3, 5, 4, 4]]}, at)
     assert answer["share filled"] == 1.0

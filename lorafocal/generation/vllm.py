@@ -62,7 +62,8 @@ class VllmEngine(SubjectEngine):
         if self._room is not None and self._room < longest <= (self._positions or 0):
             raise InputError(
                 f"a conversation of several turns needs {longest} tokens, and vLLM has room for {self._room} until it"
-                " is started anew: give the same command again. It goes on from the answers that are there"
+                " is started anew: give the same command again, in a new process. It goes on from the answers that are"
+                " there"
             )
         outputs = model.generate(
             [{"prompt_token_ids": self.ids[ask.key]} for ask in batch],

@@ -194,6 +194,9 @@ def test_each_pack_of_a_step_has_dropout_of_its_own_that_no_other_seed_or_rank_h
     again, first = seen[-2:], seen[:-2]
     assert all(torch.equal(one, other) for one, other in zip(again, first, strict=False))
     assert len({tuple(chosen.tolist()) for chosen in first}) == len(first) == 8
+    before = torch.get_rng_state()
+    run.compared(run.model.eval(), step.parts[0])  # without dropout nothing is drawn, and others' draws are left alone
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.row("F4")

@@ -126,6 +126,14 @@ def test_an_adapter_that_is_not_finite_is_not_packaged(run: SavedRun, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_adapter_is_to_be_copied_again(run: SavedRun, tmp_path: Path) -> None:
+    file = shutil.copytree(run.folder, tmp_path / "run") / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is damaged: .*Copy it again"):
+        export(file.parent, tmp_path / "out", form="adapter")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_kill_before_the_last_file_leaves_nothing_under_the_name(
     run: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
