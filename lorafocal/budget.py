@@ -119,7 +119,7 @@ def setup_of(policy: nn.Module, args: FocalPOConfig, pairs: Sequence[TokenizedPa
 
 
 def _attention_on(device: torch.device, shape: Shape, setup: Setup) -> str:
-    """As `setup` has it, but where no variable-length kernel works: then keys are repeated, all of them at worst.
+    """Collective: as `setup` has it, but where no variable-length kernel works: then keys are repeated, all at worst.
 
     Where one rank has none, all count so: their tiers must be the same.
     """
