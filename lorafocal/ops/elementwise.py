@@ -83,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    return ((wide * rstd[:, None]).to(weight.dtype) * weight).to(x.dtype), rstd
+    return (wide * rstd[:, None]).to(weight.dtype).mul_(weight).to(x.dtype), rstd
 
 
 def rms_norm_backward(upstream: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
@@ -91,19 +91,25 @@ def rms_norm_backward(upstream: Tensor, x: Tensor, weight: Tensor, rstd: Tensor)
     normal = x.to(rstd.dtype) * rstd[:, None]
     to_normal = upstream.to(rstd.dtype) * weight
     along = (to_normal * normal).mean(-1, keepdim=True)
-    return ((to_normal - normal * along) * rstd[:, None]).to(x.dtype)
+    return to_normal.sub_(normal.mul_(along)).mul_(rstd[:, None]).to(x.dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, H, D) turned by cos, sin (T, D), in x's dtype; halves are paired, as transformers' `rotate_half` does."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    half, sin = x.shape[-1] // 2, sin[:, None]
+    turned = x * cos[:, None]
+    turned[..., :half].sub_(x[..., half:] * sin[..., :half])
+    turned[..., half:].add_(x[..., :half] * sin[..., half:])
+    return turned
 
 
 def rope_backward(upstream: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Gradient towards x, (T, H, D): the transpose of `rope`, whatever cos and sin hold."""
-    first, second = (upstream * sin[:, None]).chunk(2, dim=-1)
-    return upstream * cos[:, None] + torch.cat((second, -first), dim=-1)
+    half, sin = upstream.shape[-1] // 2, sin[:, None]
+    to_x = upstream * cos[:, None]
+    to_x[..., :half].add_(upstream[..., half:] * sin[..., half:])
+    to_x[..., half:].sub_(upstream[..., :half] * sin[..., :half])
+    return to_x
 
 
 GEGLU = Gated(geglu, geglu_backward_)

@@ -3,7 +3,8 @@
 `token_logps_plain` is the definition. `token_logps` equals it and works in row chunks: a matrix product, a fold
 (`head_fold_`, or a kernel of the same signature) and, where a gradient is wanted, a second product. With a frozen head
 the gradient of a row does not depend on the loss: d logp / d hidden = (onehot(label) - softmax) W, so it is computed
-in the forward, kept in the hidden dtype, and only scaled in the backward: two matrix products, no recompute.
+in the forward, kept in the hidden dtype, and only scaled in the backward: two matrix products, no recompute. On a CPU
+`tiled_head` does all three a tile of the vocabulary at a time.
 
 Where asked, the fold also fills in each row's collision: log sum_v softmax_v^2, of two draws being the same token.
 """
@@ -23,6 +24,9 @@ from torch.nn.functional import linear, log_softmax
 
 from lorafocal.memory import HEAD_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from lorafocal.memory import ROW_TILE
+from lorafocal.ops.tiled_head import ELEMENTS as TILE_ELEMENTS
+from lorafocal.ops.tiled_head import ROWS as TILED_ROWS
+from lorafocal.ops.tiled_head import TiledHead
 
 if TYPE_CHECKING:
     from lorafocal.ops.elementwise import Elementwise
@@ -177,7 +181,11 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, transform, rows, fold, collisions):  # type: ignore[no-untyped-def]
-        head = Head.of(hidden, weight, bias, transform, fold)
+        head: Head | TiledHead
+        if hidden.device.type == "cpu" and fold is head_fold_:  # any other fold is somebody's choice
+            head, rows = _tiled(hidden, weight, bias, transform, rows), TILED_ROWS
+        else:
+            head = Head.of(hidden, weight, bias, transform, fold)
         logps = torch.empty(hidden.shape[0], dtype=head.wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in chunks(hidden, rows):
@@ -194,6 +202,12 @@ class _FrozenHeadLogps(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         scaled = None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)
         return scaled, None, None, None, None, None, None, None
+
+
+def _tiled(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, rows: int) -> TiledHead:
+    """The head in tiles of no more elements than `rows` rows of logits have."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return TiledHead(rounded_as(weight, hidden), bias, transform, wide, min(TILE_ELEMENTS, rows * len(weight)))
 
 
 class _TrainedHeadLogps(torch.autograd.Function):
