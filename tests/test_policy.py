@@ -202,6 +202,7 @@ def test_the_head_sees_completions_only_and_a_chunk_at_a_time(layout, monkeypatc
     pack = share_prefixes(batch) if layout == "packed" else pad_sequences(batch)
     assert len(pack.index.labels) > 2 * rows
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 97 * rows)
+    monkeypatch.setattr(logps, "takes_tiles", lambda *_: False)  # as on a GPU
     largest, scored = 0, 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -221,11 +221,16 @@ def test_nothing_from_the_first_layer_on_waits_for_the_device(tmp_path) -> None:
 
 
 @pytest.mark.row("36")
-def test_logits_are_never_there_beyond_a_chunk(tmp_path, monkeypatch) -> None:
-    """Neither forward nor backward; the head's weight, whose other side is the hidden size, was there before."""
+@pytest.mark.parametrize("tiles", [True, False])
+def test_logits_are_never_there_beyond_a_chunk(tmp_path, monkeypatch, tiles) -> None:
+    """Neither forward nor backward, and in tiles none as wide as the vocabulary; the head's weight, whose other side is
+    the hidden size, was there before."""
     run = run_of(tmp_path)
+    if not tiles:
+        monkeypatch.setattr(logps, "takes_tiles", lambda *_: False)  # as on a GPU
     answers = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in PAIRS)
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 64 * VOCABULARY)
     with Counter() as counter:
         step(run)
-    assert 0 < counter.largest(VOCABULARY) <= 64 * VOCABULARY < answers * VOCABULARY / 10
+    most = counter.largest(VOCABULARY)
+    assert most == 0 if tiles else 0 < most <= 64 * VOCABULARY < answers * VOCABULARY / 10

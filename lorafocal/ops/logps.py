@@ -182,7 +182,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, transform, rows, fold, collisions):  # type: ignore[no-untyped-def]
         head: Head | TiledHead
-        if hidden.device.type == "cpu" and fold is head_fold_:  # any other fold is somebody's choice
+        if takes_tiles(hidden, fold):
             head, rows = _tiled(hidden, weight, bias, transform, rows), TILED_ROWS
         else:
             head = Head.of(hidden, weight, bias, transform, fold)
@@ -202,6 +202,11 @@ class _FrozenHeadLogps(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         scaled = None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)
         return scaled, None, None, None, None, None, None, None
+
+
+def takes_tiles(hidden: Tensor, fold: HeadFold) -> bool:
+    """Whether a frozen head's logits come in tiles of the vocabulary: on a CPU, where no other fold was asked for."""
+    return hidden.device.type == "cpu" and fold is head_fold_
 
 
 def _tiled(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, rows: int) -> TiledHead:

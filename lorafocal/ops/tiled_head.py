@@ -37,10 +37,8 @@ class TiledHead:
         self, hidden: Tensor, labels: Tensor, collisions: Tensor | None, *, differentiated: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs (n,) and, where asked, their gradients towards the hidden rows, (n, D); fills in `collisions`."""
-        if not 0 <= labels.min() <= labels.max() < len(self.weight):
-            raise IndexError(f"labels from {labels.min()} to {labels.max()} under a head of {len(self.weight)} tokens")
         hidden = hidden.to(self.wide)
-        carried = _Carried.of(hidden, labels, squared=collisions is not None, drawn=differentiated)
+        carried = _Carried.of(hidden, labels, len(self.weight), squared=collisions is not None, drawn=differentiated)
         for start, logits, rows in self._tiles(hidden):
             carried.add(start, logits, rows, self.transform)
         if collisions is not None:
@@ -80,11 +78,13 @@ class _Carried:
     drawn: Tensor | None  # sum_v exp(logit_v - top) slope_v W_v, (n, D)
 
     @classmethod
-    def of(cls, hidden: Tensor, labels: Tensor, *, squared: bool, drawn: bool) -> _Carried:
-        zero = hidden.new_zeros(len(hidden), 1)
+    def of(cls, hidden: Tensor, labels: Tensor, vocabulary: int, *, squared: bool, drawn: bool) -> _Carried:
+        labels = labels[:, None]
+        nothing = hidden.new_zeros(1, 1).expand(len(hidden), vocabulary)  # one number
+        zero = nothing.gather(1, labels)  # refuses a label that no tile has
         lowest = torch.full_like(zero, torch.finfo(zero.dtype).min)  # finite: a tile may hold -inf alone
         return cls(
-            labels[:, None], lowest, zero.clone(), zero, torch.ones_like(zero),
+            labels, lowest, zero.clone(), zero, torch.ones_like(zero),
             zero.clone() if squared else None, torch.zeros_like(hidden) if drawn else None,
         )  # fmt: skip
 

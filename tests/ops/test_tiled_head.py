@@ -80,11 +80,12 @@ def test_in_float32_tiles_are_as_exact_as_chunks(far):
 
 @pytest.mark.parametrize("label", [-1, 31])
 def test_a_label_that_the_head_has_not_is_refused(label):
-    """In tiles it would be found nowhere, and its log-prob would be of no token."""
+    """No tile has it, and its log-prob would be of no token; said as of chunks, without a look at the labels."""
     hidden, weight, labels, _ = inputs()
     labels[3] = label
-    with pytest.raises(IndexError, match="under a head of 31 tokens"):
-        token_logps(hidden, weight, labels)
+    for more in ({}, {"fold": by_chunks}):
+        with pytest.raises(RuntimeError, match=f"index {label} is out of bounds for dimension 1 with size 31"):
+            token_logps(hidden, weight, labels, **more)
 
 
 @pytest.mark.row("36")
