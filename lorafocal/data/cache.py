@@ -121,7 +121,7 @@ def _canonical(content: Any) -> bytes:
 def write_entry(folder: Path, key: str, data: TokenizedData, preferences: Sequence[Preference]) -> None:
     """Keeps `data` under `key`. Rows are named by number: their places may be others the next time."""
     folder.mkdir(parents=True, exist_ok=True)
-    row_of_place = {preference.place or preference.id: row for row, preference in enumerate(preferences)}
+    row_of_place = {preference.where: row for row, preference in enumerate(preferences)}
     tensors: dict[str, Any] = {}
     for side in SIDES:
         tensors |= _joined(side, [getattr(pair, side) for pair in data.pairs])
@@ -161,10 +161,7 @@ def read_entry(folder: Path, key: str, preferences: Sequence[Preference]) -> Tok
     except (OSError, ValueError, SafetensorError):
         return None
     counts = entry["counts"]
-    examples = {
-        reason: [preferences[row].place or preferences[row].id for row in rows]
-        for reason, rows in counts["examples"].items()
-    }
+    examples = {reason: [preferences[row].where for row in rows] for reason, rows in counts["examples"].items()}
     pairs = _pairs(tensors, counts["pairs"])
     if "others" in counts:
         pairs = _with_others(pairs, tensors, counts["others"])

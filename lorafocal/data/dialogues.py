@@ -47,7 +47,7 @@ def dialogue_texts(chats: Sequence[Any], renderer: Renderer) -> list[DialogueTex
     for chat in chats:
         if any(answer[place]["role"] != "assistant" for answer in (chat.chosen, chat.rejected) for place in (0, -1)):
             raise InputError(
-                f"{chat.place or chat.id}: a completion of several turns begins and ends with a message of the "
+                f"{chat.where}: a completion of several turns begins and ends with a message of the "
                 "assistant's: move what comes before into the prompt, and leave out what comes behind"
             )
     ends = [end for chat in chats for answer in (chat.chosen, chat.rejected) for end in _ends(chat.prompt, answer)]

@@ -31,7 +31,7 @@ def texts_apart(preferences: Sequence[Preference], encoder: Encoder) -> list[Tex
     """Plain text as it is; of a conversation the prompt and each answer, rendered one by one."""
     if several := next(filter(has_several_turns, preferences), None):
         raise InputError(
-            f"{several.place or several.id}: truncation: recipe makes ids as its era did, which knew answers of one "
+            f"{several.where}: truncation: recipe makes ids as its era did, which knew answers of one "
             "message, and this one has several turns; use another truncation, or leave such rows out"
         )
     chats = [preference for preference in preferences if is_conversation(preference)]
@@ -65,7 +65,7 @@ def conversation_apart(
     for text in (prompt, *whole):
         if isinstance(text, Fault):
             return text
-    place = chat.place or chat.id
+    place = chat.where
     chosen, rejected = (answer_apart(f"{prompt}", *texts, renderer, place) for texts in zip(alone, whole, strict=True))
     asked = [message for message in chat.prompt if message["role"] != "assistant"]
     for messages, text in ((asked, f"{prompt}"), (chat.chosen, chosen), (chat.rejected, rejected)):

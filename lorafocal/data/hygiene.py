@@ -47,7 +47,7 @@ def drop_duplicates(preferences: Preferences, *, on_bad_row: OnBadRow = "drop") 
             return None
         return (
             "duplicate",
-            f"the same pair as {where(earlier)}; remove one (to count it twice, give its source a weight)",
+            f"the same pair as {earlier.where}; remove one (to count it twice, give its source a weight)",
         )
 
     return sift(preferences, verdict, on_bad_row)
@@ -61,7 +61,7 @@ def drop_contradictions(preferences: Preferences, *, on_bad_row: OnBadRow = "dro
         swapped = judged.get((key(pair.prompt), key(pair.rejected), key(pair.chosen)))
         if swapped is None or key(pair.chosen) == key(pair.rejected):
             return None
-        return "contradiction", f"judged the other way round in {where(swapped)}; remove the wrong one of the two"
+        return "contradiction", f"judged the other way round in {swapped.where}; remove the wrong one of the two"
 
     return sift(preferences, verdict, on_bad_row)
 
@@ -74,7 +74,7 @@ def drop_unranked(preferences: Preferences, kind: str = "gap", *, on_bad_row: On
 
     def verdict(pair: Preference) -> Verdict:
         if unusable := unusable_scores(pair, kind):
-            raise InputError(f"{where(pair)}: {unusable}")
+            raise InputError(f"{pair.where}: {unusable}")
         if found := misranked(pair, kind):
             return "not_scored_higher", f"scores {found}; remove the row"
         return None
@@ -90,7 +90,7 @@ def drop_overlap(train: Preferences, held_out: Preferences, *, on_bad_row: OnBad
         twin = kept_back.get(key(pair.prompt))
         if twin is None:
             return None
-        return "in_held_out", f"its prompt is also held out ({where(twin)}); remove it from one of the two"
+        return "in_held_out", f"its prompt is also held out ({twin.where}); remove it from one of the two"
 
     return sift(train, verdict, on_bad_row)
 
@@ -123,7 +123,7 @@ def sift(preferences: Preferences, verdict: Callable[[Preference], Verdict], on_
         if found is None:
             pairs.append(pair)
         else:
-            leave_out(RowFault(where(pair), *found), bad_rows, on_bad_row)
+            leave_out(RowFault(pair.where, *found), bad_rows, on_bad_row)
     if bad_rows and not pairs:
         raise nothing_left("the pairs that were read", bad_rows)
     return Preferences(pairs, [*preferences.bad_rows, *bad_rows], preferences.form)
@@ -136,8 +136,3 @@ def key(side: Side) -> Key:
     if len(side) == 1:
         return (side[0]["content"].strip(),)
     return tuple((message["role"], message["content"].strip()) for message in side)
-
-
-def where(pair: Preference) -> str:
-    """Where a pair was read; a pair made by hand has an id only."""
-    return pair.place or pair.id

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lorafocal.data.hygiene import key, where
+from lorafocal.data.hygiene import key
 from lorafocal.data.places import BadRow, printable
 from lorafocal.data.sources import Preference, nearest
 from lorafocal.data.steps.flip import swapped
@@ -35,7 +35,7 @@ def line_of(pair: Preference) -> str:
     """The line of a list that names `pair`. Raises InputError for an id that no line can hold."""
     if not pair.id.strip() or set(pair.id) & set("\n\r\t"):
         raise InputError(
-            f"{where(pair)}: its id {printable(pair.id)!r} cannot stand in a line of a list; give the rows ids without"
+            f"{pair.where}: its id {printable(pair.id)!r} cannot stand in a line of a list; give the rows ids without"
             " tabs and line feeds"
         )
     return f"{pair.id}\t{digest(pair)}"
@@ -86,7 +86,7 @@ def named_pairs(
 
 def bad_row(pair: Preference, path: Path) -> BadRow:
     """A pair that the list names, among the rows left out."""
-    return BadRow(where(pair), REASON, f"{path.name} names them (data.leave_out)")
+    return BadRow(pair.where, REASON, f"{path.name} names them (data.leave_out)")
 
 
 def _checked(named: Named, path: Path, pairs: Mapping[str, Preference], kept_back: Collection[str], flips: bool) -> str:
@@ -103,7 +103,7 @@ def _checked(named: Named, path: Path, pairs: Mapping[str, Preference], kept_bac
         )
     if named.digest not in (None, digest(pair), *([digest(swapped(pair))] if flips else [])):
         raise InputError(
-            f"{place} is another pair now than when the list was written (it is {where(pair)}): the rows have changed"
+            f"{place} is another pair now than when the list was written (it is {pair.where}): the rows have changed"
             " since. Make the list again, or give the rows ids of their own"
         )
     return pair.id

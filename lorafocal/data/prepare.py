@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafocal.data import leave_out
 from lorafocal.data.cache import cached_tokenization, default_folder
 from lorafocal.data.hub import check_revision, is_hub_id, read_source
-from lorafocal.data.hygiene import clean, drop_overlap, drop_unranked, where
+from lorafocal.data.hygiene import clean, drop_overlap, drop_unranked
 from lorafocal.data.mixture import grouped_by_source, join, split_held_out, weigh
 from lorafocal.data.needs import check_columns, check_like_training
 from lorafocal.data.places import BadRow, OnBadRow
@@ -256,7 +256,7 @@ def _tokenized(section: Data, rows: _Rows, tokenizer: PreTrainedTokenizerBase, o
         "chat_template_kwargs": section.chat_template_kwargs or None,
     }
     if objective is not None:
-        check_columns(weighted.pairs, where, objective)
+        check_columns(weighted.pairs, lambda pair: pair.where, objective)
     if objective is not None and objective.others:
         options["others"] = True
     if section.cache:

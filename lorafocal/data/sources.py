@@ -57,6 +57,11 @@ class Preference:
     group: str | None = None
     embedding: tuple[float, ...] | None = None
 
+    @property
+    def where(self) -> str:
+        """Where it was read; a pair made by hand has an id only."""
+        return self.place or self.id
+
 
 @dataclass(frozen=True, slots=True)
 class Preferences:

@@ -180,8 +180,7 @@ def is_conversation(preference: Preference) -> bool:
     """Whether all three are message lists; they are strings otherwise, and no mixture."""
     texts = [isinstance(side, str) for side in (preference.prompt, preference.chosen, preference.rejected)]
     if any(texts) and not all(texts):
-        where = preference.place or preference.id
-        raise InputError(f"{where}: strings and message lists are mixed; give all three in the same form")
+        raise InputError(f"{preference.where}: strings and message lists are mixed; give all three in the same form")
     return not any(texts)
 
 
@@ -244,7 +243,7 @@ def answer_text(chat: Preference, answer: Messages, asked: str, full: str, rende
     text = cut_after_turn(added_text(chat, answer, asked, full, renderer), renderer)
     if not text.endswith(renderer.control_tokens):
         raise InputError(
-            f"{chat.place or chat.id}: the chat template ends the assistant's turn with {text[-20:]!r}, not with a "
+            f"{chat.where}: the chat template ends the assistant's turn with {text[-20:]!r}, not with a "
             "special token, so a model would not learn to stop; use a tokenizer whose template writes eos_token "
             "after that message"
         )
@@ -298,7 +297,7 @@ def prompt_not_kept(chat: Preference, answer: Messages, asked: str, full: str, r
     else:
         way_out = "Set a chat template whose conversation begins with its prompt"
     return InputError(
-        f"{chat.place or chat.id}: the chat template does not keep its prompt when the answer follows: it writes "
+        f"{chat.where}: the chat template does not keep its prompt when the answer follows: it writes "
         f"{asked[same : same + 40]!r} before an answer, but {full[same : same + 40]!r} in the whole "
         f"conversation. {way_out}"
     )

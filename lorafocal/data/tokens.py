@@ -187,7 +187,7 @@ def tokenize_preferences(
     for start in range(0, len(preferences), CHUNK):
         chunk = preferences[start : start + CHUNK]
         for preference, tokenized in zip(chunk, tokenize_rows(chunk, encoder, reading, others), strict=True):
-            place = preference.place or preference.id
+            place = preference.where
             if isinstance(tokenized, Fault):
                 data.drop(place, tokenized)
                 continue
@@ -350,7 +350,7 @@ def tokenized_pair(
     ended = reading.ends(text, chosen, rejected, encoder)
     if isinstance(ended, Fault):
         return ended
-    check_one_bos(ended[0], preference.place or preference.id, encoder.tokenizer)
+    check_one_bos(ended[0], preference.where, encoder.tokenizer)
     pair = TokenizedPair(preference.id, *ended, preference.score_chosen, preference.score_rejected)
     return pair, chosen.merged or rejected.merged
 
@@ -368,7 +368,7 @@ def tokenized_dialogue(
     (chosen, chosen_turns), (rejected, rejected_turns) = sides
     if encoder.forges(text.prompt, chosen.prompt_ids):
         return Fault("control_tokens")
-    check_one_bos(chosen.prompt_ids, preference.place or preference.id, encoder.tokenizer)
+    check_one_bos(chosen.prompt_ids, preference.where, encoder.tokenizer)
     pair = TokenizedPair(
         preference.id,
         chosen.prompt_ids,

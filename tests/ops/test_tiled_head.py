@@ -31,6 +31,10 @@ def test_whatever_the_tiles_the_result_is_the_definition(transform, width):
     """Tiles of one token, of some that do not divide the vocabulary, of a multiple of columns, of all."""
     hidden, weight, labels, bias = inputs(23, 9, 157)
     expected, found = both(hidden, weight, labels, bias, transform, elements=23 * width)
+    alone, _ = TiledHead(weight, bias, transform, torch.float64, 23 * width).score(
+        hidden, labels, None, differentiated=False
+    )
+    assert torch.equal(alone, found[0])  # the reference's, which must be the policy's at the start
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 

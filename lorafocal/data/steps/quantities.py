@@ -20,7 +20,6 @@ from typing import Any
 
 from lorafocal.bounds import is_number
 from lorafocal.data.forms import Side
-from lorafocal.data.hygiene import where as place_of
 from lorafocal.data.leave_out import digest as stamp_of
 from lorafocal.data.messages import said_in
 from lorafocal.data.places import printable
@@ -63,7 +62,7 @@ def values_of(pairs: Sequence[Preference], name: str, scores: Path | None, where
     if missing := [pair for pair in pairs if pair.id not in found]:
         raise InputError(
             f"{where}.scores: {scores} has no scores of {len(missing)} of {len(pairs)} pairs, the first"
-            f" {printable(missing[0].id)!r} ({place_of(missing[0])}); score the training pairs as they are now,"
+            f" {printable(missing[0].id)!r} ({missing[0].where}); score the training pairs as they are now,"
             " or say unscored: leave_out (scoring leaves out pairs over the length limit, as training does)"
         )
     read = _reader(name, scores, where)
@@ -107,7 +106,7 @@ def _reader(name: str, path: Path, where: str) -> Callable[[Preference, Mapping[
             return -value
         how = "with its answers exchanged" if stamp == stamp_of(swapped(pair)) else "with other texts"
         raise InputError(
-            f"{where}.scores: {path} scored {printable(pair.id)!r} {how} ({place_of(pair)}); score the training"
+            f"{where}.scores: {path} scored {printable(pair.id)!r} {how} ({pair.where}); score the training"
             " pairs as they are now"
         )
 
@@ -118,7 +117,7 @@ def _score_gap(pair: Preference, where: str) -> float:
     if pair.score_chosen is None or pair.score_rejected is None:
         lacking = "score_rejected" if pair.score_rejected is None else "score_chosen"
         raise InputError(
-            f"{where}: score_gap needs both scores of every pair, and {place_of(pair)} has no {lacking}; give every row"
+            f"{where}: score_gap needs both scores of every pair, and {pair.where} has no {lacking}; give every row"
             " both (columns: names them where they are called otherwise)"
         )
     return pair.score_chosen - pair.score_rejected
