@@ -194,7 +194,8 @@ def test_the_pad_token_changes_no_bit_of_loss_or_gradient():
 
 @pytest.mark.row("36")
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_the_head_sees_completions_only_and_a_chunk_at_a_time(layout, monkeypatch):
+@pytest.mark.parametrize("tiles", [True, False])
+def test_the_head_sees_completions_only_and_a_chunk_at_a_time(layout, tiles, monkeypatch):
     """A scored and differentiated pack makes no tensor of more vocabulary rows than one chunk holds."""
     model, rows = tiny_policy(), 40
     prepare_policy(model, layout=layout)
@@ -202,7 +203,8 @@ def test_the_head_sees_completions_only_and_a_chunk_at_a_time(layout, monkeypatc
     pack = share_prefixes(batch) if layout == "packed" else pad_sequences(batch)
     assert len(pack.index.labels) > 2 * rows
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 97 * rows)
-    monkeypatch.setattr(logps, "takes_tiles", lambda *_: False)  # as on a GPU
+    if not tiles:
+        monkeypatch.setattr(logps, "takes_tiles", lambda *_: False)  # as on a GPU
     largest, scored = 0, 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -212,7 +214,7 @@ def test_the_head_sees_completions_only_and_a_chunk_at_a_time(layout, monkeypatc
             for tensor in torch.utils._pytree.tree_leaves(out):
                 if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (97,):
                     largest = max(largest, tensor.numel() // 97)
-            if function is torch.ops.aten.mm.default and out.shape[1] == 97:
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out) and out.shape[1] == 97:
                 scored += out.shape[0]
             return out
 

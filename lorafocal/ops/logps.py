@@ -4,7 +4,7 @@
 (`head_fold_`, or a kernel of the same signature) and, where a gradient is wanted, a second product. With a frozen head
 the gradient of a row does not depend on the loss: d logp / d hidden = (onehot(label) - softmax) W, so it is computed
 in the forward, kept in the hidden dtype, and only scaled in the backward: two matrix products, no recompute. On a CPU
-`tiled_head` does all three a tile of the vocabulary at a time.
+a frozen head's chunk of rows is done a tile of the vocabulary at a time, by `tiled_head`.
 
 Where asked, the fold also fills in each row's collision: log sum_v softmax_v^2, of two draws being the same token.
 """
@@ -24,8 +24,8 @@ from torch.nn.functional import linear, log_softmax
 
 from lorafocal.memory import HEAD_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from lorafocal.memory import ROW_TILE
-from lorafocal.ops.tiled_head import ELEMENTS as TILE_ELEMENTS
-from lorafocal.ops.tiled_head import ROWS as TILED_ROWS
+from lorafocal.ops.tiled_head import ROWS as TILE_ROWS
+from lorafocal.ops.tiled_head import WIDTH as TILE_WIDTH
 from lorafocal.ops.tiled_head import TiledHead
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def token_logps(
     `collisions` is overwritten with `token_collisions_plain`, which is never differentiated.
 
     At most one (rows_per_chunk, V) tensor of logits is alive at a time, in forward and backward, and where the fold
-    makes them its error in the weight's dtype and a soft-cap's slope. Products are accumulated in fp32 or wider.
+    makes them its error in the weight's dtype and a soft-cap's slope; on a CPU, under a frozen head, one tile of no
+    more elements. Products are accumulated in fp32 or wider.
     """
     rows = rows_per_chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -183,7 +184,9 @@ class _FrozenHeadLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, bias, transform, rows, fold, collisions):  # type: ignore[no-untyped-def]
         head: Head | TiledHead
         if takes_tiles(hidden, fold):
-            head, rows = _tiled(hidden, weight, bias, transform, rows), TILED_ROWS
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            head = TiledHead(rounded_as(weight, hidden), bias, transform, wide)
+            rows = min(TILE_ROWS, max(rows, rows * len(weight) // TILE_WIDTH))
         else:
             head = Head.of(hidden, weight, bias, transform, fold)
         logps = torch.empty(hidden.shape[0], dtype=head.wide, device=hidden.device)
@@ -207,12 +210,6 @@ class _FrozenHeadLogps(torch.autograd.Function):
 def takes_tiles(hidden: Tensor, fold: HeadFold) -> bool:
     """Whether a frozen head's logits come in tiles of the vocabulary: on a CPU, where no other fold was asked for."""
     return hidden.device.type == "cpu" and fold is head_fold_
-
-
-def _tiled(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, rows: int) -> TiledHead:
-    """The head in tiles of no more elements than `rows` rows of logits have."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return TiledHead(rounded_as(weight, hidden), bias, transform, wide, min(TILE_ELEMENTS, rows * len(weight)))
 
 
 class _TrainedHeadLogps(torch.autograd.Function):

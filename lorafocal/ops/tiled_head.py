@@ -3,7 +3,8 @@
 The softmax is carried from one tile to the next (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867,
 algorithm 3), and with it sum_v softmax_v W_v, of which the gradient towards the hidden rows is made. Logits of all
 rows by the vocabulary would each be written to main memory, to pages that the system has to clear before, and read
-from there by every pass of the fold; a tile's never leave the cache.
+from there by every pass of the fold; a tile's need not leave the cache. Tiles are as wide whatever the number of rows,
+so that a row's numbers do not depend on how many stand beside it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lorafocal.ops.logps import LogitTransform
 
-ROWS = 2048  # at a time: more do not make a product faster
-ELEMENTS = 2**20  # of a tile: 4 MiB in fp32
-COLUMN_TILE = 64  # columns of a tile are multiples
+ROWS = 2048  # of a tile at most: more do not make a product faster
+WIDTH = 512  # tokens of a tile: 4 MiB in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class TiledHead:
     bias: Tensor | None  # (V,)
     transform: LogitTransform
     wide: torch.dtype  # of products, sums and log-probs
-    elements: int = ELEMENTS  # of a tile
+    width: int = WIDTH  # tokens of a tile
 
     def score(
         self, hidden: Tensor, labels: Tensor, collisions: Tensor | None, *, differentiated: bool
@@ -45,12 +45,14 @@ class TiledHead:
             collisions.copy_(carried.collisions)
         if carried.drawn is None:
             return carried.logps, None
-        of_label = self.weight[labels].to(self.wide) * carried.slope
-        return carried.logps, of_label.sub_(carried.drawn.div_(carried.total)).mul_(self.transform.scale)
+        of_label = self.weight[labels].to(self.wide)
+        if carried.slope is not None:
+            of_label = of_label * carried.slope
+        return carried.logps, (of_label - carried.drawn.div_(carried.total)).mul_(self.transform.scale)
 
     def _tiles(self, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first token, its logits (n, width) before the transform, the head's rows (width, D)); memory is reused."""
-        vocabulary, width = len(self.weight), self._width(len(hidden))
+        vocabulary, width = len(self.weight), min(self.width, len(self.weight))
         space = hidden.new_empty(len(hidden) * width)
         for start in range(0, vocabulary, width):
             rows = self.weight[start : start + width].to(self.wide)
@@ -60,22 +62,18 @@ class TiledHead:
                 logits += self.bias[start : start + width]
             yield start, logits, rows
 
-    def _width(self, rows: int) -> int:
-        most = max(1, self.elements // rows)
-        return min(most // COLUMN_TILE * COLUMN_TILE or most, len(self.weight))
-
 
 @dataclass(slots=True)
 class _Carried:
     """The softmax of n rows over the tiles so far."""
 
-    labels: Tensor  # (n, 1), as are the next five
+    labels: Tensor  # (n, 1), as is all but `drawn`
     top: Tensor  # the largest logit
     total: Tensor  # sum_v exp(logit_v - top)
     picked: Tensor  # the label's logit, once its tile has come
-    slope: Tensor  # of the transform there
     squares: Tensor | None  # sum_v exp(logit_v - top)^2
     drawn: Tensor | None  # sum_v exp(logit_v - top) slope_v W_v, (n, D)
+    slope: Tensor | None = None  # of the transform at the label, where it has one
 
     @classmethod
     def of(cls, hidden: Tensor, labels: Tensor, vocabulary: int, *, squared: bool, drawn: bool) -> _Carried:
@@ -84,8 +82,8 @@ class _Carried:
         zero = nothing.gather(1, labels)  # refuses a label that no tile has
         lowest = torch.full_like(zero, torch.finfo(zero.dtype).min)  # finite: a tile may hold -inf alone
         return cls(
-            labels, lowest, zero.clone(), zero, torch.ones_like(zero),
-            zero.clone() if squared else None, torch.zeros_like(hidden) if drawn else None,
+            labels, lowest, zero.clone(), zero, zero.clone() if squared else None,
+            torch.zeros_like(hidden) if drawn else None,
         )  # fmt: skip
 
     def add(self, start: int, logits: Tensor, rows: Tensor, transform: LogitTransform) -> None:
@@ -104,7 +102,8 @@ class _Carried:
         if self.squares is not None:
             self.squares.mul_(shrunk.square()).add_(weights.norm(dim=1, keepdim=True).square_())
         if slope is not None:
-            self.slope = torch.where(here, slope.gather(1, column), self.slope)
+            at_label = slope.gather(1, column)
+            self.slope = at_label if self.slope is None else torch.where(here, at_label, self.slope)
             weights.mul_(slope)
         if self.drawn is not None:
             self.drawn.mul_(shrunk).addmm_(weights, rows)
