@@ -186,7 +186,7 @@ def head_under_autocast(head: Any, hidden: Any) -> Any:
 
     flat = hidden.reshape(-1, hidden.shape[-1])
     flat = flat if head.rows is None else flat[head.rows]
-    return token_logps(flat, head.weight, head.labels, head.bias, head.transform)[None]
+    return token_logps(flat, head.weight, head.labels, head.bias, head.transform, fold=head.fold)[None]
 
 
 def every_row_through_the_head(head: Any, hidden: Any) -> Any:
