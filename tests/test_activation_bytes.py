@@ -47,6 +47,12 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@pytest.fixture(autouse=True)
+def _a_call_a_segment(monkeypatch):
+    """As on a GPU, which the arithmetic is for: blocks of rows keep less."""
+    monkeypatch.setattr(attention, "ROW_BLOCKS", None)
+
+
 def pack(count: int = 2) -> Pack:
     sizes = (int(AT.prompt), int(AT.chosen), int(AT.rejected))
     pairs = [TokenizedPair(str(i), *([2 + i + j] * size for j, size in enumerate(sizes))) for i in range(count)]

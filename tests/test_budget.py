@@ -237,7 +237,7 @@ def test_a_trainer_says_how_it_computes(tmp_path):
     assert run.budget.tokens == run.data_collator.tokens_per_pack == 2048
     assert run.kernels["recomputed"] == "gate and up"
     assert "2048 token rows" in run.kernels["packs"]
-    assert run.kernels["attention"].startswith("SDPA per segment")
+    assert run.kernels["attention"] == "blocks of rows (on cpu)"
     assert run.kernels["compiled"] == "no"
     padded = trainer(tmp_path, DATA, layout="padded", compile_layers=True)
     assert padded.kernels["attention"].startswith("transformers' sdpa")

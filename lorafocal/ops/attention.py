@@ -6,9 +6,10 @@ chosen answer. That is plain causal attention over two segments a pair:
     queries [prompt | chosen]  on keys [prompt | chosen]
     queries [rejected]         on keys [prompt | rejected]   (gathered; masks aligned at the bottom right)
 
-`shared_prefix_attention_plain` is the definition, with the whole (T, T) mask. On a CPU, and in fp32, each segment is
-one SDPA call (a plain softmax where a model caps its scores or has sinks, which SDPA knows nothing of); on a GPU in
-half precision all of them are one call of a variable-length kernel (`attention_kernels.py`).
+`shared_prefix_attention_plain` is the definition, with the whole (T, T) mask. On a GPU in half precision all segments
+are one call of a variable-length kernel (`attention_kernels.py`), on a CPU in fp32 blocks of rows (`row_blocks.py`);
+elsewhere each is one SDPA call, or a plain softmax where a model caps its scores or has sinks, which SDPA knows nothing
+of.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import AttentionInterface
 from lorafocal.errors import InputError
 from lorafocal.ops.attention_kernels import (
     HALF,
+    ROW_BLOCKS,
     Kernel,
     KernelChoice,
     Needs,
@@ -31,6 +33,7 @@ from lorafocal.ops.attention_kernels import (
     choose,
 )
 from lorafocal.ops.plain_attention import softmax_attention
+from lorafocal.ops.row_blocks import row_block_attention
 from lorafocal.ops.segments import PairSpan, Segments, segments_of, visible
 
 SHARED_PREFIX_ATTENTION = "lorafocal_shared_prefix"
@@ -163,10 +166,12 @@ def attend(
     if window is not None and window >= segments.longest_key:
         window = None
     options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap, "sinks": sinks}
-    kernel = choice_for(query, value, window=window, softcap=softcap, sinks=sinks).function
-    if kernel is None:
+    choice = choice_for(query, value, window=window, softcap=softcap, sinks=sinks)
+    if choice == ROW_BLOCKS:
+        return row_block_attention(query, key, value, segments, scaling=scaling)
+    if choice.function is None:
         return sdpa_shared_prefix_attention(query, key, value, segments, **options)
-    return varlen_shared_prefix_attention(query, key, value, segments, kernel=kernel, **options)
+    return varlen_shared_prefix_attention(query, key, value, segments, kernel=choice.function, **options)
 
 
 def choice_for(

@@ -1,8 +1,9 @@
-"""Which variable-length attention kernel a GPU gets, and why: torch's own, or flash-attn 2, 3 or 4 where installed.
+"""What attends in packs, and why: on a GPU torch's variable-length kernel, or flash-attn 2, 3 or 4 where installed.
 
 None is a dependency. A wheel that does not import, lacks what the model asks for, or computes something else (masks
 aligned at the top left, windows counted otherwise) is passed over with one line, and each segment is then one call of
-torch's SDPA, or of a plain softmax where scores are capped or have sinks.
+torch's SDPA, or of a plain softmax where scores are capped or have sinks. On a CPU blocks of rows attend, where nothing
+but causal masks is asked for, in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lorafocal.ops.plain_attention import causal_mask, softmax_attention
 from lorafocal.versions import installed
 
 HALF = (torch.bfloat16, torch.float16)
+WIDE = (torch.float32, torch.float64)
 
 # What a broken build raises when it is imported or called: compilers of kernels have classes of their own.
 BROKEN: tuple[type[Exception], ...] = (Exception,)
@@ -103,7 +105,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
-    """What attends in packs: `function`, or None for a call a segment; `reason` is one line."""
+    """What attends in packs: `function`, or None for what needs no such kernel; `reason` is one line."""
 
     name: str
     function: Kernel | None
@@ -135,8 +137,13 @@ def all_of(layers: Iterable[KernelChoice]) -> KernelChoice:
     return KernelChoice(" and ".join(names), None, "; ".join(reasons))
 
 
+ROW_BLOCKS = KernelChoice("blocks of rows", None, "on cpu")
+
+
 @cache
 def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> KernelChoice:
+    if device.type == "cpu" and dtype in WIDE and needs == Needs():
+        return ROW_BLOCKS
     if device.type != "cuda":
         return a_call_a_segment(needs, f"on {device.type}")
     if dtype not in HALF:

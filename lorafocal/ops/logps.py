@@ -169,8 +169,9 @@ def first_order(method: _Method) -> _Method:
     def first(ctx: Any, *upstream: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "log-prob heads and fused functions have no second derivative, which `create_graph=True` asks for:"
-                " compute it with the model's own logits, and after `lorafocal.model.fused.unfuse(policy)`"
+                "log-prob heads, fused functions and attention in packs have no second derivative, which"
+                " `create_graph=True` asks for: compute it with the model's own logits, inside"
+                " `lorafocal.policy.plain_attention(policy)` and after `lorafocal.model.fused.unfuse(policy)`"
             )
         return plain(ctx, *upstream)
 

@@ -12,6 +12,7 @@ import torch
 
 from lorafocal.ops.attention import PairSpan, Segments, shared_prefix_attention_plain, varlen_shared_prefix_attention
 from lorafocal.ops.attention_kernels import (
+    ROW_BLOCKS,
     TRIED,
     Kernel,
     Needs,
@@ -268,6 +269,13 @@ def test_without_such_a_kernel_caps_and_sinks_are_written_out(monkeypatch):
     choice = first(torch_varlen, flash_attn_2, needs=Needs(softcap=True))
     assert (choice.name, choice.function) == ("softmax per segment", None)
     assert "has no soft-capped scores" in choice.reason
+
+
+def test_cpus_take_blocks_of_rows_where_the_dtype_is_wide_and_nothing_else_is_asked():
+    assert choose(CPU, torch.float32) == choose(CPU, torch.float64) == ROW_BLOCKS
+    assert str(ROW_BLOCKS) == "blocks of rows (on cpu)"
+    assert choose(CPU, torch.float32, window=3).name == "SDPA per segment"
+    assert choose(CPU, torch.float32, softcap=1.0).name == "softmax per segment"
 
 
 def test_cpus_and_wide_dtypes_take_a_call_a_segment():
