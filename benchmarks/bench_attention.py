@@ -57,8 +57,20 @@ def measure(settings: dict[str, Any]) -> Result:
 
 
 def _packed(lengths: Lengths, device: str) -> tuple[int, int, Attention]:
-    """Ours: (batch, rows, function)."""
+    """Ours, whichever it takes here: (batch, rows, function)."""
     from lorafocal.ops.attention import attend
+
+    return _over_segments(attend, lengths, device)
+
+
+def _segments(lengths: Lengths, device: str) -> tuple[int, int, Attention]:
+    """The same packs, one SDPA call a segment."""
+    from lorafocal.ops.attention import sdpa_shared_prefix_attention
+
+    return _over_segments(sdpa_shared_prefix_attention, lengths, device)
+
+
+def _over_segments(attend: Any, lengths: Lengths, device: str) -> tuple[int, int, Attention]:
     from lorafocal.ops.segments import PairSpan, Segments
 
     spans, start = [], 0
@@ -105,9 +117,10 @@ def _flex(lengths: Lengths, device: str) -> tuple[int, int, Attention]:
     return 1, rows, lambda query, key, value: compiled(query, key, value, block_mask=mask, enable_gqa=True)
 
 
-ATTENTIONS = {"packed": _packed, "padded": _padded, "flex": _flex}
+ATTENTIONS = {"packed": _packed, "segments": _segments, "padded": _padded, "flex": _flex}
 CASES = (
     (OURS, "packed", "prefix shared, two segments a pair"),
+    ("torch", "segments", "SDPA, prefix shared, a call a segment"),
     ("torch", "padded", "SDPA, padded, each prompt twice"),
     ("torch", "flex", "FlexAttention, prefix shared, packed"),
 )

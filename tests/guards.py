@@ -168,6 +168,7 @@ GUARDS: list[Guard] = [
     Guard("19", "lorafocal.data.packing:pad_sequences", lambda _: careless.left_padded, "tests/test_policy.py::test_learned_positions_are_counted_from_the_start_of_each_sequence"),
     Guard("19", "lorafocal.data.packing:share_prefixes", careless.running_positions, "tests/test_policy.py::test_scores_and_gradients_equal_one_sequence_at_a_time_in_float64"),
     Guard("27", "lorafocal.data.packing:pad_sequences", careless.masks_from_ids, "tests/test_policy.py::test_the_pad_token_changes_no_bit_of_loss_or_gradient"),
+    Guard("20", "lorafocal.ops.attention:sdpa_shared_prefix_attention", lambda _: careless.leaking_attention, "tests/test_policy.py::test_a_changed_neighbour_moves_the_others_by_exactly_nothing"),
     Guard("20", "lorafocal.ops.attention:row_block_attention", lambda _: careless.leaking_attention, "tests/test_policy.py::test_a_changed_neighbour_moves_the_others_by_exactly_nothing"),
     Guard("20", "lorafocal.probes:check_neighbours", lambda _: lambda *a: None, "tests/test_probes.py::test_a_leak_between_neighbours_is_found"),
     Guard("F12 20", "lorafocal.probes:choose_layout", lambda _: careless.unproven_layout, "tests/test_trainer.py::test_a_model_that_packs_would_get_wrong_trains_padded_or_is_refused_before_the_first_step"),

@@ -198,7 +198,7 @@ def test_a_leak_between_neighbours_is_found(monkeypatch):
 
     model = tiny_policy()
     prepare_policy(model)
-    monkeypatch.setattr(attention, "sdpa_shared_prefix_attention", leaky)
+    monkeypatch.setattr(attention, "row_block_attention", leaky)
     with pytest.raises(InputError, match="moved another pair"):
         check_packing(model)
 

@@ -195,7 +195,7 @@ def test_with_a_store_no_reference_forward_is_run_and_one_a_pack_without(tmp_pat
 @pytest.mark.parametrize("keys", ["sdpa", "repeated", "blocks"])
 @pytest.mark.parametrize("tier", ["none", "mlp"])
 def test_a_pack_keeps_no_more_bytes_than_the_planner_says(tier, keys, monkeypatch) -> None:
-    """Blocks of rows keep less than a call a segment: neither sums of scores nor prompts beside rejected answers."""
+    """Blocks of rows keep less than a call a segment: no outputs, sums of scores or prompts beside rejected answers."""
     monkeypatch.setattr(attention, "_takes_groups", lambda *given: keys == "sdpa")
     if keys != "blocks":
         a_call_a_segment(monkeypatch)
@@ -213,8 +213,10 @@ def test_a_pack_keeps_no_more_bytes_than_the_planner_says(tier, keys, monkeypatc
     word = "sdpa" if keys == "blocks" else keys
     planned = memory.activation_bytes_per_token(SHAPE, Setup(dtype="float32", r=R, attention=word, lengths=mean), tier)
     assert kept.chosen.requires_grad
-    assert live / pack.num_rows <= planned + 48  # ids, positions and sums of tokens, which the planner leaves out
-    assert live / pack.num_rows >= planned * (0.6 if keys == "blocks" else 0.9)
+    least, most = (0.75, 0.9) if keys == "blocks" else (0.9, 1.0)
+    left_out = 48  # ids, positions and sums of tokens
+    assert live / pack.num_rows <= planned * most + left_out
+    assert live / pack.num_rows >= planned * least
 
 
 def test_nothing_from_the_first_layer_on_waits_for_the_device(tmp_path) -> None:
@@ -236,12 +238,13 @@ def test_nothing_from_the_first_layer_on_waits_for_the_device(tmp_path) -> None:
 
 
 @pytest.mark.row("36")
-@pytest.mark.parametrize("tiles", [True, False])
-def test_logits_are_never_there_beyond_a_chunk(tmp_path, monkeypatch, tiles) -> None:
+@pytest.mark.parametrize(("tiles", "blocks"), [(True, True), (True, False), (False, False)])
+def test_logits_are_never_there_beyond_a_chunk(tmp_path, monkeypatch, tiles, blocks) -> None:
     """Neither forward nor backward, and in tiles none as wide as the vocabulary; the head's weight, whose other side is
     the hidden size, was there before."""
     run = run_of(tmp_path)
-    a_call_a_segment(monkeypatch)  # blocks have memory of that form as well
+    if not blocks:
+        a_call_a_segment(monkeypatch)
     if not tiles:
         monkeypatch.setattr(logps, "takes_tiles", lambda *_: False)  # as on a GPU
     answers = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in PAIRS)
@@ -251,4 +254,5 @@ def test_logits_are_never_there_beyond_a_chunk(tmp_path, monkeypatch, tiles) -> 
     tile = max(shape[0] for shape in counter.shapes if len(shape) == 1)  # its memory has no other form
     most = counter.largest(VOCABULARY)
     assert (most == 0) is tiles
-    assert 32 * VOCABULARY < (tile if tiles else most) <= 64 * VOCABULARY < answers * VOCABULARY / 10
+    if not blocks:  # whose scores have memory of that form as well
+        assert 32 * VOCABULARY < (tile if tiles else most) <= 64 * VOCABULARY < answers * VOCABULARY / 10

@@ -7,9 +7,9 @@ chosen answer. That is plain causal attention over two segments a pair:
     queries [rejected]         on keys [prompt | rejected]   (gathered; masks aligned at the bottom right)
 
 `shared_prefix_attention_plain` is the definition, with the whole (T, T) mask. On a GPU in half precision all segments
-are one call of a variable-length kernel (`attention_kernels.py`), on a CPU in fp32 blocks of rows (`row_blocks.py`);
-elsewhere each is one SDPA call, or a plain softmax where a model caps its scores or has sinks, which SDPA knows nothing
-of.
+are one call of a variable-length kernel (`attention_kernels.py`); on a CPU in fp32 or wider they attend in blocks of
+rows (`row_blocks.py`). Else each is one SDPA call, or, on any device, a plain softmax where a model caps its scores or
+has sinks and no kernel takes them.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def attend(
     options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap, "sinks": sinks}
     choice = choice_for(query, value, window=window, softcap=softcap, sinks=sinks)
     if choice == ROW_BLOCKS:
-        return row_block_attention(query, key, value, segments, scaling=scaling)
+        return row_block_attention(query, key, value, segments, scaling=scaling, window=window)
     if choice.function is None:
         return sdpa_shared_prefix_attention(query, key, value, segments, **options)
     return varlen_shared_prefix_attention(query, key, value, segments, kernel=choice.function, **options)
@@ -177,15 +177,17 @@ def attend(
 def choice_for(
     query: Tensor, value: Tensor, *, window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> KernelChoice:
-    """The kernel for tensors like these; none has a gradient of sinks, or values wider or narrower than the keys."""
+    """What attends to tensors like these; no kernel has a gradient of sinks, or takes values of another width than the
+    keys."""
     needs = Needs(window is not None, softcap is not None, sinks is not None)
     if sinks is not None and sinks.requires_grad:
         return a_call_a_segment(needs, "sinks are trained")
-    if query.shape[-1] != value.shape[-1]:
-        return a_call_a_segment(needs, f"keys have {query.shape[-1]} dimensions, values {value.shape[-1]}")
-    return choose(
+    choice = choose(
         query.device, query.dtype, window=window, softcap=softcap, sinks=needs.sinks, head_dim=query.shape[-1]
     )
+    if choice.function is not None and query.shape[-1] != value.shape[-1]:
+        return a_call_a_segment(needs, f"keys have {query.shape[-1]} dimensions, values {value.shape[-1]}")
+    return choice
 
 
 def shared_prefix_attention(

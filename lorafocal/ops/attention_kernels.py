@@ -2,8 +2,8 @@
 
 None is a dependency. A wheel that does not import, lacks what the model asks for, or computes something else (masks
 aligned at the top left, windows counted otherwise) is passed over with one line, and each segment is then one call of
-torch's SDPA, or of a plain softmax where scores are capped or have sinks. On a CPU blocks of rows attend, where nothing
-but causal masks is asked for, in fp32 or wider.
+torch's SDPA, or of a plain softmax where scores are capped or have sinks. On a CPU, in fp32 or wider, blocks of rows
+attend where scores are neither.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
-    """What attends in packs: `function`, or None for what needs no such kernel; `reason` is one line."""
+    """What attends in packs: `function`, or None for blocks of rows (`ROW_BLOCKS`) and for a call a segment; `reason`
+    is one line."""
 
     name: str
     function: Kernel | None
@@ -142,7 +143,7 @@ ROW_BLOCKS = KernelChoice("blocks of rows", None, "on cpu")
 
 @cache
 def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> KernelChoice:
-    if device.type == "cpu" and dtype in WIDE and needs == Needs():
+    if device.type == "cpu" and dtype in WIDE and not (needs.softcap or needs.sinks):
         return ROW_BLOCKS
     if device.type != "cuda":
         return a_call_a_segment(needs, f"on {device.type}")

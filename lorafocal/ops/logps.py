@@ -170,8 +170,8 @@ def first_order(method: _Method) -> _Method:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "log-prob heads, fused functions and attention in packs have no second derivative, which"
-                " `create_graph=True` asks for: compute it with the model's own logits, inside"
-                " `lorafocal.policy.plain_attention(policy)` and after `lorafocal.model.fused.unfuse(policy)`"
+                " `create_graph=True` asks for: compute it from the logits of a model with eager attention, outside"
+                " packs and after `lorafocal.model.fused.unfuse(policy)`"
             )
         return plain(ctx, *upstream)
 

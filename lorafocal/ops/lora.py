@@ -128,7 +128,7 @@ def _own_outputs(method: _Method) -> _Method:
     return cast(_Method, own)
 
 
-def _as_given(method: _Method) -> _Method:
+def as_given(method: _Method) -> _Method:
     """A function's forward or backward in the dtypes it is given, whatever autocast it is called under.
 
     Its parameters are not told apart: torch.compile counts them to find out whether `ctx` is among them, and variable
@@ -145,7 +145,7 @@ def _as_given(method: _Method) -> _Method:
 class _Norm(torch.autograd.Function):
     @staticmethod
     @_own_outputs
-    @_as_given
+    @as_given
     def forward(ctx, x, norm):  # type: ignore[no-untyped-def]
         y, rstd = norm.elementwise.rms_norm(x, norm.weight, norm.eps)
         ctx.norm = norm
@@ -154,7 +154,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    @_as_given
+    @as_given
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         x, rstd = ctx.saved_tensors
         return ctx.norm.elementwise.rms_norm_backward(upstream, x, ctx.norm.weight, rstd), None
@@ -163,7 +163,7 @@ class _Norm(torch.autograd.Function):
 class _SharedLinear(torch.autograd.Function):
     @staticmethod
     @_own_outputs
-    @_as_given
+    @as_given
     def forward(ctx, x, layers, normed, *trained):  # type: ignore[no-untyped-def]
         outputs, small = _project(x, layers, _weights(layers, x.dtype))
         ctx.layers, ctx.norm = layers, normed and normed.norm
@@ -172,7 +172,7 @@ class _SharedLinear(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    @_as_given
+    @as_given
     def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
         kept, small, *_ = ctx.saved_tensors  # the trained ones only so that a step in between is noticed
         weights = _weights(ctx.layers, small.dtype) if ctx.needs_input_grad[0] else None
@@ -184,7 +184,7 @@ class _SharedLinear(torch.autograd.Function):
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     @_own_outputs
-    @_as_given
+    @as_given
     def forward(ctx, x, layers, gated, recompute, normed, *trained):  # type: ignore[no-untyped-def]
         pair, down = layers[:2], layers[2:]
         (gate, up), small = _project(x, pair, _weights(pair, x.dtype))
@@ -197,7 +197,7 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    @_as_given
+    @as_given
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         kept, small, small_down, gate, up, *_ = ctx.saved_tensors
         pair, down = ctx.layers[:2], ctx.layers[2:]

@@ -29,7 +29,7 @@ from lorafocal.ops.attention import (
     varlen_shared_prefix_attention,
     visible,
 )
-from lorafocal.ops.attention_kernels import Kernel
+from lorafocal.ops.attention_kernels import ROW_BLOCKS, Kernel, KernelChoice
 from lorafocal.ops.plain_attention import causal_mask
 from lorafocal.ops.segments import roles, segments_of
 
@@ -350,11 +350,13 @@ def test_a_window_that_hides_nothing_asks_no_kernel_for_one():
     assert not segments._made.keys() & {(7, 7, 7, torch.device("cpu"), None)}
 
 
-def test_trained_sinks_and_uneven_heads_are_a_call_a_segment_with_the_reason():
+def test_trained_sinks_and_uneven_heads_are_a_call_a_segment_with_the_reason(monkeypatch):
     q, _, v = tensors(3)
     sinks = torch.zeros(4, requires_grad=True)
     asked = {"window": None, "softcap": None}
     assert "sinks are trained" in choice_for(q, v, sinks=sinks, **asked).reason
+    assert choice_for(q, v[..., :4], sinks=None, **asked) == ROW_BLOCKS  # which take them
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: KernelChoice("stand-in", VARLEN, ""))
     assert "keys have 6 dimensions, values 4" in choice_for(q, v[..., :4], sinks=None, **asked).reason
 
 

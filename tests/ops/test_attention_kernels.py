@@ -271,10 +271,9 @@ def test_without_such_a_kernel_caps_and_sinks_are_written_out(monkeypatch):
     assert "has no soft-capped scores" in choice.reason
 
 
-def test_cpus_take_blocks_of_rows_where_the_dtype_is_wide_and_nothing_else_is_asked():
-    assert choose(CPU, torch.float32) == choose(CPU, torch.float64) == ROW_BLOCKS
+def test_cpus_take_blocks_of_rows_where_the_dtype_is_wide_and_scores_are_plain():
+    assert choose(CPU, torch.float32) == choose(CPU, torch.float64, window=3) == ROW_BLOCKS
     assert str(ROW_BLOCKS) == "blocks of rows (on cpu)"
-    assert choose(CPU, torch.float32, window=3).name == "SDPA per segment"
     assert choose(CPU, torch.float32, softcap=1.0).name == "softmax per segment"
 
 
