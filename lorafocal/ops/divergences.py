@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from lorafocal.memory import HEAD_CHUNK_ELEMENTS as CHUNK_ELEMENTS
-from lorafocal.ops.logps import Head, LogitTransform, OfRows, add_product_, all_logps, chunks, first_order
+from lorafocal.ops.autograd import first_order
+from lorafocal.ops.logps import Head, LogitTransform, OfRows, add_product_, all_logps, chunks
 
 _PLAIN = LogitTransform()
 

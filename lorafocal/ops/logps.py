@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax
 
 from lorafocal.memory import HEAD_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from lorafocal.memory import ROW_TILE
+from lorafocal.ops.autograd import first_order
 from lorafocal.ops.tiled_head import ROWS as TILE_ROWS
 from lorafocal.ops.tiled_head import WIDTH as TILE_WIDTH
 from lorafocal.ops.tiled_head import TiledHead
@@ -155,27 +154,6 @@ def token_logps(
     head = _TrainedHeadLogps if trains_head and torch.is_grad_enabled() else _FrozenHeadLogps
     result: Tensor = head.apply(hidden, weight, labels, bias, transform, rows, fold, collisions)
     return result
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def first_order(method: _Method) -> _Method:
-    """A backward that refuses to be differentiated, also where no incoming gradient asks for it: what is kept has no
-    graph, so a second derivative would lack terms without a word."""
-    plain = once_differentiable(method)
-
-    @wraps(method)
-    def first(ctx: Any, *upstream: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "log-prob heads, fused functions and attention in packs have no second derivative, which"
-                " `create_graph=True` asks for: compute it from the logits of a model with eager attention, outside"
-                " packs and after `lorafocal.model.fused.unfuse(policy)`"
-            )
-        return plain(ctx, *upstream)
-
-    return cast(_Method, first)
 
 
 class _FrozenHeadLogps(torch.autograd.Function):

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lorafocal.ops.autograd import first_order, own_outputs, without_autocast
 from lorafocal.ops.elementwise import Elementwise, Gated
-from lorafocal.ops.logps import first_order
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,43 +109,10 @@ def gated_mlp(
     return output
 
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _own_outputs(method: _Method) -> _Method:
-    """A forward that gives tensors of its own to a compiler.
-
-    Dynamo of torch 2.11 returns every step of a forward beside its outputs, and an output that is also a step (`y` and
-    `y.addmm_(...)`, `y` and `y.to` its own dtype) then loses its gradient to it without a word.
-    """
-
-    def own(*given: Any) -> Any:
-        found = method(*given)
-        if not torch.compiler.is_compiling():
-            return found
-        return found.view_as(found) if isinstance(found, Tensor) else tuple(y.view_as(y) for y in found)
-
-    return cast(_Method, own)
-
-
-def as_given(method: _Method) -> _Method:
-    """A function's forward or backward in the dtypes it is given, whatever autocast it is called under.
-
-    Its parameters are not told apart: torch.compile counts them to find out whether `ctx` is among them, and variable
-    ones mislead it.
-    """
-
-    def plain(*given: Any) -> Any:
-        with torch.autocast(given[1].device.type, enabled=False):
-            return method(*given)
-
-    return cast(_Method, plain)
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
-    @_own_outputs
-    @as_given
+    @own_outputs
+    @without_autocast
     def forward(ctx, x, norm):  # type: ignore[no-untyped-def]
         y, rstd = norm.elementwise.rms_norm(x, norm.weight, norm.eps)
         ctx.norm = norm
@@ -154,7 +121,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    @as_given
+    @without_autocast
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         x, rstd = ctx.saved_tensors
         return ctx.norm.elementwise.rms_norm_backward(upstream, x, ctx.norm.weight, rstd), None
@@ -162,8 +129,8 @@ class _Norm(torch.autograd.Function):
 
 class _SharedLinear(torch.autograd.Function):
     @staticmethod
-    @_own_outputs
-    @as_given
+    @own_outputs
+    @without_autocast
     def forward(ctx, x, layers, normed, *trained):  # type: ignore[no-untyped-def]
         outputs, small = _project(x, layers, _weights(layers, x.dtype))
         ctx.layers, ctx.norm = layers, normed and normed.norm
@@ -172,7 +139,7 @@ class _SharedLinear(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    @as_given
+    @without_autocast
     def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
         kept, small, *_ = ctx.saved_tensors  # the trained ones only so that a step in between is noticed
         weights = _weights(ctx.layers, small.dtype) if ctx.needs_input_grad[0] else None
@@ -183,8 +150,8 @@ class _SharedLinear(torch.autograd.Function):
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    @_own_outputs
-    @as_given
+    @own_outputs
+    @without_autocast
     def forward(ctx, x, layers, gated, recompute, normed, *trained):  # type: ignore[no-untyped-def]
         pair, down = layers[:2], layers[2:]
         (gate, up), small = _project(x, pair, _weights(pair, x.dtype))
@@ -197,7 +164,7 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    @as_given
+    @without_autocast
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         kept, small, small_down, gate, up, *_ = ctx.saved_tensors
         pair, down = ctx.layers[:2], ctx.layers[2:]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafocal.ops.autograd import first_order
 from lorafocal.ops.elementwise import Elementwise
-from lorafocal.ops.logps import first_order
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, functions: Elementwise) -> Tensor:

@@ -14,8 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lorafocal.ops.logps import first_order
-from lorafocal.ops.lora import as_given
+from lorafocal.ops.autograd import first_order, without_autocast
 from lorafocal.ops.segments import SHORT_PAIR, PairSpan, Segments
 
 # Rows of a block at most: with more, more is computed that the mask hides; with fewer, products are small. A short
@@ -46,7 +45,7 @@ def row_block_attention(
 
 class _RowBlocks(torch.autograd.Function):
     @staticmethod
-    @as_given
+    @without_autocast
     def forward(ctx, query, key, value, segments, scaling, window):  # type: ignore[no-untyped-def]
         q, k, v = query[0], key[0], value[0]
         output = _rows_first(len(q), v)
@@ -64,7 +63,7 @@ class _RowBlocks(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    @as_given
+    @without_autocast
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         q, k, v = (tensor[0] for tensor in ctx.saved_tensors)
         to_q, to_k, to_v = (_rows_first(len(x), x) for x in (q, k, v))

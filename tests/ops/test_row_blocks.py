@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafocal.ops import row_blocks
 from lorafocal.ops.attention import attend, sdpa_shared_prefix_attention, shared_prefix_attention_plain
 from lorafocal.ops.row_blocks import row_block_attention
-from lorafocal.ops.segments import SHORT_PAIR, PairSpan, Segments
+from lorafocal.ops.segments import PairSpan, Segments
 from tests.counting import Counter
 
 SCALING = 0.3
@@ -146,7 +146,3 @@ def test_a_second_derivative_is_refused():
     out = row_block_attention(leaf, *tensors(9)[1:3], segments, scaling=SCALING)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.sum(), leaf, create_graph=True)
-
-
-def test_a_short_pair_is_one_block():
-    assert row_blocks.ROWS >= SHORT_PAIR
