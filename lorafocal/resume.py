@@ -70,6 +70,9 @@ LATER = (
 """Digests that earlier manifests lack: of scores, which those runs did not read, and of a model's config.json, of which
 nothing was known."""
 
+PLACES = {"adapter.start_from": "start_from", "model.name": "base", "reference.model": "reference_model"}
+"""Config keys that name a place, with the manifest section whose `sha256` is of the weights there: these may move."""
+
 NOTED = ("versions", "processes", "threads", "hardware")
 """Manifest sections whose change is allowed, but ends the promise of equal bits."""
 
@@ -97,11 +100,9 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     `config`.
     """
     old, new = old_manifest.get("config", {}), new_manifest.get("config", {})
-    may_change = MAY_CHANGE | MAY_MOVE
+    may_change = MAY_CHANGE | MAY_MOVE | _moved(old_manifest, new_manifest)
     refused = [_with_reason(line) for line in changes(old, new, may_change)]
-    before = _sections(old_manifest, *IDENTITY)
-    unread = [key for key in LATER if key not in dict(_flat(before))]
-    refused += map(_with_reason, changes(before, _sections(new_manifest, *IDENTITY), unread))
+    refused += map(_with_reason, changed_inputs(old_manifest, new_manifest))
     if refused:
         raise InputError(
             "this run cannot be resumed, because its result would differ from an uninterrupted run:\n  "
@@ -113,6 +114,22 @@ def check_resumable(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, 
     return [f"{line} (allowed: {may_change[_key(line)]})" for line in allowed] + [
         f"{line} (the last bits may differ from an uninterrupted run)" for line in noted
     ]
+
+
+def changed_inputs(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, Any]) -> list[str]:
+    """`changes` of the models and data that go in, as far as the old manifest knows them."""
+    before = _sections(old_manifest, *IDENTITY)
+    unread = [key for key in LATER if key not in dict(_flat(before))]
+    return changes(before, _sections(new_manifest, *IDENTITY), unread)
+
+
+def _moved(old_manifest: Mapping[str, Any], new_manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of places whose weights are known and the same, with the reason why these may change."""
+    digests = {
+        key: [(manifest.get(section) or {}).get("sha256") for manifest in (old_manifest, new_manifest)]
+        for key, section in PLACES.items()
+    }
+    return {key: "the same weights, in another place" for key, (old, new) in digests.items() if old and old == new}
 
 
 def _with_reason(line: str) -> str:

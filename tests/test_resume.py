@@ -136,6 +136,20 @@ def test_scores_that_an_older_run_did_not_read_do_not_stop_it() -> None:
             check_resumable(scored, other)
 
 
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [("adapter.start_from", "start_from"), ("model.name", "base"), ("reference.model", "reference_model")],
+)
+def test_weights_may_lie_elsewhere_as_long_as_they_are_known_to_be_the_same(key: str, section: str) -> None:
+    here, there = (changed(f"config.{key}", place) | {section: {"sha256": "aa"}} for place in ("runs/x", "/moved/x"))
+    assert check_resumable(here, there) == [
+        f"{key}: 'runs/x' -> '/moved/x' (allowed: the same weights, in another place)"
+    ]
+    for digest in ("bb", None):
+        with pytest.raises(InputError, match=f"{key}: 'runs/x' -> '/moved/x'"):
+            check_resumable(here | {section: {"sha256": digest}}, there | {section: {"sha256": digest and "aa"}})
+
+
 def test_tuples_and_lists_are_the_same_setting() -> None:
     assert changes({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2]}}, ()) == []
     assert changes({"a": {"b": 1}}, {"a": 1}, ()) == ["a: (absent) -> 1", "a.b: 1 -> (absent)"]

@@ -1,33 +1,26 @@
-"""`lorafocal sweep`: every point is an ordinary run, all is written down, and the same call goes on."""
+"""What a sweep writes down and asks for, with runs that train nothing; real ones are in `test_sweep_runs`."""
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import lorafocal.reference
 from lorafocal import run
 from lorafocal.caching import CacheReport
 from lorafocal.config import Config, load_config, resolved_yaml
 from lorafocal.errors import InputError
 from lorafocal.evaluate import during
-from lorafocal.publish import sha256
 from lorafocal.report import sweep_page
 from lorafocal.report.sweep_page import SweepReport
 from lorafocal.report.sweep_results import ACCURACY, LOSS, Point
-from lorafocal.report.write import write_report
 from lorafocal.run import RunSummary
 from lorafocal.sweep import sweep
-from lorafocal.trainer import FocalPOTrainer
-from tests.toy_run import metric_lines, run_config, write_inputs
+from tests.toy_run import run_config, write_inputs
 
 RATES, SEEDS = "training.learning_rate=1e-3,1e-2", "training.seed=1,2"
 STEPS = 3
@@ -52,26 +45,30 @@ def write_config(root: Path, name: str, **changes: Any) -> Path:
     return file
 
 
-# --- bookkeeping, with runs that train nothing ---------------------------------------------------------------
-
-
 class Recorder:
     """Stands in for `run.train`: leaves a run folder as training does, and writes down what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, bool]] = []
         self.loss: Callable[[float], float] = lambda rate: rate
+        self.refused: dict[str, Exception] = {}  # before anything is written
         self.failing: dict[str, Exception | type[BaseException]] = {}
-        self.base = "b"
+        self.base: Any = {"sha256": "b"}
         self.trained: Callable[[str], int] = lambda name: 21
 
-    def __call__(self, config: Any, *, resume: bool, quiet: bool, runs_dir: Path, callbacks: Any) -> RunSummary:
+    def __call__(
+        self, config: Any, *, resume: bool, quiet: bool, runs_dir: Path, inspect: Any, callbacks: Any
+    ) -> RunSummary:
         assert callbacks is during.callbacks  # a section `evaluation` holds in every run
         self.asked.append((config.name, resume))
-        folder = runs_dir / config.name
-        folder.mkdir(exist_ok=True)
         data = {"eval": {"pairs": 5}, "train": {"pairs": self.trained(config.name)}}
-        (folder / "manifest.json").write_text(json.dumps({"base": self.base, "data": data}))
+        manifest = {"base": self.base, "data": data}
+        inspect(manifest)
+        folder = runs_dir / config.name
+        if config.name in self.refused:
+            raise self.refused[config.name]
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
         if config.name in self.failing:
             raise self.failing[config.name]
         (folder / "adapter").mkdir(exist_ok=True)
@@ -93,7 +90,11 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 @pytest.fixture
 def swept(config: Path, tmp_path: Path) -> Callable[..., SweepReport]:
-    """A sweep into a folder of this test's own."""
+    return sweeper(config, tmp_path)
+
+
+def sweeper(config: Path, tmp_path: Path) -> Callable[..., SweepReport]:
+    """Sweeps into a folder of one test's own."""
 
     def again(*grid: str, overrides: tuple[str, ...] = (), file: Path = config, **options: Any) -> SweepReport:
         return sweep(file, grid, overrides, runs_dir=tmp_path / "runs", quiet=True, **options)
@@ -199,13 +200,36 @@ def test_a_run_whose_folder_is_gone_is_trained_again(recorder: Recorder, swept: 
     assert recorder.asked[2:] == [("lr0.01", False)]
 
 
-def test_runs_on_other_inputs_are_never_compared(recorder: Recorder, swept: Any) -> None:
+def test_a_run_on_other_inputs_is_refused_before_it_is_trained(recorder: Recorder, swept: Any, tmp_path: Path) -> None:
     swept("training.learning_rate=1e-3")
-    recorder.base = "another"
-    with pytest.raises(InputError, match=r"on other inputs than the runs before it.*\n  base: 'b' -> 'another'"):
-        swept(RATES)
-    recorder.base = "b"
-    assert states(swept("training.learning_rate=1e-3")) == {"lr0.001": "finished", "lr0.01": "refused"}
+    recorder.base = {"sha256": "another"}
+    report = swept(RATES)
+    assert states(report) == {"lr0.001": "finished", "lr0.01": "refused"}
+    assert "not those of the runs before it" in report.record.points[1].reason
+    assert "\n  base.sha256: 'b' -> 'another'\n" in report.record.points[1].reason
+    assert not (tmp_path / "runs" / "toy" / "lr0.01").exists()
+    recorder.base = {"sha256": "b"}
+    assert states(swept(RATES)) == {"lr0.001": "finished", "lr0.01": "finished"}
+
+
+def test_digests_that_earlier_versions_did_not_keep_are_not_asked_for(recorder: Recorder, swept: Any) -> None:
+    swept("training.learning_rate=1e-3")
+    recorder.base = {"sha256": "b", "config_sha256": "c"}
+    assert states(swept(RATES)) == {"lr0.001": "finished", "lr0.01": "finished"}
+
+
+def test_as_long_as_nothing_was_trained_the_config_may_be_put_right(recorder: Recorder, swept: Any, root: Path) -> None:
+    recorder.refused = dict.fromkeys(("lr0.001", "lr0.01"), InputError("adapter.targets: no such layer"))
+    assert set(states(swept(RATES)).values()) == {"refused"}
+    recorder.refused = {}
+    report = swept(RATES, file=write_config(root, "right.yaml", adapter__r=8))
+    assert set(states(report).values()) == {"finished"}
+
+
+def test_a_number_is_one_setting_however_it_is_written(recorder: Recorder, swept: Any) -> None:
+    swept("training.warmup_ratio=0.0", "training.seed=1,2")
+    report = swept("training.warmup_ratio=0,0.5", "training.seed=1,2,3")
+    assert [len(setting["runs"]) for setting in report.as_dict()["settings"]] == [3, 3]
 
 
 @pytest.mark.parametrize("axis", ["data.steps.0.select.keep=0.5,0.8", "data.train={0}/train.jsonl,{0}/eval.jsonl"])
@@ -274,12 +298,15 @@ def test_what_no_run_could_do_is_refused_at_once_and_leaves_no_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_and_a_sweep_do_not_share_a_folder(recorder: Recorder, config: Path, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("made_by", ["manifest.json", "stages.json"])
+def test_a_run_and_a_sweep_do_not_share_a_folder(
+    recorder: Recorder, config: Path, tmp_path: Path, made_by: str
+) -> None:
     (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "manifest.json").touch()
+    (tmp_path / "toy" / made_by).touch()
     with pytest.raises(InputError, match="toy holds a run: give this sweep another `name`"):
         sweep(config, [RATES], runs_dir=tmp_path)
-    (tmp_path / "toy" / "manifest.json").rename(tmp_path / "toy" / "sweep.json")
+    (tmp_path / "toy" / made_by).rename(tmp_path / "toy" / "sweep.json")
     with pytest.raises(InputError, match="toy holds a sweep: give another `name`"):
         TRAIN(load_config(config), quiet=True, runs_dir=tmp_path)
 
@@ -288,163 +315,3 @@ def test_a_file_in_the_place_of_the_runs_is_refused(recorder: Recorder, config: 
     (tmp_path / "runs").touch()
     with pytest.raises(InputError, match="another --runs"):
         sweep(config, [RATES], runs_dir=tmp_path / "runs")
-
-
-# --- real runs ----------------------------------------------------------------------------------------------
-
-ADAPTER = Path("adapter") / "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def finished(config: Path, root: Path) -> SweepReport:
-    """Two rates, of which one moves nothing, with two seeds each."""
-    grid = ["training.learning_rate=1e-2,1e-60", SEEDS]
-    return sweep(config, grid, runs_dir=root / "runs", quiet=True)
-
-
-@pytest.mark.engine
-@pytest.mark.row("57")
-def test_a_point_is_the_run_that_train_gives(finished: SweepReport, config: Path, tmp_path: Path) -> None:
-    alone = run.train(load_config(config, ["training.learning_rate=1e-2", "training.seed=2"]), runs_dir=tmp_path)
-    folder = finished.record.folder / "lr0.01-seed2"
-    assert sha256(alone.folder / ADAPTER) == sha256(folder / ADAPTER)
-    assert metric_lines(folder, key="eval_loss")[-1][LOSS] == finished.record.points[1].held_out[LOSS]
-    resolved = load_config(folder / "config.yaml")
-    assert run.train(resolved, resume=True, quiet=True, runs_dir=folder.parent).steps == STEPS
-    assert write_report([folder], tmp_path / "report").page.exists()
-
-
-@pytest.mark.engine
-def test_a_run_that_fails_is_recorded_with_its_reason_and_the_others_go_on(finished: SweepReport) -> None:
-    assert list(states(finished).values()) == ["finished", "finished", "failed", "failed"]
-    assert "no trained weight moved at step 1" in finished.record.points[2].reason
-    assert finished.choice is not None
-    assert finished.choice.setting.values == {"training.learning_rate": 1e-2}
-
-
-@pytest.mark.engine
-def test_what_failed_is_not_tried_again_until_its_folder_is_gone(
-    finished: SweepReport, config: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(run, "train", lambda config, **options: asked.append(config.name))
-    grid = ["training.learning_rate=1e-2,1e-60", SEEDS]
-    again = sweep(config, grid, runs_dir=root / "runs", quiet=True)
-    assert asked == []
-    assert again.as_dict() == finished.as_dict()
-
-
-@pytest.mark.engine
-def test_a_sweep_leaves_its_table_page_and_picture(finished: SweepReport) -> None:
-    folder = finished.record.folder
-    assert {path.name for path in folder.iterdir() if path.is_file()} == {
-        "sweep.json", "sweep.csv", "sweep.html", "sweep.png",
-    }  # fmt: skip
-    assert str(folder) not in (folder / "sweep.csv").read_text()
-    assert finished.page == folder / "sweep.html"
-
-
-def signalled(monkeypatch: pytest.MonkeyPatch, *, run_number: int, step: int) -> None:
-    """A signal in one step of one run of this process."""
-    original, begun = FocalPOTrainer.training_step, [0]
-
-    def step_and_signal(self: FocalPOTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        begun[0] += self.state.global_step == 0
-        if (begun[0], self.state.global_step) == (run_number, step):
-            signal.raise_signal(signal.SIGTERM)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(FocalPOTrainer, "training_step", step_and_signal)
-
-
-@pytest.mark.engine
-def test_a_signal_stops_after_the_step_and_the_same_call_goes_on(
-    finished: SweepReport, swept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grid = ("training.learning_rate=1e-2", SEEDS)
-    with monkeypatch.context() as patched:
-        signalled(patched, run_number=2, step=1)
-        stopped = swept(*grid)
-    assert stopped.interrupted_by == signal.SIGTERM
-    assert states(stopped) == {"lr0.01-seed1": "finished", "lr0.01-seed2": "interrupted"}
-    assert stopped.choice is None
-    first = tmp_path / "runs" / "toy" / "lr0.01-seed1" / ADAPTER
-    written = first.stat().st_mtime_ns
-    again = swept(*grid)
-    assert again.interrupted_by is None
-    assert first.stat().st_mtime_ns == written
-    for slug, status in states(again).items():
-        assert status == "finished"
-        assert sha256(again.record.folder / slug / ADAPTER) == sha256(finished.record.folder / slug / ADAPTER)
-
-
-@pytest.mark.engine
-def test_a_signal_in_the_last_step_of_a_run_keeps_the_next_from_beginning(
-    swept: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    signalled(monkeypatch, run_number=1, step=STEPS - 1)
-    stopped = swept("training.learning_rate=1e-2", SEEDS)
-    assert states(stopped) == {"lr0.01-seed1": "finished", "lr0.01-seed2": "waiting"}
-    assert stopped.interrupted_by == signal.SIGTERM
-
-
-@pytest.mark.engine
-def test_a_signal_while_a_model_is_loaded_is_not_lost(swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = run.prepare_data
-
-    def prepare_and_signal(*args: Any, **how: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return original(*args, **how)
-
-    monkeypatch.setattr(run, "prepare_data", prepare_and_signal)
-    stopped = swept("training.learning_rate=1e-2", SEEDS)
-    assert states(stopped) == {"lr0.01-seed1": "interrupted", "lr0.01-seed2": "waiting"}
-    assert (stopped.interrupted_by, stopped.record.points[0].steps) == (signal.SIGINT, 1)
-
-
-@pytest.mark.engine
-def test_with_a_stored_reference_no_run_computes_one(root: Path, swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    forwards: list[Any] = []
-    original = lorafocal.reference.token_logps
-
-    def counted(model: Any, pack: Any, *more: Any) -> Any:
-        forwards.append(pack.pair_ids)
-        return original(model, pack, *more)
-
-    monkeypatch.setattr(lorafocal.reference, "token_logps", counted)
-    stored = {"reference__kind": "cached", "reference__store": str(root / "references")}
-    rates = "training.learning_rate=1e-3,1e-2"
-    cached = swept(rates, file=write_config(root, "stored.yaml", **stored))
-    assert list(states(cached).values()) == ["finished"] * 2
-    assert forwards == []
-    live = swept(rates, overrides=("name=live",))
-    assert len(forwards) >= 2 * STEPS
-    for one, other in zip(cached.record.points, live.record.points, strict=True):
-        assert one.held_out[LOSS] == pytest.approx(other.held_out[LOSS], rel=1e-5)
-
-
-def live_parameters() -> int:
-    gc.collect()
-    return sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects())
-
-
-@pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Live parameters before each run of a sweep."""
-    found: list[int] = []
-    original = run.train
-
-    def train(*args: Any, **options: Any) -> RunSummary:
-        found.append(live_parameters())
-        return original(*args, **options)
-
-    monkeypatch.setattr(run, "train", train)
-    return found
-
-
-@pytest.mark.engine
-def test_models_do_not_pile_up(counts: list[int], swept: Any) -> None:
-    """Also after a run that failed, whose traceback holds all of its frames."""
-    report = swept("training.learning_rate=1e-60,1e-2", SEEDS)
-    assert list(states(report).values()).count("failed") == 2
-    assert counts == counts[:1] * 4

@@ -82,6 +82,7 @@ def test_values_that_no_name_can_hold_still_give_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("axis", "why"),
     [
+        ("stages=2,3", "a run of a sweep is one stage"),
         ("name=a,b", "each run is named by its values"),
         ("model.dtype=float32,bfloat16", "rewards are relative to the base"),
         ("reference.kind=frozen_copy,disabled_adapter", "rewards are relative to the reference"),
@@ -159,6 +160,11 @@ def test_held_out_pairs_are_needed(root: Path) -> None:
 def test_an_engine_of_several_processes_is_refused(config: Path) -> None:
     with pytest.raises(InputError, match=r"engine\.kind: zero3 is for several processes"):
         Grid.read(config, [RATES], ["engine.kind=zero3"])
+
+
+def test_a_config_of_several_stages_is_refused(config: Path) -> None:
+    with pytest.raises(InputError, match=r"stages: a run of a sweep is one stage: leave it out \(stages=null\)"):
+        Grid.read(config, [RATES], ["stages=2"])
 
 
 def test_a_backend_that_must_be_imported_first_is_refused(config: Path) -> None:

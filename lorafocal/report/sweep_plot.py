@@ -34,6 +34,7 @@ from lorafocal.report.sweep_results import (
     settings,
     value_text,
     values_text,
+    written,
 )
 
 WIDE = 8  # largest over smallest value of an axis that is drawn in logarithms
@@ -106,7 +107,7 @@ def _draw(axes: Axes, panel: Panel, sweep: SweepRecord, choice: Choice | None, t
     joined = key not in SEEDS and _are_numbers(values)
     for number, (line, colour) in enumerate(zip(lines.values(), run_colours(len(lines), theme), strict=True)):
         dots = [
-            (places[repr(value)], mean, setting.spread(panel.key) or 0.0)
+            (places[written(value)], mean, setting.spread(panel.key) or 0.0)
             for value, setting in line
             if (mean := setting.mean(panel.key)) is not None
         ]
@@ -119,7 +120,7 @@ def _draw(axes: Axes, panel: Panel, sweep: SweepRecord, choice: Choice | None, t
             )  # fmt: skip
         for value, setting in line:
             if choice and panel.key == sweep.criterion.key and choice.point in setting.points:
-                at, best = [places[repr(value)]], [fmean(setting.measured(panel.key))]
+                at, best = [places[written(value)]], [fmean(setting.measured(panel.key))]
                 axes.plot(at, best, "o", markersize=12, markerfacecolor="none", color=theme.text)
     if is_logarithmic(key, values):
         axes.set_xscale("log")
@@ -135,14 +136,14 @@ def _draw(axes: Axes, panel: Panel, sweep: SweepRecord, choice: Choice | None, t
 
 def _in_order(values: Sequence[Any]) -> list[Any]:
     """Each value once; numbers by size, words in the order of the sweep."""
-    once = list({repr(value): value for value in values}.values())
+    once = list({written(value): value for value in values}.values())
     return sorted(once) if _are_numbers(once) else once
 
 
 def _places(values: Sequence[Any]) -> dict[str, float]:
     """Where each value stands on the axis: a number at itself, words side by side."""
     numbers = _are_numbers(values)
-    return {repr(value): float(value if numbers else place) for place, value in enumerate(values)}
+    return {written(value): float(value if numbers else place) for place, value in enumerate(values)}
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:

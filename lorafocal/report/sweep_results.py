@@ -120,10 +120,15 @@ class SweepRecord:
         return [point for point in self.points if point.status in states]
 
 
+def written(value: Any) -> str:
+    """A value in one way of writing it: 1 and 1.0 are the same, 1 and true are not."""
+    return repr(float(value)) if type(value) is int else repr(value)
+
+
 def varied(points: Sequence[Point]) -> list[str]:
     """The axes on which points have more than one value."""
     keys = points[0].values
-    return [key for key in keys if len({repr(point.values[key]) for point in points}) > 1]
+    return [key for key in keys if len({written(point.values[key]) for point in points}) > 1]
 
 
 def metric(point: Point, key: str) -> float:
@@ -140,7 +145,8 @@ def settings(points: Sequence[Point]) -> list[Setting]:
     """Points by their values beside the seeds, in the order of their first points."""
     groups: dict[str, list[Point]] = {}
     for point in points:
-        groups.setdefault(repr(sorted(_beside_seeds(point).items())), []).append(point)
+        key = str(sorted((axis, written(value)) for axis, value in _beside_seeds(point).items()))
+        groups.setdefault(key, []).append(point)
     return [Setting(_beside_seeds(group[0]), tuple(group)) for group in groups.values()]
 
 

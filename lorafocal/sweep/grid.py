@@ -30,6 +30,7 @@ FIXED = {
     "packing": "it changes memory and speed, never the result",
     "kernels": "it changes memory and speed, never the result",
     "training.activation_checkpointing": "it changes memory and speed, never the result",
+    "stages": "a run of a sweep is one stage",
     "data": "it decides which held-out pairs there are, and in what form: the runs would be measured on different ones",
 }
 """Keys and sections that a grid may not vary, with the reason; `data.train` may, beside held-out pairs of their own,
@@ -117,6 +118,10 @@ def _check_different(points: Sequence[Point]) -> None:
 
 def _check_alone(config: Config) -> None:
     """Refuse what a sweep, which is one process with its libraries loaded, cannot run. Raises InputError."""
+    if config.stages is not None:
+        raise InputError(
+            "stages: a run of a sweep is one stage: leave it out (stages=null), or use `lorafocal train` for each"
+        )
     if config.engine is not None and config.engine.kind != "ddp":
         raise InputError(
             f"engine.kind: {config.engine.kind} is for several processes, and a sweep is one: leave it out"

@@ -12,9 +12,9 @@ from typing import Any
 from lorafocal.errors import InputError
 from lorafocal.publish import write_atomically
 from lorafocal.report.sweep_page import best_dict
-from lorafocal.report.sweep_results import Point, SweepRecord, choose, varied
-from lorafocal.resume import IDENTITY, MAY_CHANGE, changes
-from lorafocal.run_folder import MANIFEST_FILE, SWEEP_FILE
+from lorafocal.report.sweep_results import Point, SweepRecord, choose, varied, written
+from lorafocal.resume import IDENTITY, MAY_CHANGE, changed_inputs, changes
+from lorafocal.run_folder import MANIFEST_FILE, SWEEP_FILE, read_manifest
 from lorafocal.sweep.grid import Grid, Planned, choose_criterion, value_of
 
 
@@ -35,16 +35,18 @@ class Journal:
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         """The earlier calls' points, each made again from the config as it is now, which must give the same run."""
+        points = [Point(**record) for record in saved["points"]]
+        if not any((self.folder / point.slug).is_dir() for point in points):
+            return  # nothing was trained yet: the config may be another
         self.config, self.inputs = saved["config"], saved["inputs"]
         asked = {entry.point.identity for entry in self.grid.points}
-        for record in saved["points"]:
-            point = Point(**record)
-            entry = self._made_again(point)
+        for point in points:
             if point.identity in asked or (self.folder / point.slug).is_dir():
+                entry = self._made_again(point)
                 self.entries[point.identity] = Planned(_as_left(point, self.folder), entry.config)
         for key, values in saved["axes"].items():
             ours = self.axes.setdefault(key, [])
-            ours += [value for value in values if repr(value) not in map(repr, ours)]
+            ours += [value for value in values if written(value) not in map(written, ours)]
 
     def _made_again(self, point: Point) -> Planned:
         """A point of an earlier call over the config as it is now. Raises InputError where it is another run."""
@@ -80,23 +82,31 @@ class Journal:
         self.save()
         return self.entries[identity].point
 
-    def check_inputs(self, identity: str) -> None:
-        """Refuse a run whose models or held-out pairs are not those of the runs before it. Raises InputError."""
-        folder = self.folder / self.entries[identity].point.slug
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        found = {name: manifest.get(name) for name in IDENTITY}
+    def same_inputs(self, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+        """No notes; refuses a run whose models or pairs are not those of the runs before it. Raises InputError."""
         if self.inputs is None:
-            self.inputs = found  # on disk with the run's outcome
-        before = self.inputs
+            return ()
+        before, found = self.inputs, manifest
         if any(axis == "data.train" or axis.startswith("data.steps.") for axis in self.axes):
             before, found = ({**inputs, "data": {"eval": inputs["data"]["eval"]}} for inputs in (before, found))
-        if told := changes(before, found, ()):
-            reason = "\n  ".join(["it was trained or measured on other inputs than the runs before it:", *told])
-            self.note(identity, status="refused", reason=reason)
-            raise InputError(
-                f"{folder} cannot be compared, because {reason}\nput them back and remove that folder, or start a sweep"
-                " under another `name`"
+        if told := changed_inputs(before, found):
+            head = "its inputs are not those of the runs before it, so it could not be compared with them:"
+            objectives = (
+                "; objectives that read more of the rows than others (scores, groups, further answers) need sweeps of"
+                " their own"
             )
+            raise InputError(
+                "\n  ".join([head, *told])
+                + "\nput them back, or start a sweep under another `name`"
+                + objectives * ("objective.name" in self.axes)
+            )
+        return ()
+
+    def keep_inputs(self, identity: str) -> None:
+        """Those of the first run that ended are what the others must have; on disk with the run's outcome."""
+        if self.inputs is None:
+            manifest = read_manifest(self.folder / self.entries[identity].point.slug)
+            self.inputs = {name: manifest.get(name) for name in IDENTITY}
 
     def record(self) -> SweepRecord:
         """The sweep as reports show it."""

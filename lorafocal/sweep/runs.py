@@ -17,7 +17,7 @@ from lorafocal.interrupt import StopOnSignal
 from lorafocal.progress import speaker
 from lorafocal.publish import alone_in, recover
 from lorafocal.report.sweep_page import SweepReport, write_sweep
-from lorafocal.run_folder import MANIFEST_FILE, made_by
+from lorafocal.run_folder import MANIFEST_FILE, STAGES_FILE, made_by
 from lorafocal.schema import Config
 from lorafocal.sweep.grid import Grid, Planned
 from lorafocal.sweep.journal import Journal, held_out_metrics
@@ -45,7 +45,7 @@ def sweep(
     for entry in asked.points:
         run.check_places(entry.config)
     folder = run.run_folder(runs_dir, asked.name)
-    if (folder / MANIFEST_FILE).exists():
+    if (folder / MANIFEST_FILE).exists() or (folder / STAGES_FILE).exists():
         raise InputError(f"{folder} holds a run: give this sweep another `name`")
     with run.nothing_left_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,14 @@ def _train(journal: Journal, identity: str, *, quiet: bool) -> None:
     begun = (journal.folder / config.name / MANIFEST_FILE).exists()
     journal.note(identity, status="running", reason="")
     try:
-        summary = run.train(config, resume=begun, quiet=quiet, runs_dir=journal.folder, callbacks=callbacks)
+        summary = run.train(
+            config,
+            resume=begun,
+            quiet=quiet,
+            runs_dir=journal.folder,
+            inspect=journal.same_inputs,
+            callbacks=callbacks,
+        )
     except UnhealthyRun as error:
         journal.note(identity, status="failed", reason=str(error))
     except FullDisk as error:  # as it would be for the other runs
@@ -94,7 +101,7 @@ def _train(journal: Journal, identity: str, *, quiet: bool) -> None:
     except InputError as error:
         journal.note(identity, status="refused", reason=str(error))
     else:
-        journal.check_inputs(identity)
+        journal.keep_inputs(identity)
         ended = "finished" if summary.interrupted_by is None else "interrupted"
         journal.note(identity, status=ended, steps=summary.steps, held_out=held_out_metrics(summary.held_out))
     gc.collect()  # trainer and callbacks hold each other, and with them the model
