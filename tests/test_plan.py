@@ -168,6 +168,14 @@ def test_rows_are_those_that_training_reads(tmp_path, name):
     assert plan(check_config(values), "1xH100").work.pairs == 50
 
 
+def test_a_parquet_file_that_is_none_is_told(tmp_path):
+    (tmp_path / "p.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    values = config().model_dump()
+    values["data"] |= {"train": str(tmp_path / "p.parquet")}
+    with pytest.raises(InputError, match=r"p\.parquet: not a readable Parquet file"):
+        plan(check_config(values), "1xH100")
+
+
 def test_one_answer_is_one_answer_long():
     sft = plan(config("objective={name: sft}", "reference=null", "data.max_length=8192"), "1xH200").work
     assert sft.longest == 8192

@@ -309,9 +309,13 @@ def _rows(file: Path) -> int | None:
     if kind is None or not file.is_file() or file.stat().st_size > COUNTED_BELOW.get(kind, READ_BELOW):
         return None
     if kind == ".parquet":
+        import pyarrow
         from pyarrow import parquet
 
-        return int(parquet.read_metadata(file).num_rows)
+        try:
+            return int(parquet.read_metadata(file).num_rows)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{file.name}: not a readable Parquet file; write it again") from error
     if kind == ".jsonl":
         with file.open("rb") as lines:
             return sum(1 for line in lines if line.strip())

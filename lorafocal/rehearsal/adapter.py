@@ -90,17 +90,17 @@ def fitted(adapter: Mapping[str, Any] | None, narrowest: int) -> dict[str, Any] 
     }
 
 
-def first_adapter(values: Mapping[str, Any], folder: Path) -> Path:
-    """Train the adapter that is to be continued for one supervised step; returns its folder."""
+def first_adapter(values: Mapping[str, Any], folder: Path, number: int) -> Path:
+    """Train a finished adapter, to continue or to compare with, for one supervised step; returns its folder."""
     training = {k: v for k, v in values["training"].items() if not k.startswith(("eval_", "save_"))}
     data = values["data"] | {"eval": None, "held_out": None}
     first = {
         **values,
-        "name": "first",
+        "name": f"first-{number}",
         "objective": {"name": "sft"},
         "reference": None,
         "data": data,
-        "training": training | {"max_steps": 1},
+        "training": training | {"max_steps": 1, "seed": (training["seed"] + number) % 2**32},
         "evaluation": None,
     }
     return run.train(check_config(first, source="rehearsal"), quiet=True, runs_dir=folder / "runs").folder / "adapter"

@@ -21,8 +21,10 @@ from lorafocal.model.adapters import linear_names
 from lorafocal.model.load import DTYPES, check_place, check_shape, planned
 from lorafocal.model.quantized import prequantized
 from lorafocal.model.shrunk import build, shrunk
+from lorafocal.objectives.entry import Entry
 from lorafocal.optimizers import UNPAGED
 from lorafocal.plan.work import config_here
+from lorafocal.references.strategy import BASE
 from lorafocal.rehearsal.adapter import adapter_section, first_adapter, fitted, layer_names, look_up_tokens
 
 STEPS, PAIRS_PER_STEP = 3, 4
@@ -86,13 +88,36 @@ def set_stage(config: Config, folder: Path) -> Stage:
 
 
 def started(stage: Stage, config: Config, folder: Path) -> Stage:
-    """The stage with the adapter that `config` continues, which is trained now, by all processes of the launch."""
-    if config.adapter is None or config.adapter.start_from is None:
+    """The stage with the finished adapters that `config` continues or compares with, which all processes of the launch
+    train now."""
+    finished = _finished_adapters(config)
+    if not finished:
         return stage
     values = stage.config.model_dump(mode="json")
-    start = first_adapter(values, folder)
-    values["adapter"] = {"start_from": str(start), "allow_dropout": config.adapter.allow_dropout}
-    return replace(stage, config=check_config(values, source="rehearsal"))
+    made = {place: str(first_adapter(values, folder, number)) for number, place in enumerate(finished)}
+    if config.adapter is not None and config.adapter.start_from is not None:
+        start = made[config.adapter.start_from]
+        values["adapter"] = {"start_from": start, "allow_dropout": config.adapter.allow_dropout}
+    if config.reference is not None:
+        section = values["reference"]
+        section |= {key: made.get(section[key]) for key in ("adapter", "guide")}
+        section["members"] = section["members"] and [made.get(member, member) for member in section["members"]]
+    notes = (f"{key}: a new adapter trained for one step, for {place}" for place, key in finished.items() if key)
+    return replace(stage, config=check_config(values, source="rehearsal"), instead=(*stage.instead, *notes))
+
+
+def _finished_adapters(config: Config) -> dict[str, str]:
+    """The folders of finished adapters that a config names, each with the key of the reference that does."""
+    found: dict[str, str] = {}
+    if config.adapter is not None and config.adapter.start_from is not None:
+        found[config.adapter.start_from] = ""
+    if config.reference is not None:
+        section = config.reference
+        named = [("adapter", section.adapter), *(("members", one) for one in section.members or [])]
+        for key, place in (*named, ("guide", section.guide)):
+            if place not in (None, BASE):
+                found.setdefault(place, f"reference.{key}")
+    return found
 
 
 def joined_by(config: Config) -> dict[str, Any]:
@@ -211,9 +236,7 @@ def _data(config: Config, folder: Path) -> dict[str, Any]:
         sources = getattr(data, name) or []
         if not sources:
             continue
-        rows = toy_preferences(rows_each * len(sources), seed=1, held_out=held_out)
-        if config.objective.entry.scores:  # the rule's, with gaps that differ
-            rows = [row | {"score_chosen": 1 + n % 3, "score_rejected": 0} for n, row in enumerate(rows)]
+        rows = _rows(config.objective.entry, rows_each * len(sources), held_out=held_out)
         section[name] = []
         for place, source in enumerate(sources):
             file = folder / f"{name}-{place + 1}.jsonl"
@@ -232,6 +255,22 @@ def _data(config: Config, folder: Path) -> dict[str, Any]:
         "max_prompt_length": None if data.max_prompt_length is None else max(data.max_prompt_length, SHORTEST // 2),
         "cache": False,
     }
+
+
+def _rows(entry: Entry, count: int, *, held_out: bool) -> list[dict[str, Any]]:
+    """Made-up preference rows with what the objective asks of them."""
+    rows = toy_preferences(count, seed=1, held_out=held_out)
+    for number, row in enumerate(rows):
+        if entry.scores:  # of the rule, with gaps that differ
+            row |= {"score_chosen": (1 + number % 3) / 4, "score_rejected": 0.0}
+        if entry.others:
+            answer = " ".join([row["rejected"][0]["content"]] * 2)
+            row |= {"others": [{"answer": answer, "score": 0.0}]}
+        if entry.groups:
+            row |= {"group": "ab"[number % 2]}
+        if entry.embeddings:
+            row |= {"prompt_embedding": [1.0, float(number % 3)]}
+    return rows
 
 
 def _training(config: Config, instead: list[str]) -> dict[str, Any]:
