@@ -14,8 +14,7 @@ from lorafocal.objectives import OBJECTIVES
 from lorafocal.objectives.factor import in_words
 
 CARD_FILE = "README.md"
-_TRANSFORMERS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-_QUANTIZED = _TRANSFORMERS + ", BitsAndBytesConfig"
+LOADER = "AutoModelForCausalLM"  # of most models; `model.load.loader_of` has the others'
 _NOT_QUALITY = "The numbers above compare this model with its adapter; they do not say how good it is."
 _VERIFYING = (
     "`python verify.py` (torch and transformers, nothing else) compares every file with `manifest.json`, computes the"
@@ -29,11 +28,13 @@ def adapter_card(
     results: Mapping[str, float] | None = None,
     *,
     adapter: str = "LoRA",
+    loader: str = LOADER,
     run: Mapping[str, Any] | None = None,
 ) -> str:
     """Card of an adapter; `results` are measured numbers to print, e.g. held-out metrics by name.
 
-    `adapter` says what it is, such as "DoRA of rank 8". `run` is the manifest of the run that trained it.
+    `adapter` says what it is, such as "DoRA of rank 8"; `loader` is the class of transformers that loads the base.
+    `run` is the manifest of the run that trained it.
     """
     name, quantization = lineage.base.name, lineage.quantization
     base = f'"{name}", revision="{lineage.base.revision}"' if lineage.base.revision else f'"{name}"'
@@ -43,14 +44,14 @@ def adapter_card(
     if quantization is not None:
         held += f", quantization_config={_bitsandbytes_config(quantization, lineage.dtype or 'bfloat16')}"
     return _card(
-        _front_matter(lineage, library="peft", relation="adapter"),
+        _front_matter(lineage, loader, library="peft", relation="adapter"),
         f"# LoRA adapter for {name}",
         _origin(lineage, adapter),
         _results(results),
         *_training(run),
         _loading(
-            "from peft import PeftModel\n" + (_QUANTIZED if quantization else _TRANSFORMERS),
-            f"base = AutoModelForCausalLM.from_pretrained({base}{held})\n"
+            f"from peft import PeftModel\n{_import(loader)}" + ", BitsAndBytesConfig" * (quantization is not None),
+            f"base = {loader}.from_pretrained({base}{held})\n"
             'model = PeftModel.from_pretrained(base, "THIS_ADAPTER")\n'
             f"tokenizer = AutoTokenizer.from_pretrained({base})",
         ),
@@ -63,18 +64,23 @@ def adapter_card(
 
 
 def model_card(
-    lineage: Lineage, results: Mapping[str, float] | None = None, *, dtype: str, run: Mapping[str, Any] | None = None
+    lineage: Lineage,
+    results: Mapping[str, float] | None = None,
+    *,
+    dtype: str,
+    loader: str = LOADER,
+    run: Mapping[str, Any] | None = None,
 ) -> str:
-    """Card of a model of which every weight was trained; `results` and `run` as of `adapter_card`."""
+    """Card of a model of which every weight was trained; `results`, `loader` and `run` as of `adapter_card`."""
     kind = "preference" if _of_preferences(lineage) else "fine"
     return _card(
-        _front_matter(lineage, library="transformers", relation="finetune"),
+        _front_matter(lineage, loader, library="transformers", relation="finetune"),
         f"# {lineage.base.name}, {kind}-tuned at full parameters",
         _origin(lineage),
         f"Every weight was trained, and is stored in {dtype}.",
         _results(results),
         *_training(run),
-        _loading_model("THIS_MODEL", dtype),
+        _loading_model("THIS_MODEL", dtype, loader),
         _limits(lineage),
     )
 
@@ -86,16 +92,17 @@ def merged_card(
     gate: str,
     survival: str,
     notes: tuple[str, ...] = (),
+    loader: str = LOADER,
     run: Mapping[str, Any] | None = None,
 ) -> str:
     """Card of a merged model; `gate` and `survival` are the tables of the merge report, `run` the run's manifest."""
     return _card(
-        _front_matter(lineage, library="transformers", relation="finetune"),
+        _front_matter(lineage, loader, library="transformers", relation="finetune"),
         f"# {_merged_title(lineage)}",
         _origin(lineage),
         *_measured(dtype, gate, survival),
         *_training(run),
-        _loading_model("THIS_MODEL", dtype),
+        _loading_model("THIS_MODEL", dtype, loader),
         _limits(lineage, *notes, _NOT_QUALITY),
     )
 
@@ -108,17 +115,18 @@ def bundle_card(
     survival: str,
     pairs: int,
     notes: tuple[str, ...] = (),
+    loader: str = LOADER,
     run: Mapping[str, Any] | None = None,
 ) -> str:
     """Card of a release bundle: the merged model with its adapter, and how a stranger checks both."""
     return _card(
-        _front_matter(lineage, library="transformers", relation="finetune"),
+        _front_matter(lineage, loader, library="transformers", relation="finetune"),
         f"# {_merged_title(lineage)}",
         "`merged/` is the model, `adapter/` what it was made of. " + _VERIFYING.format(pairs=pairs),
         _origin(lineage),
         *_measured(dtype, gate, survival),
         *_training(run),
-        _loading_model("THIS_BUNDLE/merged", dtype),
+        _loading_model("THIS_BUNDLE/merged", dtype, loader),
         _limits(lineage, *notes, _NOT_QUALITY),
     )
 
@@ -130,6 +138,7 @@ def compressed_card(
     loading: str,
     measured: Mapping[str, str],
     notes: Sequence[str] = (),
+    loader: str = LOADER,
     run: Mapping[str, Any] | None = None,
 ) -> str:
     """Card of a merged model that was then stored in fewer bits or another format.
@@ -138,7 +147,7 @@ def compressed_card(
     """
     tables = [f"## {heading}\n\n```text\n{table}\n```" for heading, table in measured.items()]
     return _card(
-        _front_matter(lineage, library="transformers", relation="quantized"),
+        _front_matter(lineage, loader, library="transformers", relation="quantized"),
         f"# {_merged_title(lineage)}: {title}",
         _origin(lineage),
         *tables,
@@ -204,6 +213,8 @@ def _recipe(run: Mapping[str, Any]) -> str:
 
 def _public(value: Any) -> bool:
     """Whether a setting is a plain value that names no place: paths stay at home (row 51)."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(_public(item) for item in (*value, *value.values()))
     if isinstance(value, list | tuple):
         return bool(value) and all(isinstance(item, str | int | float) and _public(item) for item in value)
     if isinstance(value, str):
@@ -216,13 +227,14 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
 
 
-def _front_matter(lineage: Lineage, *, library: str, relation: str) -> str:
+def _front_matter(lineage: Lineage, loader: str, *, library: str, relation: str) -> str:
     """Metadata that model hubs read. A local base has no hub id, so it is left out rather than made up."""
     lora = [] if lineage.parents and lineage.parents[-1].how == FULL else ["lora"]
     tags = ["lorafocal", *lora, "preference-tuning" if _of_preferences(lineage) else "supervised-fine-tuning"]
     if lineage.objective is not None:
         tags.append(str(lineage.objective["name"]))
-    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+    task = "text-generation" if loader == LOADER else "image-text-to-text"
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task, "tags": tags}
     if "/" in lineage.base.name:
         fields |= {"base_model": lineage.base.name, "base_model_relation": relation}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
@@ -310,10 +322,14 @@ def _loading(imports: str, body: str) -> str:
     return f"## Loading\n\n```python\n{imports}\n\n{body}\n```"
 
 
-def _loading_model(place: str, dtype: str) -> str:
+def _import(loader: str) -> str:
+    return f"from transformers import {loader}, AutoTokenizer"
+
+
+def _loading_model(place: str, dtype: str, loader: str) -> str:
     return _loading(
-        _TRANSFORMERS,
-        f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="{dtype}")\n'
+        _import(loader),
+        f'model = {loader}.from_pretrained("{place}", dtype="{dtype}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
     )
 

@@ -165,8 +165,14 @@ class TrainedAdapter:
 
     folder = ADAPTER_DIR
 
-    def __init__(self, policy: PeftModel, objective: Objective, reference: Strategy) -> None:
-        self._policy = policy
+    def __init__(
+        self,
+        policy: PeftModel,
+        objective: Objective,
+        reference: Strategy,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self._policy, self._tokenizer = policy, tokenizer
         self._moves = reference.kind == "moving"
         self._stages = stages_of(policy)
         self._made = _made_by(objective, reference)
@@ -199,7 +205,9 @@ class TrainedAdapter:
         if launch.is_main():
             lineage = self.lineage(steps=progress.global_step, pairs_seen=pairs_seen)
             results = last_rewards(progress.log_history)
-            save_adapter(self._policy, folder, lineage, results, trained=trained, values=values)
+            template = getattr(self._tokenizer, "chat_template", None)
+            own = {"chat_template": template} if isinstance(template, str) else {}  # several are the base's
+            save_adapter(self._policy, folder, lineage, results, trained=trained, values=values, **own)
 
 
 class TrainedModel:
@@ -261,7 +269,7 @@ def what_is_made(
 ) -> Trained:
     """The adapter, or the whole model where there is none."""
     if isinstance(policy, PeftModel):
-        return TrainedAdapter(policy, objective, reference)
+        return TrainedAdapter(policy, objective, reference, tokenizer)
     return TrainedModel(policy, objective, reference, tokenizer)
 
 

@@ -27,6 +27,7 @@ from lorafocal.model.saved import (
     read_config,
     stored_dtype,
     tokenization_of,
+    tokenizer_of,
 )
 from lorafocal.publish import sha256, text_sha256
 from lorafocal.run_folder import ADAPTER_CONFIG, ADAPTER_DIR, CONFIG_FILE, MANIFEST_FILE, MODEL_DIR, run_of
@@ -102,7 +103,7 @@ def find_subject(target: str | Path, *, base: str | None = None) -> Subject:
     if not (folder / ADAPTER_CONFIG).is_file():
         return _model(str(folder), called(folder), folder, base)
     saved = read_adapter(folder, base=base)
-    tokenizer = load_tokenizer(saved.base, saved.revision)
+    tokenizer = tokenizer_of(saved)
     speech = Speech.as_trained(tokenizer, saved.tokenization, run_of(folder) / HELD_OUT_FILE)
     return Subject(called(folder), saved.base, saved.revision, saved.dtype, folder, saved, tokenizer, speech)
 

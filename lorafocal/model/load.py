@@ -192,6 +192,13 @@ def door(config: PreTrainedConfig, name: str) -> type[AutoModelForCausalLM] | ty
     )
 
 
+def loader_of(config: PreTrainedConfig) -> str:
+    """The class by which anybody loads such a model; that of causal models for what transformers does not know."""
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    with_images = not known and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return (AutoModelForImageTextToText if with_images else AutoModelForCausalLM).__name__
+
+
 def local_device() -> torch.device:
     """The accelerator of this process, also before it has joined the others; or the CPU."""
     if not torch.cuda.is_available():

@@ -14,7 +14,8 @@ from torch import Tensor
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.lineage import Lineage
 from lorafocal.model.adapters import features
-from lorafocal.model.saved import WEIGHTS_FILE
+from lorafocal.model.load import loader_of
+from lorafocal.model.saved import TEMPLATE_FILE, WEIGHTS_FILE
 from lorafocal.model.serving import serving_section
 from lorafocal.model.starts import plain_adapter
 from lorafocal.publish import public_name
@@ -29,8 +30,10 @@ def save_adapter(
     *,
     trained: bool = False,
     values: Mapping[str, Tensor] | None = None,
+    chat_template: str | None = None,
 ) -> None:
-    """Fill an unpublished `folder` with the policy's adapter, its lineage and its card, and nothing else.
+    """Fill an unpublished `folder` with the policy's adapter, its lineage, its card, and the `chat_template` of the
+    training, which may be another than the base's; and nothing else.
 
     `results` are measured numbers for the card; `trained` says that a step has changed the adapter; `values` are the
     adapter's parameters by full name, where the policy holds parts of them only. Without a lineage (a base from
@@ -55,9 +58,12 @@ def save_adapter(
     finally:
         policy.peft_config[name] = own
     check_saved(folder / WEIGHTS_FILE, expected, trained=trained)
+    if chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     if lineage is not None:
         lineage.write(folder)
-        card = adapter_card(lineage, results, adapter=in_words(plain))
+        loader = loader_of(policy.get_base_model().config)
+        card = adapter_card(lineage, results, adapter=in_words(plain), loader=loader)
         (folder / CARD_FILE).write_text(card + serving_section(plain), encoding="utf-8")
 
 

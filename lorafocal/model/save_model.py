@@ -24,7 +24,7 @@ from lorafocal import launch
 from lorafocal.card import CARD_FILE, model_card
 from lorafocal.lineage import FULL, Lineage
 from lorafocal.model.continued import place_of
-from lorafocal.model.load import base_fingerprint, file_of
+from lorafocal.model.load import base_fingerprint, file_of, loader_of
 from lorafocal.model.local_places import GENERATION_CONFIG, forget_places
 from lorafocal.model.saved import read_config
 from lorafocal.shard_files import StoredTensors, write_shards
@@ -148,7 +148,7 @@ def write_papers(
         stage = lineage.stage(WEIGHTS, str(weights), FULL)
         made = replace(lineage, parents=(*lineage.parents, stage))
         made.write(folder)
-        card = model_card(made, results, dtype=config.dtype, run=run)
+        card = model_card(made, results, dtype=config.dtype, loader=loader_of(config), run=run)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 

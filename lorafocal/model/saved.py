@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from lorafocal.errors import InputError, first_line
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
 from lorafocal.model.adapters import LINEAR, features, widen_adapters, wrap
 from lorafocal.model.base_config import config_sha256
-from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_base
+from lorafocal.model.load import DTYPES, base_fingerprint, check_place, load_base, load_tokenizer
 from lorafocal.model.quantized import dequantized_weight, prequantized, settle, to_dtype
 from lorafocal.model.trained_modules import resolve_tokens
 from lorafocal.objectives import OBJECTIVES
@@ -29,6 +29,7 @@ from lorafocal.tensor_files import PEFT_PREFIX, read_tensors
 from lorafocal.yaml12 import parse_yaml
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"  # of the training's tokenizer, as transformers calls it
 MAX_LENGTH = 2048  # tokens of a preference row, where no run says otherwise
 
 # The compatibility table's words for what can be opened: all of it is in the adapter's file, the base is as it was.
@@ -99,6 +100,14 @@ def tokenization_of(folder: Path) -> dict[str, Any]:
     data = _run_settings(run_of(folder) / CONFIG_FILE).get("data", {})
     keys = ("max_length", "truncation", "max_prompt_length", "chat_template_kwargs")
     return {"max_length": MAX_LENGTH} | {key: data[key] for key in keys if data.get(key)}
+
+
+def tokenizer_of(saved: SavedAdapter) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the chat template of the training where that lies beside the adapter."""
+    tokenizer, own = load_tokenizer(saved.base, saved.revision), saved.folder / TEMPLATE_FILE
+    if own.is_file():
+        tokenizer.chat_template = own.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def open_adapter(saved: SavedAdapter, *, dtype: str) -> PeftModel:
@@ -225,7 +234,8 @@ def _run_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     settings = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
-    return settings if isinstance(settings, dict) and isinstance(settings.get("model"), dict) else {}
+    ours = isinstance(settings, dict) and all(isinstance(settings.get(part), dict) for part in ("model", "data"))
+    return settings if ours and isinstance(settings["model"].get("name"), str) else {}  # else of another program
 
 
 def _find_base(

@@ -15,7 +15,8 @@ import transformers
 
 from lorafocal.card import CARD_FILE, bundle_card
 from lorafocal.data.held_out import write_held_out
-from lorafocal.model.saved import SavedAdapter
+from lorafocal.model.load import loader_of
+from lorafocal.model.saved import SavedAdapter, read_config
 from lorafocal.publish import sha256
 from lorafocal.release import verify
 from lorafocal.release.files import files_in
@@ -97,6 +98,7 @@ def _card(merged: Path, report: MergeReport, run: Mapping[str, Any] | None) -> s
         survival=survival_table(report.survival, report.dtype),
         pairs=len(report.evidence.pairs),
         notes=report.notes,
+        loader=loader_of(read_config(str(merged))),
         run=run,
     )
 

@@ -21,9 +21,9 @@ from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.errors import InputError
 from lorafocal.lineage import COMBINED, BaseIdentity, Lineage
 from lorafocal.model.adapters import features
-from lorafocal.model.load import base_fingerprint
+from lorafocal.model.load import base_fingerprint, loader_of
 from lorafocal.model.save import in_order, in_words
-from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held
+from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, base_lineage, held, read_config
 from lorafocal.model.serving import serving_section
 from lorafocal.publish import full_disk_named, sha256
 from lorafocal.release.deltas import LOW_RANK, LowRank, changes
@@ -64,7 +64,8 @@ def combine(adapters: Sequence[SavedAdapter], weights: Sequence[float], folder: 
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     check_saved(folder / WEIGHTS_FILE, tensors)
     lineage.write(folder)
-    card = adapter_card(lineage, adapter=in_words(config)) + serving_section(config)
+    loader = loader_of(read_config(adapters[0].base, adapters[0].revision))
+    card = adapter_card(lineage, adapter=in_words(config), loader=loader) + serving_section(config)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 

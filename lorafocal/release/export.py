@@ -12,7 +12,8 @@ from typing import Any, TypedDict, Unpack
 from lorafocal.card import CARD_FILE, compressed_card
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE
-from lorafocal.model.saved import SavedAdapter, read_adapter
+from lorafocal.model.load import loader_of
+from lorafocal.model.saved import SavedAdapter, read_adapter, read_config
 from lorafocal.publish import published
 from lorafocal.release.bundle import write_bundle
 from lorafocal.release.files import files_in
@@ -171,6 +172,7 @@ def _gguf(source: _Source, folder: Path, converter: Path, outtype: str | None, n
         loading=f"```bash\nllama-cli -m {converted.name}\n```",
         measured={"Did the merged model do what the adapter did?": merge.gate_table()},
         notes=[*merge.notes, *notes],
+        loader=loader_of(read_config(str(model))),
         run=source.run(),
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")

@@ -22,6 +22,8 @@ _MODEL = (
 ).split()
 _NAMES = frozenset((*_PAPERS, *_MODEL))
 _PARTS = ("adapter", "merged")  # the folders of a bundle
+_TEMPLATES = "additional_chat_templates"  # of a tokenizer that has several
+_FOLDERS = (*_PARTS, _TEMPLATES, *(f"{part}/{_TEMPLATES}" for part in _PARTS))
 _SCRIPT = "verify.py"
 
 
@@ -71,8 +73,10 @@ def _belongs(name: str, path: Path) -> bool:
     if path.is_symlink():
         return False
     if path.is_dir():
-        return name in _PARTS
+        return name in _FOLDERS
     if name == _SCRIPT:  # strangers are told to run it
         return path.read_bytes() == Path(verify.__file__).read_bytes()
+    if parent.endswith(_TEMPLATES):
+        return path.is_file() and parent in _FOLDERS and leaf.endswith(".jinja")
     known = leaf in _NAMES or _WEIGHTS.fullmatch(leaf) is not None
     return path.is_file() and (name == PAIRS or (parent in ("", *_PARTS) and known))

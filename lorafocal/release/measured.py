@@ -18,7 +18,7 @@ from lorafocal.data.tokens import TokenizedPair
 from lorafocal.errors import InputError
 from lorafocal.evaluations import EvaluatedPair, evaluation_file, read_evaluation
 from lorafocal.model.load import tokenizer_digests
-from lorafocal.model.saved import SavedAdapter
+from lorafocal.model.saved import TEMPLATE_FILE, SavedAdapter
 from lorafocal.release.measure import Live
 from lorafocal.run_folder import ADAPTER_CONFIG, read_manifest, run_of
 
@@ -35,6 +35,12 @@ _WAYS_OUT = (
 
 def check_tokenizer(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse another vocabulary or chat template than the run that left `adapter` was trained with, where it says."""
+    own = adapter / TEMPLATE_FILE
+    if own.is_file() and own.read_text(encoding="utf-8") != tokenizer.chat_template:
+        raise InputError(
+            f"{adapter} was trained with another chat template than the one that would be published: merge or export it"
+            " by itself"
+        )
     run = run_of(adapter)
     manifest = read_manifest(run)
     for key, found in tokenizer_digests(tokenizer).items():

@@ -16,9 +16,9 @@ from lorafocal.errors import InputError
 from lorafocal.lineage import MERGED, BaseIdentity, Lineage
 from lorafocal.model.base_config import config_sha256
 from lorafocal.model.load import DTYPES as GATE_DTYPES
-from lorafocal.model.load import base_fingerprint, load_tokenizer, stated_sha256, weight_files
+from lorafocal.model.load import base_fingerprint, loader_of, stated_sha256, weight_files
 from lorafocal.model.save_model import PROCESSORS, copy_of_base
-from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_adapter, read_config
+from lorafocal.model.saved import TEMPLATE_FILE, WEIGHTS_FILE, SavedAdapter, read_adapter, read_config, tokenizer_of
 from lorafocal.publish import published, sha256, write_atomically
 from lorafocal.release.combine import combine, lineage_of_saved
 from lorafocal.release.files import strangers
@@ -119,7 +119,7 @@ def merge_adapter(
         saved = _one_adapter(folders, weights, base, folder)
         bases = bases_to_try(saved, onto, original)
         dtype = dtype or saved.dtype
-        tokenizer = load_tokenizer(saved.base, saved.revision)
+        tokenizer = tokenizer_of(saved)
         for one in folders:
             check_tokenizer(one, tokenizer)
         held_out = load_pairs(_pairs_file(folders[0], pairs), tokenizer, **saved.tokenization).pairs
@@ -133,7 +133,8 @@ def merge_adapter(
         check(kept.gate, *_other_base(kept, bases, saved))
         lineage = _lineage(saved, kept.onto, original)
         whose = ("the gate's pairs are those of the first adapter's run",) if len(folders) > 1 and pairs is None else ()
-        notes = saved.notes + whose + live.notes + why_kept(kept, tried, saved) + kept.written.notes + kept.merged.notes
+        told = saved.notes + whose + _spoken(saved) + live.notes
+        notes = told + why_kept(kept, tried, saved) + kept.written.notes + kept.merged.notes
         report = MergeReport(
             out=out,
             dtype=dtype,
@@ -166,6 +167,8 @@ def _one_adapter(
     combined.mkdir()
     combine(adapters, [1.0] * len(adapters) if weights is None else weights, combined)
     first = adapters[0]
+    if (first.folder / TEMPLATE_FILE).is_file():
+        shutil.copyfile(first.folder / TEMPLATE_FILE, combined / TEMPLATE_FILE)
     one = read_adapter(combined, base=first.base)
     return replace(one, revision=first.revision, tokenization=first.tokenization, notes=first.notes)
 
@@ -275,9 +278,19 @@ def _write_papers(folder: Path, lineage: Lineage, report: MergeReport, run: Mapp
         gate=report.gate_table(),
         survival=survival_table(report.survival, report.dtype),
         notes=report.notes,
+        loader=loader_of(read_config(str(folder))),
         run=run,
     )
     write_atomically(folder / CARD_FILE, card)
+
+
+def _spoken(saved: SavedAdapter) -> tuple[str, ...]:
+    """What no file of a model holds: how the run had its chat template render prompts."""
+    options = saved.tokenization.get("chat_template_kwargs")
+    if not options:
+        return ()
+    said = json.dumps(options, ensure_ascii=False)
+    return (f"prompts were rendered with chat_template_kwargs {said}: give them wherever this model is asked",)
 
 
 def _check_files(folder: Path) -> None:

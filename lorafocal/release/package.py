@@ -10,9 +10,9 @@ from pathlib import Path
 from lorafocal.card import CARD_FILE, adapter_card
 from lorafocal.errors import InputError
 from lorafocal.lineage import LINEAGE_FILE, Lineage, lineage_of
-from lorafocal.model.load import load_tokenizer
+from lorafocal.model.load import loader_of
 from lorafocal.model.save import in_words
-from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter
+from lorafocal.model.saved import WEIGHTS_FILE, SavedAdapter, read_config, tokenizer_of
 from lorafocal.model.serving import serving_section
 from lorafocal.release.combine import combine, lineage_of_saved
 from lorafocal.release.measured import check_tokenizer
@@ -33,7 +33,7 @@ def package_adapter(adapters: Sequence[SavedAdapter], weights: Sequence[float] |
         _copy(adapters[0], folder)
     else:
         combine(adapters, weights if weights is not None else [1.0] * len(adapters), folder)
-    tokenizer = load_tokenizer(adapters[0].base, adapters[0].revision)
+    tokenizer = tokenizer_of(adapters[0])
     for saved in adapters:
         check_tokenizer(saved.folder, tokenizer)
     tokenizer.save_pretrained(folder)
@@ -59,7 +59,11 @@ def _copy(saved: SavedAdapter, folder: Path) -> None:
     shutil.copyfile(saved.folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     lineage.write(folder)
     card = adapter_card(
-        lineage, _results(saved), adapter=in_words(saved.config), run=read_manifest(run_of(saved.folder))
+        lineage,
+        _results(saved),
+        adapter=in_words(saved.config),
+        loader=loader_of(read_config(saved.base, saved.revision)),
+        run=read_manifest(run_of(saved.folder)),
     )
     (folder / CARD_FILE).write_text(card + serving_section(saved.config), encoding="utf-8")
 

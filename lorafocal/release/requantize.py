@@ -23,12 +23,12 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from lorafocal.card import CARD_FILE, compressed_card
 from lorafocal.compatibility import QUANTIZED
 from lorafocal.errors import InputError, first_line
-from lorafocal.lineage import Lineage
 from lorafocal.model.head import causal_lm
-from lorafocal.model.load import local_device
+from lorafocal.model.load import loader_of, local_device
 from lorafocal.model.local_places import GENERATION_CONFIG
 from lorafocal.model.quantized import MOSTLY, bitsandbytes_config, inner_weights
 from lorafocal.model.save_model import INDEX
+from lorafocal.model.saved import read_config
 from lorafocal.objectives.inputs import PairLogps
 from lorafocal.release import verify
 from lorafocal.release.gate import GateEvidence, GateReport, compare
@@ -104,7 +104,8 @@ def requantize(merged: Path, folder: Path, form: str, merge: MergeReport, run: M
     del model
     for path in merged.iterdir():
         if path.suffix != ".safetensors" and path.name not in _MADE_ANEW:
-            shutil.copyfile(path, folder / path.name)
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile  # a tokenizer may have a folder of templates
+            copy(path, folder / path.name)
     cost = Requantized(
         form=form,
         before=merge.gate,
@@ -114,7 +115,7 @@ def requantize(merged: Path, folder: Path, form: str, merge: MergeReport, run: M
     )
     text = json.dumps(cost.as_dict(), indent=2, allow_nan=False) + "\n"
     (folder / REPORT_FILE).write_text(text, encoding="utf-8")
-    (folder / CARD_FILE).write_text(_card(cost, merge, merged_lineage(merged), run), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_card(cost, merge, merged, run), encoding="utf-8")
     return cost
 
 
@@ -189,15 +190,16 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _card(cost: Requantized, merge: MergeReport, lineage: Lineage, run: Mapping[str, Any] | None) -> str:
+def _card(cost: Requantized, merge: MergeReport, merged: Path, run: Mapping[str, Any] | None) -> str:
     library = "torchao" if cost.form == FP8 else "bitsandbytes"
+    loader = loader_of(read_config(str(merged)))
     return compressed_card(
-        lineage,
+        merged_lineage(merged),
         title=f"{cost.form} with {library}",
         loading=(
             f"With `pip install {library}`:\n\n"
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("THIS_MODEL", dtype="{merge.dtype}")\n'
+            f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
+            f'model = {loader}.from_pretrained("THIS_MODEL", dtype="{merge.dtype}")\n'
             'tokenizer = AutoTokenizer.from_pretrained("THIS_MODEL")\n```'
         ),
         measured={
@@ -205,5 +207,6 @@ def _card(cost: Requantized, merge: MergeReport, lineage: Lineage, run: Mapping[
             "Did the merged model do what the adapter did?": merge.gate_table(),
         },
         notes=[*merge.notes, *cost.notes],
+        loader=loader,
         run=run,
     )

@@ -68,6 +68,10 @@ def test_what_makes_tokens_of_images_goes_with_a_merged_model(tmp_path: Path) ->
     (base / "preprocessor_config.json").write_text(text)
     merge_adapter(tmp_path / "run" / "adapter", tmp_path / "merged", base=str(base), dtype="float32")
     assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == text
+    for folder in (tmp_path / "merged", tmp_path / "run" / "adapter"):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "= AutoModelForImageTextToText.from_pretrained(" in card
+        assert "AutoModelForCausalLM" not in card
 
 
 @pytest.mark.row("20")
