@@ -14,6 +14,7 @@ from lorafocal.errors import InputError
 
 OPENAI_URL, OPENAI_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
 OPENAI_ELSEWHERE = "OPENAI_BASE_URL"  # by which the package sends questions and key to another server
+OPENAI_HEADERS = "OPENAI_CUSTOM_HEADERS"  # which the package adds to every request, whoever it goes to
 _OWN = ("model", "messages", "stream", "n")  # of a request: said by the endpoint and the question, or always one
 
 
@@ -61,6 +62,11 @@ class Endpoint:
             raise InputError("the name of the model to ask is empty")
         if self.url is not None:
             _check_url(self.url)
+            if os.environ.get(OPENAI_HEADERS):
+                raise InputError(
+                    f"{OPENAI_HEADERS} is set, and would be sent to this server, keys in it too: unset it here, and"
+                    " name the variable with this server's key by --key-variable"
+                )
         elif (os.environ.get(OPENAI_ELSEWHERE) or OPENAI_URL).rstrip("/") != OPENAI_URL:
             raise InputError(
                 f"{OPENAI_ELSEWHERE} is set, and no --server: it is not followed, for a key goes only where a command"

@@ -40,7 +40,7 @@ def refusal(endpoint: Endpoint, question: Question, error: Any) -> Exception:
             f"the server has no model {model}, or no chat completions at this URL, which ends in /v1 as a rule"
             f" ({word}). {_ENDS}"
         )
-    if named == "insufficient_quota":
+    if status == 402 or named == "insufficient_quota":
         return InputError(f"the account behind the key has no credit left for {model} ({word}). {_ENDS}")
     said = quotable(_message(error.body), question, endpoint.credential())
     return Unanswered(f"{word}: {said}" if said else word, down=status in (408, 409, 429) or status >= 500)

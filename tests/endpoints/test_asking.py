@@ -217,8 +217,9 @@ def test_retries_count_towards_the_rate(tmp_path: Path) -> None:
         (status(403), "does not let this key use judge (HTTP 403)"),
         (status(404, "model_not_found"), "has no model judge, or no chat completions at this URL"),
         (status(429, "insufficient_quota"), "has no credit left for judge"),
+        (status(402), "has no credit left for judge (HTTP 402)"),
     ],
-    ids="401 403 404 quota".split(),
+    ids="401 403 404 quota 402".split(),
 )
 def test_what_every_question_would_meet_ends_it_at_once_and_keeps_what_there_is(
     tmp_path: Path, fault: object, words: str

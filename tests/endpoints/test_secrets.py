@@ -180,6 +180,15 @@ def test_an_address_in_the_environment_is_not_followed(monkeypatch: pytest.Monke
     assert server.requests == []
 
 
+@pytest.mark.row("S8")
+def test_headers_in_the_environment_go_to_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {KEY}")
+    with pytest.raises(InputError, match=r"OPENAI_CUSTOM_HEADERS is set.*--key-variable") as error:
+        Endpoint("judge", "http://localhost:1/v1", "THE_KEY")
+    assert KEY not in str(error.value)
+    assert Endpoint("judge").url is None
+
+
 @pytest.mark.parametrize("nothing", ["", f"{OPENAI_URL}/"])
 def test_an_address_in_the_environment_that_says_nothing_is_no_other(
     nothing: str, monkeypatch: pytest.MonkeyPatch
