@@ -4,11 +4,11 @@
     python examples/03_qlora_4bit.py --model meta-llama/Meta-Llama-3-8B-Instruct --data pairs.jsonl --out mine
 
 `--data` holds one pair a line: {"prompt": "...", "chosen": "...", "rejected": "..."}, strings or message lists; other
-common forms are recognised. `lorafocal train mine/run/config.yaml --tiny` rehearses such a run on any machine.
+common forms are recognised. `lorafocal train configs/qlora/llama3-8b.yaml --tiny` rehearses such a run on any machine.
 
-What must fit on the GPU, `lorafocal plan mine/run/config.yaml --gpus 1xRTX4090` says beforehand; how much is computed
-at once is chosen by the memory there is (memory and speed, never the result). A merge writes the whole model as
-floats, 16 GB in bfloat16, and checks it, from disk where it does not fit the memory: `--no-merge` leaves it for
+What must fit on the GPU, `lorafocal plan configs/qlora/llama3-8b.yaml --gpus 1xRTX4090` says beforehand; how much is
+computed at once is chosen by the memory there is (memory and speed, never the result). A merge writes the whole model
+as floats, 16 GB in bfloat16, and checks it, from disk where it does not fit the memory: `--no-merge` leaves it for
 `lorafocal merge mine/run/adapter --out mine/merged` on a larger machine.
 """
 

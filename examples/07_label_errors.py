@@ -2,10 +2,10 @@
 
 The quickstart's task with a tenth of its pairs swapped: which ones is known here, so that the list can be judged.
 Prints how good the list is, and the right answers and the reward accuracy of runs with all pairs, without those of the
-list, without as many drawn at random, and without exactly the swapped ones. Numbers of three seeds are in
-docs/suspects.md.
+list, without as many drawn at random, and without exactly the swapped ones. The numbers in docs/suspects.md are of
 
-    python examples/07_label_errors.py --out label-errors --seeds 0 1 2
+    python examples/07_label_errors.py --out label-errors --seeds 0 1 2 --held-out 1000 \
+        --set training.learning_rate=1.0e-3 evaluation.temperature=0
 """
 
 from __future__ import annotations

@@ -102,10 +102,11 @@ def leaderboard(
 ) -> None:
     """The six tasks of the first Open LLM Leaderboard by lm-eval, or others; an adapter is attached, never merged."""
     from lorafocal.evaluate.leaderboard import LEADERBOARD, evaluate_leaderboard
+    from lorafocal.evaluate.result import TASKS, beside
 
     no_loading_bars()
     asked = tuple(tasks or LEADERBOARD)
-    journal = None if out is None else out.with_name(f"{out.stem}.tasks.json")
+    journal = None if out is None else beside(out, TASKS)
     options: dict[str, Any] = {"base": base, "task_folder": task_folder, "journal": journal}
     result = evaluate_leaderboard(target, tasks=asked, limit=limit, batch_size=batch_size, say=say, **options)
     finish(result, out, as_json)

@@ -86,18 +86,19 @@ def alpaca(
     place, asking_price = _with_a_judge(judge, out), price_of(price)
     endpoint = endpoint_of(str(judge), server, key_variable, concurrency, timeout, attempts, per_minute)
     from lorafocal.evaluate.alpaca import evaluate_alpaca
+    from lorafocal.evaluate.result import ANNOTATIONS, beside
 
     result = evaluate_alpaca(
         answers,
         judge=endpoint,
-        journal=_beside(place, "journal.jsonl"),
+        journal=beside(place, "journal.jsonl"),
         approve=approval_of(endpoint, yes),
         reference=reference,
         gamed=gamed,
         annotator=annotator,
         price=asking_price,
         allowed_missing=missing,
-        annotations_out=_beside(place, "annotations.json"),
+        annotations_out=beside(place, ANNOTATIONS),
         say=say,
     )
     finish(result, out, as_json)
@@ -143,14 +144,15 @@ def arena(
     place, asking_price = _with_a_judge(judge, out), price_of(price)
     endpoint = endpoint_of(str(judge), server, key_variable, concurrency, timeout, attempts, per_minute)
     from lorafocal.evaluate.arena import evaluate_arena
+    from lorafocal.evaluate.result import beside
 
     result = evaluate_arena(
         answers,
         questions=questions,
         baseline=baseline,
         judge=endpoint,
-        journal=_beside(place, "journal.jsonl"),
-        judgments=_beside(place, "judgments.jsonl"),
+        journal=beside(place, "journal.jsonl"),
+        judgments=beside(place, "judgments.jsonl"),
         approve=approval_of(endpoint, yes),
         judge_config=judge_config,
         price=asking_price,
@@ -167,7 +169,3 @@ def _with_a_judge(judge: str | None, out: Path | None) -> Path:
     if out is None:
         raise InputError("give --out FILE: what the judge says is kept beside it, so that nothing is asked twice")
     return out
-
-
-def _beside(out: Path, ending: str) -> Path:
-    return out.with_name(f"{out.stem}.{ending}")

@@ -24,6 +24,7 @@ BENCHMARKS = (
     "fingerprint",
     "comparison",
 )
+ANNOTATIONS, TASKS = "annotations.json", "tasks.json"  # kept beside a result, and JSON as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,17 @@ class Result:
                 raise InputError(f"a result names no place on this machine, but would name {text}: give its last part")
         check_folder_of(path)
         write_atomically(path, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def beside(result: Path, what: str) -> Path:
+    """Where an evaluation keeps something, as `TASKS`, beside the file of its result."""
+    return result.with_name(f"{result.stem}.{what}")
+
+
+def results_among(files: Sequence[Path]) -> list[Path]:
+    """`files` without what was kept beside others of them: `results/*.json` names all."""
+    kept = {beside(file, what) for file in files for what in (ANNOTATIONS, TASKS)}
+    return [file for file in files if file not in kept]
 
 
 def read_result(path: Path) -> Result:

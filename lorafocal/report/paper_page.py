@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lorafocal.evaluate.result import read_result
+from lorafocal.evaluate.result import read_result, results_among
 from lorafocal.publish import check_ours
 from lorafocal.report import html
 from lorafocal.report.paper import Cell, PaperTables, Row, Table, all_cells, letter, mark_of, paper_tables
@@ -47,10 +47,11 @@ class PaperReport:
 def write_paper(results: Sequence[Path], out: Path) -> PaperReport:
     """Put result files beside the paper's tables, in the folder `out`: Markdown, CSV, HTML and a PNG a table.
 
-    An earlier report of this kind is replaced once the new one is whole. Raises InputError for files that are no
-    results, and for an `out` that holds anything else; then nothing is written.
+    What an evaluation kept beside a result is passed over where both are given. An earlier report of this kind is
+    replaced once the new one is whole. Raises InputError for files that are no results, and for an `out` that holds
+    anything else; then nothing is written.
     """
-    tables = paper_tables([read_result(Path(path)) for path in results])
+    tables = paper_tables([read_result(path) for path in results_among([Path(path) for path in results])])
     target = Path(out)
     check_ours(target, _OURS, "a report beside the paper")
     pictures = {f"table-{table.number}.png": table_png(table, tables.legend, LIGHT) for table in tables.tables}

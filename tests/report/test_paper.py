@@ -328,6 +328,17 @@ def test_the_files_are_there_twice_alike_and_name_no_place(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("kept", ["annotations", "tasks"])
+def test_what_is_kept_beside_a_result_is_passed_over_and_by_itself_refused(tmp_path: Path, kept: str) -> None:
+    ALPACA.write(tmp_path / "alpaca.json")
+    (tmp_path / f"alpaca.{kept}.json").write_text("[]")
+    both = write_paper(sorted(tmp_path.glob("*.json")), tmp_path / "paper")
+    assert both.as_dict()["cells"] == write_paper([tmp_path / "alpaca.json"], tmp_path / "paper").as_dict()["cells"]
+    with pytest.raises(InputError, match=rf"alpaca\.{kept}\.json is not a result"):
+        write_paper([tmp_path / f"alpaca.{kept}.json"], tmp_path / "paper")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_is_written_over_or_half(tmp_path: Path) -> None:
     foreign = tmp_path / "paper"
     foreign.mkdir()
