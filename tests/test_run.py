@@ -58,7 +58,7 @@ def finished(root: Path, base_sha256: str) -> RunSummary:
 @pytest.mark.row("52")
 def test_the_run_folder_holds_exactly_these_files(finished: RunSummary) -> None:
     files = {path.relative_to(finished.folder).as_posix() for path in finished.folder.rglob("*") if path.is_file()}
-    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "lorafocal.json"}
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "lorafocal.json", "chat_template.jinja"}
     state = {"complete.json", "optimizer.safetensors", "parameters.safetensors", "state.json", "trainer_state.json"}
     assert files == (
         {"config.yaml", "manifest.json", "metrics.jsonl", "held_out.jsonl"}

@@ -67,7 +67,7 @@ def test_a_continued_run_starts_at_the_identity_and_its_merge_holds_both_stages(
     done = run.train(config, quiet=True, runs_dir=root / "runs")
     assert metric_lines(done.folder)[0]["loss"] == pytest.approx(identity_loss(0.05), abs=1e-6)
     assert sorted(path.name for path in (done.folder / "adapter").iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "lorafocal.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "lorafocal.json",
     ]  # fmt: skip
     merge_adapter(done.folder / "adapter", tmp_path / "merged", base=str(root / "base"), dtype="float32")
     pairs = root / "eval.jsonl"
