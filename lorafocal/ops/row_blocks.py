@@ -143,8 +143,9 @@ class _Scores:
         torch.baddbmm(scores, block, keys.transpose(1, 2), beta=0, alpha=self.scaling, out=scores)
         hides = self.window is not None and self.window < n
         masked = n if hides or short else rows  # of the keys before the rows, all are seen
-        seen = self.segments.mask(rows, masked, self.window if hides else None, scores.device, short)
-        _by_head(scores, rows).narrow(2, n - masked, masked).masked_fill_(~seen, -torch.inf)
+        ceiling = self.segments.ceiling(rows, masked, self.window if hides else None, scores, short)
+        within = _by_head(scores, rows).narrow(2, n - masked, masked)
+        torch.minimum(within, ceiling, out=within)
         return torch.softmax(scores, -1, out=scores)
 
 

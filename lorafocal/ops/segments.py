@@ -132,6 +132,19 @@ class Segments:
             self._made[key] = made
         return self._made[key]
 
+    def ceiling(
+        self, queries: int, keys: int, window: int | None, like: Tensor, whole: PairSpan | None = None
+    ) -> Tensor:
+        """(queries, keys) in like's dtype: the most that a score may be, inf where `mask` sees and -inf elsewhere.
+
+        The lesser of it and the scores hides infinite ones too, and is taken several times as fast as a mask is filled.
+        """
+        seen = self.mask(queries, keys, window, like.device, whole)
+        key = (id(seen), like.dtype)  # a mask is kept as long as this
+        if key not in self._made:
+            self._made[key] = like.new_full(seen.shape, -torch.inf).masked_fill_(seen, torch.inf)
+        return self._made[key]
+
 
 def integers(values: Sequence[int]) -> Tensor:
     """(n,) int64: what `torch.tensor` makes of them, in a tenth of the time."""
