@@ -71,7 +71,7 @@ def test_the_names_in_the_readme_exist(source: str) -> None:
 
 
 def command_lines(program: str) -> list[list[str]]:
-    lines = "".join(blocks("bash")).splitlines()
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True)) and words[0] == program]
 
 
